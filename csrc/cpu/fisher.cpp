@@ -1,0 +1,48 @@
+// accumulate_fisher_: F += weight * g^2 over a list.
+#include "../math/saliency.h"
+
+#include "strips.h"
+
+namespace unlearn {
+namespace {
+
+template <typename T>
+void accumulate_strip(const RawList& fisher, const RawList& grads, T weight, size_t t, std::int64_t start, int n) {
+  T buffer[kStrip];
+  const T* __restrict g = load_strip(grads, t, start, n, buffer);
+  T* __restrict f = fisher.at<T>(t, start);
+  UNLEARN_LANES
+  for (int i = 0; i < n; ++i) f[i] = accumulate_fisher(f[i], g[i], weight);
+}
+
+void accumulate(TensorList fisher, TensorList grads, double weight) {
+  if (fisher.empty() && grads.empty()) return;
+  Operands operands("accumulate_fisher_", "fisher", fisher);
+  operands.check_list({"fisher", &fisher}, kStateDtypes);
+  operands.check_list({"grads", &grads}, kWeightDtypes, /*may_be_absent=*/false);
+  operands.check_writable({{"fisher", &fisher}});
+  operands.make_reference_dense(/*written=*/true);
+  operands.align(grads, /*written=*/false);
+
+  const RawList f(fisher), g(grads);
+  const WorkRange work(sizes_of(fisher));
+  for_each_block(work, [&](std::int64_t block) {
+    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
+      for_each_strip(first, count, [&](std::int64_t start, int n) {
+        if (f.dtype[t] == ScalarType::Double) {
+          accumulate_strip<double>(f, g, weight, t, start, n);
+        } else {
+          accumulate_strip<float>(f, g, float(weight), t, start, n);
+        }
+      });
+    });
+  });
+  operands.write_back();
+}
+
+} // namespace
+} // namespace unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
+  m.impl("accumulate_fisher_", TORCH_BOX(&unlearn::accumulate));
+}

@@ -1,0 +1,119 @@
+// gradient_products: masked norms and inner product of the forget and retain gradients in one read.
+#include "../math/reduce.h"
+
+#include "strips.h"
+
+namespace unlearn {
+namespace {
+
+// Explicit lanes: a plain sum is a chain of dependent additions that the compiler may not reorder.
+struct LaneSums {
+  double forget_square[kWordBits] = {}, retain_square[kWordBits] = {}, cross[kWordBits] = {};
+  std::int32_t non_finite[kWordBits] = {};
+
+  Products total() const {
+    Products sum[kWordBits];
+    for (int i = 0; i < kWordBits; ++i) {
+      sum[i] = {forget_square[i], retain_square[i], cross[i], double(non_finite[i])};
+    }
+    combine_in_fixed_order(sum, kWordBits);
+    return sum[0];
+  }
+};
+
+template <bool forget, bool retain, typename T>
+inline __attribute__((always_inline)) void add_word(
+    LaneSums& sums,
+    const T* __restrict g_forget,
+    const T* __restrict g_retain,
+    std::uint32_t keep_forget,
+    std::uint32_t keep_retain) {
+  for (int i = 0; i < kWordBits; ++i) {
+    const T f = forget ? keep_or_zero(lane_mask<T>(keep_forget, i), g_forget[i]) : T(0);
+    const T r = retain ? keep_or_zero(lane_mask<T>(keep_retain, i), g_retain[i]) : T(0);
+    if constexpr (forget) sums.forget_square[i] += double(f) * double(f);
+    if constexpr (retain) sums.retain_square[i] += double(r) * double(r);
+    if constexpr (forget && retain) sums.cross[i] += double(f) * double(r);
+    sums.non_finite[i] += (forget ? is_non_finite(f) : false) + (retain ? is_non_finite(r) : false);
+  }
+}
+
+template <bool forget, bool retain, typename T>
+void add_strip(
+    LaneSums& sums,
+    const RawList& forget_list,
+    const RawList& retain_list,
+    const RawList& bits,
+    bool mask_retain,
+    size_t t,
+    std::int64_t start,
+    int n) {
+  T forget_buffer[kStrip], retain_buffer[kStrip];
+  const T* f = forget ? load_strip(forget_list, t, start, n, forget_buffer) : nullptr;
+  const T* r = retain ? load_strip(retain_list, t, start, n, retain_buffer) : nullptr;
+  for (int offset = 0; offset < n; offset += kWordBits) {
+    const std::uint32_t word = word_at(bits, t, (start + offset) / kWordBits);
+    const std::uint32_t keep_retain = mask_retain ? word : ~0u;
+    const int lanes = n - offset;
+    const T* f_word = forget ? f + offset : nullptr;
+    const T* r_word = retain ? r + offset : nullptr;
+    PaddedWord<T> f_padded, r_padded;
+    if (lanes < kWordBits) {
+      if (forget) f_word = f_padded.fill(f_word, lanes);
+      if (retain) r_word = r_padded.fill(r_word, lanes);
+    }
+    add_word<forget, retain, T>(sums, f_word, r_word, word, keep_retain);
+  }
+}
+
+template <bool forget, bool retain>
+Products run(const RawList& f, const RawList& r, const RawList& bits, bool mask_retain, const WorkRange& work) {
+  std::vector<Products> partials(size_t(std::max<std::int64_t>(work.blocks(), 1)));
+  for_each_block(work, [&](std::int64_t block) {
+    LaneSums sums;
+    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
+      const bool wide = (forget && f.dtype[t] == ScalarType::Double) || (retain && r.dtype[t] == ScalarType::Double);
+      for_each_strip(first, count, [&](std::int64_t start, int n) {
+        if (wide) {
+          add_strip<forget, retain, double>(sums, f, r, bits, mask_retain, t, start, n);
+        } else {
+          add_strip<forget, retain, float>(sums, f, r, bits, mask_retain, t, start, n);
+        }
+      });
+    });
+    partials[size_t(block)] = sums.total();
+  });
+  combine_in_fixed_order(partials.data(), std::int64_t(partials.size()));
+  return partials[0];
+}
+
+Tensor gradient_products(TensorList forget_grads, TensorList retain_grads, TensorList bits, bool mask_retain) {
+  const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
+  if (!forget && !retain) fail("gradient_products: forget_grads, retain_grads: expected at least one list, got none");
+  Operands operands("gradient_products", forget ? "forget_grads" : "retain_grads", forget ? forget_grads : retain_grads);
+  operands.check_list({"forget_grads", &forget_grads}, kWeightDtypes);
+  operands.check_list({"retain_grads", &retain_grads}, kWeightDtypes);
+  operands.check_bits({"bits", &bits});
+  operands.make_reference_dense(/*written=*/false);
+  if (forget) operands.align(retain_grads, /*written=*/false);
+
+  const RawList f(forget_grads), r(retain_grads), b(bits);
+  const WorkRange work(sizes_of(forget ? forget_grads : retain_grads));
+  const Products sum = forget && retain ? run<true, true>(f, r, b, mask_retain, work)
+      : forget                          ? run<true, false>(f, r, b, mask_retain, work)
+                                        : run<false, true>(f, r, b, mask_retain, work);
+  Tensor result = torch::stable::empty({4}, ScalarType::Double);
+  double* out = result.mutable_data_ptr<double>();
+  out[0] = sum.forget_square;
+  out[1] = sum.retain_square;
+  out[2] = sum.cross;
+  out[3] = sum.non_finite;
+  return result;
+}
+
+} // namespace
+} // namespace unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
+  m.impl("gradient_products", TORCH_BOX(&unlearn::gradient_products));
+}

@@ -1,0 +1,114 @@
+// Strips of weights in the opmath type. Tensors of that dtype are used in place; others are converted through a
+// buffer that stays in the first-level cache, so no operator is instantiated once per combination of dtypes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../tensors/chunks.h"
+#include "../tensors/operands.h"
+
+// Says that the lanes of a loop do not alias: `__restrict` alone is lost when GCC inlines, and the loop would be
+// compiled twice, with a check in between.
+#if defined(__clang__)
+#define UNLEARN_LANES _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define UNLEARN_LANES _Pragma("GCC ivdep")
+#endif
+
+namespace unlearn {
+
+constexpr int kStrip = 256;
+static_assert(kStrip % kWordBits == 0, "a strip is made of whole words");
+
+// Raw data of a list, read once per call: going through the stable interface in the inner loop would cost more
+// than the mathematics of a small tensor.
+struct RawList {
+  std::vector<char*> data;
+  std::vector<ScalarType> dtype;
+
+  explicit RawList(const TensorList& list) {
+    data.reserve(list.size());
+    dtype.reserve(list.size());
+    for (const Tensor& tensor : list) {
+      data.push_back(static_cast<char*>(tensor.data_ptr()));
+      dtype.push_back(tensor.scalar_type());
+    }
+  }
+  bool empty() const {
+    return data.empty();
+  }
+  template <typename T>
+  T* at(size_t tensor, std::int64_t first) const {
+    return reinterpret_cast<T*>(data[tensor]) + first;
+  }
+};
+
+template <typename T>
+constexpr ScalarType kOpmath = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// Converts `n` values from element `first` into `buffer`; the dtype differs from T.
+template <typename T>
+void convert_strip(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer);
+
+// Rounds n floats to float16, to nearest even.
+void float_to_half(const float* from, std::uint16_t* to, int n);
+
+// Returns `n` values from element `first` in the opmath type: the tensor's own memory, or `buffer` after conversion.
+template <typename T>
+inline const T* load_strip(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
+  if (list.dtype[tensor] == kOpmath<T>) return list.at<T>(tensor, first);
+  convert_strip(list, tensor, first, n, buffer);
+  return buffer;
+}
+
+// A tensor's last, partial word as a full one, so that the inner loops run over exactly 32 lanes and are
+// instantiated once. The padding is zero.
+template <typename T>
+struct PaddedWord {
+  T lanes[kWordBits];
+
+  T* fill(const T* from, int n) {
+    std::copy(from, from + n, lanes);
+    std::fill(lanes + n, lanes + kWordBits, T(0));
+    return lanes;
+  }
+};
+
+inline std::uint32_t word_at(const RawList& bits, size_t tensor, std::int64_t word) {
+  return bits.empty() ? ~0u : bits.at<const std::uint32_t>(tensor, 0)[word];
+}
+
+// Runs body(block) for all blocks on PyTorch's thread pool.
+template <typename Body>
+inline void for_each_block(const WorkRange& work, const Body& body) {
+  const std::int64_t blocks = work.blocks();
+  if (blocks <= 1) {
+    for (std::int64_t block = 0; block < blocks; ++block) body(block);
+    return;
+  }
+  torch::stable::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t block = begin; block < end; ++block) body(block);
+  });
+}
+
+// Cuts one piece of a tensor into strips: body(first weight, number of weights <= kStrip).
+template <typename Body>
+inline void for_each_strip(std::int64_t first, std::int64_t count, const Body& body) {
+  for (std::int64_t done = 0; done < count; done += kStrip) {
+    body(first + done, int(std::min<std::int64_t>(kStrip, count - done)));
+  }
+}
+
+inline std::vector<std::int64_t> sizes_of(const TensorList& list) {
+  std::vector<std::int64_t> sizes;
+  sizes.reserve(list.size());
+  for (const Tensor& tensor : list) sizes.push_back(tensor.numel());
+  return sizes;
+}
+
+} // namespace unlearn

@@ -1,0 +1,137 @@
+// One weight's step. This is the only place where an update rule is written.
+//
+//   g      = keep ? forget_scale * g_f : 0   +   retain_scale * g_r          (either part may be absent)
+//   theta' = rule(theta, g)
+//   slow'  = slow + slow_rate * (theta' - slow);  theta' = slow'             (when the round closes)
+//
+// Everything is computed in the opmath type T: double for double weights, float for all others.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "bits.h"
+
+namespace unlearn {
+
+enum class Rule : int { sgd = 0, momentum = 1, adam = 2, adamw = 3 };
+
+constexpr bool has_first_moment(Rule rule) {
+  return rule != Rule::sgd;
+}
+constexpr bool has_second_moment(Rule rule) {
+  return rule == Rule::adam || rule == Rule::adamw;
+}
+
+// Layout of the float64 scalar tensor of a step; `SCALARS` in unlearn_ext/ops.py lists the same names.
+// The scalars live in a tensor so that a step never synchronises and can be captured and replayed.
+enum ScalarIndex : int {
+  kLr,
+  kForgetWeight,
+  kRetainWeight,
+  kForgetClip,
+  kRetainClip,
+  kMomentum,
+  kBeta1,
+  kBeta2,
+  kEps,
+  kWeightDecay,
+  kStep,            // 1-based count of the moments, read by the pure-PyTorch path
+  kBiasCorrection1, // 1 - beta1^step
+  kBiasCorrection2, // 1 - beta2^step
+  kSlowRate,
+  kInverseScale,    // 1 / loss scale, multiplies both gradients
+  kSkip,            // non-zero: a gradient was not finite, nothing may be written
+  kScalarCount
+};
+
+// The scalars in the form the inner loop wants, folded in double and rounded once.
+template <typename T>
+struct StepScalars {
+  T lr, forget_scale, retain_scale, momentum, weight_decay, slow_rate;
+  T one_minus_beta1, beta2, one_minus_beta2, eps;
+  T step_size;             // lr / bias_correction1
+  T sqrt_bias_correction2;
+  T keep_after_decay;      // 1 - lr * weight_decay, the decoupled decay of AdamW
+
+  UNLEARN_INLINE explicit StepScalars(const double* s)
+      : lr(T(s[kLr])),
+        forget_scale(T(s[kInverseScale] * s[kForgetWeight] * s[kForgetClip])),
+        retain_scale(T(s[kInverseScale] * s[kRetainWeight] * s[kRetainClip])),
+        momentum(T(s[kMomentum])),
+        weight_decay(T(s[kWeightDecay])),
+        slow_rate(T(s[kSlowRate])),
+        one_minus_beta1(T(1.0 - s[kBeta1])),
+        beta2(T(s[kBeta2])),
+        one_minus_beta2(T(1.0 - s[kBeta2])),
+        eps(T(s[kEps])),
+        step_size(T(s[kLr] / s[kBiasCorrection1])),
+        sqrt_bias_correction2(T(std::sqrt(s[kBiasCorrection2]))),
+        keep_after_decay(T(1.0 - s[kLr] * s[kWeightDecay])) {}
+};
+
+// What one weight owns. Members a rule does not use are never read.
+template <typename T>
+struct WeightState {
+  T theta, first, second, slow;
+};
+
+template <Rule rule, typename T>
+UNLEARN_INLINE void apply_rule(WeightState<T>& w, T g, const StepScalars<T>& s) {
+  if constexpr (rule == Rule::adamw) {
+    w.theta = w.theta * s.keep_after_decay;
+  } else {
+    g = g + s.weight_decay * w.theta;
+  }
+  if constexpr (rule == Rule::sgd) {
+    w.theta = w.theta - s.lr * g;
+  } else if constexpr (rule == Rule::momentum) {
+    w.first = s.momentum * w.first + g;
+    w.theta = w.theta - s.lr * w.first;
+  } else {
+    w.first = w.first + s.one_minus_beta1 * (g - w.first);
+    w.second = s.beta2 * w.second + s.one_minus_beta2 * g * g;
+    const T denominator = std::sqrt(w.second) / s.sqrt_bias_correction2 + s.eps;
+    w.theta = w.theta - s.step_size * w.first / denominator;
+  }
+}
+
+// forget, retain: which gradients exist. interpolate: the round closes with this step.
+// keep_forget, keep_retain: all ones where that gradient counts. touch: all ones where the weight may change at
+// all (protect=True clears it), so that a protected weight keeps its exact bits, moments and slow weight included.
+template <Rule rule, bool forget, bool retain, bool interpolate, typename T>
+UNLEARN_INLINE WeightState<T> update_weight(
+    const WeightState<T>& before,
+    T g_forget,
+    T g_retain,
+    bits_t<T> keep_forget,
+    bits_t<T> keep_retain,
+    bits_t<T> touch,
+    const StepScalars<T>& s) {
+  WeightState<T> after = before;
+  if constexpr (forget || retain) {
+    T g = T(0);
+    if constexpr (forget) {
+      g = keep_or_zero(keep_forget, s.forget_scale * g_forget);
+    }
+    if constexpr (retain) {
+      g = g + keep_or_zero(keep_retain, s.retain_scale * g_retain);
+    }
+    apply_rule<rule>(after, g, s);
+  }
+  if constexpr (interpolate) {
+    after.slow = before.slow + s.slow_rate * (after.theta - before.slow);
+    after.theta = after.slow;
+    after.slow = select(touch, after.slow, before.slow);
+  }
+  after.theta = select(touch, after.theta, before.theta);
+  if constexpr ((forget || retain) && has_first_moment(rule)) {
+    after.first = select(touch, after.first, before.first);
+  }
+  if constexpr ((forget || retain) && has_second_moment(rule)) {
+    after.second = select(touch, after.second, before.second);
+  }
+  return after;
+}
+
+} // namespace unlearn

@@ -1,0 +1,235 @@
+#include "operands.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace unlearn {
+namespace {
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto sa = a.sizes(), sb = b.sizes();
+  return sa.size() == sb.size() && std::equal(sa.begin(), sa.end(), sb.begin());
+}
+
+// Equal up to the strides of dimensions that hold one element, which address nothing.
+bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && sa[d] != sb[d]) return false;
+  }
+  return true;
+}
+
+// (stride, size) of the dimensions that address something, innermost first.
+std::vector<std::pair<std::int64_t, std::int64_t>> dimensions_by_stride(const Tensor& tensor) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> dims;
+  for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  return dims;
+}
+
+// Two elements may share an address. Conservative for exotic views made with as_strided, exact for slices,
+// transposes and expansions.
+bool may_overlap_itself(const Tensor& tensor) {
+  if (tensor.numel() < 2) return false;
+  std::int64_t reach = 0; // the farthest offset that the dimensions seen so far address
+  for (const auto& [stride, size] : dimensions_by_stride(tensor)) {
+    if (stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+bool is_state_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double;
+}
+
+bool is_weight_dtype(ScalarType dtype) {
+  return is_state_dtype(dtype) || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+std::string dtype_of(const Tensor& tensor) {
+  return std::string("dtype ") + torch::headeronly::toString(tensor.scalar_type());
+}
+
+std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "a CPU tensor" : "a tensor on device index " + std::to_string(tensor.get_device_index());
+}
+
+} // namespace
+
+const Dtypes kWeightDtypes{is_weight_dtype, "dtype Double, Float, BFloat16 or Half"};
+const Dtypes kStateDtypes{is_state_dtype, "dtype Float or Double"};
+const Dtypes kBool{[](ScalarType dtype) { return dtype == ScalarType::Bool; }, "dtype Bool"};
+const Dtypes kInt{[](ScalarType dtype) { return dtype == ScalarType::Int; }, "dtype Int"};
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+    text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  }
+  return text + "]";
+}
+
+bool is_dense(const Tensor& tensor) {
+  if (tensor.numel() < 2 || tensor.is_contiguous()) return true;
+  std::int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions_by_stride(tensor)) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+std::vector<std::int64_t> dense_strides(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<size_t> order(sizes.size());
+  for (size_t d = 0; d < order.size(); ++d) order[d] = order.size() - 1 - d;
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  std::vector<std::int64_t> dense(sizes.size());
+  std::int64_t next = 1;
+  for (size_t d : order) {
+    dense[d] = next;
+    next *= std::max<std::int64_t>(sizes[d], 1);
+  }
+  return dense;
+}
+
+Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  std::int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto shim_dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      like.dim(), like.sizes().data(), strides.data(), shim_dtype, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+void fail(const std::string& message) {
+  throw std::runtime_error(message);
+}
+
+void Operands::fail_at(const char* argument, size_t index, const std::string& expected, const std::string& got) const {
+  fail(std::string(op_) + ": " + argument + "[" + std::to_string(index) + "]: expected " + expected + ", got " + got);
+}
+
+void Operands::check_length(NamedList list, bool may_be_absent) const {
+  const auto& [argument, tensors] = list;
+  if (tensors->size() == reference_.size() || (may_be_absent && tensors->empty())) return;
+  fail(std::string(op_) + ": " + argument + ": expected " + std::to_string(reference_.size()) +
+       " tensors (one for each of " + name_ + ")" + (may_be_absent ? " or none" : "") + ", got " +
+       std::to_string(tensors->size()));
+}
+
+void Operands::check_device(NamedList list) const {
+  const auto& [argument, tensors] = list;
+  for (size_t i = 0; i < tensors->size(); ++i) {
+    const Tensor& tensor = (*tensors)[i];
+    if (tensor.device() != reference_[0].device()) {
+      fail_at(argument, i, device_of(reference_[0]) + " as " + name_ + "[0] is", device_of(tensor));
+    }
+  }
+}
+
+void Operands::check_list(NamedList list, Dtypes dtypes, bool may_be_absent) const {
+  const auto& [argument, tensors] = list;
+  check_length(list, may_be_absent);
+  for (size_t i = 0; i < tensors->size(); ++i) {
+    const Tensor& tensor = (*tensors)[i];
+    if (!same_shape(tensor, reference_[i])) {
+      fail_at(argument, i, "shape " + shape_of(reference_[i]) + " as " + name_ + " has", shape_of(tensor));
+    }
+    if (!dtypes.holds(tensor.scalar_type())) fail_at(argument, i, dtypes.words, dtype_of(tensor));
+  }
+  check_device(list);
+}
+
+void Operands::check_state(NamedList list, bool required) const {
+  check_list(list, kStateDtypes, !required);
+  const auto& [argument, tensors] = list;
+  for (size_t i = 0; i < tensors->size(); ++i) {
+    const bool wide = reference_[i].scalar_type() == ScalarType::Double;
+    if (((*tensors)[i].scalar_type() == ScalarType::Double) != wide) {
+      fail_at(argument, i, wide ? "dtype Double, as its weight is Double" : "dtype Float", dtype_of((*tensors)[i]));
+    }
+  }
+}
+
+void Operands::check_bits(NamedList list, bool may_be_absent) const {
+  const auto& [argument, bits] = list;
+  check_length(list, may_be_absent);
+  for (size_t i = 0; i < bits->size(); ++i) {
+    const Tensor& word = (*bits)[i];
+    const std::int64_t words = (reference_[i].numel() + 31) / 32;
+    if (word.scalar_type() != ScalarType::Int || word.dim() != 1 || word.numel() != words || !word.is_contiguous()) {
+      fail_at(argument, i, "contiguous words of dtype Int and shape [" + std::to_string(words) + "]",
+           dtype_of(word) + " and shape " + shape_of(word));
+    }
+  }
+  check_device(list);
+}
+
+void Operands::check_writable(std::initializer_list<NamedList> lists) const {
+  struct Range {
+    std::uintptr_t begin, end;
+    const char* argument;
+    size_t index;
+  };
+  std::vector<Range> ranges;
+  for (const auto& [argument, list] : lists) {
+    for (size_t i = 0; i < list->size(); ++i) {
+      const Tensor& tensor = (*list)[i];
+      if (tensor.numel() == 0) continue;
+      if (!is_dense(tensor)) {
+        if (may_overlap_itself(tensor)) {
+          fail_at(argument, i, "a tensor whose elements do not share memory", "an expanded or overlapping view");
+        }
+        // Slices of one buffer may interleave without sharing an element; the same slice twice may not.
+      }
+      std::int64_t reach = 1;
+      for (std::int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
+      const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+      ranges.push_back({begin, is_dense(tensor) ? begin + reach * tensor.element_size() : begin + 1, argument, i});
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t k = 1; k < ranges.size(); ++k) {
+    const Range &a = ranges[k - 1], &b = ranges[k];
+    if (b.begin < a.end) {
+      fail_at(b.argument, b.index, "memory of its own",
+           std::string("memory shared with ") + a.argument + "[" + std::to_string(a.index) + "]");
+    }
+  }
+}
+
+void Operands::make_reference_dense(bool written) {
+  for (Tensor& tensor : reference_) {
+    if (!is_dense(tensor)) replace(tensor, dense_strides(tensor), written);
+  }
+}
+
+void Operands::align(TensorList& list, bool written) {
+  for (size_t i = 0; i < list.size(); ++i) {
+    if (list[i].numel() == 0 || same_strides(list[i], reference_[i])) continue;
+    const auto strides = reference_[i].strides();
+    replace(list[i], std::vector<std::int64_t>(strides.begin(), strides.end()), written);
+  }
+}
+
+void Operands::write_back() {
+  for (auto& [original, copy] : written_copies_) torch::stable::copy_(original, copy);
+}
+
+void Operands::replace(Tensor& tensor, const std::vector<std::int64_t>& strides, bool written) {
+  Tensor copy = empty_strided(tensor, strides, tensor.scalar_type());
+  torch::stable::copy_(copy, tensor);
+  if (written) written_copies_.emplace_back(tensor, copy);
+  tensor = copy;
+}
+
+} // namespace unlearn

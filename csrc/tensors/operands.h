@@ -1,0 +1,87 @@
+// The lists of one operator call: one validator, and one way to bring them into a common memory order.
+//
+// Everything is checked before anything is allocated or written. Errors name operator, argument, index, what was
+// expected and what was got.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace unlearn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+// Throws what PyTorch shows as a RuntimeError with exactly this message.
+[[noreturn]] void fail(const std::string& message);
+
+// Every address of the tensor's range is used exactly once, in whatever order of dimensions.
+bool is_dense(const Tensor& tensor);
+
+// The strides of a dense tensor with the same order of dimensions, as torch.empty_like gives a non-dense one.
+std::vector<std::int64_t> dense_strides(const Tensor& tensor);
+
+// Uninitialised, with the shape and device of `like`.
+Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& strides, ScalarType dtype);
+
+std::string shape_of(const Tensor& tensor);
+
+// A set of dtypes and its name in error messages.
+struct Dtypes {
+  bool (*holds)(ScalarType);
+  const char* words;
+};
+extern const Dtypes kWeightDtypes; // Double, Float, BFloat16, Half
+extern const Dtypes kStateDtypes;  // Double, Float
+extern const Dtypes kBool;
+extern const Dtypes kInt;
+
+// A list and its name in error messages.
+using NamedList = std::pair<const char*, TensorList*>;
+
+class Operands {
+ public:
+  // The reference list gives shapes and memory order to all others.
+  Operands(const char* op, const char* name, TensorList& reference) : op_(op), name_(name), reference_(reference) {}
+
+  // One tensor of equal shape on the same device for each of the reference list; or none, if that is allowed.
+  void check_list(NamedList list, Dtypes dtypes, bool may_be_absent = true) const;
+
+  // Moments and slow weights: float64 for float64 weights, float32 for all others.
+  void check_state(NamedList list, bool required) const;
+
+  // One contiguous int32 tensor of ceil(n / 32) words each, or none.
+  void check_bits(NamedList bits, bool may_be_absent = true) const;
+
+  // No element may be reachable through two of the tensors that will be written.
+  void check_writable(std::initializer_list<NamedList> lists) const;
+
+  // After the checks: makes the reference list dense. Copies stand in for views with gaps until write_back().
+  void make_reference_dense(bool written);
+
+  // Brings a list into the reference's memory order; copies stand in where the strides differ.
+  void align(TensorList& list, bool written);
+
+  void write_back();
+
+ private:
+  [[noreturn]] void fail_at(const char* argument, size_t index, const std::string& expected, const std::string& got)
+      const;
+  void check_length(NamedList list, bool may_be_absent) const;
+  void check_device(NamedList list) const;
+  void replace(Tensor& tensor, const std::vector<std::int64_t>& strides, bool written);
+
+  const char* op_;
+  const char* name_;
+  TensorList& reference_;
+  std::vector<std::pair<Tensor, Tensor>> written_copies_; // original, copy
+};
+
+} // namespace unlearn

@@ -1,0 +1,47 @@
+"""Looks at the forget and retain sets before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ._hashing import sample_hashes, samples_hash
+from .errors import InputError
+from .tasks import Task
+
+__all__ = ["DataCheck"]
+
+
+class DataCheck:
+    """Finds samples that stand in both sets, by content hash: one cannot forget what one is told to keep."""
+
+    def __init__(self, task: Task, allow_duplicates: bool):
+        self.task, self.allow_duplicates = task, allow_duplicates
+        self._forget: set[bytes] = set()
+        self._seen = {"forget": 0, "retain": 0}
+
+    def add(self, name: str, batch: Any) -> None:
+        hashes = sample_hashes(self.task.inputs(batch))
+        if name == "forget":
+            self._forget.update(hashes)
+        elif not self.allow_duplicates:
+            for i, found in enumerate(hashes):
+                if found in self._forget:
+                    raise InputError(
+                        f"sample {self._seen['retain'] + i} of the retain set is also in the forget set: remove it from "
+                        "one of them, or set allow_duplicates=True (--allow-duplicates) to go on"
+                    )
+        self._seen[name] += len(hashes)
+
+    def scan(self, name: str, data: Iterable[Any]) -> None:
+        """A pass over the data alone, for runs that need no Fisher pass."""
+        count = 0
+        for batch in data:
+            self.add(name, batch)
+            count += 1
+        if not count:
+            raise InputError(f"the {name} set is empty: pass at least one batch")
+
+    @property
+    def forget_hash(self) -> str | None:
+        return samples_hash(self._forget) if self._forget else None

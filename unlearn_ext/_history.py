@@ -1,0 +1,46 @@
+"""The history of a run, in memory and as one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ._files import atomic_path
+
+__all__ = ["History"]
+
+
+class History:
+    """Appends to ``entries`` and, with a directory, to ``history.jsonl`` in it."""
+
+    def __init__(self, directory: Path | None, entries: list[dict[str, Any]]):
+        self.entries = entries
+        self.file = None if directory is None else directory / "history.jsonl"
+
+    def clear(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def keep_until(self, iteration: int) -> None:
+        """Reads the file back and drops what a killed run logged after the checkpoint it resumes from."""
+        if self.file is None or not self.file.is_file():
+            return
+        for line in self.file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that the killed run was writing
+            if entry["iteration"] < iteration:
+                self.entries.append(entry)
+        with atomic_path(self.file) as partial:
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def add(self, entry: dict[str, Any]) -> None:
+        entry = {key: value.item() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        self.entries.append(entry)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,547 @@
+"""Find, build and load the native library.
+
+The library holds kernels only, behind PyTorch's stable ABI, and knows nothing of Python: one build serves
+every Python version and every later torch. The operators' schemas are in :mod:`unlearn_ext.ops`, which calls
+:func:`load` when the first operator runs. Importing this module starts no process and compiles nothing.
+
+:func:`load` takes the first of these that applies:
+
+1. ``UNLEARN_EXT_BACKEND=python``: no library, the pure-PyTorch operators run;
+2. a library that an ahead-of-time wheel carries (``unlearn_ext/_lib``), the best this processor can execute;
+3. a library built here before, from the cache directory;
+4. a build with ninja and the C++ compiler, into that directory, shared by all processes that start meanwhile;
+5. without compiler or ninja: the pure-PyTorch operators and one warning. ``UNLEARN_EXT_BACKEND=native`` makes
+   that an error. A compiler that is there and fails is always an error.
+
+Environment:
+
+- ``UNLEARN_EXT_BACKEND``: ``native`` or ``python`` forces one; unset chooses as above.
+- ``UNLEARN_EXT_CACHE``: the cache directory, default ``$XDG_CACHE_HOME/unlearn_ext``, else
+  ``~/.cache/unlearn_ext``.
+- ``UNLEARN_EXT_CXXFLAGS``: further flags for compiling and linking (``-fsanitize=address``); forces a build.
+- ``UNLEARN_EXT_LOCK_TIMEOUT``: seconds to wait for another process's build before building too, default 300.
+- ``UNLEARN_EXT_QUIET``: ``1`` drops the progress lines on stderr.
+- ``CXX``: the compiler. ``MAX_JOBS``: how many run at once, default one for every core.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+__all__ = ["BuildError", "ToolchainError", "backend", "build", "build_reference", "library_path", "load"]
+
+# The oldest torch whose stable ABI the library needs: major, minor, patch and so on in one byte each (2.11).
+_TORCH_TARGET = "0x020b000000000000"
+_HERE = Path(__file__).resolve().parent
+_LOG_LINES = 30
+
+# Ahead-of-time variants, best first: torch's name for what a processor offers, and the target within it.
+_X86_VARIANTS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64-v2"}
+
+
+class BuildError(RuntimeError):
+    """The library does not compile, link or load. The message ends with the compiler's last lines."""
+
+
+class ToolchainError(RuntimeError):
+    """What a build needs is not installed: the one failure for which the pure-PyTorch operators stand in."""
+
+
+# --- Loading ------------------------------------------------------------------------------------------------
+
+_load_lock = threading.Lock()
+_backend: str | None = None
+_library: Path | None = None
+
+
+def backend() -> str:
+    """Which operators run: ``"native"`` or ``"python"``. Loads the library if that has not happened yet."""
+    return load()
+
+
+def library_path() -> Path | None:
+    """The file that was loaded, or None when nothing was (yet) or the pure-PyTorch operators run."""
+    return _library
+
+
+def load() -> str:
+    """Load the native library once, building it if needed, and return ``"native"`` or ``"python"``.
+
+    Safe to call from several threads and processes at once, and cheap after the first call.
+
+    Raises:
+        ValueError: ``UNLEARN_EXT_BACKEND`` is neither ``native`` nor ``python``.
+        ToolchainError: ``UNLEARN_EXT_BACKEND=native`` and no compiler or no ninja.
+        BuildError: the sources do not compile, or the library does not load.
+    """
+    global _backend, _library
+    if _backend is None:
+        with _load_lock:
+            if _backend is None:
+                _library = _find_or_build()
+                if _library is not None:
+                    _load_library(_library)
+                # Last, because other threads read it without the lock.
+                _backend = "python" if _library is None else "native"
+    return _backend
+
+
+def _find_or_build() -> Path | None:
+    """The library to load, or None for the pure-PyTorch operators."""
+    forced = os.environ.get("UNLEARN_EXT_BACKEND", "")
+    if forced not in ("", "native", "python"):
+        raise ValueError(f"UNLEARN_EXT_BACKEND is {forced!r}: expected 'native', 'python' or nothing")
+    if forced == "python":
+        return None
+    try:
+        return _packaged_library() or build()
+    except ToolchainError as error:
+        if forced == "native":
+            raise ToolchainError(f"UNLEARN_EXT_BACKEND=native, but {error}") from None
+        warnings.warn(
+            f"unlearn_ext runs its slower pure-PyTorch operators, because {error}. "
+            "UNLEARN_EXT_BACKEND=python chooses them without this warning.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def _load_library(path: Path) -> None:
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise BuildError(f"{path} does not load: {error}. Delete it to have it built anew") from error
+
+
+def _packaged_library() -> Path | None:
+    """The ahead-of-time library for this processor, if the installed wheel carries any."""
+    if os.environ.get("UNLEARN_EXT_CXXFLAGS"):  # asks for a build of its own
+        return None
+    names = list(_X86_VARIANTS)
+    capability = torch.backends.cpu.get_cpu_capability()
+    best = names.index(capability) if capability in names else names.index("DEFAULT")
+    candidates = (_HERE / "_lib" / _variant_file(name) for name in names[best:])
+    return next((path for path in candidates if path.is_file()), None)
+
+
+# --- What to build ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One shared library: what goes into it, and the key that names it.
+
+    ``sources`` are relative to ``csrc``, where the compiler runs, so that neither the key nor the library
+    depends on where that is. ``includes`` and ``libraries`` are outside the key: ``identity`` tells what they
+    hold. CUDA, when it comes, adds sources, flags and, to ``identity``, nvcc's version and architectures.
+    """
+
+    file_name: str
+    csrc: Path
+    sources: tuple[str, ...]
+    compiler: tuple[str, ...]
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    includes: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    prefix: str = ""
+    identity: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """``prefix-hash``. Every input that can change the machine code changes the hash.
+
+        Headers count whether or not they are included: reading them all is quicker than asking the compiler.
+        """
+        digest = hashlib.sha256()
+        parts = [self.file_name, self.compiler, self.flags, self.link_flags, self.identity]
+        digest.update(json.dumps(parts, sort_keys=True).encode())
+        headers = (path.relative_to(self.csrc).as_posix() for path in self.csrc.rglob("*.h"))
+        for name in (*self.sources, *sorted(headers)):
+            content = (self.csrc / name).read_bytes()
+            digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
+        return f"{self.prefix}-{digest.hexdigest()[:16]}"
+
+
+def cpu_recipe(csrc: Path | None = None, target: str = "-march=native", file_name: str = "") -> Recipe:
+    """The CPU operators: every source in ``csrc/cpu`` and ``csrc/tensors``, compiled for ``target``."""
+    csrc = csrc or _find_csrc()
+    sources = sorted(path for room in ("cpu", "tensors") for path in (csrc / room).glob("*.cpp"))
+    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # so that no core ends with the longest
+    torch_root = Path(torch.__file__).parent
+    return _recipe(
+        csrc,
+        [path.relative_to(csrc).as_posix() for path in sources],
+        file_name or _variant_file("native"),
+        target,
+        includes=(str(torch_root / "include"),),
+        # torch is in the process before the library is, so the loader finds these by name: no rpath.
+        libraries=(f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"),
+    )
+
+
+def reference_recipe(csrc: Path | None = None) -> Recipe:
+    """``csrc/reference.cpp``: the mathematics in float64 as a Python module, for tests and notebooks."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise ToolchainError("pybind11 is not installed: `pip install 'unlearn_ext[test]'`") from None
+    return _recipe(
+        csrc or _find_csrc(),
+        ["reference.cpp"],
+        "reference" + sysconfig.get_config_var("EXT_SUFFIX"),
+        "-march=native",
+        includes=(pybind11.get_include(), sysconfig.get_path("include")),
+        identity={"pybind11": pybind11.__version__, "python": sys.version},
+    )
+
+
+def aot_recipes() -> list[Recipe]:
+    """What an ahead-of-time wheel carries: one library for each instruction set that torch tells apart."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    variants = _X86_VARIANTS if x86 else {"DEFAULT": ""}
+    return [cpu_recipe(target=target, file_name=_variant_file(name)) for name, target in variants.items()]
+
+
+def _recipe(
+    csrc: Path,
+    sources: list[str],
+    file_name: str,
+    target: str,
+    *,
+    includes: tuple[str, ...],
+    libraries: tuple[str, ...] = (),
+    identity: dict[str, str] | None = None,
+) -> Recipe:
+    if not sources or not all((csrc / name).is_file() for name in sources):
+        raise BuildError(f"the C++ sources in {csrc} are incomplete: install unlearn_ext again")
+    compiler = _find_compiler()
+    extra = shlex.split(os.environ.get("UNLEARN_EXT_CXXFLAGS", ""))
+    # -fno-math-errno lets sqrt vectorise. Nothing else of the -ffast-math family: results keep IEEE's rules.
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden"]
+    flags += [f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}"]
+    flags, macros = _settle_target(compiler, flags, target, extra)
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    return Recipe(
+        file_name=file_name,
+        csrc=csrc,
+        sources=tuple(sources),
+        compiler=compiler,
+        flags=tuple(flags),
+        link_flags=("-shared", *undefined, *extra),
+        includes=includes,
+        libraries=libraries,
+        prefix=_readable_prefix(macros),
+        identity={
+            "torch": f"{torch.__version__} {torch.version.git_version}",
+            "compiler": _run([*compiler, "-v"]),
+            "target": macros,  # what -march=native means here: one home directory may serve many processors
+            **(identity or {}),
+        },
+    )
+
+
+def _find_csrc() -> Path:
+    """Inside the package when a wheel was installed, beside it in a checkout."""
+    for csrc in (_HERE / "csrc", _HERE.parent / "csrc"):
+        if (csrc / "math").is_dir():
+            return csrc
+    raise BuildError(f"no C++ sources in {_HERE} or {_HERE.parent}: install unlearn_ext again")
+
+
+def _find_compiler() -> tuple[str, ...]:
+    """``CXX``, which may hold a launcher or arguments, or the system's compiler."""
+    install = "install one (`apt install g++`, `dnf install gcc-c++`, `conda install cxx-compiler`)"
+    if sys.platform == "win32":
+        raise ToolchainError("the native library is built on Linux and macOS only")
+    if wanted := shlex.split(os.environ.get("CXX", "")):
+        if path := shutil.which(wanted[0]):
+            return (os.path.abspath(path), *wanted[1:])
+        raise ToolchainError(f"the compiler in CXX, {wanted[0]!r}, was not found: correct it, or {install}")
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return (path,)
+    raise ToolchainError(f"no C++ compiler was found: {install}, or let CXX name it")
+
+
+def _find_ninja() -> str:
+    """ninja from the PATH or, where an environment is used without activating it, from its package."""
+    if path := shutil.which("ninja"):
+        return path
+    with contextlib.suppress(ImportError, FileNotFoundError):
+        import ninja
+
+        if path := shutil.which("ninja", path=ninja.BIN_DIR):
+            return path
+    raise ToolchainError("ninja was not found: `pip install ninja`")
+
+
+def _settle_target(compiler: tuple[str, ...], flags: list[str], target: str, extra: list[str]) -> tuple[list[str], str]:
+    """All flags, with the first spelling of the target that the compiler takes, and the macros they define.
+
+    512-bit vectors must be asked for: compilers keep to 256 bits, for the sake of processors that slow down,
+    and a kernel that streams memory does not notice that slowing.
+    """
+    spellings = [[target, "-mprefer-vector-width=512"], [target]]
+    if target == "-march=native":
+        spellings += [["-mcpu=native"], []]
+    for spelling in spellings:
+        candidate = [*flags, *filter(None, spelling), *extra]
+        try:
+            return candidate, _run([*compiler, *candidate, "-dM", "-E", "-x", "c++", os.devnull])
+        except BuildError as error:
+            refusal = error
+    raise refusal
+
+
+def _run(command: list[str]) -> str:
+    """The output of a question to the compiler, in one language whatever the locale."""
+    result = subprocess.run(
+        command,
+        env={**os.environ, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if result.returncode != 0:
+        raise BuildError(f"`{shlex.join(command)}` failed:\n{_tail(result.stdout)}")
+    return result.stdout
+
+
+def _readable_prefix(macros: str) -> str:
+    compiler = "cxx"
+    for name, macro in (("clang", "__clang_major__"), ("gcc", "__GNUC__")):  # clang defines both
+        if found := re.search(rf"^#define {macro} (\d+)$", macros, re.MULTILINE):
+            compiler = name + found.group(1)
+            break
+    return re.sub(r"[^\w.+-]", "_", f"torch{torch.__version__}-{compiler}-{platform.machine()}")
+
+
+def _variant_file(name: str) -> str:
+    return f"libunlearn_ext-{name.lower()}.so"
+
+
+# --- Building -----------------------------------------------------------------------------------------------
+
+
+def build(csrc: Path | None = None, cache: Path | None = None) -> Path:
+    """Build the CPU library unless the cache has it, and return its path.
+
+    Args:
+        csrc: the sources; default the package's own.
+        cache: where libraries are kept; default as the module says.
+
+    Raises:
+        ToolchainError: no compiler or no ninja.
+        BuildError: the sources do not compile or link.
+    """
+    return _build_cached(cpu_recipe(csrc), cache)
+
+
+@functools.cache
+def build_reference(csrc: Path | None = None, cache: Path | None = None) -> ModuleType:
+    """Build ``csrc/reference.cpp`` unless the cache has it, and import it (needs the ``test`` extra)."""
+    path = _build_cached(reference_recipe(csrc), cache)
+    loader = importlib.machinery.ExtensionFileLoader("reference", str(path))
+    spec = importlib.machinery.ModuleSpec("reference", loader, origin=str(path))
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _build_cached(recipe: Recipe, cache: Path | None) -> Path:
+    """The library from the cache, put there first if need be.
+
+    The library appears under its name complete, by a rename, or not at all: whoever sees it may load it. The
+    lock only saves work. Where it fails (a file system without locks, a holder that hangs) two processes
+    build the same thing in directories of their own, and the later rename replaces like by like.
+    """
+    root = cache or _default_cache()
+    if root is None:
+        return _build_apart(recipe, "no home directory for a cache (UNLEARN_EXT_CACHE names one)")
+    directory = root.absolute() / recipe.key
+    library = directory / recipe.file_name
+    if library.is_file():
+        return library
+    _find_ninja()  # before anything is created
+    if error := _not_writable(directory):
+        return _build_apart(recipe, f"cannot write to {directory} ({error}; UNLEARN_EXT_CACHE moves it)")
+    with _lock(directory / "lock", library.is_file):
+        if not library.is_file():
+            _sweep(directory)
+            compile_recipe(recipe, library)
+    return library
+
+
+def _not_writable(directory: Path) -> str | None:
+    """Create the directory, and tell why nothing can be written there, if so."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _build_apart(recipe: Recipe, reason: str) -> Path:
+    """Build for this process alone. The directory goes when the process ends; after a failure it stays."""
+    directory = Path(tempfile.mkdtemp(prefix="unlearn_ext-"))
+    _say(f"{reason}: building in {directory}, for this process only")
+    library = compile_recipe(recipe, directory / recipe.file_name)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return library
+
+
+def compile_recipe(recipe: Recipe, library: Path) -> Path:
+    """Compile into a private directory beside ``library``, then move the result to that name in one step.
+
+    ``build.log`` beside it keeps what the compiler said.
+    """
+    ninja = _find_ninja()
+    log = library.with_name("build.log")
+    started = time.monotonic()
+    _say(f"building {recipe.file_name} with {recipe.compiler[0]} ...")
+    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as name:
+        work = Path(name)
+        script = work / "build.ninja"
+        script.write_text(_ninja_script(recipe, work))
+        command = [ninja, "-f", str(script), "-j", os.environ.get("MAX_JOBS") or str(_cores())]
+        with open(work / log.name, "wb") as output:
+            status = subprocess.run(
+                command, cwd=recipe.csrc, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            ).returncode
+        os.replace(work / log.name, log)
+        if status != 0:
+            text = log.read_text(errors="replace")
+            raise BuildError(f"the native library does not compile. Full log: {log}\n{_tail(text)}")
+        result = work / recipe.file_name
+        with open(result, "rb") as file:
+            os.fsync(file.fileno())  # content before name: a power cut leaves no half library
+        os.replace(result, library)
+    _say(f"built in {time.monotonic() - started:.1f} s: {library}")
+    return library
+
+
+def _ninja_script(recipe: Recipe, work: Path) -> str:
+    """A build from nothing in ``work``: no dependency files, because nothing is ever rebuilt there."""
+
+    def command(*words: str) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def path(value: Path | str) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(value))
+
+    includes = ["-I.", *(word for directory in recipe.includes for word in ("-isystem", directory))]
+    objects = [work / (source.replace("/", "_") + ".o") for source in recipe.sources]
+    link = (*recipe.link_flags, *recipe.libraries)
+    lines = [
+        f"builddir = {path(work)}",
+        "rule compile",
+        f"  command = {command(*recipe.compiler, *recipe.flags, *includes)} -c $in -o $out",
+        "rule link",
+        f"  command = {command(*recipe.compiler)} $in {command(*link)} -o $out",
+    ]
+    lines += [f"build {path(o)}: compile {path(s)}" for o, s in zip(objects, recipe.sources, strict=True)]
+    lines += [f"build {path(work / recipe.file_name)}: link {' '.join(map(path, objects))}"]
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def _lock(path: Path, done: Callable[[], bool]) -> Iterator[None]:
+    """Let one builder at a time hold ``path``; stop waiting as soon as ``done()``, or after the timeout.
+
+    The kernel releases the lock when its holder ends, however it ends, so the file it leaves means nothing.
+    """
+    import fcntl  # not on Windows, where nothing gets here
+
+    timeout = _lock_timeout()
+    deadline = time.monotonic() + timeout
+    waiting = False
+    with contextlib.ExitStack() as stack:
+        file = None
+        while not done():
+            try:
+                file = file or stack.enter_context(open(path, "ab"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    _say(f"another process has held {path} for {timeout:g} s: building without it")
+                    break
+                if not waiting:
+                    _say("waiting for another process that builds the same library ...")
+                waiting = True
+                time.sleep(0.05)
+            except OSError:  # a file system without locks, or a lock that belongs to another user
+                break
+        yield
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what builders that were killed left behind. An hour is far more than a living one needs."""
+    for path in directory.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path)
+
+
+def _default_cache() -> Path | None:
+    if chosen := os.environ.get("UNLEARN_EXT_CACHE"):
+        return Path(chosen).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base, "unlearn_ext")
+    try:
+        return Path.home() / ".cache" / "unlearn_ext"
+    except RuntimeError:  # a container's user that no password file lists
+        return None
+
+
+def _lock_timeout() -> float:
+    text = os.environ.get("UNLEARN_EXT_LOCK_TIMEOUT") or "300"
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"UNLEARN_EXT_LOCK_TIMEOUT is {text!r}: expected seconds") from None
+
+
+def _cores() -> int:
+    """The cores this process may use, which in a container or a batch job are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.rstrip().splitlines()[-_LOG_LINES:])
+
+
+def _say(message: str) -> None:
+    if os.environ.get("UNLEARN_EXT_QUIET") != "1":
+        print(f"unlearn_ext: {message}", file=sys.stderr, flush=True)

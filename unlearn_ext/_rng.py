@@ -1,0 +1,55 @@
+"""The random number generators that a run may draw from, as plain JSON."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["capture", "generators_of", "restore"]
+
+
+def _encode(state: torch.Tensor) -> str:
+    return state.cpu().numpy().tobytes().hex()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """Generators that a DataLoader and its samplers own, which the global state does not cover."""
+    owners = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    owners.append(getattr(owners[2], "sampler", None))
+    found: list[torch.Generator] = []
+    for owner in owners:
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
+            found.append(generator)
+    return found
+
+
+def capture(generators: list[torch.Generator] | None = None) -> dict[str, Any]:
+    """States of torch (CPU and CUDA), Python, NumPy and the given generators."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "generators": [_encode(generator.get_state()) for generator in generators or []],
+    }
+
+
+def restore(state: dict[str, Any], generators: list[torch.Generator] | None = None) -> None:
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_decode(text) for text in state["cuda"]])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    for generator, text in zip(generators or [], state["generators"], strict=True):
+        generator.set_state(_decode(text))

@@ -1,0 +1,64 @@
+"""Endless batches from a re-iterable, at a position that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from . import _rng
+from .errors import InputError
+
+__all__ = ["BatchStream"]
+
+
+class BatchStream:
+    """Batches of one data set, iterated again with ``iter()`` when it ends and never stored.
+
+    A DataLoader shuffles anew each time. The position is the state of all generators at the last start and the
+    number of batches taken since: a resumed stream starts from the one and skips the other.
+    """
+
+    def __init__(self, name: str, data: Iterable[Any]):
+        if not hasattr(data, "__iter__"):
+            raise InputError(f"the {name} set is no iterable of batches but a {type(data).__name__}: pass a DataLoader")
+        if isinstance(data, Iterator):
+            raise InputError(
+                f"the {name} set is a one-shot iterator, and several passes are needed: pass a list or a DataLoader"
+            )
+        self.name, self.data = name, data
+        self._iterator: Iterator[Any] | None = None
+        self._start_state: dict[str, Any] | None = None
+        self._taken = 0
+
+    def take(self) -> Any:
+        if self._iterator is not None:
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                pass
+            else:
+                self._taken += 1
+                return batch
+        # A sampler may draw its seed at iter() or at the first batch: the two stand together, here and in seek().
+        self._start_state = _rng.capture(_rng.generators_of(self.data))
+        self._iterator = iter(self.data)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            raise InputError(f"the {self.name} set is empty: pass at least one batch") from None
+        self._taken = 1
+        return batch
+
+    def position(self) -> dict[str, Any] | None:
+        return None if self._iterator is None else {"start": self._start_state, "taken": self._taken}
+
+    def seek(self, position: dict[str, Any] | None) -> None:
+        """Moves to a saved position. The caller restores all generators afterwards."""
+        if position is None:
+            return
+        _rng.restore(position["start"], _rng.generators_of(self.data))
+        self._start_state, self._taken = position["start"], position["taken"]
+        self._iterator = iter(self.data)
+        for _ in range(self._taken):
+            if next(self._iterator, None) is None:
+                raise InputError(f"the {self.name} set is shorter than when the checkpoint was made: pass the same data")

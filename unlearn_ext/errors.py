@@ -1,0 +1,21 @@
+"""What can go wrong through the user's input or data; every message is one sentence that says what to do."""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "NonFiniteError", "ProtectionError", "UnlearnError"]
+
+
+class UnlearnError(Exception):
+    """Base of the errors that the command line prints without a traceback."""
+
+
+class InputError(UnlearnError, ValueError):
+    """An argument, a data set or a file does not fit."""
+
+
+class NonFiniteError(UnlearnError, ArithmeticError):
+    """A loss or a gradient is inf or NaN. The weights are those before the step: nothing was written."""
+
+
+class ProtectionError(UnlearnError, RuntimeError):
+    """A protected weight has changed: something outside the optimizer wrote to it."""

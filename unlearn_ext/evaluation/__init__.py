@@ -1,0 +1,9 @@
+"""What a model still knows: metrics on logits, and membership inference.
+
+Every function takes logits, not models, so that one pass over the data (:func:`predict`) serves all of them.
+"""
+
+from .membership import entropy_mia
+from .metrics import GAP_KEYS, accuracy, average_gap, js_divergence, kl_divergence, predict
+
+__all__ = ["GAP_KEYS", "accuracy", "average_gap", "entropy_mia", "js_divergence", "kl_divergence", "predict"]

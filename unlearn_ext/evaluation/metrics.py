@@ -1,0 +1,212 @@
+"""Accuracies, divergences to a retrained model, and the average gap.
+
+Everything is computed in float64 on the CPU, whatever the dtype and device of the logits: these are the
+numbers that get printed, and they are cheap.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GAP_KEYS = ("FA", "RA", "TA", "MIA_entropy")
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of samples whose largest logit stands at the label: mean over i of [argmax_k logits_ik = y_i].
+
+    Args:
+        logits: ``[N, K]``, any floating dtype and device, finite.
+        labels: ``[N]``, any integer dtype, values in ``[0, K)``.
+
+    Returns:
+        A fraction in ``[0, 1]``. Among equal largest logits the first class counts as predicted.
+
+    Raises:
+        ValueError: on empty input, wrong shapes, non-finite logits, or labels out of range.
+    """
+    logits = checked_logits(logits, "logits")
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dim() != 1
+        or labels.is_floating_point()
+        or labels.is_complex()
+    ):
+        raise ValueError(f"labels: expected a 1-d tensor of integer class indices, got {_describe(labels)}")
+    labels = labels.detach().to("cpu", torch.int64)
+    if len(labels) != len(logits):
+        raise ValueError(
+            f"labels: expected {len(logits)} entries, one for each row of logits, got {len(labels)}"
+        )
+    classes = logits.shape[1]
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= classes:
+        raise ValueError(f"labels: expected values in [0, {classes}), got values from {lowest} to {highest}")
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def kl_divergence(retrained_logits: Tensor, unlearned_logits: Tensor) -> float:
+    """Mean over samples of KL(p ‖ q) = Σ_k p_k (ln p_k − ln q_k), in nats.
+
+    ``p`` is the softmax of the retrained model's logits and ``q`` that of the unlearned model's, on the same
+    samples in the same order; usually the forget set (SFR-on, arXiv 2409.19732). It is 0 where they agree.
+
+    Args:
+        retrained_logits, unlearned_logits: ``[N, K]`` each, any floating dtypes and devices, finite.
+
+    Raises:
+        ValueError: on empty input, wrong or different shapes, or non-finite logits.
+    """
+    log_p, log_q = _paired_log_softmax(retrained_logits, unlearned_logits)
+    return _mean_kl(log_p, log_q)
+
+
+def js_divergence(retrained_logits: Tensor, unlearned_logits: Tensor) -> float:
+    """Mean over samples of JS(p, q) = (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2, in nats.
+
+    Symmetric and bounded by ln 2, so that a few confident samples cannot dominate it as they dominate
+    :func:`kl_divergence`. Arguments and errors are those of :func:`kl_divergence`.
+    """
+    log_p, log_q = _paired_log_softmax(retrained_logits, unlearned_logits)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    return (_mean_kl(log_p, log_m) + _mean_kl(log_q, log_m)) / 2
+
+
+def average_gap(
+    metrics: Mapping[str, float], reference: Mapping[str, float], keys: Sequence[str] = GAP_KEYS
+) -> float:
+    """Distance of a model from the retrained one: mean over ``keys`` of abs(metrics[key] − reference[key]).
+
+    Args:
+        metrics: the judged model's metrics, as fractions.
+        reference: the same metrics of the model retrained without the forget set.
+        keys: which metrics count; the default is SFR-on's protocol (arXiv 2409.19732).
+
+    Raises:
+        ValueError: when ``keys`` is empty, or a metric is missing or not a finite number.
+    """
+    if not keys:
+        raise ValueError("keys: expected at least one metric to average over, got none")
+    return sum(
+        abs(_value(metrics, "metrics", key) - _value(reference, "reference", key)) for key in keys
+    ) / len(keys)
+
+
+def predict(
+    model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run ``model`` over ``batches`` in eval mode and collect its logits.
+
+    Args:
+        model: returns logits ``[B, K]``, or an object that has them as ``.logits``.
+        batches: an iterable of ``(inputs, labels)``, or of dicts with ``pixel_values`` and ``labels``.
+        device: where the inputs are sent; by default where the model's first parameter is.
+
+    Returns:
+        ``(logits, labels)``: float32 ``[N, K]`` and int64 ``[N]``, both on the CPU, in the order of the
+        batches. Every module's training flag is as it was before, also after an error.
+
+    Raises:
+        ValueError: when there are no batches, or a batch or the model's output has not the form above.
+    """
+    if device is None:
+        first = next(model.parameters(), None)
+        device = first.device if first is not None else torch.device("cpu")
+    training = {module: module.training for module in model.modules()}
+    logits, labels = [], []
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                inputs, targets = _unpack(batch)
+                output = model(inputs.to(device))
+                output = getattr(output, "logits", output)
+                if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(targets):
+                    raise ValueError(
+                        f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
+                        f"got {_describe(output)}"
+                    )
+                # Copying to the host waits for the device, but logits of a large set need not pile up there.
+                logits.append(output.detach().to("cpu", torch.float32))
+                labels.append(targets.detach().to("cpu", torch.int64))
+    finally:
+        # Module by module: a model in train mode may hold frozen modules in eval mode, and the reverse.
+        for module, flag in training.items():
+            module.training = flag
+    if not logits:
+        raise ValueError("batches: expected at least one batch, got none")
+    return torch.cat(logits), torch.cat(labels)
+
+
+def checked_logits(logits: Tensor, name: str) -> Tensor:
+    """``logits`` as float64 on the CPU, refused unless it is a finite, non-empty ``[N, K]`` with K ≥ 2."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating-point tensor of shape [samples, classes], got {_describe(logits)}"
+        )
+    if logits.shape[0] == 0 or logits.shape[1] < 2:
+        raise ValueError(
+            f"{name}: expected at least one sample and two classes, got shape {list(logits.shape)}"
+        )
+    logits = logits.detach().to("cpu").to(torch.float64)  # two moves: some devices have no float64
+    finite = torch.isfinite(logits).all(dim=1)
+    if not finite.all():
+        bad = int((~finite).nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected finite values, got {int((~finite).sum())} rows with inf or NaN, "
+            f"the first at index {bad}"
+        )
+    return logits
+
+
+def _paired_log_softmax(retrained_logits: Tensor, unlearned_logits: Tensor) -> tuple[Tensor, Tensor]:
+    p = checked_logits(retrained_logits, "retrained_logits")
+    q = checked_logits(unlearned_logits, "unlearned_logits")
+    if p.shape != q.shape:
+        raise ValueError(
+            f"unlearned_logits: expected shape {list(p.shape)} as retrained_logits has, got {list(q.shape)}"
+        )
+    return p.log_softmax(dim=1), q.log_softmax(dim=1)
+
+
+def _mean_kl(log_p: Tensor, log_q: Tensor) -> float:
+    p = log_p.exp()
+    # A probability that underflowed to 0 contributes 0, its limit, even where its logarithm is −inf.
+    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    # A divergence is never negative; rounding alone can leave −1e-17 where p equals q.
+    return terms.sum(dim=1).clamp_min(0.0).mean().item()
+
+
+def _value(metrics: Mapping[str, float], name: str, key: str) -> float:
+    value = metrics.get(key)
+    if value is None:
+        raise ValueError(f"{name}: expected the metric {key!r}, got {sorted(metrics)}")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected {key!r} to be a finite number, got {value}")
+    return value
+
+
+def _unpack(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, Mapping):
+        inputs, labels = batch.get("pixel_values"), batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+    else:
+        inputs = labels = None
+    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
+        raise ValueError(
+            "batches: expected (inputs, labels) or a dict with tensors pixel_values and labels, "
+            f"got {_describe(batch)}"
+        )
+    return inputs, labels
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {list(value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,110 @@
+"""SFR-on: saliency-masked, adaptively weighted forgetting in the retain geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import schedules
+from .base import ForgetLoss, Method
+
+__all__ = ["SFRon", "adaptive_shares"]
+
+
+def adaptive_shares(losses: Tensor, lambd: float, eps: float) -> Tensor:
+    r"""Each sample's share of the forget gradient, summing to 1: :math:`c_i / \sum c`,
+    :math:`c_i = 1 / (\mathrm{detach}(l_i)^\lambda + \epsilon)`.
+
+    Well-remembered samples (small losses) get more. Computed in float32 or wider. Mind eps: a float32
+    cross-entropy can be exactly 0, and such a sample's c is 1/eps.
+    """
+    losses = losses.detach()
+    wide = losses if losses.dtype == torch.float64 else losses.float()
+    coefficients = 1.0 / (wide.clamp_min(0.0) ** lambd + eps)
+    return coefficients / coefficients.sum()
+
+
+@dataclass(kw_only=True)
+class SFRon(Method):
+    r"""SFR-on, arXiv 2409.19732 (NeurIPS 2024).
+
+    Saliency: ``(F_f + fisher_eps) / (F_r + fisher_eps) >= gamma`` on Fisher diagonals measured at the start.
+    Forget term: :math:`-\alpha_t \sum_i \frac{c_i}{\sum c} l_i` with :func:`adaptive_shares`, on the mask.
+    Retain term: the mean loss on retain batches, every weight. Geometry: retain steps from the forgotten weights
+    approximate the retain Hessian's inverse; then the slow weights follow (``slow_rate``, ``slow_freq``).
+
+    Args:
+        forget_alpha: strength at the start.
+        forget_schedule: its course over the run.
+        lambd: exponent of the adaptive weights; 0 is plain gradient ascent.
+        gamma: the Fisher ratio a weight must reach to be moved by forgetting; None: no mask.
+        adaptive_eps: eps of the adaptive weights.
+        fisher_eps: eps of the ratio.
+        fisher_batches: measure on at most this many batches of each set.
+        mask: a ready mask, used instead of measuring.
+
+    The remaining arguments are those of :class:`Method` and of the optimizer.
+    """
+
+    name: ClassVar[str] = "sfron"
+    # Settings of the released code (K1nght/Unified-Unlearning-w-Remain-Geometry); batches of 128.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar10-resnet18": {
+            "rule": "momentum",
+            "lr": 0.01,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "lr_schedule": "cosine",
+            "iterations": 1500,
+            "forget_freq": 5,
+            "forget_alpha": 25.0,
+            "forget_schedule": "cosine",
+            "lambd": 0.5,
+            "gamma": 1.0,
+            "max_norm": 7.0,
+        },
+        "tinyimagenet-swin": {
+            "rule": "adamw",
+            "lr": 2e-5,
+            "weight_decay": 0.05,
+            "lr_schedule": "cosine",
+            "iterations": 500,
+            "forget_freq": 1,
+            "forget_alpha": 500.0,
+            "forget_schedule": "cosine",
+            "lambd": 0.6,
+            "gamma": 1.0,
+            "max_norm": 7.0,
+        },
+    }
+
+    forget_alpha: float = 1.0
+    forget_schedule: str = "cosine"
+    lambd: float = 0.5
+    gamma: float | None = 1.0
+    adaptive_eps: float = 1e-15
+    fisher_eps: float = 1e-15
+    fisher_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedules.check("forget_schedule", self.forget_schedule)
+        if self.lambd < 0:
+            raise InputError(f"lambd: expected 0 or more, got {self.lambd}")
+        if not self.adaptive_eps > 0 or not self.fisher_eps > 0:
+            raise InputError("adaptive_eps and fisher_eps: expected more than 0")
+
+    @property
+    def needs_fisher(self) -> bool:
+        return self.mask is None and self.gamma is not None
+
+    def strength(self, iteration: int) -> float:
+        return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)
+
+    def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
+        shares = adaptive_shares(losses, self.lambd, self.adaptive_eps)
+        return ForgetLoss(-self.strength(iteration) * (shares * losses).sum(), shares.max())

@@ -1,0 +1,404 @@
+"""The operators: typed functions over lists of tensors.
+
+Every operator takes lists, pairs them element by element and does its work in one pass over memory. The schemas
+are defined here, once, for both backends; the kernels are compiled on first use (:mod:`unlearn_ext._native`), or
+replaced by PyTorch operations where there is no compiler (:mod:`unlearn_ext._python_ops`).
+
+Contracts that hold for all of them:
+
+- Operands of one index must have equal shapes. Differing strides are handled; a channels_last weight with a
+  contiguous gradient pairs the right elements.
+- Bits are int32 words in the tensor's own memory order: weight i is bit ``i % 32`` of word ``i // 32``.
+- The opmath type is float64 for float64 weights and float32 for all others; moments and slow weights have it.
+- Errors name operator, argument, index, expected and got, and are raised before anything is written.
+- Results are the same bits on every run and for every number of threads.
+- In-place operators bump the version counters, and refuse tensors that autograd is following.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _native, _python_ops
+
+__all__ = [
+    "RULES",
+    "SCALARS",
+    "accumulate_fisher_",
+    "count_bits",
+    "gradient_products",
+    "pack_bits",
+    "ratio_bits",
+    "scalars",
+    "step_",
+    "unpack_bits",
+]
+
+RULES = ("sgd", "momentum", "adam", "adamw")
+MASK_SCOPES = ("forget", "all")
+
+# Layout of the scalar tensor; enum ScalarIndex in csrc/math/update.h lists the same names.
+SCALARS = (
+    "lr",
+    "forget_weight",
+    "retain_weight",
+    "forget_clip",
+    "retain_clip",
+    "momentum",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "step",
+    "bias_correction1",
+    "bias_correction2",
+    "slow_rate",
+    "inverse_scale",
+    "skip",
+)
+
+# --- Registration -------------------------------------------------------------------------------------------
+
+_SCHEMAS = (
+    "step_(Tensor(a!)[] weights, Tensor(b!)[] slow, Tensor(c!)[] first_moments, Tensor(d!)[] second_moments, "
+    "Tensor[] forget_grads, Tensor[] retain_grads, Tensor[] bits, Tensor scalars, int rule, bool mask_retain, "
+    "bool protect, int rounding_seed) -> ()",
+    "gradient_products(Tensor[] forget_grads, Tensor[] retain_grads, Tensor[] bits, bool mask_retain) -> Tensor",
+    "accumulate_fisher_(Tensor(a!)[] fisher, Tensor[] grads, float weight) -> ()",
+    "ratio_bits(Tensor[] forget_fisher, Tensor[] retain_fisher, float gamma, float eps, float forget_scale, "
+    "float retain_scale) -> (Tensor[], Tensor)",
+    "pack_bits(Tensor[] masks) -> Tensor[]",
+    "unpack_bits(Tensor[] bits, Tensor[] like) -> Tensor[]",
+    "count_bits(Tensor[] bits) -> Tensor",
+)
+# Devices the native library has kernels for; tensors elsewhere take the pure-PyTorch path.
+_NATIVE_DEVICES = frozenset({"cpu"})
+
+_library = torch.library.Library("unlearn_ext", "DEF")
+
+
+def _first_use_kernel(name: str):
+    """The kernel behind an operator until the native one is loaded, and for devices that have no native one.
+
+    It stands under a key that a device's own kernel outranks, so once the library is loaded it costs nothing,
+    and every way into the operator (eager, compiled, direct) loads the library.
+    """
+    fallback = getattr(_python_ops, name)
+
+    def kernel(*args):
+        device = next(t.device.type for arg in args if isinstance(arg, list) for t in arg)
+        if device in _NATIVE_DEVICES and _native.load() == "native":
+            return getattr(torch.ops.unlearn_ext, name).default(*args)
+        return fallback(*args)
+
+    return kernel
+
+
+def _register() -> None:
+    for schema in _SCHEMAS:
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, _first_use_kernel(name), "CompositeExplicitAutograd")
+
+
+_register()
+
+
+@torch.library.register_fake("unlearn_ext::step_", lib=_library)
+def _(weights, slow, first, second, forget, retain, bits, scalars, rule, mask_retain, protect, seed):
+    return None
+
+
+@torch.library.register_fake("unlearn_ext::gradient_products", lib=_library)
+def _(forget_grads, retain_grads, bits, mask_retain):
+    return (forget_grads or retain_grads)[0].new_empty(4, dtype=torch.float64)
+
+
+@torch.library.register_fake("unlearn_ext::accumulate_fisher_", lib=_library)
+def _(fisher, grads, weight):
+    return None
+
+
+def _fake_words(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty((t.numel() + 31) // 32, dtype=torch.int32) for t in tensors]
+
+
+@torch.library.register_fake("unlearn_ext::ratio_bits", lib=_library)
+def _(forget_fisher, retain_fisher, gamma, eps, forget_scale, retain_scale):
+    return _fake_words(forget_fisher), forget_fisher[0].new_empty(len(forget_fisher), dtype=torch.int64)
+
+
+@torch.library.register_fake("unlearn_ext::pack_bits", lib=_library)
+def _(masks):
+    return _fake_words(masks)
+
+
+@torch.library.register_fake("unlearn_ext::unpack_bits", lib=_library)
+def _(bits, like):
+    return [torch.empty_like(t, dtype=torch.bool) for t in like]
+
+
+@torch.library.register_fake("unlearn_ext::count_bits", lib=_library)
+def _(bits):
+    return bits[0].new_empty(len(bits), dtype=torch.int64)
+
+
+# --- Guards -------------------------------------------------------------------------------------------------
+
+
+def _refuse_followed(op: str, **lists: Sequence[Tensor]) -> None:
+    """In-place kernels are invisible to autograd: writing to a tensor it follows would give wrong gradients."""
+    if not torch.is_grad_enabled():
+        return
+    for argument, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            if t.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {argument}[{i}]: expected a tensor that autograd does not follow, got one that "
+                    "requires grad while gradients are recorded; call it under torch.no_grad()"
+                )
+
+
+def _bump_versions(*lists: Sequence[Tensor]) -> None:
+    # Compiled graphs account for mutation themselves.
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version([t for tensors in lists for t in tensors])
+
+
+def _mask_retain(op: str, mask_scope: str) -> bool:
+    if mask_scope not in MASK_SCOPES:
+        raise ValueError(f"{op}: mask_scope: expected one of {', '.join(MASK_SCOPES)}, got {mask_scope!r}")
+    return mask_scope == "all"
+
+
+# --- Operators ----------------------------------------------------------------------------------------------
+
+
+def scalars(
+    *,
+    lr: float,
+    forget_weight: float = 1.0,
+    retain_weight: float = 1.0,
+    forget_clip: float | Tensor = 1.0,
+    retain_clip: float | Tensor = 1.0,
+    momentum: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int = 1,
+    slow_rate: float = 1.0,
+    inverse_scale: float = 1.0,
+    skip: bool | Tensor = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The scalars of one :func:`step_` as a float64 tensor, in the order of :data:`SCALARS`.
+
+    They live in a tensor so that a step never waits for the device. ``forget_clip``, ``retain_clip`` and ``skip``
+    may be 0-d tensors, as computed from :func:`gradient_products`.
+
+    Args:
+        lr: learning rate.
+        forget_weight, retain_weight: factors of the two gradients.
+        forget_clip, retain_clip: further factors of the two gradients, from clipping by norm.
+        momentum: factor of the momentum buffer, for rule ``momentum``.
+        beta1, beta2, eps: of rules ``adam`` and ``adamw``.
+        weight_decay: coupled (added to the gradient), or decoupled for ``adamw``.
+        step: how many steps the moments have seen including this one, from 1; for the bias corrections.
+        slow_rate: how far the slow weights move towards the fast ones.
+        inverse_scale: 1 / loss scale, a factor of both gradients.
+        skip: true when a gradient is not finite; the step then writes nothing.
+    """
+    if step < 1:
+        raise ValueError(f"scalars: step: expected a count from 1, got {step}")
+    values = {
+        "lr": lr,
+        "forget_weight": forget_weight,
+        "retain_weight": retain_weight,
+        "forget_clip": forget_clip,
+        "retain_clip": retain_clip,
+        "momentum": momentum,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "step": step,
+        "bias_correction1": 1.0 - beta1**step,
+        "bias_correction2": 1.0 - beta2**step,
+        "slow_rate": slow_rate,
+        "inverse_scale": inverse_scale,
+        "skip": skip,
+    }
+    ordered = [values[name] for name in SCALARS]
+    result = torch.tensor(
+        [0.0 if isinstance(v, Tensor) else float(v) for v in ordered], dtype=torch.float64, device=device
+    )
+    for i, value in enumerate(ordered):
+        if isinstance(value, Tensor):
+            result[i] = value
+    return result
+
+
+def step_(
+    weights: Sequence[Tensor],
+    *,
+    rule: str,
+    scalars: Tensor,
+    forget_grads: Sequence[Tensor] = (),
+    retain_grads: Sequence[Tensor] = (),
+    slow: Sequence[Tensor] = (),
+    first_moments: Sequence[Tensor] = (),
+    second_moments: Sequence[Tensor] = (),
+    bits: Sequence[Tensor] = (),
+    mask_scope: str = "forget",
+    protect: bool = False,
+    rounding_seed: int | None = None,
+) -> None:
+    """Moves a list of weights by one step, in place and in one pass over memory.
+
+    Per weight, in the opmath type::
+
+        g      = (keep ? inverse_scale * forget_weight * forget_clip * g_f : 0)
+               + inverse_scale * retain_weight * retain_clip * g_r
+        theta' = rule(theta, g)
+        slow'  = slow + slow_rate * (theta' - slow);  theta' = slow'      (only when `slow` is given)
+
+    Gradients are descent directions: g_f is the gradient of what forgetting minimises. Masked-out gradients are
+    deselected, not multiplied by zero, so an inf or a NaN among them cannot leak. With neither gradient list only
+    the interpolation happens.
+
+    Args:
+        weights: float64, float32, bfloat16 or float16 tensors, n of them.
+        rule: ``sgd``, ``momentum`` (torch.optim.SGD's convention), ``adam`` (coupled decay) or ``adamw``
+            (decoupled decay), each as in torch.optim.
+        scalars: from :func:`scalars`.
+        forget_grads, retain_grads: n tensors each, or none; any floating dtype.
+        slow: n slow weights when the round closes with this step, else none.
+        first_moments: n momentum buffers or first moments, where the rule has them; zero at the start.
+        second_moments: n second moments, for ``adam`` and ``adamw``.
+        bits: n masks as packed bits, or none.
+        mask_scope: ``forget`` masks the forget gradient only, ``all`` both.
+        protect: a weight whose bit is 0 keeps its exact bits, and so do its moments and slow weight: no momentum,
+            no decay, no interpolation.
+        rounding_seed: round bfloat16 weights stochastically with this seed (0 or more) instead of to nearest, so
+            that steps smaller than half a unit in the last place are not lost on average. Use a new seed each step.
+
+    Raises:
+        RuntimeError: operands that do not fit together, or weights that autograd is following.
+        ValueError: an unknown rule or mask scope, or a negative seed.
+
+    Source: SFR-on, arXiv 2409.19732; csrc/math/update.h.
+    """
+    if rule not in RULES:
+        raise ValueError(f"step_: rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    mask_retain = _mask_retain("step_", mask_scope)
+    if rounding_seed is not None and rounding_seed < 0:
+        raise ValueError(f"step_: rounding_seed: expected 0 or more, got {rounding_seed}")
+    if not weights:
+        return
+    _refuse_followed("step_", weights=weights, slow=slow)
+    torch.ops.unlearn_ext.step_(
+        list(weights),
+        list(slow),
+        list(first_moments),
+        list(second_moments),
+        list(forget_grads),
+        list(retain_grads),
+        list(bits),
+        scalars,
+        RULES.index(rule),
+        mask_retain,
+        protect,
+        -1 if rounding_seed is None else rounding_seed,
+    )
+    _bump_versions(weights, slow, first_moments, second_moments)
+
+
+def gradient_products(
+    forget_grads: Sequence[Tensor] = (),
+    retain_grads: Sequence[Tensor] = (),
+    bits: Sequence[Tensor] = (),
+    mask_scope: str = "forget",
+) -> Tensor:
+    """Sums over all weights of two gradient lists, in one read.
+
+    Returns:
+        float64 tensor of 4: Σ g_f², Σ g_r², Σ g_f·g_r and the count of non-finite entries; a masked-out entry
+        counts nowhere. Sums are in double, in a fixed order. With one list absent its sums are 0.
+    """
+    mask_retain = _mask_retain("gradient_products", mask_scope)
+    if not forget_grads and not retain_grads:
+        raise ValueError("gradient_products: forget_grads, retain_grads: expected at least one list, got none")
+    return torch.ops.unlearn_ext.gradient_products(list(forget_grads), list(retain_grads), list(bits), mask_retain)
+
+
+def accumulate_fisher_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
+    """F += weight · g², the running diagonal of the empirical Fisher information, in place.
+
+    Args:
+        fisher: float32 or float64 tensors.
+        grads: one gradient of equal shape for each, of any floating dtype.
+        weight: factor of the squares.
+    """
+    if not fisher and not grads:
+        return
+    if not fisher:
+        raise ValueError(f"accumulate_fisher_: grads: expected no tensors (one for each of fisher), got {len(grads)}")
+    _refuse_followed("accumulate_fisher_", fisher=fisher)
+    torch.ops.unlearn_ext.accumulate_fisher_(list(fisher), list(grads), weight)
+    _bump_versions(fisher)
+
+
+def ratio_bits(
+    forget_fisher: Sequence[Tensor],
+    retain_fisher: Sequence[Tensor],
+    *,
+    gamma: float = 1.0,
+    eps: float = 1e-15,
+    forget_scale: float = 1.0,
+    retain_scale: float = 1.0,
+) -> tuple[list[Tensor], Tensor]:
+    """SFR-on's saliency mask: a bit is set where (F_f·forget_scale + eps) / (F_r·retain_scale + eps) ≥ gamma.
+
+    Args:
+        forget_fisher, retain_fisher: float32 or float64 tensors of equal shapes; sums or means.
+        gamma: the ratio a weight must reach to be kept.
+        eps: keeps the ratio finite; in the dtype of the Fisher tensors.
+        forget_scale, retain_scale: turn sums into means.
+
+    Returns:
+        int32 words per tensor, in the memory order of ``forget_fisher``, and the int64 count of set bits of each.
+        A NaN ratio gives 0.
+
+    Source: arXiv 2409.19732.
+    """
+    if not forget_fisher and not retain_fisher:
+        return [], torch.zeros(0, dtype=torch.int64)
+    if not forget_fisher:
+        raise ValueError(f"ratio_bits: retain_fisher: expected no tensors, got {len(retain_fisher)}")
+    bits, counts = torch.ops.unlearn_ext.ratio_bits(
+        list(forget_fisher), list(retain_fisher), gamma, eps, forget_scale, retain_scale
+    )
+    return bits, counts
+
+
+def pack_bits(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Bool tensors to int32 words of ⌈n/32⌉ each, in each tensor's memory order; the tail bits are zero."""
+    return torch.ops.unlearn_ext.pack_bits(list(masks)) if masks else []
+
+
+def unpack_bits(bits: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`pack_bits`: bool tensors with the shapes and the memory order of ``like``."""
+    if not bits and not like:
+        return []
+    if not like:
+        raise ValueError(f"unpack_bits: bits: expected no tensors (one for each of like), got {len(bits)}")
+    return torch.ops.unlearn_ext.unpack_bits(list(bits), list(like))
+
+
+def count_bits(bits: Sequence[Tensor]) -> Tensor:
+    """How many bits are set in each tensor of words: int64 tensor of len(bits)."""
+    return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,485 @@
+"""UnlearnOptimizer: a torch.optim.Optimizer whose step is the fused unlearning update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import InputError, NonFiniteError
+from .saliency import SaliencyMask
+
+__all__ = ["StepConfig", "UnlearnOptimizer"]
+
+_MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
+_MOMENTS["adamw"] = _MOMENTS["adam"]
+
+
+@dataclass(kw_only=True)
+class StepConfig:
+    """The optimizer's arguments, once for the optimizer and for every method. :class:`UnlearnOptimizer` says more."""
+
+    rule: str = "momentum"
+    lr: float = 0.01
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    retain_max_norm: float | None = None
+    slow_rate: float = 1.0
+    slow_freq: int = 1
+    mask_scope: str = "forget"
+    protect: bool = False
+    dual_state: bool = False
+    forget_rule: str | None = None
+    forget_lr: float | None = None
+    stochastic_rounding: bool = False
+
+    def make_optimizer(self, named_parameters: Iterable[tuple[str, Tensor]], mask: SaliencyMask | None):
+        arguments = {field.name: getattr(self, field.name) for field in fields(StepConfig)}
+        return UnlearnOptimizer(list(named_parameters), mask=mask, **arguments)
+
+
+def _check_arguments(rule: str, forget_rule: str | None, **values: Any) -> None:
+    for name, value in (("rule", rule), ("forget_rule", forget_rule)):
+        if value is not None and value not in ops.RULES:
+            raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {value!r}")
+    if forget_rule is not None and not values["dual_state"]:
+        raise InputError("forget_rule needs a state of its own: set dual_state=True")
+    if values["mask_scope"] not in ops.MASK_SCOPES:
+        raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {values['mask_scope']!r}")
+    if values["slow_freq"] < 1:
+        raise InputError(f"slow_freq: expected a count from 1, got {values['slow_freq']}")
+    if not 0.0 < values["slow_rate"] <= 1.0:
+        raise InputError(f"slow_rate: expected a rate in (0, 1], got {values['slow_rate']}")
+    for name in ("lr", "forget_lr", "momentum", "eps", "weight_decay"):
+        if values[name] is not None and not values[name] >= 0.0:
+            raise InputError(f"{name}: expected 0 or more, got {values[name]}")
+    for name in ("max_norm", "retain_max_norm"):
+        if values[name] is not None and not values[name] > 0.0:
+            raise InputError(f"{name}: expected more than 0, or None for no clipping, got {values[name]}")
+    if not all(0.0 <= beta < 1.0 for beta in values["betas"]):
+        raise InputError(f"betas: expected two numbers in [0, 1), got {values['betas']}")
+    if values["protect"] and values["mask"] is None:
+        raise InputError("protect=True needs a mask that says what to protect")
+
+
+@dataclass
+class _Bucket:
+    """Parameters that one operator call can take: same group, same gradients present, same step count, one device."""
+
+    group: dict[str, Any]
+    indices: list[int]
+    has_forget: bool
+    has_retain: bool
+    count: int
+
+
+class UnlearnOptimizer(torch.optim.Optimizer):
+    r"""Forget and retain steps as one fused update each.
+
+    Per weight, with g_f and g_r descent directions (g_f is the gradient of :math:`-\alpha L_f`)::
+
+        g      = (keep ? forget_weight * clip_f * g_f : 0) + retain_weight * clip_r * g_r
+        theta' = rule(theta, g)
+        slow'  = slow + slow_rate * (theta' - slow);  theta' = slow'       every slow_freq-th retain or joint step
+        clip_f = min(1, max_norm / (|| forget_weight * mask * g_f || + 1e-6)), clip_r likewise, without mask
+
+    ``forget_step`` uses g_f alone, ``retain_step`` and ``step`` g_r alone, ``joint_step`` both at once. The norms run
+    over all parameters. Steps never wait for a device; on the CPU a non-finite gradient raises before anything is
+    written, elsewhere the step writes nothing and :meth:`raise_if_non_finite` tells.
+
+    Args:
+        params_or_named_params: what torch.optim takes; named parameters (``model.named_parameters()``) are required
+            with a mask, and make errors readable.
+        rule: ``sgd``, ``momentum``, ``adam`` or ``adamw``, as in torch.optim.
+        lr, momentum, betas, eps, weight_decay: as in torch.optim; decay is decoupled for ``adamw`` only.
+        max_norm: clip the masked, weighted forget gradient to this norm. None: no clipping.
+        retain_max_norm: the same for the retain gradient.
+        forget_weight, retain_weight: factors of the gradients.
+        slow_rate: how far the slow weights move at the end of a round. 1 keeps no slow copy at all.
+        slow_freq: retain or joint steps in a round.
+        mask: which weights forget gradients may move.
+        mask_scope: ``forget`` masks forget gradients, ``all`` every gradient.
+        protect: in a masked step a weight outside the mask keeps its exact bits, moments and slow weight included.
+        dual_state: forget steps have moments of their own (DualOptim, arXiv 2504.15827).
+        forget_rule, forget_lr: rule and learning rate of forget steps; a scheduler scales both rates alike.
+        stochastic_rounding: round bfloat16 weights stochastically, for training without a float32 copy.
+
+    Source: SFR-on, arXiv 2409.19732.
+    """
+
+    def __init__(
+        self,
+        params_or_named_params: Iterable[Any],
+        *,
+        rule: str,
+        lr: float,
+        momentum: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        retain_max_norm: float | None = None,
+        forget_weight: float = 1.0,
+        retain_weight: float = 1.0,
+        slow_rate: float = 1.0,
+        slow_freq: int = 1,
+        mask: SaliencyMask | None = None,
+        mask_scope: str = "forget",
+        protect: bool = False,
+        dual_state: bool = False,
+        forget_rule: str | None = None,
+        forget_lr: float | None = None,
+        stochastic_rounding: bool = False,
+    ):
+        _check_arguments(
+            rule,
+            forget_rule,
+            dual_state=dual_state,
+            mask_scope=mask_scope,
+            slow_freq=slow_freq,
+            slow_rate=slow_rate,
+            lr=lr,
+            forget_lr=forget_lr,
+            momentum=momentum,
+            eps=eps,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
+            retain_max_norm=retain_max_norm,
+            betas=betas,
+            protect=protect,
+            mask=mask,
+        )
+        self.rule, self.forget_rule = rule, forget_rule or rule
+        self.max_norm, self.retain_max_norm = max_norm, retain_max_norm
+        self.slow_freq, self.mask_scope, self.protect, self.dual_state = slow_freq, mask_scope, protect, dual_state
+        self.last_clip: Tensor | None = None
+        self._non_finite: Tensor | None = None
+        self._bits: list[Tensor] | None = None
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "forget_weight": forget_weight,
+            "retain_weight": retain_weight,
+            "slow_rate": slow_rate,
+            "forget_lr": forget_lr,
+            "retain_steps": 0,  # progress within the round; in the groups so that state_dict carries it
+            "rounding_seed": None,
+        }
+        super().__init__(params_or_named_params, defaults)
+        if stochastic_rounding:
+            seed = int(torch.randint(2**31, (1,)))
+            for group in self.param_groups:
+                group["rounding_seed"] = seed
+        if mask is not None:
+            if not all("param_names" in group for group in self.param_groups):
+                raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
+            self._bits = mask.bind(zip(self._names(), self._parameters(), strict=True))
+
+    # --- The parameters as one list -------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if getattr(self, "_bits", None) is not None:
+            raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
+        super().add_param_group(param_group)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _names(self) -> list[str]:
+        names: list[str] = []
+        for group in self.param_groups:
+            unnamed = [f"parameter {len(names) + i}" for i in range(len(group["params"]))]
+            names += group.get("param_names", unnamed)
+        return names
+
+    def _aligned(self, op: str, grads: Sequence[Tensor | None] | None, parameters: list[Tensor]) -> list[Tensor | None]:
+        aligned = [p.grad for p in parameters] if grads is None else list(grads)
+        if len(aligned) != len(parameters):
+            raise InputError(f"{op}: expected {len(parameters)} gradients, one for each parameter, got {len(aligned)}")
+        for i, gradient in enumerate(aligned):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise InputError(f"{op}: the gradient of {self._names()[i]} is sparse; make it dense with .to_dense()")
+        return aligned
+
+    # --- Public steps ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """A retain step on ``.grad``, so that schedulers, GradScaler and accelerate find what they expect."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.retain_step()
+        return loss
+
+    @torch.no_grad()
+    def forget_step(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """Moves the salient weights along the forget gradients: ``grads``, aligned with the parameters, or ``.grad``.
+
+        A None gradient skips its parameter entirely.
+
+        Raises:
+            InputError: every gradient is None, or the list has the wrong length.
+            NonFiniteError: a gradient that counts is not finite (on the CPU, before anything is written).
+        """
+        parameters = self._parameters()
+        forget = self._aligned("forget_step", grads, parameters)
+        self._step("forget_step", parameters, forget, [None] * len(parameters), closes_round=False)
+
+    @torch.no_grad()
+    def retain_step(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """Moves all weights along the retain gradients; closes the round on every ``slow_freq``-th call."""
+        parameters = self._parameters()
+        retain = self._aligned("retain_step", grads, parameters)
+        self._step("retain_step", parameters, [None] * len(parameters), retain, closes_round=True)
+
+    @torch.no_grad()
+    def joint_step(
+        self, forget_grads: Sequence[Tensor | None], retain_grads: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """Both gradients, taken at the same weights, in one pass: the Euclidean special case of the paper.
+
+        It uses the retain state (and rule, and rate). With ``protect=True`` it is a masked step as a whole: weights
+        outside the mask do not move.
+        """
+        parameters = self._parameters()
+        forget = self._aligned("joint_step", forget_grads, parameters)
+        retain = self._aligned("joint_step", retain_grads, parameters)
+        self._step("joint_step", parameters, forget, retain, closes_round=True)
+
+    def raise_if_non_finite(self) -> None:
+        """Raises if a gradient since the last call was not finite. Waits for the device."""
+        flag, self._non_finite = self._non_finite, None
+        if flag is not None and bool(flag):
+            raise NonFiniteError(
+                "a gradient was not finite, and the steps that met it wrote nothing: lower the learning rate or "
+                "forget_alpha, or set max_norm"
+            )
+
+    # --- One step -------------------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        op: str,
+        parameters: list[Tensor],
+        forget: list[Tensor | None],
+        retain: list[Tensor | None],
+        closes_round: bool,
+    ) -> None:
+        forgets = op != "retain_step"
+        own_state = op == "forget_step" and self.dual_state
+        masked = self._bits is not None and (forgets or self.mask_scope == "all")
+        prefix = "forget_" if own_state else ""
+        rule = self.forget_rule if own_state else self.rule
+        buckets = self._buckets(op, parameters, forget, retain, f"{prefix}step")
+        self._make_slow_weights(parameters)
+
+        clips, skip = self._clip(op, parameters, forget, retain, buckets, masked)
+        interpolate = closes_round and (self.param_groups[0]["retain_steps"] + 1) % self.slow_freq == 0
+        left = set(range(len(parameters)))
+        for bucket in buckets:
+            left.difference_update(bucket.indices)
+            self._step_bucket(
+                bucket, parameters, forget, retain, rule, prefix, masked, clips, skip, interpolate, op == "forget_step"
+            )
+        if interpolate:
+            # Weights without a gradient in this step may have been moved by others of the round.
+            self._interpolate([i for i in sorted(left) if "slow" in self.state[parameters[i]]], parameters)
+        if closes_round:
+            for group in self.param_groups:
+                group["retain_steps"] += 1
+        self._opt_called = True  # torch's schedulers ask whether any step came before theirs
+
+    def _buckets(
+        self,
+        op: str,
+        parameters: list[Tensor],
+        forget: list[Tensor | None],
+        retain: list[Tensor | None],
+        counter: str,
+    ) -> list[_Bucket]:
+        found: dict[tuple, _Bucket] = {}
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                has_forget, has_retain = forget[index] is not None, retain[index] is not None
+                if has_forget or has_retain:
+                    count = self.state[p].get(counter, 0) + 1
+                    key = (number, has_forget, has_retain, count, p.device)
+                    if key not in found:
+                        found[key] = _Bucket(group, [], has_forget, has_retain, count)
+                    found[key].indices.append(index)
+                index += 1
+        if not found:
+            raise InputError(f"{op}: every gradient is None; call backward() on a loss of these parameters first")
+        return list(found.values())
+
+    def _clip(self, op, parameters, forget, retain, buckets, masked) -> tuple[tuple[Any, Any], Any]:
+        """The two clip factors and the flag that a gradient is not finite, as 0-d tensors on the parameters' device."""
+        home = parameters[buckets[0].indices[0]].device
+        squares = torch.zeros(3, dtype=torch.float64, device=home)  # weighted forget, weighted retain, non-finite
+        for bucket in buckets:
+            products = ops.gradient_products(
+                [forget[i] for i in bucket.indices] if bucket.has_forget else (),
+                [retain[i] for i in bucket.indices] if bucket.has_retain else (),
+                self._bucket_bits(bucket, parameters, forget, retain) if masked else (),
+                self.mask_scope,
+            ).to(home)
+            squares[0] += products[0] * bucket.group["forget_weight"] ** 2
+            squares[1] += products[1] * bucket.group["retain_weight"] ** 2
+            squares[2] += products[3]
+        skip = squares[2] > 0
+        if home.type == "cpu":
+            if skip:
+                self._raise_non_finite(op, parameters, forget, retain, masked)
+        else:
+            self._non_finite = skip if self._non_finite is None else self._non_finite | skip
+        norms = squares[:2].sqrt()
+        clips = [
+            1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
+            for limit, norm in zip((self.max_norm, self.retain_max_norm), norms, strict=True)
+        ]
+        if op != "retain_step":
+            self.last_clip = torch.as_tensor(clips[0])
+        return (clips[0], clips[1]), skip
+
+    def _raise_non_finite(self, op, parameters, forget, retain, masked) -> None:
+        for i, name in enumerate(self._names()):
+            for part, gradient in (("forget", forget[i]), ("retain", retain[i])):
+                if gradient is None or torch.isfinite(gradient).all():
+                    continue
+                kept = masked and (part == "forget" or self.mask_scope == "all")
+                if kept:
+                    keep = ops.unpack_bits([self._bits[i]], [parameters[i]])[0]
+                    if torch.isfinite(torch.where(keep, gradient, 0)).all():
+                        continue
+                raise NonFiniteError(
+                    f"{op}: the {part} gradient of {name} is not finite and no weight was changed: lower the learning "
+                    "rate or forget_alpha, or set max_norm"
+                )
+
+    def _bucket_bits(self, bucket, parameters, forget, retain) -> list[Tensor]:
+        """The bits in the memory order of the bucket's first gradient list, which gradient_products goes by."""
+        bits = []
+        for i in bucket.indices:
+            gradient = forget[i] if bucket.has_forget else retain[i]
+            if gradient.stride() == parameters[i].stride():
+                bits.append(self._bits[i])
+            else:
+                keep = ops.unpack_bits([self._bits[i]], [parameters[i]])[0]
+                bits += ops.pack_bits([torch.empty_like(gradient, dtype=torch.bool).copy_(keep)])
+        return bits
+
+    def _step_bucket(
+        self, bucket, parameters, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
+    ) -> None:
+        group, indices = bucket.group, bucket.indices
+        weights = [parameters[i] for i in indices]
+        moments = [self._moments(weights, prefix + name) for name in _MOMENTS[rule]]
+        interpolate = interpolate and group["slow_rate"] != 1.0
+        device = weights[0].device
+        ops.step_(
+            weights,
+            rule=rule,
+            scalars=ops.scalars(
+                lr=self._forget_rate(group) if forget_only else group["lr"],
+                forget_weight=group["forget_weight"],
+                retain_weight=group["retain_weight"],
+                forget_clip=clips[0],
+                retain_clip=clips[1],
+                momentum=group["momentum"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=bucket.count,
+                slow_rate=group["slow_rate"],
+                skip=skip,
+                device=device,
+            ),
+            forget_grads=[forget[i] for i in indices] if bucket.has_forget else (),
+            retain_grads=[retain[i] for i in indices] if bucket.has_retain else (),
+            slow=[self.state[p]["slow"] for p in weights] if interpolate else (),
+            first_moments=moments[0] if moments else (),
+            second_moments=moments[1] if len(moments) > 1 else (),
+            bits=[self._bits[i] for i in indices] if masked else (),
+            mask_scope=self.mask_scope,
+            protect=self.protect and masked,
+            rounding_seed=self._next_rounding_seed(group),
+        )
+        for p in weights:
+            self.state[p][f"{prefix}step"] = bucket.count
+
+    def _interpolate(self, indices: list[int], parameters: list[Tensor]) -> None:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for i in indices:
+            group = groups[id(parameters[i])]
+            ops.step_(
+                [parameters[i]],
+                rule="sgd",
+                scalars=ops.scalars(lr=0.0, slow_rate=group["slow_rate"], device=parameters[i].device),
+                slow=[self.state[parameters[i]]["slow"]],
+                rounding_seed=self._next_rounding_seed(group),
+            )
+
+    def _moments(self, weights: list[Tensor], name: str) -> list[Tensor]:
+        for p in weights:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
+        return [self.state[p][name] for p in weights]
+
+    def _make_slow_weights(self, parameters: list[Tensor]) -> None:
+        """Slow weights start where the weights are before the first step of any kind."""
+        for group in self.param_groups:
+            if group["slow_rate"] == 1.0:
+                continue
+            for p in group["params"]:
+                if "slow" not in self.state[p]:
+                    self.state[p]["slow"] = p.detach().to(_state_dtype(p), copy=True)
+
+    @staticmethod
+    def _forget_rate(group: dict[str, Any]) -> float:
+        if group["forget_lr"] is None:
+            return group["lr"]
+        start = group.get("initial_lr")  # set by torch's schedulers, which know of `lr` only
+        return group["forget_lr"] * (group["lr"] / start if start else 1.0)
+
+    @staticmethod
+    def _next_rounding_seed(group: dict[str, Any]) -> int | None:
+        if group["rounding_seed"] is not None:
+            group["rounding_seed"] += 1
+        return group["rounding_seed"]
+
+    # --- State ----------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, bit for bit.
+
+        torch.optim casts state to the weight's dtype, which would round float32 moments of bfloat16 weights; here
+        every tensor keeps its dtype and takes its weight's device and memory order.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, p in zip(saved, self._parameters(), strict=True):
+            if index not in state_dict["state"]:
+                continue
+            entries = state_dict["state"][index]
+            self.state[p] = {
+                key: torch.empty_like(p, dtype=value.dtype).copy_(value) if isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -1,0 +1,152 @@
+"""FisherDiagonal: the diagonal of the empirical Fisher information, streamed over batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .._modes import evaluating
+from .._names import by_plain_name
+from ..errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+__all__ = ["FisherDiagonal"]
+
+
+class FisherDiagonal:
+    r"""Means of squared gradients of the loss, one number per trainable weight.
+
+    As released with SFR-on, :math:`F = \frac{1}{B} \sum_b (\nabla \bar l_b)^2` over B batches, with
+    :math:`\bar l_b` the batch-mean loss; with ``per_sample=True`` the exact diagonal
+    :math:`F = \frac{1}{N} \sum_i (\nabla l_i)^2` over samples, through ``torch.func``. The model is in eval mode
+    while it is measured.
+
+    Args:
+        model: whose trainable parameters are measured.
+        task: how a batch becomes per-sample losses.
+        per_sample: exact per-sample gradients; B/chunk times the work of one batch gradient.
+        batches: use at most this many batches of each data set.
+        chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
+
+    Attributes:
+        sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
+        count: how many batches or samples were summed.
+        seen: names of parameters that received a gradient.
+
+    Source: arXiv 2409.19732 and its released code.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        per_sample: bool = False,
+        batches: int | None = None,
+        chunk: int = 8,
+    ):
+        if batches is not None and batches < 1:
+            raise InputError(f"Fisher batches: expected a count from 1, got {batches}")
+        self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
+        self._parameters = by_plain_name((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        if not self._parameters:
+            raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
+        self.sums = {
+            name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+            for name, p in self._parameters.items()
+        }
+        self.count = 0
+        self.seen: set[str] = set()
+
+    def means(self) -> dict[str, Tensor]:
+        """F by parameter name."""
+        return {name: total / max(self.count, 1) for name, total in self.sums.items()}
+
+    def measure(
+        self, data: Iterable[Any], *, name: str = "data", watch: Callable[[Any], None] | None = None
+    ) -> FisherDiagonal:
+        """Adds one pass over ``data``, in its own order. ``watch`` is called with every batch first.
+
+        Raises:
+            InputError: no batches, or no parameter received a gradient.
+            NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
+        """
+        before = self.count
+        with evaluating(self.model):
+            for number, batch in enumerate(itertools.islice(iter(data), self.batches)):
+                if watch is not None:
+                    watch(batch)
+                self._update(batch, f"batch {number} of the {name} set")
+        if self.count == before:
+            raise InputError(f"the {name} set is empty: pass at least one batch")
+        if not self.seen:
+            raise InputError(f"no trainable weight received a gradient from the {name} set: check the loss")
+        if ops.gradient_products(list(self.sums.values()))[3] > 0:
+            raise NonFiniteError(f"Fisher of the {name} set: a squared gradient is not finite; check loss and precision")
+        return self
+
+    def _update(self, batch: Any, where: str) -> None:
+        batch = self.task.prepare(batch, next(iter(self._parameters.values())).device)
+        if self.per_sample:
+            self._add_per_sample(batch, where)
+        else:
+            self._add_batch(batch, where)
+
+    def _add_batch(self, batch: Any, where: str) -> None:
+        for p in self._parameters.values():
+            p.grad = None
+        loss = self.task.losses(self.model, batch).mean()
+        _check_finite(loss, where)
+        loss.backward()
+        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        with torch.no_grad():
+            ops.accumulate_fisher_([self.sums[name] for name in found], list(found.values()))
+        self.seen |= found.keys()
+        self.count += 1
+        for p in self._parameters.values():
+            p.grad = None
+
+    def _add_per_sample(self, batch: Any, where: str) -> None:
+        wrapped = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+        def loss_of(parameters: dict[str, Tensor], sample: Any) -> tuple[Tensor, Tensor]:
+            def model(*args, **kwargs):
+                return torch.func.functional_call(self.model, parameters, args, kwargs)
+
+            loss = self.task.losses(model, _map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
+            return loss, loss
+
+        gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
+        size = self.task.size(batch)
+        for start in range(0, size, self.chunk):
+            part = _map_tensors(batch, lambda t, start=start: t[start : start + self.chunk])
+            gradients, losses = gradients_of(wrapped, part)
+            _check_finite(losses.mean(), where)
+            for i in range(losses.shape[0]):
+                ops.accumulate_fisher_(list(self.sums.values()), [g[i].detach() for g in gradients.values()])
+        # torch.func gives zeros where autograd gives None; a weight that never moves the loss is told by its sum.
+        self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
+        self.count += size
+
+
+def _check_finite(loss: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(f"Fisher: the loss of {where} is {loss.item()}; check the data and the precision")
+
+
+def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to every tensor of a tuple, list or dict of tensors."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: _map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_map_tensors(value, function) for value in batch)
+    return batch

@@ -1,0 +1,43 @@
+"""Proof that protected weights did not move: a hash of exactly those bits, without a copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+__all__ = ["protected_count", "protected_hashes"]
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_CHUNK = 1 << 22  # weights hashed at once: bounds the temporaries
+# Odd multipliers make each factor a bijection modulo 2^64: a change of one weight always changes its term.
+_MULTIPLIER, _POSITION = -7046029254386353131, -4417276706812531889
+
+
+@torch.no_grad()
+def protected_hashes(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> list[int]:
+    """One 64-bit hash for each tensor over the bit patterns and positions of weights whose bit is 0.
+
+    It is a sum modulo 2^64 of mixed terms, so it does not depend on threads or devices.
+    """
+    result = []
+    for weight, keep in zip(weights, ops.unpack_bits(list(bits), list(weights)), strict=True):
+        raw = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
+        free = keep.contiguous().flatten()
+        total = torch.zeros((), dtype=torch.int64, device=weight.device)
+        for start in range(0, raw.numel(), _CHUNK):
+            part = raw[start : start + _CHUNK].long()
+            position = torch.arange(start, start + part.numel(), device=weight.device)
+            mixed = (part ^ (position * _POSITION)) * _MULTIPLIER
+            mixed = (mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)) * _POSITION  # the shift alone is arithmetic
+            total += torch.where(free[start : start + _CHUNK], 0, mixed).sum()
+        result.append(int(total))
+    return result
+
+
+def protected_count(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> int:
+    """Weights whose bit is 0."""
+    return sum(w.numel() for w in weights) - int(ops.count_bits(list(bits)).sum())

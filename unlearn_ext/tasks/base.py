@@ -1,0 +1,31 @@
+"""What every task offers to methods and to the unlearner."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Task"]
+
+
+class Task(ABC):
+    """A task knows batches, losses and outputs; it knows nothing of masks, schedules or methods."""
+
+    @abstractmethod
+    def prepare(self, batch: Any, device: torch.device) -> Any:
+        """The batch checked, on the device, with everything random in it drawn."""
+
+    @abstractmethod
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        """Per-sample losses, shape [N]. ``model`` is a module or a function of the same arguments."""
+
+    @abstractmethod
+    def inputs(self, batch: Any) -> Tensor:
+        """The samples of a raw batch, first dimension N, by which duplicates are told."""
+
+    def size(self, batch: Any) -> int:
+        """N."""
+        return self.inputs(batch).shape[0]

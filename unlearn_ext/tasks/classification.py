@@ -1,0 +1,91 @@
+"""Classification: cross-entropy (or another loss) on (inputs, labels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+from .base import Task
+
+__all__ = ["Classification"]
+
+
+class Classification(Task):
+    """Batches are ``(inputs, labels)`` or dicts with ``pixel_values`` and ``labels``, as transformers has them.
+
+    Args:
+        loss: ``loss(logits, labels) -> per-sample losses [N]``; cross-entropy by default. Logits are [N, classes]
+            and the model may return an object with ``.logits``.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None):
+        self.loss = loss
+        self._classes: int | None = None  # of the model's output, known after the first forward pass
+
+    def inputs(self, batch: Any) -> Tensor:
+        return self._split(batch)[0]
+
+    def labels(self, batch: Any) -> Tensor:
+        return self._split(batch)[1]
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        inputs, labels = self._split(batch)
+        if inputs.shape[:1] != labels.shape[:1]:
+            raise InputError(f"a batch has {inputs.shape[0]} inputs and {labels.shape[0]} labels: they must match")
+        if inputs.shape[0] == 0:
+            raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
+        if self._classes is not None and self.loss is None and labels.device.type == "cpu":
+            _check_range(labels, self._classes)  # before they are on a device that would have to be waited for
+        return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def logits(self, model: Any, inputs: Tensor) -> Tensor:
+        output = model(inputs)
+        return getattr(output, "logits", output)
+
+    def losses(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
+        logits = self.logits(model, inputs)
+        if self.loss is None:
+            self._check_labels(model, labels, logits)
+            # In float32 or wider: a loss rounded to 8 bits would spoil the adaptive weights made from it.
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            return F.cross_entropy(wide, labels, reduction="none")
+        losses = self.loss(logits, labels)
+        if losses.shape != (inputs.shape[0],):
+            raise InputError(
+                f"the loss returned shape {list(losses.shape)} for {inputs.shape[0]} samples: return one number per "
+                'sample (reduction="none")'
+            )
+        return losses
+
+    def _check_labels(self, model: Any, labels: Tensor, logits: Tensor) -> None:
+        if not isinstance(model, nn.Module) or self._classes == logits.shape[-1]:
+            return  # inside torch.func values cannot be looked at; afterwards prepare() has looked
+        if labels.dtype != torch.int64 or labels.dim() != 1:
+            raise InputError(f"labels: expected int64 of shape [N], got {labels.dtype} of shape {list(labels.shape)}")
+        _check_range(labels, logits.shape[-1])
+        self._classes = logits.shape[-1]
+
+    @staticmethod
+    def _split(batch: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, Mapping):
+            if "pixel_values" not in batch or "labels" not in batch:
+                raise InputError(f"a dict batch needs pixel_values and labels, got {', '.join(map(str, batch))}")
+            return batch["pixel_values"], batch["labels"]
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[0], batch[1]
+        raise InputError(f"a batch is (inputs, labels) or a dict with pixel_values and labels, got {type(batch).__name__}")
+
+
+def _check_range(labels: Tensor, classes: int) -> None:
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < classes:
+            raise InputError(
+                f"label {label} is outside the model's {classes} classes (0 to {classes - 1}): check the labels or the "
+                "model"
+            )
