@@ -28,8 +28,8 @@ class DataCheck:
             for i, found in enumerate(hashes):
                 if found in self._forget:
                     raise InputError(
-                        f"sample {self._seen['retain'] + i} of the retain set is also in the forget set: remove it from "
-                        "one of them, or set allow_duplicates=True (--allow-duplicates) to go on"
+                        f"sample {self._seen['retain'] + i} of the retain set is also in the forget set: remove it "
+                        "from one of them, or set allow_duplicates=True (--allow-duplicates) to go on"
                     )
         self._seen[name] += len(hashes)
 

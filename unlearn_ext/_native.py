@@ -58,6 +58,7 @@ __all__ = ["BuildError", "ToolchainError", "backend", "build", "build_reference"
 _TORCH_TARGET = "0x020b000000000000"
 _HERE = Path(__file__).resolve().parent
 _LOG_LINES = 30
+_LARGEST_SOURCE = "cpu/step.cpp"  # takes as long to compile as all others together
 
 # Ahead-of-time variants, best first: torch's name for what a processor offers, and the target within it.
 _X86_VARIANTS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64-v2"}
@@ -192,7 +193,6 @@ def cpu_recipe(csrc: Path | None = None, target: str = "-march=native", file_nam
     """The CPU operators: every source in ``csrc/cpu`` and ``csrc/tensors``, compiled for ``target``."""
     csrc = csrc or _find_csrc()
     sources = sorted(path for room in ("cpu", "tensors") for path in (csrc / room).glob("*.cpp"))
-    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # so that no core ends with the longest
     torch_root = Path(torch.__file__).parent
     return _recipe(
         csrc,
@@ -440,7 +440,7 @@ def compile_recipe(recipe: Recipe, library: Path) -> Path:
         os.replace(work / log.name, log)
         if status != 0:
             text = log.read_text(errors="replace")
-            raise BuildError(f"the native library does not compile. Full log: {log}\n{_tail(text)}")
+            raise BuildError(f"the native library does not compile; full log: {log}\n{_tail(text)}")
         result = work / recipe.file_name
         with open(result, "rb") as file:
             os.fsync(file.fileno())  # content before name: a power cut leaves no half library
@@ -459,7 +459,8 @@ def _ninja_script(recipe: Recipe, work: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(value))
 
     includes = ["-I.", *(word for directory in recipe.includes for word in ("-isystem", directory))]
-    objects = [work / (source.replace("/", "_") + ".o") for source in recipe.sources]
+    units = _translation_units(recipe, work)
+    objects = [work / f"{number}.o" for number in range(len(units))]
     link = (*recipe.link_flags, *recipe.libraries)
     lines = [
         f"builddir = {path(work)}",
@@ -468,9 +469,19 @@ def _ninja_script(recipe: Recipe, work: Path) -> str:
         "rule link",
         f"  command = {command(*recipe.compiler)} $in {command(*link)} -o $out",
     ]
-    lines += [f"build {path(o)}: compile {path(s)}" for o, s in zip(objects, recipe.sources, strict=True)]
+    lines += [f"build {path(o)}: compile {path(u)}" for o, u in zip(objects, units, strict=True)]
     lines += [f"build {path(work / recipe.file_name)}: link {' '.join(map(path, objects))}"]
     return "\n".join(lines) + "\n"
+
+
+def _translation_units(recipe: Recipe, work: Path) -> list[str | Path]:
+    """The largest source, and all others together: every unit pays two seconds for PyTorch's headers."""
+    first, *others = sorted(recipe.sources, key=lambda source: source != _LARGEST_SOURCE)
+    if not others:
+        return [first]
+    together = work / "others.cpp"
+    together.write_text("".join(f'#include "{source}"\n' for source in others))
+    return [first, together]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -89,7 +90,9 @@ def check_writable(op: str, **lists: Sequence[Tensor]) -> None:
             if tensor.numel() == 0:
                 continue
             reach, overlaps = 0, False
-            for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz > 1):
+            for stride, size in sorted(
+                (st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz > 1
+            ):
                 overlaps |= stride <= reach
                 reach += stride * (size - 1)
             if overlaps:
@@ -100,6 +103,6 @@ def check_writable(op: str, **lists: Sequence[Tensor]) -> None:
             begin = tensor.data_ptr()
             ranges.append((begin, begin + (reach + 1) * tensor.element_size() if dense else begin + 1, argument, i))
     ranges.sort()
-    for (_, end, argument, i), (begin, _, second, k) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, argument, i), (begin, _, second, k) in itertools.pairwise(ranges):
         if begin < end:
             fail(op, f"{second}[{k}]", "memory of its own", f"memory shared with {argument}[{i}]")

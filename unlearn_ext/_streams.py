@@ -61,4 +61,6 @@ class BatchStream:
         self._iterator = iter(self.data)
         for _ in range(self._taken):
             if next(self._iterator, None) is None:
-                raise InputError(f"the {self.name} set is shorter than when the checkpoint was made: pass the same data")
+                raise InputError(
+                    f"the {self.name} set is shorter than when the checkpoint was made: pass the same data"
+                )

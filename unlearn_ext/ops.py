@@ -299,7 +299,7 @@ def step_(
         raise ValueError(f"step_: rounding_seed: expected 0 or more, got {rounding_seed}")
     if not weights:
         return
-    _refuse_followed("step_", weights=weights, slow=slow)
+    _refuse_followed("step_", weights=weights, slow=slow, first_moments=first_moments, second_moments=second_moments)
     torch.ops.unlearn_ext.step_(
         list(weights),
         list(slow),

@@ -133,8 +133,8 @@ class Unlearner:
             output_dir: for ``history.jsonl`` and checkpoints.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped.
-            evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything else
-                but None is kept in the history. It does not disturb the run's random numbers.
+            evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything but a bool
+                or None is kept in the history. It does not disturb the run's random numbers.
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device.
             allow_duplicates: do not refuse samples that stand in both sets, and do not look for them.
@@ -220,7 +220,10 @@ class Unlearner:
         return mask
 
     def _check_origin(self, mask: SaliencyMask, check: DataCheck) -> None:
-        origins = (("weights_hash", "weights", weights_hash(self._named)), ("forget_hash", "forget set", check.forget_hash))
+        origins = (
+            ("weights_hash", "weights", weights_hash(self._named)),
+            ("forget_hash", "forget set", check.forget_hash),
+        )
         for key, what, own in origins:
             if own and mask.metadata.get(key, own) != own:
                 raise InputError(
@@ -245,7 +248,7 @@ class _Loop:
         self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
         self.forget, self.retain = streams
         self.parameters = [p for _, p in unlearner._named]
-        self.buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+        self.buffers = list(self.model.buffers())
         self.history = History(directory, result.history)
         self.iteration = 0
         self.seconds = 0.0
@@ -299,13 +302,13 @@ class _Loop:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
                 self.iteration += 1
-                self._synchronize()
                 self.seconds += time.perf_counter() - started
                 stop = False
                 if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
                     verdict = self._evaluate(evaluate)
-                    stop = verdict is True
-                    if not stop and verdict is not None:
+                    if isinstance(verdict, bool):
+                        stop = verdict
+                    elif verdict is not None:
                         entry["evaluation"] = verdict
                 last = stop or self.iteration == method.iterations
                 if last or self.iteration % log_every == 0 or "evaluation" in entry:
@@ -323,9 +326,6 @@ class _Loop:
             for p in self.parameters:
                 p.grad = None
         self._finish()
-
-    def _synchronize(self) -> None:
-        """Only where nothing is queued anyway: on CUDA the clock is read at log points, when values are fetched."""
 
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Any]) -> Any:
         generators = self._generators()
@@ -439,7 +439,11 @@ class _Loop:
         result, mask = self.result, self.result.mask
         result.timings["unlearning"] = self.seconds
         trainable = sum(p.numel() for p in self.parameters)
-        result.counts = {**self.counts, "trainable_weights": trainable, "salient_weights": mask.kept if mask else trainable}
+        result.counts = {
+            **self.counts,
+            "trainable_weights": trainable,
+            "salient_weights": mask.kept if mask else trainable,
+        }
         if mask is None or not self.method.protect:
             result.protection = "protection was not asked for: decay and momentum may move every weight"
         elif not self._fully_protected():

@@ -53,6 +53,7 @@ struct StepScalars {
   T step_size;             // lr / bias_correction1
   T sqrt_bias_correction2;
   T keep_after_decay;      // 1 - lr * weight_decay, the decoupled decay of AdamW
+  bits_t<T> decays;        // all zeros without weight decay: 0 * inf would make an infinite weight a NaN
 
   UNLEARN_INLINE explicit StepScalars(const double* s)
       : lr(T(s[kLr])),
@@ -67,7 +68,8 @@ struct StepScalars {
         eps(T(s[kEps])),
         step_size(T(s[kLr] / s[kBiasCorrection1])),
         sqrt_bias_correction2(T(std::sqrt(s[kBiasCorrection2]))),
-        keep_after_decay(T(1.0 - s[kLr] * s[kWeightDecay])) {}
+        keep_after_decay(T(1.0 - s[kLr] * s[kWeightDecay])),
+        decays(bits_t<T>(0) - bits_t<T>(s[kWeightDecay] != 0.0)) {}
 };
 
 // What one weight owns. Members a rule does not use are never read.
@@ -81,7 +83,7 @@ UNLEARN_INLINE void apply_rule(WeightState<T>& w, T g, const StepScalars<T>& s) 
   if constexpr (rule == Rule::adamw) {
     w.theta = w.theta * s.keep_after_decay;
   } else {
-    g = g + s.weight_decay * w.theta;
+    g = g + s.weight_decay * keep_or_zero(s.decays, w.theta);
   }
   if constexpr (rule == Rule::sgd) {
     w.theta = w.theta - s.lr * g;

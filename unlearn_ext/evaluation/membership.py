@@ -6,6 +6,7 @@ Conventions differ between papers and their values are not comparable, so each a
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .metrics import checked_logits
 
 
@@ -26,7 +27,7 @@ def entropy_mia(retain_logits: Tensor, test_logits: Tensor, forget_logits: Tenso
         A fraction in ``[0, 1]``.
 
     Raises:
-        ValueError: on empty input, wrong shapes, a different number of classes, or non-finite logits.
+        InputError: on empty input, wrong shapes, a different number of classes, or non-finite logits.
         ImportError: when scikit-learn is not installed.
     """
     named = {"retain_logits": retain_logits, "test_logits": test_logits, "forget_logits": forget_logits}
@@ -34,9 +35,7 @@ def entropy_mia(retain_logits: Tensor, test_logits: Tensor, forget_logits: Tenso
     classes = named["retain_logits"].shape[1]
     for name, logits in named.items():
         if logits.shape[1] != classes:
-            raise ValueError(
-                f"{name}: expected {classes} classes as retain_logits has, got {logits.shape[1]}"
-            )
+            raise InputError(f"{name}: expected {classes} classes as retain_logits has, got {logits.shape[1]}")
     retain, test, forget = (_entropy(logits) for logits in named.values())
     try:
         from sklearn.linear_model import LogisticRegression

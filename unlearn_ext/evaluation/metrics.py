@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 GAP_KEYS = ("FA", "RA", "TA", "MIA_entropy")
 
 
@@ -25,25 +27,18 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         A fraction in ``[0, 1]``. Among equal largest logits the first class counts as predicted.
 
     Raises:
-        ValueError: on empty input, wrong shapes, non-finite logits, or labels out of range.
+        InputError: on empty input, wrong shapes, non-finite logits, or labels out of range.
     """
     logits = checked_logits(logits, "logits")
-    if (
-        not isinstance(labels, Tensor)
-        or labels.dim() != 1
-        or labels.is_floating_point()
-        or labels.is_complex()
-    ):
-        raise ValueError(f"labels: expected a 1-d tensor of integer class indices, got {_describe(labels)}")
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"labels: expected a 1-d tensor of integer class indices, got {_describe(labels)}")
     labels = labels.detach().to("cpu", torch.int64)
     if len(labels) != len(logits):
-        raise ValueError(
-            f"labels: expected {len(logits)} entries, one for each row of logits, got {len(labels)}"
-        )
+        raise InputError(f"labels: expected {len(logits)} entries, one for each row of logits, got {len(labels)}")
     classes = logits.shape[1]
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= classes:
-        raise ValueError(f"labels: expected values in [0, {classes}), got values from {lowest} to {highest}")
+        raise InputError(f"labels: expected values in [0, {classes}), got values from {lowest} to {highest}")
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
@@ -57,7 +52,7 @@ def kl_divergence(retrained_logits: Tensor, unlearned_logits: Tensor) -> float:
         retrained_logits, unlearned_logits: ``[N, K]`` each, any floating dtypes and devices, finite.
 
     Raises:
-        ValueError: on empty input, wrong or different shapes, or non-finite logits.
+        InputError: on empty input, wrong or different shapes, or non-finite logits.
     """
     log_p, log_q = _paired_log_softmax(retrained_logits, unlearned_logits)
     return _mean_kl(log_p, log_q)
@@ -74,9 +69,7 @@ def js_divergence(retrained_logits: Tensor, unlearned_logits: Tensor) -> float:
     return (_mean_kl(log_p, log_m) + _mean_kl(log_q, log_m)) / 2
 
 
-def average_gap(
-    metrics: Mapping[str, float], reference: Mapping[str, float], keys: Sequence[str] = GAP_KEYS
-) -> float:
+def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], keys: Sequence[str] = GAP_KEYS) -> float:
     """Distance of a model from the retrained one: mean over ``keys`` of abs(metrics[key] − reference[key]).
 
     Args:
@@ -85,13 +78,11 @@ def average_gap(
         keys: which metrics count; the default is SFR-on's protocol (arXiv 2409.19732).
 
     Raises:
-        ValueError: when ``keys`` is empty, or a metric is missing or not a finite number.
+        InputError: when ``keys`` is empty, or a metric is missing or not a finite number.
     """
     if not keys:
-        raise ValueError("keys: expected at least one metric to average over, got none")
-    return sum(
-        abs(_value(metrics, "metrics", key) - _value(reference, "reference", key)) for key in keys
-    ) / len(keys)
+        raise InputError("keys: expected at least one metric to average over, got none")
+    return sum(abs(_value(metrics, "metrics", key) - _value(reference, "reference", key)) for key in keys) / len(keys)
 
 
 def predict(
@@ -109,7 +100,7 @@ def predict(
         batches. Every module's training flag is as it was before, also after an error.
 
     Raises:
-        ValueError: when there are no batches, or a batch or the model's output has not the form above.
+        InputError: when there are no batches, or a batch or the model's output has not the form above.
     """
     if device is None:
         first = next(model.parameters(), None)
@@ -124,7 +115,7 @@ def predict(
                 output = model(inputs.to(device))
                 output = getattr(output, "logits", output)
                 if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(targets):
-                    raise ValueError(
+                    raise InputError(
                         f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
                         f"got {_describe(output)}"
                     )
@@ -136,27 +127,24 @@ def predict(
         for module, flag in training.items():
             module.training = flag
     if not logits:
-        raise ValueError("batches: expected at least one batch, got none")
+        raise InputError("batches: expected at least one batch, got none")
     return torch.cat(logits), torch.cat(labels)
 
 
 def checked_logits(logits: Tensor, name: str) -> Tensor:
     """``logits`` as float64 on the CPU, refused unless it is a finite, non-empty ``[N, K]`` with K ≥ 2."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"{name}: expected a floating-point tensor of shape [samples, classes], got {_describe(logits)}"
         )
     if logits.shape[0] == 0 or logits.shape[1] < 2:
-        raise ValueError(
-            f"{name}: expected at least one sample and two classes, got shape {list(logits.shape)}"
-        )
+        raise InputError(f"{name}: expected at least one sample and two classes, got shape {list(logits.shape)}")
     logits = logits.detach().to("cpu").to(torch.float64)  # two moves: some devices have no float64
     finite = torch.isfinite(logits).all(dim=1)
     if not finite.all():
         bad = int((~finite).nonzero()[0, 0])
-        raise ValueError(
-            f"{name}: expected finite values, got {int((~finite).sum())} rows with inf or NaN, "
-            f"the first at index {bad}"
+        raise InputError(
+            f"{name}: expected finite values, got {int((~finite).sum())} rows with inf or NaN, the first at index {bad}"
         )
     return logits
 
@@ -165,7 +153,7 @@ def _paired_log_softmax(retrained_logits: Tensor, unlearned_logits: Tensor) -> t
     p = checked_logits(retrained_logits, "retrained_logits")
     q = checked_logits(unlearned_logits, "unlearned_logits")
     if p.shape != q.shape:
-        raise ValueError(
+        raise InputError(
             f"unlearned_logits: expected shape {list(p.shape)} as retrained_logits has, got {list(q.shape)}"
         )
     return p.log_softmax(dim=1), q.log_softmax(dim=1)
@@ -182,10 +170,10 @@ def _mean_kl(log_p: Tensor, log_q: Tensor) -> float:
 def _value(metrics: Mapping[str, float], name: str, key: str) -> float:
     value = metrics.get(key)
     if value is None:
-        raise ValueError(f"{name}: expected the metric {key!r}, got {sorted(metrics)}")
+        raise InputError(f"{name}: expected the metric {key!r}, got {sorted(metrics)}")
     value = float(value)
     if not math.isfinite(value):
-        raise ValueError(f"{name}: expected {key!r} to be a finite number, got {value}")
+        raise InputError(f"{name}: expected {key!r} to be a finite number, got {value}")
     return value
 
 
@@ -197,9 +185,8 @@ def _unpack(batch: Any) -> tuple[Tensor, Tensor]:
     else:
         inputs = labels = None
     if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
-        raise ValueError(
-            "batches: expected (inputs, labels) or a dict with tensors pixel_values and labels, "
-            f"got {_describe(batch)}"
+        raise InputError(
+            f"batches: expected (inputs, labels) or a dict with tensors pixel_values and labels, got {_describe(batch)}"
         )
     return inputs, labels
 

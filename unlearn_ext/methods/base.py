@@ -56,7 +56,9 @@ class Method(StepConfig, ABC):
         if self.update not in ("sequential", "joint"):
             raise InputError(f"update: expected sequential or joint, got {self.update!r}")
         if self.update == "joint" and (self.dual_state or self.forget_lr is not None):
-            raise InputError("update='joint' makes one step of both gradients: it has no forget state or rate of its own")
+            raise InputError(
+                "update='joint' makes one step of both gradients: dual_state and forget_lr do not apply to it"
+            )
         schedules.check("lr_schedule", self.lr_schedule)
 
     @classmethod

@@ -89,7 +89,9 @@ class FisherDiagonal:
         if not self.seen:
             raise InputError(f"no trainable weight received a gradient from the {name} set: check the loss")
         if ops.gradient_products(list(self.sums.values()))[3] > 0:
-            raise NonFiniteError(f"Fisher of the {name} set: a squared gradient is not finite; check loss and precision")
+            raise NonFiniteError(
+                f"Fisher of the {name} set: a squared gradient is not finite; check loss and precision"
+            )
         return self
 
     def _update(self, batch: Any, where: str) -> None:

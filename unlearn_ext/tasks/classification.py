@@ -79,7 +79,9 @@ class Classification(Task):
             return batch["pixel_values"], batch["labels"]
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0], batch[1]
-        raise InputError(f"a batch is (inputs, labels) or a dict with pixel_values and labels, got {type(batch).__name__}")
+        raise InputError(
+            f"a batch is (inputs, labels) or a dict with pixel_values and labels, got {type(batch).__name__}"
+        )
 
 
 def _check_range(labels: Tensor, classes: int) -> None:

@@ -1,0 +1,168 @@
+// The mathematics of math/ in float64 on NumPy arrays, as a Python module: for tests, teaching and notebooks.
+//
+// It has no lists, chunks, dtypes or threads, so a difference between it and an operator is a fault in those. Built
+// on request by unlearn_ext._native.build_reference(); arrays are C-contiguous float64, bits uint32.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "math/bits.h"
+#include "math/reduce.h"
+#include "math/rounding.h"
+#include "math/saliency.h"
+#include "math/update.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Array = py::array_t<double, py::array::c_style>;
+using Words = py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>;
+using MaybeArray = std::optional<Array>;
+
+void expect_size(const char* name, py::ssize_t got, py::ssize_t expected) {
+  if (got != expected) {
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) + " numbers, got " +
+                                std::to_string(got));
+  }
+}
+
+double* data_of(const char* name, MaybeArray& array, py::ssize_t size) {
+  if (!array) return nullptr;
+  expect_size(name, array->size(), size);
+  return array->mutable_data();
+}
+
+bool bit(const Words* words, py::ssize_t i) {
+  return !words || ((words->data()[i / 32] >> (i % 32)) & 1u);
+}
+
+template <unlearn::Rule rule, bool forget, bool retain, bool interpolate>
+unlearn::WeightState<double> updated(
+    const unlearn::WeightState<double>& w, double f, double r, bool keep, bool mask_retain, bool protect,
+    const unlearn::StepScalars<double>& s) {
+  const auto all = [](bool set) { return set ? ~std::uint64_t(0) : std::uint64_t(0); };
+  return unlearn::update_weight<rule, forget, retain, interpolate>(
+      w, f, r, all(keep), all(keep || !mask_retain), all(keep || !protect), s);
+}
+
+template <unlearn::Rule rule, bool forget, bool retain>
+auto with_interpolation(bool interpolate) {
+  return interpolate ? &updated<rule, forget, retain, true> : &updated<rule, forget, retain, false>;
+}
+
+template <unlearn::Rule rule>
+auto with_parts(bool forget, bool retain, bool interpolate) {
+  if (forget && retain) return with_interpolation<rule, true, true>(interpolate);
+  if (forget) return with_interpolation<rule, true, false>(interpolate);
+  return with_interpolation<rule, false, true>(interpolate);
+}
+
+// The operator step_ on one array, in place.
+void step(
+    Array theta,
+    Array scalars,
+    int rule,
+    MaybeArray forget,
+    MaybeArray retain,
+    MaybeArray slow,
+    MaybeArray first,
+    MaybeArray second,
+    std::optional<Words> bits,
+    bool mask_retain,
+    bool protect) {
+  using unlearn::Rule;
+  const py::ssize_t n = theta.size();
+  expect_size("scalars", scalars.size(), unlearn::kScalarCount);
+  double* f = data_of("forget_grad", forget, n);
+  double* r = data_of("retain_grad", retain, n);
+  double* z = data_of("slow", slow, n);
+  double* m = data_of("first_moment", first, n);
+  double* v = data_of("second_moment", second, n);
+  if (bits) expect_size("bits", bits->size(), unlearn::word_count(n));
+  if (!f && !r) throw std::invalid_argument("forget_grad, retain_grad: expected at least one");
+  if (scalars.data()[unlearn::kSkip] != 0.0) return;
+  const unlearn::StepScalars<double> s(scalars.data());
+  const auto update = rule == int(Rule::sgd) ? with_parts<Rule::sgd>(f, r, z)
+      : rule == int(Rule::momentum)          ? with_parts<Rule::momentum>(f, r, z)
+      : rule == int(Rule::adam)              ? with_parts<Rule::adam>(f, r, z)
+                                             : with_parts<Rule::adamw>(f, r, z);
+  const Words* words = bits ? &*bits : nullptr;
+  for (py::ssize_t i = 0; i < n; ++i) {
+    unlearn::WeightState<double> w{theta.data()[i], m ? m[i] : 0, v ? v[i] : 0, z ? z[i] : 0};
+    w = update(w, f ? f[i] : 0, r ? r[i] : 0, bit(words, i), mask_retain, protect, s);
+    theta.mutable_data()[i] = w.theta;
+    if (m) m[i] = w.first;
+    if (v) v[i] = w.second;
+    if (z) z[i] = w.slow;
+  }
+}
+
+Array gradient_products(Array forget, Array retain, std::optional<Words> bits, bool mask_retain) {
+  expect_size("retain_grad", retain.size(), forget.size());
+  std::vector<unlearn::Products> terms(size_t(forget.size()) + 1);
+  const Words* words = bits ? &*bits : nullptr;
+  for (py::ssize_t i = 0; i < forget.size(); ++i) {
+    const bool keep = bit(words, i);
+    const double f = keep ? forget.data()[i] : 0, r = keep || !mask_retain ? retain.data()[i] : 0;
+    terms[size_t(i)] = {f * f, r * r, f * r, double(unlearn::is_non_finite(f)) + double(unlearn::is_non_finite(r))};
+  }
+  unlearn::combine_in_fixed_order(terms.data(), std::int64_t(terms.size()));
+  Array result(4);
+  double* out = result.mutable_data();
+  out[0] = terms[0].forget_square;
+  out[1] = terms[0].retain_square;
+  out[2] = terms[0].cross;
+  out[3] = terms[0].non_finite;
+  return result;
+}
+
+void accumulate_fisher(Array fisher, Array gradient, double weight) {
+  expect_size("gradient", gradient.size(), fisher.size());
+  for (py::ssize_t i = 0; i < fisher.size(); ++i) {
+    fisher.mutable_data()[i] = unlearn::accumulate_fisher(fisher.data()[i], gradient.data()[i], weight);
+  }
+}
+
+py::array_t<bool> salient(Array forget, Array retain, double gamma, double eps, double forget_scale, double retain_scale) {
+  expect_size("retain_fisher", retain.size(), forget.size());
+  py::array_t<bool> result(forget.size());
+  for (py::ssize_t i = 0; i < forget.size(); ++i) {
+    result.mutable_data()[i] =
+        unlearn::is_salient(forget.data()[i], retain.data()[i], forget_scale, retain_scale, eps, gamma);
+  }
+  return result;
+}
+
+float bfloat16_nearest(float value) {
+  return unlearn::bfloat16_to_float(unlearn::float_to_bfloat16(value));
+}
+
+float bfloat16_stochastic(float value, std::uint64_t seed, std::uint64_t tensor, std::uint64_t index) {
+  const std::uint32_t noise = unlearn::rounding_noise(unlearn::rounding_stream(seed, tensor), index);
+  return unlearn::bfloat16_to_float(unlearn::float_to_bfloat16_stochastic(value, noise));
+}
+
+} // namespace
+
+PYBIND11_MODULE(reference, m) {
+  m.doc() = "unlearn_ext's mathematics in float64 on NumPy arrays; see csrc/math.";
+  // noconvert: an array of another dtype would be copied, and the copy updated.
+  m.def("step", &step, py::arg("theta").noconvert(), py::arg("scalars"), py::kw_only(), py::arg("rule"),
+        py::arg("forget_grad") = py::none(), py::arg("retain_grad") = py::none(),
+        py::arg("slow").noconvert() = py::none(), py::arg("first_moment").noconvert() = py::none(),
+        py::arg("second_moment").noconvert() = py::none(), py::arg("bits") = py::none(),
+        py::arg("mask_retain") = false, py::arg("protect") = false);
+  m.def("gradient_products", &gradient_products, py::arg("forget_grad"), py::arg("retain_grad"),
+        py::arg("bits") = py::none(), py::arg("mask_retain") = false);
+  m.def("accumulate_fisher", &accumulate_fisher, py::arg("fisher").noconvert(), py::arg("gradient"),
+        py::arg("weight") = 1.0);
+  m.def("salient", &salient, py::arg("forget_fisher"), py::arg("retain_fisher"), py::arg("gamma") = 1.0,
+        py::arg("eps") = 1e-15, py::arg("forget_scale") = 1.0, py::arg("retain_scale") = 1.0);
+  m.def("bfloat16_nearest", &bfloat16_nearest);
+  m.def("bfloat16_stochastic", &bfloat16_stochastic);
+}

@@ -1,0 +1,27 @@
+"""The pure-PyTorch operators are held to the same tests as the native ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PYTHON_BACKEND
+
+HERE = Path(__file__).resolve().parent
+FILES = ("test_step.py", "test_products.py", "test_saliency_ops.py", "test_contracts.py")
+
+
+@pytest.mark.skipif(PYTHON_BACKEND, reason="this session runs the pure-PyTorch operators already")
+def test_operator_tests_pass_without_the_native_library() -> None:
+    probe = "from unlearn_ext import _native; print(_native.backend())"
+    environment = os.environ | {"UNLEARN_EXT_BACKEND": "python", "PYTHONPATH": str(HERE.parent)}
+    backend = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert backend.stdout.split() == ["python"]
+
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    files = [str(HERE / name) for name in FILES]
+    run = subprocess.run([*command, *files], env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

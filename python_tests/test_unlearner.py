@@ -1,0 +1,540 @@
+"""The run around the mathematics: data, resuming, history, protection, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import ConvNet, batches, make, samples
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from unlearn_ext import InputError, NonFiniteError, ProtectionError, SaliencyMask, Unlearner
+from unlearn_ext.methods import SFRon
+from unlearn_ext.methods.sfron import adaptive_shares
+from unlearn_ext.tasks import Classification
+
+
+def method(**changes) -> SFRon:
+    settings = {"rule": "momentum", "lr": 0.02, "momentum": 0.9, "iterations": 12, "forget_freq": 2, "max_norm": 1.0}
+    return SFRon(**{**settings, "lr_schedule": "cosine", **changes})
+
+
+def loaders(seed: int = 3) -> dict[str, DataLoader]:
+    """Shuffled loaders: one draws from the global generator, one has a generator of its own."""
+    own = torch.Generator().manual_seed(seed)
+    return {
+        "forget": DataLoader(TensorDataset(*samples(22, 1)), batch_size=4, shuffle=True),
+        "retain": DataLoader(TensorDataset(*samples(37, 2)), batch_size=4, shuffle=True, generator=own),
+    }
+
+
+def run(model: nn.Module, data: dict | None = None, changes: dict | None = None, **arguments):
+    data = data or {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    return Unlearner(model, Classification(), method(**(changes or {}))).run(**data, **arguments)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def identical(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- The result -----------------------------------------------------------------------------------------------
+
+
+def test_result_says_what_was_done() -> None:
+    model = make()
+    result = run(model)
+    assert [entry["iteration"] for entry in result.history] == list(range(12))
+    forgot, kept = result.history[2], result.history[3]
+    assert set(forgot) == {"iteration", "forget_loss", "retain_loss", "lr", "alpha", "clip", "largest_share"}
+    assert 0 < forgot["clip"] <= 1 and 1 / 6 <= forgot["largest_share"] <= 1 and forgot["alpha"] > 0
+    assert kept["forget_loss"] is None and kept["clip"] is None and kept["retain_loss"] > 0
+    assert result.history[0]["lr"] == 0.02 and result.history[-1]["lr"] < 0.001
+    assert set(result.timings) == {"fisher", "mask", "unlearning"} and min(result.timings.values()) > 0
+    assert result.counts["forget_steps"] == 6 and result.counts["retain_steps"] == 12
+    assert result.counts["salient_weights"] == result.mask.kept
+    assert result.counts["trainable_weights"] == sum(p.numel() for p in model.parameters())
+    assert result.backend in ("native", "python") and result.update == "sequential" and result.moved_protected is None
+
+
+def test_modes_and_gradients_are_put_back() -> None:
+    model = make()
+    model.train()
+    model.norm.eval()  # a frozen module in a training model
+    run(model)
+    assert model.training and model.head.training and not model.norm.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_stay_and_tied_ones_move_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.second.weight = self.first.weight
+            self.head.bias.requires_grad_(False)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+    torch.manual_seed(0)
+    model = Tied()
+    bias, shared = model.head.bias.clone(), model.first.weight.clone()
+    data = {name: [(torch.randn(8, 4), torch.randint(0, 3, (8,)))] for name in ("forget", "retain")}
+    result = run(model, data)
+    assert torch.equal(model.head.bias, bias) and not torch.equal(model.first.weight, shared)
+    assert model.first.weight is model.second.weight
+    assert set(result.mask.names) == {"first.weight", "first.bias", "second.bias", "head.weight"}
+
+
+def test_dict_batches_and_outputs_with_logits() -> None:
+    class Output:
+        def __init__(self, logits: torch.Tensor):
+            self.logits = logits
+
+    class Wrapped(ConvNet):
+        def forward(self, x):
+            return Output(super().forward(x))
+
+    plain, wrapped = make(), make(Wrapped)
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    as_dicts = {k: [{"pixel_values": x, "labels": y} for x, y in v] for k, v in data.items()}
+    run(plain, data)
+    run(wrapped, as_dicts)
+    assert identical(weights(plain), weights(wrapped))
+
+
+def test_a_loss_of_ones_own() -> None:
+    def squared(logits, labels):
+        return (logits - nn.functional.one_hot(labels, logits.shape[1])).square().sum(dim=1)
+
+    data = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}
+    result = Unlearner(make(), Classification(loss=squared), method()).run(**data)
+    inputs, labels = data["forget"][0]
+    with torch.no_grad():
+        expected = squared(make().train()(inputs), labels).mean().item()
+    assert result.history[0]["forget_loss"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(InputError, match="reduction"):
+        Unlearner(make(), Classification(loss=nn.CrossEntropyLoss()), method()).run(**data)
+
+
+def test_mixed_precision_stays_near_full_precision() -> None:
+    full, half = make(), make()
+    run(full)
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    Unlearner(half, Classification(), method(), mixed_precision="bf16").run(**data)
+    difference = (full.head.weight - half.head.weight).abs().max()
+    assert 0 < difference < 0.05 and half.head.weight.dtype == torch.float32
+
+
+def test_float16_scales_its_losses() -> None:
+    """An overflowing scaled gradient skips the step; the run goes on at a lower scale."""
+    model = make()
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    result = Unlearner(model, Classification(), method(), mixed_precision="fp16").run(**data)
+    assert len(result.history) == 12 and all(torch.isfinite(p).all() for p in model.parameters())
+    assert not torch.equal(model.head.weight, make().head.weight)
+
+
+def test_adaptive_shares_by_hand() -> None:
+    # c = 1 / (l^0.5 + 0): 1/0.5, 1/1, 1/2 -> shares 4/7, 2/7, 1/7
+    shares = adaptive_shares(torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64), 0.5, 1e-300)
+    assert torch.allclose(shares, torch.tensor([4, 2, 1], dtype=torch.float64) / 7)
+    # A loss of exactly 0 takes everything at the released eps, and its fair part at a sane one.
+    zero = torch.tensor([0.0, 1.0, 1.0])
+    assert adaptive_shares(zero, 0.5, 1e-15)[0] > 0.999999
+    assert adaptive_shares(zero, 0.5, 1.0)[0] == pytest.approx(0.5)
+    # bfloat16 losses are weighed in float32: in their own dtype 1e-15 + 1 would be all there is.
+    assert adaptive_shares(zero.bfloat16(), 0.5, 1e-3).dtype == torch.float32
+
+
+# --- Data -----------------------------------------------------------------------------------------------------
+
+
+def test_one_shot_iterators_are_refused() -> None:
+    model = make()
+    before = weights(model)
+    data = {"forget": iter(batches(3, 6, seed=1)), "retain": batches(5, 6, seed=2)}
+    with pytest.raises(InputError, match="one-shot iterator"):
+        run(model, data)
+    with pytest.raises(InputError, match="no iterable"):
+        run(model, {**data, "forget": 5})
+    assert identical(before, weights(model))
+
+
+class Counting:
+    """Counts its passes and tells whether anything holds on to them."""
+
+    def __init__(self, data: list):
+        self.data, self.passes = data, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.data)
+
+
+def test_one_eval_pass_first_and_then_fresh_passes() -> None:
+    modes: list[bool] = []
+
+    class Watching(ConvNet):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    forget, retain = Counting(batches(3, 6, seed=1)), Counting(batches(5, 6, seed=2))
+    run(make(Watching), {"forget": forget, "retain": retain})
+    assert modes[:8] == [False] * 8 and all(modes[8:]) and len(modes) == 8 + 18
+    assert forget.passes == 1 + 2 and retain.passes == 1 + 3  # 6 of 3, 12 of 5
+
+
+@pytest.mark.parametrize("which", ["forget", "retain"])
+@pytest.mark.parametrize("gamma", [1.0, None])
+def test_empty_sets_are_refused(which, gamma) -> None:
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2), which: []}
+    model = make()
+    before = weights(model)
+    with pytest.raises(InputError, match=f"the {which} set is empty"):
+        run(model, data, {"gamma": gamma})
+    assert identical(before, weights(model))
+
+
+@pytest.mark.parametrize("gamma", [1.0, None])
+def test_samples_in_both_sets_are_refused(gamma) -> None:
+    forget, retain = batches(3, 6, seed=1), batches(5, 6, seed=2)
+    retain[2][0][4] = forget[1][0][0]  # sample 2 * 6 + 4
+    model = make()
+    with pytest.raises(InputError, match=r"sample 16 of the retain set is also in the forget set.*allow.duplicates"):
+        run(model, {"forget": forget, "retain": retain}, {"gamma": gamma})
+    assert identical(weights(model), weights(make()))
+    assert run(model, {"forget": forget, "retain": retain}, allow_duplicates=True).counts["iterations"] == 12
+
+
+def test_the_whole_set_cannot_be_forgotten() -> None:
+    everything = batches(3, 6, seed=1)
+    with pytest.raises(InputError, match="also in the forget set"):
+        run(make(), {"forget": everything, "retain": everything})
+
+
+@pytest.mark.parametrize("label", [4, -1])
+def test_labels_out_of_range(label) -> None:
+    for batch in (0, 2):  # seen first by the model, or first by the loader
+        retain = batches(5, 6, seed=2)
+        retain[batch][1][3] = label
+        with pytest.raises(InputError, match=rf"label {label} is outside the model's 4 classes"):
+            run(make(), {"forget": batches(3, 6, seed=1), "retain": retain})
+
+
+def test_batches_of_the_wrong_form() -> None:
+    good = batches(3, 6, seed=1)
+    for bad, words in (
+        ([torch.zeros(6, 2, 5, 5)], "a batch is"),
+        ([{"images": torch.zeros(1)}], "pixel_values and labels, got images"),
+        ([(torch.zeros(6, 2, 5, 5), torch.zeros(5, dtype=torch.int64))], "6 inputs and 5 labels"),
+        ([(torch.zeros(6, 2, 5, 5), torch.zeros(6))], "int64"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(make(), {"forget": bad, "retain": good})
+
+
+# --- Not finite -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_a_loss_that_is_not_finite_stops_before_its_step(side) -> None:
+    model = make()
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    states: list[dict] = []
+
+    def poison(m, step):
+        states.append(weights(m))
+        if step == 2:
+            data[side][0 if side == "forget" else 2][0][0] = float("nan")
+            data[side][1][0][0] = float("nan")
+
+    with pytest.raises(NonFiniteError, match=rf"iteration 2: the {side} loss is nan"):
+        run(model, data, evaluate=poison, evaluate_every=1)
+    after = weights(model)
+    if side == "forget":
+        assert identical(after, states[-1])  # buffers too: the poisoned batch went through BatchNorm
+    else:
+        assert all(torch.isfinite(value).all() for value in after.values() if value.is_floating_point())
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
+    class Root(torch.autograd.Function):
+        """A finite loss with an infinite gradient, as sqrt has at 0."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("inf")
+
+    class Steep(ConvNet):
+        steep = False
+
+        def forward(self, x):
+            y = super().forward(x)
+            return Root.apply(y) if self.steep and self.training else y
+
+    model = make(Steep)
+
+    def switch(m, step):
+        m.steep = step == 3
+
+    with pytest.raises(NonFiniteError, match=r"iteration 3: retain_step: the retain gradient of \w+.* is not finite"):
+        run(model, evaluate=switch, evaluate_every=1)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_non_finite_fisher_pass_changes_nothing() -> None:
+    model = make()
+    forget = batches(3, 6, seed=1)
+    forget[2][0][0] = float("inf")
+    with pytest.raises(NonFiniteError, match="batch 2 of the forget set"):
+        run(model, {"forget": forget, "retain": batches(5, 6, seed=2)})
+    assert identical(weights(model), weights(make()))
+
+
+def test_models_without_trainable_weights_or_gradients() -> None:
+    with pytest.raises(InputError, match="no trainable weights"):
+        Unlearner(make().requires_grad_(False), Classification(), method())
+
+    class Detached(ConvNet):
+        def forward(self, x):
+            return super().forward(x).detach().requires_grad_()
+
+    with pytest.raises(InputError, match="no trainable weight received a gradient"):
+        run(make(Detached))
+    with pytest.raises(InputError, match="every gradient is None"):
+        run(make(Detached), changes={"gamma": None})
+
+
+# --- Masks and protection -------------------------------------------------------------------------------------
+
+
+def test_a_ready_mask_is_used_and_checked() -> None:
+    made = run(make()).mask
+    again, model = make(), make()
+    result = run(model, changes={"mask": made})
+    run(again)
+    assert identical(weights(model), weights(again)) and "fisher" not in result.timings
+    with pytest.raises(InputError, match="another weights"):
+        run(make(seed=5), changes={"mask": made})
+    with pytest.raises(InputError, match="another forget set"):
+        run(make(), {"forget": batches(3, 6, seed=9), "retain": batches(5, 6, seed=2)}, {"mask": made})
+    wrong = SaliencyMask.from_dict({**made.unpack(), "head.bias": torch.ones(5, dtype=torch.bool)})
+    with pytest.raises(InputError, match=r"head\.bias has shape \[5\]"):
+        run(make(), changes={"mask": wrong})
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_protection_of_the_whole_run_is_proven(rule) -> None:
+    model = make()
+    before = weights(model)
+    changes = {"mask_scope": "all", "protect": True, "weight_decay": 0.1, "rule": rule, "slow_rate": 0.5}
+    result = run(model, changes=changes)
+    protected = 0
+    for name, keep in result.mask.unpack().items():
+        assert torch.equal(model.state_dict()[name][~keep], before[name][~keep])
+        protected += int((~keep).sum())
+    assert result.moved_protected == 0 and protected > 0
+    assert result.protection.startswith(f"0 of {protected} protected weights moved")
+
+
+def test_broken_protection_fails_the_run() -> None:
+    model = make()
+
+    def meddle(m, step):
+        with torch.no_grad():
+            m.conv.weight += 1e-7 * m.conv.weight.sign()
+            m.conv.weight += 1.0
+
+    with pytest.raises(ProtectionError, match=r"protected weights of conv\.weight have changed"):
+        run(model, changes={"mask_scope": "all", "protect": True}, evaluate=meddle, evaluate_every=5)
+
+
+def test_protection_within_forget_steps_is_called_so() -> None:
+    result = run(make(), changes={"protect": True})
+    assert result.moved_protected is None and "within forget steps only" in result.protection
+
+
+# --- Evaluating, stopping, logging ------------------------------------------------------------------------------
+
+
+def test_evaluating_does_not_disturb_the_run_and_may_stop_it() -> None:
+    plain, watched = make(dropout=0.5), make(dropout=0.5)
+
+    def draw(model, step):
+        assert not model.training
+        return {"noise": float(torch.rand(()))}
+
+    torch.manual_seed(1)
+    run(plain, loaders())
+    torch.manual_seed(1)
+    result = run(watched, loaders(), evaluate=draw, evaluate_every=3, log_every=5)
+    assert identical(weights(plain), weights(watched))
+    assert [e["iteration"] for e in result.history] == [2, 4, 5, 8, 9, 11] and "evaluation" in result.history[0]
+    result = run(make(), evaluate=lambda model, step: step >= 4, evaluate_every=2)
+    assert result.stopped_at == 4 and len(result.history) == 4
+
+
+def test_bad_arguments_of_run(tmp_path) -> None:
+    for arguments, words in (
+        ({"checkpointing_steps": 2}, "needs an output_dir"),
+        ({"log_every": 0}, "log_every"),
+        ({"resume_from_checkpoint": "latest"}, "needs the output_dir"),
+        ({"resume_from_checkpoint": "latest", "output_dir": tmp_path}, "no checkpoint in"),
+        ({"resume_from_checkpoint": tmp_path / "none"}, "no checkpoint at"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(make(), **arguments)
+    with pytest.raises(InputError, match="mixed_precision"):
+        Unlearner(make(), Classification(), method(), mixed_precision="half")
+
+
+def test_bad_settings_of_the_method() -> None:
+    for changes, words in (
+        ({"iterations": 0}, "iterations"),
+        ({"update": "both"}, "sequential or joint"),
+        ({"lr_schedule": "step"}, "lr_schedule"),
+        ({"forget_schedule": "exp"}, "forget_schedule"),
+        ({"lambd": -1.0}, "lambd"),
+        ({"update": "joint", "dual_state": True}, "dual_state"),
+    ):
+        with pytest.raises(InputError, match=words):
+            method(**changes)
+    with pytest.raises(InputError, match=r"no preset 'cifar'.*cifar10-resnet18, tinyimagenet-swin"):
+        SFRon.preset("cifar")
+    assert SFRon.preset("cifar10-resnet18", iterations=7).iterations == 7
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_is_read_only(tmp_path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot write"):
+        run(make(), output_dir=tmp_path / "out")
+
+
+def test_a_directory_that_cannot_be(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    model = make()
+    with pytest.raises(InputError, match="cannot write"):
+        run(model, output_dir=tmp_path / "file" / "out")
+    assert identical(weights(model), weights(make()))
+
+
+# --- Resuming -------------------------------------------------------------------------------------------------
+
+RESUMABLE = {
+    "momentum": {"rule": "momentum"},
+    "adamw, slow": {"rule": "adamw", "lr": 1e-3, "slow_rate": 0.5, "slow_freq": 5},
+    "dual": {"rule": "momentum", "dual_state": True, "forget_rule": "adam", "forget_lr": 1e-3},
+    "joint, protected": {"update": "joint", "mask_scope": "all", "protect": True},
+}
+
+
+@pytest.mark.parametrize("changes", RESUMABLE.values(), ids=RESUMABLE.keys())
+def test_a_resumed_run_is_the_uninterrupted_one(changes, tmp_path) -> None:
+    whole, interrupted = make(dropout=0.3), make(dropout=0.3)
+    torch.manual_seed(7)
+    expected = run(whole, loaders(), changes)
+    torch.manual_seed(7)
+    run(
+        interrupted,
+        loaders(),
+        changes,
+        output_dir=tmp_path,
+        checkpointing_steps=7,
+        evaluate=lambda model, step: step == 9,
+        evaluate_every=1,
+    )
+    torch.manual_seed(99)  # whatever the new process has drawn before
+    resumed = make(seed=4, dropout=0.3)
+    result = run(resumed, loaders(seed=50), changes, output_dir=tmp_path, resume_from_checkpoint="latest")
+    assert identical(weights(whole), weights(resumed))
+    assert result.history == expected.history
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines == expected.history
+    assert result.counts == expected.counts and result.mask == expected.mask
+    assert result.moved_protected == expected.moved_protected
+
+
+def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path) -> None:
+    run(make(), output_dir=tmp_path, checkpointing_steps=6)
+    with pytest.raises(InputError, match=r"written with lr=0\.02 and the method has 0\.5"):
+        run(make(), changes={"lr": 0.5}, output_dir=tmp_path, resume_from_checkpoint="latest")
+    other = make(classes=5)
+    before = weights(other)
+    with pytest.raises(InputError, match="shape"):
+        run(other, output_dir=tmp_path, resume_from_checkpoint="latest")
+    assert identical(before, weights(other))
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_unlearner import loaders, make, method, Classification, Unlearner
+torch.manual_seed(7)
+changes = dict(iterations=4000)
+Unlearner(make(dropout=0.3), Classification(), method(**changes)).run(
+    **loaders(), output_dir={output!r}, checkpointing_steps=5)
+"""
+
+
+def test_kill_and_resume(tmp_path) -> None:
+    """A killed process leaves whole checkpoints only, and the run continues from the newest."""
+    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), output=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint-15").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    stderr = process.communicate()[1].decode()
+    assert (tmp_path / "checkpoint-15").exists(), stderr
+    latest = max(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*"))
+    stop = latest + 12
+
+    torch.manual_seed(7)
+    whole = make(dropout=0.3)
+    run(whole, loaders(), {"iterations": 4000}, evaluate=lambda m, step: step == stop, evaluate_every=1)
+    resumed = make(seed=9, dropout=0.3)
+    result = run(
+        resumed,
+        loaders(),
+        {"iterations": 4000},
+        output_dir=tmp_path,
+        resume_from_checkpoint="latest",
+        evaluate=lambda m, step: step == stop,
+        evaluate_every=1,
+    )
+    assert identical(weights(whole), weights(resumed))
+    assert [entry["iteration"] for entry in result.history] == list(range(stop))
+
+
+def test_fixed_api() -> None:
+    """The call that others build on, word for word."""
+    model = copy.deepcopy(make())
+    forget_batches, retain_batches = batches(3, 6, seed=1), batches(5, 6, seed=2)
+    method = SFRon(rule="momentum", lr=0.01, momentum=0.9, weight_decay=5e-4, lr_schedule="cosine",
+                   iterations=5, forget_freq=5, forget_alpha=25.0, forget_schedule="cosine",
+                   lambd=0.5, gamma=1.0, max_norm=7.0, slow_rate=1.0, slow_freq=1, dual_state=False,
+                   retain_max_norm=None, fisher_batches=None, mask=None, adaptive_eps=1e-15, fisher_eps=1e-15,
+                   update="sequential")  # fmt: skip
+    result = Unlearner(model, task=Classification(), method=method).run(forget=forget_batches, retain=retain_batches)
+    assert len(result.history) == 5

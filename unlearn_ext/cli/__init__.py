@@ -1,0 +1,46 @@
+"""The unlearn-ext command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def _hyphens(arguments: Sequence[str]) -> list[str]:
+    """``--train_size=5`` -> ``--train-size=5``: diffusers' scripts spell options with underscores."""
+    spelled = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        spelled.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
+    return spelled
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+    from .._native import BuildError, ToolchainError
+    from ..errors import UnlearnError
+    from . import demo
+
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        help="Make trained PyTorch networks forget, fast and verifiably.",
+    )
+    app.callback()(lambda: None)
+    app.command("demo")(demo.demo)
+    errors = Console(stderr=True, highlight=False)
+    try:
+        app(_hyphens(sys.argv[1:] if arguments is None else arguments))
+    except SystemExit as end:  # how typer ends, also after a usage error, which it has printed
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    except (UnlearnError, BuildError, ToolchainError, ImportError) as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 1
+    return 0
