@@ -263,6 +263,40 @@ def test_a_list_may_mix_dtypes(rng: torch.Generator) -> None:
     assert_state(state, expected)
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_number_survives_a_step_of_zero(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    theta = every.clone()
+    call({"theta": [theta]}, retain=[torch.zeros(2**16)], rule="sgd", lr=1.0)
+    finite = every.isfinite() | every.isinf()
+    assert same_bits(theta[finite], every[finite])
+    assert theta[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_gradient_is_read_exactly(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for wide in (torch.float32, torch.float64):
+        theta = torch.zeros(2**16, dtype=wide)
+        call({"theta": [theta]}, [every], rule="sgd", lr=-1.0)
+        assert_ulps(theta, every.to(wide), 0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounding_to_half_is_that_of_torch(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Any float32: ties to even, subnormals, overflow to infinity, NaN."""
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    ties = halves[:-1] + (halves[1:] - halves[:-1]) / 2
+    anything = torch.randint(-(2**31), 2**31, (50000,), generator=rng).to(torch.int32).view(torch.float32)
+    values = torch.cat([ties, ties.nextafter(halves[1:]), ties.nextafter(halves[:-1]), anything])
+    theta = torch.zeros(values.shape, dtype=dtype)
+    call({"theta": [theta]}, [values], rule="sgd", lr=-1.0)
+    assert_ulps(theta, values.to(dtype), 0)
+
+
 def placed(arena: Arena, state: State, layouts: Sequence[Layout]) -> State:
     return {name: arena.place_each(tensors, layouts) for name, tensors in state.items()}
 

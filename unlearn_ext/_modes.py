@@ -1,13 +1,17 @@
-"""Training and evaluation mode, put back afterwards module by module."""
+"""In which mode and precision a model runs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["PRECISIONS", "evaluating"]
+
+# What mixed_precision may be, and the dtype of its autocast.
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ __all__ = [
     "RULES",
     "SCALARS",
     "accumulate_fisher_",
+    "backend",
     "count_bits",
     "gradient_products",
     "pack_bits",
@@ -77,6 +78,12 @@ _SCHEMAS = (
 # Devices the native library has kernels for; tensors elsewhere take the pure-PyTorch path.
 _NATIVE_DEVICES = frozenset({"cpu"})
 
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """``native`` or ``python``: which implementation tensors on this device take. Builds the library if need be."""
+    return _native.load() if torch.device(device).type in _NATIVE_DEVICES else "python"
+
+
 _library = torch.library.Library("unlearn_ext", "DEF")
 
 
@@ -90,7 +97,7 @@ def _first_use_kernel(name: str):
 
     def kernel(*args):
         device = next(t.device.type for arg in args if isinstance(arg, list) for t in arg)
-        if device in _NATIVE_DEVICES and _native.load() == "native":
+        if backend(device) == "native":
             return getattr(torch.ops.unlearn_ext, name).default(*args)
         return fallback(*args)
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checkpoint, _native, _rng
+from . import _checkpoint, _rng, ops
 from ._data import DataCheck
 from ._files import writable_directory
 from ._hashing import weights_hash
 from ._history import History
-from ._modes import evaluating
+from ._modes import PRECISIONS, evaluating
 from ._names import plain_name
 from ._streams import BatchStream
 from .errors import InputError, NonFiniteError, ProtectionError
@@ -30,7 +30,6 @@ from .tasks import Task
 __all__ = ["Result", "Unlearner"]
 
 Progress = Callable[[str, int, int | None], None]
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -133,8 +132,8 @@ class Unlearner:
             output_dir: for ``history.jsonl`` and checkpoints.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped.
-            evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything but a bool
-                or None is kept in the history. It does not disturb the run's random numbers.
+            evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
+                but a bool or None is kept in the history. It does not disturb the run's random numbers.
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device.
             allow_duplicates: do not refuse samples that stand in both sets, and do not look for them.
@@ -160,7 +159,7 @@ class Unlearner:
             checkpoint = _checkpoint.find(directory, resume_from_checkpoint)
         progress = progress or (lambda stage, done, total: None)
         streams = BatchStream("forget", forget), BatchStream("retain", retain)
-        result = Result(update=self.method.update, backend=_native.backend())
+        result = Result(update=self.method.update, backend=ops.backend(self.device))
         if checkpoint is None:
             result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
         else:
@@ -302,18 +301,15 @@ class _Loop:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
                 self.iteration += 1
-                self.seconds += time.perf_counter() - started
-                stop = False
+                stop, paused = False, 0.0
                 if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
-                    verdict = self._evaluate(evaluate)
-                    if isinstance(verdict, bool):
-                        stop = verdict
-                    elif verdict is not None:
-                        entry["evaluation"] = verdict
+                    stop, paused = self._evaluate(evaluate, entry)
                 last = stop or self.iteration == method.iterations
                 if last or self.iteration % log_every == 0 or "evaluation" in entry:
+                    # The one place that waits for the device, so the clock below is right there as well.
                     self.optimizer.raise_if_non_finite()
                     self.history.add(entry)
+                self.seconds += time.perf_counter() - started - paused
                 self.progress("unlearning", self.iteration, method.iterations)
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
                     self._save()
@@ -327,13 +323,17 @@ class _Loop:
                 p.grad = None
         self._finish()
 
-    def _evaluate(self, evaluate: Callable[[nn.Module, int], Any]) -> Any:
+    def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
+        """Whether to stop, and the seconds it took, which are not the run's."""
+        started = time.perf_counter()
         generators = self._generators()
         state = _rng.capture(generators)
         with evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
         _rng.restore(state, generators)
-        return verdict
+        if verdict is not None and not isinstance(verdict, bool):
+            entry["evaluation"] = verdict
+        return verdict is True, time.perf_counter() - started
 
     # --- One iteration --------------------------------------------------------------------------------------
 

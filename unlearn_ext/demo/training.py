@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._modes import PRECISIONS
 from ..errors import InputError, NonFiniteError
-
-AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_classifier(
@@ -54,11 +53,11 @@ def train_classifier(
         raise InputError(f"labels: expected one for each of at least one image, got {len(labels)} for {len(images)}")
     if epochs < 1 or batch_size < 1:
         raise InputError(f"expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
-    if mixed_precision not in AUTOCAST_DTYPES:
-        raise InputError(f"mixed_precision: expected one of {sorted(AUTOCAST_DTYPES)}, got {mixed_precision!r}")
+    if mixed_precision not in PRECISIONS:
+        raise InputError(f"mixed_precision: expected one of {sorted(PRECISIONS)}, got {mixed_precision!r}")
     if mixed_precision == "fp16" and device.type == "cpu":
         raise InputError("mixed_precision: fp16 needs an accelerator; use 'no' or 'bf16' on the CPU")
-    dtype = AUTOCAST_DTYPES[mixed_precision]
+    dtype = PRECISIONS[mixed_precision]
 
     model.to(device).train()
     images, labels = images.to(device), labels.to(device)

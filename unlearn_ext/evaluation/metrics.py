@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modes import evaluating
 from ..errors import InputError
+from ..tasks import Classification
 
 GAP_KEYS = ("FA", "RA", "TA", "MIA_entropy")
 
@@ -105,27 +107,20 @@ def predict(
     if device is None:
         first = next(model.parameters(), None)
         device = first.device if first is not None else torch.device("cpu")
-    training = {module: module.training for module in model.modules()}
+    task = Classification()
     logits, labels = [], []
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                inputs, targets = _unpack(batch)
-                output = model(inputs.to(device))
-                output = getattr(output, "logits", output)
-                if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(targets):
-                    raise InputError(
-                        f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
-                        f"got {_describe(output)}"
-                    )
-                # Copying to the host waits for the device, but logits of a large set need not pile up there.
-                logits.append(output.detach().to("cpu", torch.float32))
-                labels.append(targets.detach().to("cpu", torch.int64))
-    finally:
-        # Module by module: a model in train mode may hold frozen modules in eval mode, and the reverse.
-        for module, flag in training.items():
-            module.training = flag
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            inputs, targets = task.prepare(batch, device)
+            output = task.logits(model, inputs)
+            if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(targets):
+                raise InputError(
+                    f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
+                    f"got {_describe(output)}"
+                )
+            # Copying to the host waits for the device, but logits of a large set need not pile up there.
+            logits.append(output.to("cpu", torch.float32))
+            labels.append(targets.to("cpu", torch.int64))
     if not logits:
         raise InputError("batches: expected at least one batch, got none")
     return torch.cat(logits), torch.cat(labels)
@@ -175,20 +170,6 @@ def _value(metrics: Mapping[str, float], name: str, key: str) -> float:
     if not math.isfinite(value):
         raise InputError(f"{name}: expected {key!r} to be a finite number, got {value}")
     return value
-
-
-def _unpack(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, Mapping):
-        inputs, labels = batch.get("pixel_values"), batch.get("labels")
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, labels = batch
-    else:
-        inputs = labels = None
-    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
-        raise InputError(
-            f"batches: expected (inputs, labels) or a dict with tensors pixel_values and labels, got {_describe(batch)}"
-        )
-    return inputs, labels
 
 
 def _describe(value: Any) -> str:

@@ -73,15 +73,17 @@ class Classification(Task):
 
     @staticmethod
     def _split(batch: Any) -> tuple[Tensor, Tensor]:
+        pair: tuple[Any, ...] = ()
         if isinstance(batch, Mapping):
-            if "pixel_values" not in batch or "labels" not in batch:
-                raise InputError(f"a dict batch needs pixel_values and labels, got {', '.join(map(str, batch))}")
-            return batch["pixel_values"], batch["labels"]
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            return batch[0], batch[1]
-        raise InputError(
-            f"a batch is (inputs, labels) or a dict with pixel_values and labels, got {type(batch).__name__}"
-        )
+            pair = (batch.get("pixel_values"), batch.get("labels"))
+        elif isinstance(batch, (tuple, list)):
+            pair = tuple(batch)
+        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise InputError(
+                f"a batch is (inputs, labels) or a dict with pixel_values and labels, all tensors; got {got}"
+            )
+        return pair
 
 
 def _check_range(labels: Tensor, classes: int) -> None:

@@ -1,0 +1,98 @@
+"""Does the demo really forget? The two tables of the README, written to results/digits.json.
+
+    python benchmarks/digits.py            # both scenarios, about 15 minutes on two cores
+    python benchmarks/digits.py --show     # prints the tables from the file again
+
+Class scenario: digit 3 at seeds 0 to 4 and every digit at seed 0. Random scenario: 1,000 training digits, 20 % of them
+forgotten, seeds 0 to 4; the settings were chosen on seeds from 100 up. Each row trains its own original and retrained
+model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+from unlearn_ext import __version__
+from unlearn_ext.demo.classifier import ClassifierDemo, DemoOptions
+
+RESULTS = Path(__file__).parent / "results" / "digits.json"
+SEEDS = range(5)
+
+
+def runs() -> list[dict]:
+    """Options of every run."""
+    found = []
+    for update in ("sequential", "joint"):
+        found += [{"forget_class": 3, "seed": seed, "update": update} for seed in SEEDS]
+        found += [{"forget_class": digit, "seed": 0, "update": update} for digit in range(10) if digit != 3]
+        random = {"scenario": "random", "train_size": 1000, "forget_fraction": 0.2, "update": update}
+        found += [{**random, "seed": seed} for seed in SEEDS]
+    return found
+
+
+def measure() -> dict:
+    rows = []
+    for options in runs():
+        report = ClassifierDemo(DemoOptions(**options)).run().report()
+        rows.append(
+            {"options": options, **{key: report[key] for key in ("models", "mask_density", "timings", "method")}}
+        )
+        print(options, {name: round(values["gap"], 4) for name, values in report["models"].items()}, flush=True)
+    versions = {"unlearn_ext": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"rows": rows, "versions": versions, "threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean ± standard deviation, in percent."""
+    percent = [100 * value for value in values]
+    return f"{statistics.mean(percent):.{digits}f} ± {statistics.stdev(percent):.{digits}f}"
+
+
+def show(document: dict) -> None:
+    for update in ("sequential", "joint"):
+        rows = [row for row in document["rows"] if row["options"]["update"] == update]
+        classes = [row for row in rows if "forget_class" in row["options"]]
+        print(f"\nClass scenario, {update}\n")
+        print("| digit | seed | FA % | TA retained %, before | after | gap % | nothing % | seconds | retraining |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for row in sorted(classes, key=lambda row: (row["options"]["forget_class"], row["options"]["seed"])):
+            before, after = row["models"]["original"], row["models"]["unlearned"]
+            print(
+                f"| {row['options']['forget_class']} | {row['options']['seed']} | {100 * after['FA']:.2f} "
+                f"| {100 * before['TA_retained']:.2f} | {100 * after['TA_retained']:.2f} | {100 * after['gap']:.2f} "
+                f"| {100 * before['gap']:.2f} | {after['seconds']:.1f} | {row['models']['retrained']['seconds']:.1f} |"
+            )
+        print(f"\nRandom scenario, {update}: mean ± standard deviation over {len(SEEDS)} seeds\n")
+        random = [row["models"] for row in rows if "scenario" in row["options"]]
+        print("| model | FA % | RA % | TA % | MIA % | gap % | KL | seconds |")
+        print("|---|---|---|---|---|---|---|---|")
+        for name in ("original", "retrained", "unlearned"):
+            cells = [spread([m[name][key] for m in random]) for key in ("FA", "RA", "TA", "MIA_entropy", "gap")]
+            kl = statistics.mean(m[name]["KL"] for m in random)
+            seconds = statistics.mean(m[name]["seconds"] for m in random)
+            print(f"| {name} | {' | '.join(cells)} | {kl:.3f} | {seconds:.1f} |")
+        cut = [m["original"]["gap"] - m["unlearned"]["gap"] for m in random]
+        share = statistics.mean(cut) / statistics.mean(m["original"]["gap"] for m in random)
+        error = statistics.stdev(cut) / len(cut) ** 0.5
+        print(
+            f"\nThe gap is cut by {100 * statistics.mean(cut):.2f} points ({100 * share:.0f} %), standard error "
+            f"{100 * error:.2f}: {statistics.mean(cut) / error:.1f} standard errors."
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--show", action="store_true", help="print the tables from the results file, measure nothing")
+    if not parser.parse_args().show:
+        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    show(json.loads(RESULTS.read_text()))
+
+
+if __name__ == "__main__":
+    main()

