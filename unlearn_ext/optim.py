@@ -111,6 +111,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         forget_rule, forget_lr: rule and learning rate of forget steps; a scheduler scales both rates alike.
         stochastic_rounding: round bfloat16 weights stochastically, for training without a float32 copy.
 
+    Attributes:
+        mask_bits: the mask as packed bits, aligned with the parameters, or None.
+        last_clip: the last forget gradient's clip factor, a 0-d tensor.
+
     Source: SFR-on, arXiv 2409.19732.
     """
 
@@ -161,7 +165,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self.slow_freq, self.mask_scope, self.protect, self.dual_state = slow_freq, mask_scope, protect, dual_state
         self.last_clip: Tensor | None = None
         self._non_finite: Tensor | None = None
-        self._bits: list[Tensor] | None = None
+        self.mask_bits: list[Tensor] | None = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -183,12 +187,12 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if mask is not None:
             if not all("param_names" in group for group in self.param_groups):
                 raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
-            self._bits = mask.bind(zip(self._names(), self._parameters(), strict=True))
+            self.mask_bits = mask.bind(zip(self._names(), self._parameters(), strict=True))
 
     # --- The parameters as one list -------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if getattr(self, "_bits", None) is not None:
+        if getattr(self, "mask_bits", None) is not None:
             raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
         super().add_param_group(param_group)
 
@@ -279,7 +283,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     ) -> None:
         forgets = op != "retain_step"
         own_state = op == "forget_step" and self.dual_state
-        masked = self._bits is not None and (forgets or self.mask_scope == "all")
+        masked = self.mask_bits is not None and (forgets or self.mask_scope == "all")
         prefix = "forget_" if own_state else ""
         rule = self.forget_rule if own_state else self.rule
         buckets = self._buckets(op, parameters, forget, retain, f"{prefix}step")
@@ -361,7 +365,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                     continue
                 kept = masked and (part == "forget" or self.mask_scope == "all")
                 if kept:
-                    keep = ops.unpack_bits([self._bits[i]], [parameters[i]])[0]
+                    keep = ops.unpack_bits([self.mask_bits[i]], [parameters[i]])[0]
                     if torch.isfinite(torch.where(keep, gradient, 0)).all():
                         continue
                 raise NonFiniteError(
@@ -375,9 +379,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         for i in bucket.indices:
             gradient = forget[i] if bucket.has_forget else retain[i]
             if gradient.stride() == parameters[i].stride():
-                bits.append(self._bits[i])
+                bits.append(self.mask_bits[i])
             else:
-                keep = ops.unpack_bits([self._bits[i]], [parameters[i]])[0]
+                keep = ops.unpack_bits([self.mask_bits[i]], [parameters[i]])[0]
                 bits += ops.pack_bits([torch.empty_like(gradient, dtype=torch.bool).copy_(keep)])
         return bits
 
@@ -413,7 +417,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             slow=[self.state[p]["slow"] for p in weights] if interpolate else (),
             first_moments=moments[0] if moments else (),
             second_moments=moments[1] if len(moments) > 1 else (),
-            bits=[self._bits[i] for i in indices] if masked else (),
+            bits=[self.mask_bits[i] for i in indices] if masked else (),
             mask_scope=self.mask_scope,
             protect=self.protect and masked,
             rounding_seed=self._next_rounding_seed(group),

@@ -271,7 +271,7 @@ class _Loop:
         if checkpoint is None:
             self.history.clear()
             if self._fully_protected():
-                self.protected = protected_hashes(self.parameters, self.optimizer._bits)
+                self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
             return
         document = _checkpoint.read(checkpoint)
         settings = json.loads(json.dumps(self.method.settings()))
@@ -449,7 +449,7 @@ class _Loop:
         elif not self._fully_protected():
             result.protection = "protected within forget steps only: retain steps move every weight"
         else:
-            bits = self.optimizer._bits
+            bits = self.optimizer.mask_bits
             count = protected_count(self.parameters, bits)
             changed = [
                 name

@@ -103,6 +103,11 @@ class ClassifierDemo:
 
     # --- The three models -----------------------------------------------------------------------------------
 
+    def adopt(self, other: ClassifierDemo, *names: str) -> None:
+        """Takes trained models over from another run instead of training them again."""
+        for name in names:
+            self.models[name], self.seconds[name] = other.models[name], other.seconds[name]
+
     def run(self) -> ClassifierDemo:
         options, images, labels = self.options, self.split.train_images, self.split.train_labels
         self._train("original", images, labels, options.seed)
@@ -112,6 +117,8 @@ class ClassifierDemo:
         return self
 
     def _train(self, name: str, images: Tensor, labels: Tensor, seed: int) -> None:
+        if name in self.models:
+            return
         started = time.perf_counter()
         epochs = max(6, min(24, 24_000 // self.options.train_size))
         self.models[name] = train_classifier(

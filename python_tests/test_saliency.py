@@ -1,0 +1,506 @@
+"""Masks by name and their files, Fisher diagonals against plain PyTorch, hashes of protected weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DTYPES, coin, normal
+from hypothesis import given
+from hypothesis import strategies as st
+from models import ConvNet, WithUnused, batches, make
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unlearn_ext import ops
+from unlearn_ext.errors import InputError, NonFiniteError
+from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
+from unlearn_ext.saliency.protection import protected_count, protected_hashes
+from unlearn_ext.tasks import Classification
+
+
+def masks() -> dict[str, Tensor]:
+    """In a model's order, which is neither that of the alphabet nor of sizes."""
+    rng = torch.Generator().manual_seed(5)
+    shapes = {"stem.weight": (6, 2, 3, 3), "stem.bias": (6,), "a.scale": (), "empty": (0, 4), "head": (33, 5)}
+    return {name: coin(rng, shape, 0.3) for name, shape in shapes.items()}
+
+
+def parameters_of(tensors: dict[str, Tensor], prefix: str = "") -> list[tuple[str, Tensor]]:
+    return [(prefix + name, torch.zeros(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype == torch.bool
+        assert a[name].shape == b[name].shape and torch.equal(a[name], b[name]), name
+
+
+# --- Masks --------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_unpack_undoes_from_dict(data: st.DataObject) -> None:
+    sizes = st.one_of(st.sampled_from((0, 1, 31, 32, 33, 63, 64, 65)), st.integers(0, 5))
+    shapes = data.draw(st.lists(st.lists(sizes, max_size=3), min_size=1, max_size=5))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    given_masks = {f"w{i}": coin(rng, shape) for i, shape in enumerate(shapes)}
+    if data.draw(st.booleans()):
+        given_masks = {name: m.mT if m.dim() >= 2 else m for name, m in given_masks.items()}
+    mask = SaliencyMask.from_dict(given_masks)
+    unpacked = mask.unpack()
+    assert_equal(unpacked, given_masks)
+    assert all(m.is_contiguous() and m.device.type == "cpu" for m in unpacked.values())
+    assert mask.kept == sum(int(m.sum()) for m in given_masks.values())
+    assert mask.total == sum(m.numel() for m in given_masks.values())
+    assert SaliencyMask.from_dict(unpacked) == mask
+
+
+def test_densities() -> None:
+    mask = SaliencyMask.from_dict(
+        {"a": torch.tensor([True, False, False, True]), "b": torch.zeros(0, dtype=torch.bool), "c": torch.tensor(True)}
+    )
+    assert mask.densities == {"a": 0.5, "b": 0.0, "c": 1.0}
+    assert (mask.kept, mask.total, mask.density) == (3, 5, 0.6)
+    assert mask.shapes == {"a": (4,), "b": (0,), "c": ()}
+    assert SaliencyMask.from_dict({"b": torch.zeros(0, dtype=torch.bool)}).density == 0.0
+
+
+def test_equality() -> None:
+    mask = SaliencyMask.from_dict(masks(), {"seed": "1"})
+    assert mask == SaliencyMask.from_dict(masks(), {"seed": "2"}), "the same weights, whatever is said about them"
+    assert mask != 1
+    for name, m in masks().items():
+        if m.numel():
+            changed = masks()
+            changed[name].view(-1)[-1] ^= True
+            assert SaliencyMask.from_dict(changed) != mask, name
+    fewer = masks()
+    del fewer["a.scale"]
+    assert SaliencyMask.from_dict(fewer) != mask and mask != SaliencyMask.from_dict(fewer)
+    reshaped = masks()
+    reshaped["head"] = reshaped["head"].reshape(5, 33)
+    assert SaliencyMask.from_dict(reshaped) != mask
+
+
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."))
+def test_wrappers_prefixes_are_stripped(prefix: str) -> None:
+    plain, wrapped = (SaliencyMask.from_dict({p + n: m for n, m in masks().items()}) for p in ("", prefix))
+    assert wrapped.names == list(masks()) and wrapped == plain
+    bound = plain.bind(parameters_of(masks(), prefix))
+    assert all(torch.equal(a, b) for a, b in zip(bound, ops.pack_bits(list(masks().values())), strict=True))
+
+
+def test_prefixes_are_stripped_at_the_front_only() -> None:
+    assert SaliencyMask.from_dict({"block.module.w": torch.tensor(True)}).names == ["block.module.w"]
+    with pytest.raises(InputError, match="two parameters are called w"):
+        SaliencyMask.from_dict({"module.w": torch.tensor(True), "w": torch.tensor(True)})
+
+
+@pytest.mark.parametrize(
+    "given_masks, message",
+    [
+        ({}, "a mask of no tensors"),
+        ({"w": torch.ones(3)}, r"mask of w: expected a torch.bool tensor, got torch.float32; convert it with != 0"),
+        ({"w": torch.ones(3, dtype=torch.uint8)}, "got torch.uint8"),
+        ({"w": [True, False]}, "got list"),
+    ],
+)
+def test_what_is_no_mask_is_refused(given_masks: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SaliencyMask.from_dict(given_masks)
+
+
+# --- Binding ------------------------------------------------------------------------------------------------
+
+
+def test_bits_are_bound_in_the_parameters_order() -> None:
+    mask = SaliencyMask.from_dict(masks())
+    backwards = dict(reversed(masks().items()))
+    bound = mask.bind(parameters_of(backwards))
+    assert all(torch.equal(a, b) for a, b in zip(bound, ops.pack_bits(list(backwards.values())), strict=True))
+
+
+def test_bits_are_bound_in_memory_order() -> None:
+    keep = coin(torch.Generator().manual_seed(0), (6, 5, 3, 3))
+    mask = SaliencyMask.from_dict({"w": keep, "v": keep[0, 0]})
+    weights = {"w": torch.zeros(6, 5, 3, 3).to(memory_format=torch.channels_last), "v": torch.zeros(3, 3).t()}
+    bound = mask.bind(weights.items())
+    assert torch.equal(bound[0], ops.pack_bits([keep.to(memory_format=torch.channels_last)])[0])
+    assert torch.equal(bound[1], ops.pack_bits([keep[0, 0].t().contiguous().t()])[0])
+    assert not torch.equal(bound[0], mask.bind([("w", torch.zeros(6, 5, 3, 3)), ("v", torch.zeros(3, 3))])[0])
+    # A mask that lay in memory as its weight did is the same mask.
+    assert SaliencyMask.from_dict({"w": keep.to(memory_format=torch.channels_last), "v": keep[0, 0]}) == mask
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: p[1:], r"the mask has bits for, and the model does not train, stem\.weight: use the mask made"),
+        (lambda p: p[2:], r"has bits for, and the model does not train, stem\.weight and 1 more"),
+        (lambda p: [*p, ("new", torch.ones(2))], "the mask has no bits for new: use the mask made for this model"),
+        (
+            lambda p: [("head", torch.ones(5, 33)) if n == "head" else (n, t) for n, t in p],
+            r"the mask of head has shape \[33, 5\] and the parameter \[5, 33\]",
+        ),
+        (lambda p: [("a.scale", torch.ones(1)) if n == "a.scale" else (n, t) for n, t in p], r"shape \[\] and"),
+    ],
+)
+def test_a_mask_of_another_model_is_refused(change: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SaliencyMask.from_dict(masks()).bind(change(parameters_of(masks())))
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    metadata = {"weights_hash": "0123", "forget_hash": "4567", "seed": "3", "note": "häßlich, 中文"}
+    mask = SaliencyMask.from_dict(masks(), metadata)
+    mask.save(tmp_path / "mask.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.safetensors"]
+    loaded = SaliencyMask.load(tmp_path / "mask.safetensors")
+    assert loaded == mask and loaded.names == mask.names
+    assert loaded.metadata == metadata
+    assert_equal(loaded.unpack(), masks())
+    SaliencyMask.from_dict({"w": torch.tensor(True)}).save(tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(str(tmp_path / "mask.safetensors")).names == ["w"]
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
+    """A valid safetensors file with other contents."""
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata())
+        bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(bits, header)
+    save_file(bits, path, metadata=header)
+
+
+def without(header: dict[str, str], name: str) -> str:
+    return json.dumps({n: shape for n, shape in json.loads(header["shapes"]).items() if n != name})
+
+
+# Each is a file that something else wrote, or that was cut or edited.
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "short": lambda path: path.write_bytes(b"\x10"),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a mask at all, but a longer text"),
+    "other file": lambda path: save_file({"w": torch.ones(3)}, path),
+    "other format": lambda path: rewritten(path, lambda bits, header: header.update(format="pt")),
+    "other dtype": lambda path: rewritten(path, lambda bits, header: bits.update(head=bits["head"].float())),
+    "too few words": lambda path: rewritten(path, lambda bits, header: bits.update(head=bits["head"][1:].clone())),
+    "tensor missing": lambda path: rewritten(path, lambda bits, header: bits.pop("head")),
+    "shape missing": lambda path: rewritten(path, lambda bits, header: header.update(shapes=without(header, "head"))),
+    "no shapes": lambda path: rewritten(path, lambda bits, header: header.pop("shapes")),
+    "shapes not JSON": lambda path: rewritten(path, lambda bits, header: header.update(shapes="{")),
+    "tail bits": lambda path: rewritten(path, lambda bits, header: bits["stem.bias"].fill_(-1)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_and_foreign_files(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    SaliencyMask.from_dict(masks()).save(path)
+    damage(path)
+    with pytest.raises(InputError, match=r"mask\.safetensors") as caught:
+        SaliencyMask.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(InputError, match=f"^there is no mask at {path}$"):
+            SaliencyMask.load(path)
+
+
+# --- Fisher -------------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    functional.cross_entropy(model(inputs), labels).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_fisher(model: nn.Module, data: list, per_sample: bool = False) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).eval()
+    parts = [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(y))] if per_sample else data
+    squares = [{name: g**2 for name, g in gradients(model, *part).items()} for part in parts]
+    return {name: sum(s[name] for s in squares) / len(squares) for name in squares[0]}
+
+
+def trained(dtype: torch.dtype = torch.float64, model: type[nn.Module] = ConvNet) -> nn.Module:
+    """With running statistics that differ from a batch's."""
+    own = make(model).to(dtype)
+    with torch.no_grad():
+        for x, _ in batches(4, 8, seed=9, dtype=dtype):
+            own(x * 2 + 1)
+    return own
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_fisher_in_float64(per_sample: bool) -> None:
+    model = trained()
+    data = batches(3, 11, seed=1, dtype=torch.float64)
+    data[-1] = (data[-1][0][:3], data[-1][1][:3])  # chunks of 8 + 3, and 3
+    fisher = FisherDiagonal(model, Classification(), per_sample=per_sample).measure(data)
+    assert fisher.count == (25 if per_sample else 3)
+    expected = plain_fisher(model, data, per_sample)
+    means = fisher.means()
+    assert list(means) == list(expected) == [name for name, _ in model.named_parameters()]
+    for name, want in expected.items():
+        torch.testing.assert_close(means[name], want, rtol=1e-12, atol=1e-18)
+        assert want.max() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_per_sample_does_not_depend_on_the_chunk() -> None:
+    model, data = trained(), batches(2, 7, seed=1, dtype=torch.float64)
+    one, many = (FisherDiagonal(model, Classification(), per_sample=True, chunk=n).measure(data) for n in (1, 100))
+    for name in one.sums:
+        torch.testing.assert_close(one.sums[name], many.sums[name], rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_fisher_takes_so_many_batches(per_sample: bool) -> None:
+    model, data = trained(), batches(5, 4, seed=1, dtype=torch.float64)
+    drawn: list[int] = []
+
+    def counted() -> Any:
+        for i, batch in enumerate(data):
+            drawn.append(i)
+            yield batch
+
+    seen: list[Any] = []
+    options = {"per_sample": per_sample, "batches": 2}
+    limited = FisherDiagonal(model, Classification(), **options).measure(counted(), watch=seen.append)
+    assert drawn == [0, 1] and len(seen) == 2 and seen[1] is data[1]
+    for name, want in plain_fisher(model, data[:2], per_sample).items():
+        torch.testing.assert_close(limited.means()[name], want, rtol=1e-12, atol=1e-18)
+    with pytest.raises(InputError, match="Fisher batches: expected a count from 1, got 0"):
+        FisherDiagonal(model, Classification(), batches=0)
+
+
+def test_fisher_adds_up_over_passes() -> None:
+    model, data = trained(), batches(4, 4, seed=1, dtype=torch.float64)
+    whole = FisherDiagonal(model, Classification()).measure(data)
+    parts = FisherDiagonal(model, Classification()).measure(data[:1]).measure(data[1:])
+    assert whole.count == parts.count == 4
+    assert all(torch.equal(whole.sums[name], parts.sums[name]) for name in whole.sums)
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_fisher_measures_in_eval_mode_and_puts_modes_back(per_sample: bool) -> None:
+    model = make(ConvNet, dropout=0.5).double()
+    model.train()
+    model.norm.eval()  # as those do who freeze batch normalisation
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    data = batches(2, 4, seed=1, dtype=torch.float64)
+    modes: list[list[bool]] = []
+    task = Classification()
+    fisher = FisherDiagonal(model, task, per_sample=per_sample)
+    fisher.measure(data, watch=lambda _: modes.append([m.training for m in model.modules()]))
+    assert not any(map(any, modes)) and len(modes) == 2
+    assert [m.training for m in model.modules()] == [m is not model.norm for m in model.modules()]
+    assert all(torch.equal(buffers[name], value) for name, value in model.named_buffers())
+    for name, want in plain_fisher(model, data, per_sample).items():
+        torch.testing.assert_close(fisher.means()[name], want, rtol=1e-12, atol=1e-18)
+    data[1][0][0] = math.nan
+    with pytest.raises(NonFiniteError):
+        FisherDiagonal(model, task, per_sample=per_sample).measure(data)
+    assert [m.training for m in model.modules()] == [m is not model.norm for m in model.modules()]
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_a_weight_without_gradient_is_kept_out(per_sample: bool) -> None:
+    """Its two Fisher sums are 0 and their ratio is 1: by the ratio alone it would be kept."""
+    model = trained(model=WithUnused)
+    forget, retain = (batches(2, 4, seed=s, dtype=torch.float64) for s in (1, 2))
+    options = {"per_sample": per_sample}
+    fishers = [FisherDiagonal(model, Classification(), **options).measure(data) for data in (forget, retain)]
+    assert "unused" not in fishers[0].seen
+    unpacked = SaliencyMask.from_fisher(*fishers).unpack()
+    assert unpacked["unused"].shape == (5,) and not unpacked["unused"].any()
+    assert any(mask.any() for mask in unpacked.values())
+
+
+@pytest.mark.parametrize("gamma, eps", [(1.0, 1e-15), (2.5, 1e-6)])
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_from_fisher(gamma: float, eps: float, channels_last: bool) -> None:
+    model = trained()
+    if channels_last:
+        model.conv.to(memory_format=torch.channels_last)
+        assert not model.conv.weight.is_contiguous()
+    forget, retain = (batches(count, 4, seed=count, dtype=torch.float64) for count in (2, 3))
+    fishers = [FisherDiagonal(model, Classification()).measure(data) for data in (forget, retain)]
+    assert fishers[0].sums["conv.weight"].stride() == model.conv.weight.stride()
+    mask = SaliencyMask.from_fisher(*fishers, gamma=gamma, eps=eps, metadata={"seed": "4"})
+    f, r = plain_fisher(model, forget), plain_fisher(model, retain)
+    expected = {name: (f[name] + eps) / (r[name] + eps) >= gamma for name in f}
+    assert_equal(mask.unpack(), expected)
+    assert 0 < mask.density < 1
+    assert mask.metadata == {"gamma": repr(gamma), "seed": "4"}
+    bound = dict(zip(expected, mask.bind(model.named_parameters()), strict=True))
+    for name, p in model.named_parameters():
+        assert torch.equal(ops.unpack_bits([bound[name]], [p])[0], expected[name])
+
+
+def test_fishers_of_different_models_are_refused() -> None:
+    data = batches(1, 4, seed=1)
+    one, other = (FisherDiagonal(make(m), Classification()).measure(data) for m in (ConvNet, WithUnused))
+    with pytest.raises(InputError, match="two Fisher diagonals are of different parameters"):
+        SaliencyMask.from_fisher(one, other)
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_fisher_of_a_bfloat16_model(per_sample: bool) -> None:
+    """Squares of bfloat16 gradients, summed in float32: small ones must not be lost."""
+    model = trained(torch.bfloat16)
+    data = batches(40, 2, seed=1, dtype=torch.bfloat16)
+    fisher = FisherDiagonal(model, Classification(), per_sample=per_sample, chunk=1).measure(data)
+    assert {total.dtype for total in fisher.sums.values()} == {torch.float32}
+    model.eval()
+    task, sums = Classification(), {name: torch.zeros(p.shape).double() for name, p in model.named_parameters()}
+    for x, y in data:
+        for part in [(x[i : i + 1], y[i : i + 1]) for i in range(2)] if per_sample else [(x, y)]:
+            model.zero_grad()
+            task.losses(model, part).mean().backward()
+            for name, p in model.named_parameters():
+                sums[name] += p.grad.double() ** 2
+    # vmap's kernels may round a bfloat16 gradient the other way.
+    tolerance = 2e-2 if per_sample else 1e-5
+    for name, want in sums.items():
+        assert (fisher.sums[name].double() - want).norm() <= tolerance * want.norm(), name
+
+
+def test_frozen_weights_are_not_measured() -> None:
+    model = trained()
+    model.conv.requires_grad_(False)
+    for per_sample in (False, True):
+        fisher = FisherDiagonal(model, Classification(), per_sample=per_sample)
+        fisher.measure(batches(1, 4, seed=1, dtype=torch.float64))
+        assert list(fisher.sums) == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+        assert fisher.seen == set(fisher.sums)
+    with pytest.raises(InputError, match="the model has no trainable weights"):
+        FisherDiagonal(model.requires_grad_(False), Classification())
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel wraps a model, without its process group."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_wrapped_models_have_plain_names(per_sample: bool) -> None:
+    model = trained()
+    data = batches(2, 4, seed=1, dtype=torch.float64)
+    plain, wrapped = (
+        FisherDiagonal(m, Classification(), per_sample=per_sample).measure(data) for m in (model, Wrapper(model))
+    )
+    assert list(plain.sums) == list(wrapped.sums)
+    assert all(torch.equal(plain.sums[name], wrapped.sums[name]) for name in plain.sums)
+
+
+@pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
+def test_fisher_of_bad_data(per_sample: bool) -> None:
+    model = trained()
+
+    def fisher() -> FisherDiagonal:
+        return FisherDiagonal(model, Classification(), per_sample=per_sample)
+
+    with pytest.raises(InputError, match=r"^the forget set is empty: pass at least one batch$"):
+        fisher().measure([], name="forget")
+    data = batches(3, 4, seed=1, dtype=torch.float64)
+    data[2][0][1, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"^Fisher: the loss of batch 2 of the retain set is nan; check the data"):
+        fisher().measure(data, name="retain")
+    huge = Classification(loss=lambda logits, labels: logits.sum(1) * 1e200)
+    with pytest.raises(NonFiniteError, match=r"^Fisher of the retain set: a squared gradient is not finite"):
+        FisherDiagonal(model, huge, per_sample=per_sample).measure(data[:1], name="retain")
+
+
+# --- Protection ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_hash_sees_every_bit_of_protected_weights(dtype: torch.dtype, channels_last: bool) -> None:
+    rng = torch.Generator().manual_seed(3)
+    weights = [normal(rng, (2, 3, 2, 2), dtype), normal(rng, (), dtype), torch.zeros(0, dtype=dtype)]
+    if channels_last:
+        weights[0] = weights[0].to(memory_format=torch.channels_last)
+    keep = [coin(rng, weights[0].shape), torch.tensor(False), torch.zeros(0, dtype=torch.bool)]
+    laid_out = [torch.empty_like(w, dtype=torch.bool).copy_(k) for w, k in zip(weights, keep, strict=True)]
+    bits = ops.pack_bits(laid_out)
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[weights[0].element_size()]
+    before = protected_hashes(weights, bits)
+    assert protected_count(weights, bits) == int((~keep[0]).sum()) + 1
+    for place in range(weights[0].numel()):
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), weights[0].shape))
+        word = weights[0].view(integer)
+        for bit in range(8 * weights[0].element_size()):
+            flip = torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(integer)
+            word[index] ^= flip
+            after = protected_hashes(weights, bits)
+            word[index] ^= flip
+            assert (after[0] == before[0]) == bool(keep[0][index]), (index, bit)
+            assert after[1:] == before[1:]
+    weights[1].view(integer).bitwise_xor_(1)
+    assert protected_hashes(weights, bits)[1] != before[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_changes_of_two_weights_do_not_cancel(dtype: torch.dtype) -> None:
+    weight = normal(torch.Generator().manual_seed(3), (12,), dtype)
+    bits = ops.pack_bits([torch.zeros(12, dtype=torch.bool)])
+    before = protected_hashes([weight], bits)
+    for change in (lambda w: -w, lambda w: 2 * w, lambda w: torch.nextafter(w, 2 * w) if dtype.itemsize > 2 else w / 2):
+        for a in range(12):
+            for b in range(a):
+                other = weight.clone()
+                other[[a, b]] = change(weight[[a, b]])
+                assert not torch.equal(other, weight) and protected_hashes([other], bits) != before, (a, b)
+
+
+def test_a_hash_knows_places() -> None:
+    """Exchanged weights, and those moved into the next piece of a large tensor."""
+    weight = torch.arange((1 << 22) + 3, dtype=torch.float32)
+    bits = ops.pack_bits([torch.zeros(weight.shape, dtype=torch.bool)])
+    before = protected_hashes([weight], bits)
+    for a, b in ((0, 1), (5, 1 << 22), ((1 << 22) - 1, (1 << 22) + 2)):
+        other = weight.clone()
+        other[[a, b]] = weight[[b, a]]
+        assert protected_hashes([other], bits) != before
+    assert protected_hashes([weight.clone()], bits) == before
+
+
+def test_a_hash_does_not_depend_on_layout_or_threads() -> None:
+    rng = torch.Generator().manual_seed(3)
+    weight, keep = normal(rng, (40, 30, 3, 3), torch.float32), coin(rng, (40, 30, 3, 3))
+    results = set()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for form in (torch.contiguous_format, torch.channels_last):
+                bits = ops.pack_bits([keep.to(memory_format=form)])
+                results.add(tuple(protected_hashes([weight.to(memory_format=form)], bits)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(results) == 1
