@@ -112,7 +112,6 @@ CHECKED: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name: str) -> None:
-    # With arguments that the call has not moved yet: opcheck works on copies of what it is given.
     with RawCalls() as raw:
         CHECKED[name]()
     assert {call[0].name().split("::")[1] for call in raw.calls} >= {name.split("-")[0]}
@@ -371,11 +370,9 @@ def step_errors() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "protect", step_operands(bits=[], protect=True)
     # What nn.Embedding(sparse=True) yields; and tensors without memory, which must not turn the step into nothing.
     for name in ("forget_grads", "retain_grads"):
-        yield (
-            rf"{name}\[0\].*(dense|strided|layout)",
-            step_operands(**{name: replaced(good[name], 0, good[name][0].to_sparse())}),
-        )
-        yield rf"{name}\[1\]", step_operands(**{name: replaced(good[name], 1, good[name][1].to("meta"))})
+        sparse, meta = good[name][0].to_sparse(), good[name][1].to("meta")
+        yield rf"{name}\[0\].*(dense|strided|layout)", step_operands(**{name: replaced(good[name], 0, sparse)})
+        yield rf"{name}\[1\]", step_operands(**{name: replaced(good[name], 1, meta)})
 
 
 def aliasing_errors() -> Iterator[tuple[str, dict[str, Any]]]:

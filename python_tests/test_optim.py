@@ -14,7 +14,7 @@ import oracles
 import pytest
 import torch
 from conftest import RULES, coin, normal, same_bits
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -284,6 +284,7 @@ def test_a_full_slow_rate_keeps_no_copy() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("masked", (False, True), ids=("unmasked", "masked"))
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_sequence_of_steps(options: dict[str, Any], masked: bool, data: st.DataObject) -> None:
     """Absent gradients skip their tensor: its bias corrections count its own steps only."""

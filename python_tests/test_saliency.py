@@ -366,7 +366,7 @@ def test_fishers_of_different_models_are_refused() -> None:
 def test_fisher_of_a_bfloat16_model(per_sample: bool) -> None:
     """Squares of bfloat16 gradients, summed in float32: small ones must not be lost."""
     model = trained(torch.bfloat16)
-    data = batches(40, 2, seed=1, dtype=torch.bfloat16)
+    data = batches(12, 2, seed=1, dtype=torch.bfloat16)
     fisher = FisherDiagonal(model, Classification(), per_sample=per_sample, chunk=1).measure(data)
     assert {total.dtype for total in fisher.sums.values()} == {torch.float32}
     model.eval()
