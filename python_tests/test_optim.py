@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -830,3 +831,27 @@ def test_the_config_holds_the_optimizers_arguments() -> None:
     group = optimizer.param_groups[0]
     assert (group["lr"], group["slow_rate"]) == (0.3, 0.5)
     assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_copies_and_pickles_go_on_alike(rng: torch.Generator) -> None:
+    model = torch.nn.Linear(5, 3)
+    mask = SaliencyMask.from_dict({name: coin(rng, p.shape) for name, p in model.named_parameters()})
+    optimizer = UnlearnOptimizer(model.named_parameters(), rule="adam", lr=0.1, mask=mask, max_norm=1.0, slow_rate=0.5)
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)  # patches `step`, and must not stand in the way
+    optimizer.forget_step([torch.ones_like(p) for p in model.parameters()])
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for one in (optimizer, twin):
+            parameters = [p for group in one.param_groups for p in group["params"]]
+            before = [p.detach().clone() for p in parameters]
+            one.joint_step([torch.ones_like(p) for p in parameters], [-torch.ones_like(p) for p in parameters])
+            moved = [(p.detach() - b).abs().max() for p, b in zip(parameters, before, strict=True)]
+            assert all(step > 0 for step in moved)
+
+
+def test_a_group_added_later_rounds_stochastically_too() -> None:
+    weights = [torch.full((4096,), 1.0, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    optimizer = UnlearnOptimizer(weights[:1], rule="sgd", lr=1e-3, stochastic_rounding=True)
+    optimizer.add_param_group({"params": weights[1:]})
+    optimizer.retain_step([torch.ones_like(w) for w in weights])
+    assert all(not torch.equal(w.detach(), torch.ones_like(w)) for w in weights)
+    assert not torch.equal(weights[0].detach(), weights[1].detach())

@@ -82,6 +82,15 @@ def check_scalars(op: str, scalars: Tensor) -> dict[str, float]:
     return dict(zip(SCALARS, scalars.tolist(), strict=True))
 
 
+def _addresses(tensor: Tensor) -> Tensor:
+    """The address of every byte of every element, flat."""
+    width = tensor.element_size()
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride * width
+    return (tensor.data_ptr() + offsets.reshape(-1, 1) + torch.arange(width)).flatten()
+
+
 def check_writable(op: str, **lists: Sequence[Tensor]) -> None:
     """No element may be reachable through two of the tensors that will be written."""
     ranges = []
@@ -90,19 +99,20 @@ def check_writable(op: str, **lists: Sequence[Tensor]) -> None:
             if tensor.numel() == 0:
                 continue
             reach, overlaps = 0, False
-            for stride, size in sorted(
-                (st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz > 1
-            ):
+            dims = sorted(pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] > 1)
+            for stride, size in dims:
                 overlaps |= stride <= reach
                 reach += stride * (size - 1)
             if overlaps:
                 expected = "a tensor whose elements do not share memory"
                 fail(op, f"{argument}[{i}]", expected, "an expanded or overlapping view")
-            # Slices of one buffer may interleave without sharing an element; the same slice twice may not.
-            dense = reach + 1 == tensor.numel()
             begin = tensor.data_ptr()
-            ranges.append((begin, begin + (reach + 1) * tensor.element_size() if dense else begin + 1, argument, i))
-    ranges.sort()
-    for (_, end, argument, i), (begin, _, second, k) in itertools.pairwise(ranges):
-        if begin < end:
-            fail(op, f"{second}[{k}]", "memory of its own", f"memory shared with {argument}[{i}]")
+            ranges.append((begin, begin + (reach + 1) * tensor.element_size(), f"{argument}[{i}]", tensor))
+    ranges.sort(key=lambda entry: entry[0])
+    for k, (_, end, name, first) in enumerate(ranges):
+        for begin, _, other, second in itertools.islice(ranges, k + 1, None):
+            if begin >= end:
+                break
+            # Slices of one buffer may interleave without sharing an element.
+            if bool(torch.isin(_addresses(second), _addresses(first)).any()):
+                fail(op, other, "memory of its own", f"memory shared with {name}")

@@ -17,12 +17,13 @@ Contracts that hold for all of them:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native, _python_ops
+from . import _native, _python_checks, _python_ops
 
 __all__ = [
     "RULES",
@@ -87,7 +88,22 @@ def backend(device: torch.device | str = "cpu") -> str:
 _library = torch.library.Library("unlearn_ext", "DEF")
 
 
-def _first_use_kernel(name: str):
+def _check_operands(name: str, args: Sequence[Any]) -> None:
+    """What the native kernels never see, because it sends a call to another dispatch key: other layouts, mixed devices.
+
+    It therefore costs the fast path nothing.
+    """
+    home = None
+    for argument, tensors in zip(_ARGUMENTS[name], args, strict=True):
+        for i, tensor in enumerate(tensors if isinstance(tensors, (list, tuple)) else ()):
+            if tensor.layout != torch.strided:
+                _python_checks.fail(name, f"{argument}[{i}]", "a dense tensor (layout strided)", f"{tensor.layout}")
+            home = tensor.device if home is None else home
+            if tensor.device != home:
+                _python_checks.fail(name, f"{argument}[{i}]", f"device {home} as the others have", f"{tensor.device}")
+
+
+def _first_use_kernel(name: str) -> Callable:
     """The kernel behind an operator until the native one is loaded, and for devices that have no native one.
 
     It stands under a key that a device's own kernel outranks, so once the library is loaded it costs nothing,
@@ -96,7 +112,8 @@ def _first_use_kernel(name: str):
     fallback = getattr(_python_ops, name)
 
     def kernel(*args):
-        device = next(t.device.type for arg in args if isinstance(arg, list) for t in arg)
+        _check_operands(name, args)
+        device = next(t.device for arg in args if isinstance(arg, list) for t in arg)
         if backend(device) == "native":
             return getattr(torch.ops.unlearn_ext, name).default(*args)
         return fallback(*args)
@@ -104,53 +121,43 @@ def _first_use_kernel(name: str):
     return kernel
 
 
+def _fake_words(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty((t.numel() + 31) // 32, dtype=torch.int32) for t in tensors]
+
+
+# Results without values, for tracing.
+_FAKES: dict[str, Callable] = {
+    "step_": lambda *args: None,
+    "gradient_products": lambda f, r, bits, mask_retain: (f or r)[0].new_empty(4, dtype=torch.float64),
+    "accumulate_fisher_": lambda *args: None,
+    "ratio_bits": lambda f, *args: (_fake_words(f), f[0].new_empty(len(f), dtype=torch.int64)),
+    "pack_bits": _fake_words,
+    "unpack_bits": lambda bits, like: [torch.empty_like(t, dtype=torch.bool) for t in like],
+    "count_bits": lambda bits: bits[0].new_empty(len(bits), dtype=torch.int64),
+}
+
+
+def _fake_kernel(name: str) -> Callable:
+    def fake(*args):
+        _check_operands(name, args)
+        return _FAKES[name](*args)
+
+    return fake
+
+
+_ARGUMENTS: dict[str, list[str]] = {}
+
+
 def _register() -> None:
     for schema in _SCHEMAS:
         name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, _first_use_kernel(name), "CompositeExplicitAutograd")
+        _ARGUMENTS[name] = [a.name for a in getattr(torch.ops.unlearn_ext, name).default._schema.arguments]
+        torch.library.register_fake(f"unlearn_ext::{name}", _fake_kernel(name), lib=_library)
 
 
 _register()
-
-
-@torch.library.register_fake("unlearn_ext::step_", lib=_library)
-def _(weights, slow, first, second, forget, retain, bits, scalars, rule, mask_retain, protect, seed):
-    return None
-
-
-@torch.library.register_fake("unlearn_ext::gradient_products", lib=_library)
-def _(forget_grads, retain_grads, bits, mask_retain):
-    return (forget_grads or retain_grads)[0].new_empty(4, dtype=torch.float64)
-
-
-@torch.library.register_fake("unlearn_ext::accumulate_fisher_", lib=_library)
-def _(fisher, grads, weight):
-    return None
-
-
-def _fake_words(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.new_empty((t.numel() + 31) // 32, dtype=torch.int32) for t in tensors]
-
-
-@torch.library.register_fake("unlearn_ext::ratio_bits", lib=_library)
-def _(forget_fisher, retain_fisher, gamma, eps, forget_scale, retain_scale):
-    return _fake_words(forget_fisher), forget_fisher[0].new_empty(len(forget_fisher), dtype=torch.int64)
-
-
-@torch.library.register_fake("unlearn_ext::pack_bits", lib=_library)
-def _(masks):
-    return _fake_words(masks)
-
-
-@torch.library.register_fake("unlearn_ext::unpack_bits", lib=_library)
-def _(bits, like):
-    return [torch.empty_like(t, dtype=torch.bool) for t in like]
-
-
-@torch.library.register_fake("unlearn_ext::count_bits", lib=_library)
-def _(bits):
-    return bits[0].new_empty(len(bits), dtype=torch.int64)
 
 
 # --- Guards -------------------------------------------------------------------------------------------------
@@ -282,7 +289,8 @@ def step_(
         rule: ``sgd``, ``momentum`` (torch.optim.SGD's convention), ``adam`` (coupled decay) or ``adamw``
             (decoupled decay), each as in torch.optim.
         scalars: from :func:`scalars`.
-        forget_grads, retain_grads: n tensors each, or none; any floating dtype.
+        forget_grads, retain_grads: n tensors each, or none; any floating dtype. They must not share memory with
+            what is written.
         slow: n slow weights when the round closes with this step, else none.
         first_moments: n momentum buffers or first moments, where the rule has them; zero at the start.
         second_moments: n second moments, for ``adam`` and ``adamw``.
@@ -302,8 +310,8 @@ def step_(
     if rule not in RULES:
         raise ValueError(f"step_: rule: expected one of {', '.join(RULES)}, got {rule!r}")
     mask_retain = _mask_retain("step_", mask_scope)
-    if rounding_seed is not None and rounding_seed < 0:
-        raise ValueError(f"step_: rounding_seed: expected 0 or more, got {rounding_seed}")
+    if rounding_seed is not None and not 0 <= rounding_seed < 2**63:
+        raise ValueError(f"step_: rounding_seed: expected 0 to 2**63 - 1, got {rounding_seed}")
     if not weights:
         return
     _refuse_followed("step_", weights=weights, slow=slow, first_moments=first_moments, second_moments=second_moments)

@@ -63,7 +63,7 @@ def _check_arguments(rule: str, forget_rule: str | None, **values: Any) -> None:
     for name in ("max_norm", "retain_max_norm"):
         if values[name] is not None and not values[name] > 0.0:
             raise InputError(f"{name}: expected more than 0, or None for no clipping, got {values[name]}")
-    if not all(0.0 <= beta < 1.0 for beta in values["betas"]):
+    if len(values["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in values["betas"]):
         raise InputError(f"betas: expected two numbers in [0, 1), got {values['betas']}")
     if values["protect"] and values["mask"] is None:
         raise InputError("protect=True needs a mask that says what to protect")
@@ -179,11 +179,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             "retain_steps": 0,  # progress within the round; in the groups so that state_dict carries it
             "rounding_seed": None,
         }
+        self._rounding_base = int(torch.randint(2**31, (1,))) if stochastic_rounding else None
         super().__init__(params_or_named_params, defaults)
-        if stochastic_rounding:
-            seed = int(torch.randint(2**31, (1,)))
-            for group in self.param_groups:
-                group["rounding_seed"] = seed
         if mask is not None:
             if not all("param_names" in group for group in self.param_groups):
                 raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
@@ -194,7 +191,15 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "mask_bits", None) is not None:
             raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
+        if self._rounding_base is not None:  # noise of its own for each group
+            param_group["rounding_seed"] = self._rounding_base + (len(self.param_groups) << 32)
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own keeps three attributes, and a copy could not step. Hooks and a scheduler's patched step stay
+        # behind, as they do there.
+        kept = {name: value for name, value in self.__dict__.items() if not callable(value)}
+        return {name: value for name, value in kept.items() if not name.startswith("_optimizer_")}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -211,8 +216,15 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if len(aligned) != len(parameters):
             raise InputError(f"{op}: expected {len(parameters)} gradients, one for each parameter, got {len(aligned)}")
         for i, gradient in enumerate(aligned):
-            if gradient is not None and gradient.layout != torch.strided:
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
                 raise InputError(f"{op}: the gradient of {self._names()[i]} is sparse; make it dense with .to_dense()")
+            if gradient.shape != parameters[i].shape:
+                raise InputError(
+                    f"{op}: the gradient of {self._names()[i]} has shape {list(gradient.shape)} and the parameter "
+                    f"{list(parameters[i].shape)}: pass the gradients in the parameters' order"
+                )
         return aligned
 
     # --- Public steps ---------------------------------------------------------------------------------------
@@ -299,7 +311,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             )
         if interpolate:
             # Weights without a gradient in this step may have been moved by others of the round.
-            self._interpolate([i for i in sorted(left) if "slow" in self.state[parameters[i]]], parameters)
+            self._interpolate([i for i in sorted(left) if "slow" in self.state[parameters[i]]], parameters, masked)
         if closes_round:
             for group in self.param_groups:
                 group["retain_steps"] += 1
@@ -425,7 +437,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         for p in weights:
             self.state[p][f"{prefix}step"] = bucket.count
 
-    def _interpolate(self, indices: list[int], parameters: list[Tensor]) -> None:
+    def _interpolate(self, indices: list[int], parameters: list[Tensor], masked: bool) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for i in indices:
             group = groups[id(parameters[i])]
@@ -434,6 +446,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 rule="sgd",
                 scalars=ops.scalars(lr=0.0, slow_rate=group["slow_rate"], device=parameters[i].device),
                 slow=[self.state[parameters[i]]["slow"]],
+                bits=[self.mask_bits[i]] if self.protect and masked else (),
+                protect=self.protect and masked,
                 rounding_seed=self._next_rounding_seed(group),
             )
 
@@ -449,7 +463,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             if group["slow_rate"] == 1.0:
                 continue
             for p in group["params"]:
-                if "slow" not in self.state[p]:
+                if p.requires_grad and "slow" not in self.state[p]:
                     self.state[p]["slow"] = p.detach().to(_state_dtype(p), copy=True)
 
     @staticmethod

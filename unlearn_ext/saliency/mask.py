@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._files import atomic_path
+from .._files import atomic_path, writable_directory
 from .._names import by_plain_name
 from ..errors import InputError
 
@@ -76,6 +76,8 @@ class SaliencyMask:
         names = list(forget.sums)
         if names != list(retain.sums):
             raise InputError("the two Fisher diagonals are of different parameters: measure both on the same model")
+        if not forget.count or not retain.count:
+            raise InputError("a Fisher diagonal has seen no data: call measure() on both first")
         bits, _ = ops.ratio_bits(
             list(forget.sums.values()),
             list(retain.sums.values()),
@@ -173,7 +175,8 @@ class SaliencyMask:
         """Writes a safetensors file: the words by name, shapes and metadata in the header."""
         from safetensors.torch import save_file
 
-        header = {"format": _FORMAT, "shapes": json.dumps(self._shapes), **self.metadata}
+        header = {**self.metadata, "format": _FORMAT, "shapes": json.dumps(self._shapes)}
+        writable_directory(Path(path).parent)
         with atomic_path(path) as partial:
             save_file({name: word.contiguous() for name, word in self._bits.items()}, partial, metadata=header)
 
@@ -196,10 +199,17 @@ class SaliencyMask:
             raise InputError(f"{path} is not a safetensors file ({error})") from None
         if header.pop("format", None) != _FORMAT:
             raise InputError(f"{path} is not a saliency mask of this package: save one with SaliencyMask.save")
-        shapes = {name: tuple(shape) for name, shape in json.loads(header.pop("shapes")).items()}
+        try:
+            shapes = {name: tuple(shape) for name, shape in json.loads(header.pop("shapes")).items()}
+        except (KeyError, ValueError, AttributeError, TypeError):
+            raise InputError(f"{path} is damaged: its shapes cannot be read") from None
+        if shapes.keys() != bits.keys():
+            raise InputError(f"{path} is damaged: it has bits and shapes of different parameters")
         ordered = {name: bits[name] for name in shapes}  # safetensors sorts by size, shapes keep the model's order
         for name, word in ordered.items():
-            if word.dtype != torch.int32 or word.shape != ((_numel(shapes[name]) + 31) // 32,):
+            size = _numel(shapes[name])
+            fits = word.dtype == torch.int32 and word.shape == ((size + 31) // 32,)
+            if not fits or (size % 32 and int(word[-1]) >> size % 32 != 0):
                 raise InputError(f"{path} is damaged: the bits of {name} do not fit its shape {list(shapes[name])}")
         return cls(ordered, shapes, header)
 

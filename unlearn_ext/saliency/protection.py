@@ -31,8 +31,9 @@ def protected_hashes(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> list[
         for start in range(0, raw.numel(), _CHUNK):
             part = raw[start : start + _CHUNK].long()
             position = torch.arange(start, start + part.numel(), device=weight.device)
-            mixed = (part ^ (position * _POSITION)) * _MULTIPLIER
-            mixed = (mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)) * _POSITION  # the shift alone is arithmetic
+            mixed = part ^ (position * _POSITION)
+            for factor in (_MULTIPLIER, _POSITION, _MULTIPLIER):
+                mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * factor  # the shift alone is arithmetic
             total += torch.where(free[start : start + _CHUNK], 0, mixed).sum()
         result.append(int(total))
     return result
