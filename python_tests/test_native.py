@@ -199,7 +199,7 @@ def test_a_failed_compile_is_an_error(tiny_csrc: Path, tmp_path: Path) -> None:
     assert status != 0 and out == ""
     assert "BuildError" in err and "deliberately broken" in err
     assert "RuntimeWarning" not in err
-    log = re.search(r"Full log: (/\S+)", err)
+    log = re.search(r"full log: (/\S+)", err)
     assert log and "deliberately broken" in Path(log.group(1)).read_text()
     assert not list(tmp_path.glob("cache/*/build-*"))
 
