@@ -52,13 +52,16 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     mixed_precision: Annotated[Precision, typer.Option(help="Autocast of forward and backward.")] = Precision.no,
-    allow_duplicates: Annotated[bool, typer.Option(help="Go on if a sample is in both sets.")] = False,
+    allow_duplicates: Annotated[
+        bool, typer.Option("--allow-duplicates", help="Go on if a sample is in both sets.")
+    ] = False,
 ) -> int:
     """Make a small trained classifier forget real digits, and compare it to one retrained without them.
 
-    Trains a residual network on 4,000 MNIST digits, retrains one without the forget set, unlearns with SFR-on, and
-    prints accuracy on the forget set (FA), retain set (RA) and test set (TA), membership inference (MIA), the average
-    gap to the retrained model, and the seconds each took.
+    Trains a residual network on 4,000 MNIST digits, retrains one without the
+    forget set, unlearns with SFR-on, and prints accuracy on the forget set
+    (FA), retain set (RA) and test set (TA), membership inference (MIA), the
+    average gap to the retrained model, and the seconds each took.
     """
     from .. import __version__, _native
     from .._files import atomic_path, writable_directory
