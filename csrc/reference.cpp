@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "math/bits.h"
 #include "math/reduce.h"
@@ -84,6 +85,7 @@ void step(
   double* m = data_of("first_moment", first, n);
   double* v = data_of("second_moment", second, n);
   if (bits) expect_size("bits", bits->size(), unlearn::word_count(n));
+  if (rule < 0 || rule > int(Rule::adamw)) throw std::invalid_argument("rule: expected 0 (sgd) to 3 (adamw)");
   if (!f && !r) throw std::invalid_argument("forget_grad, retain_grad: expected at least one");
   if (scalars.data()[unlearn::kSkip] != 0.0) return;
   const unlearn::StepScalars<double> s(scalars.data());

@@ -196,7 +196,8 @@ def test_one_eval_pass_first_and_then_fresh_passes() -> None:
 
     forget, retain = Counting(batches(3, 6, seed=1)), Counting(batches(5, 6, seed=2))
     run(make(Watching), {"forget": forget, "retain": retain})
-    assert modes[:8] == [False] * 8 and all(modes[8:]) and len(modes) == 8 + 18
+    # Each first pass begins with one forward pass more, which tells the number of classes.
+    assert modes[:10] == [False] * 10 and all(modes[10:]) and len(modes) == 10 + 18
     assert forget.passes == 1 + 2 and retain.passes == 1 + 3  # 6 of 3, 12 of 5
 
 

@@ -50,7 +50,10 @@ def save(
         for key, value in entries.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
     with atomic_directory(path) as partial:
-        save_file({n: t.contiguous() for n, t in model_tensors(model).items()}, partial / "model.safetensors")
+        save_file(
+            {n: t.clone(memory_format=torch.contiguous_format) for n, t in model_tensors(model).items()},
+            partial / "model.safetensors",
+        )
         save_file({n: t.contiguous() for n, t in tensors.items()}, partial / "optimizer.safetensors")
         if mask is not None:
             mask.save(partial / "mask.safetensors")
@@ -86,7 +89,13 @@ def find(output_dir: Path | None, wanted: str | Path) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    document = json.loads((path / "state.json").read_text())
+    try:
+        document = json.loads((path / "state.json").read_text())
+    except json.JSONDecodeError:
+        raise InputError(f"{path} is damaged: its state.json cannot be read; resume from an earlier one") from None
+    for name, needed in (("model", True), ("optimizer", True), ("mask", document.get("masked", False))):
+        if needed and not (path / f"{name}.safetensors").is_file():
+            raise InputError(f"{path} is damaged: {name}.safetensors is missing; resume from an earlier one")
     if document.get("format") != _FORMAT:
         raise InputError(f"{path} is not a checkpoint of this version: start the run again")
     return document

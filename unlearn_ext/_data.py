@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
+
 from ._hashing import sample_hashes, samples_hash
 from .errors import InputError
 from .tasks import Task
@@ -15,16 +18,19 @@ __all__ = ["DataCheck"]
 class DataCheck:
     """Finds samples that stand in both sets, by content hash: one cannot forget what one is told to keep."""
 
-    def __init__(self, task: Task, allow_duplicates: bool):
-        self.task, self.allow_duplicates = task, allow_duplicates
+    def __init__(self, model: nn.Module, task: Task, allow_duplicates: bool):
+        self.model, self.task, self.allow_duplicates = model, task, allow_duplicates
         self._forget: set[bytes] = set()
         self._seen = {"forget": 0, "retain": 0}
 
     def add(self, name: str, batch: Any) -> None:
+        self.task.prepare(batch, torch.device("cpu"))  # its checks; the batch stays where it is
+        if name == "retain" and self.allow_duplicates:
+            return
         hashes = sample_hashes(self.task.inputs(batch))
         if name == "forget":
             self._forget.update(hashes)
-        elif not self.allow_duplicates:
+        else:
             for i, found in enumerate(hashes):
                 if found in self._forget:
                     raise InputError(
@@ -37,6 +43,8 @@ class DataCheck:
         """A pass over the data alone, for runs that need no Fisher pass."""
         count = 0
         for batch in data:
+            if not count:
+                self.task.begin(self.model, batch)
             self.add(name, batch)
             count += 1
         if not count:

@@ -38,9 +38,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        if path.exists():  # aside first: a kill in mid-removal must not leave a damaged directory under the name
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

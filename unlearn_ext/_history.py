@@ -40,7 +40,13 @@ class History:
 
     def add(self, entry: dict[str, Any]) -> None:
         entry = {key: value.item() if isinstance(value, Tensor) else value for key, value in entry.items()}
-        self.entries.append(entry)
+        line = json.dumps(entry, default=_plain)
+        self.entries.append(json.loads(line))
         if self.file is not None:
             with self.file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(line + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy and PyTorch values in an evaluation's result, as JSON has them."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -95,11 +95,12 @@ def _check_operands(name: str, args: Sequence[Any]) -> None:
     """
     home = None
     for argument, tensors in zip(_ARGUMENTS[name], args, strict=True):
-        for i, tensor in enumerate(tensors if isinstance(tensors, (list, tuple)) else ()):
+        single = isinstance(tensors, Tensor)  # the scalars, which may also stay on the CPU
+        for i, tensor in enumerate([tensors] if single else tensors if isinstance(tensors, (list, tuple)) else ()):
             if tensor.layout != torch.strided:
                 _python_checks.fail(name, f"{argument}[{i}]", "a dense tensor (layout strided)", f"{tensor.layout}")
             home = tensor.device if home is None else home
-            if tensor.device != home:
+            if tensor.device != home and not (single and tensor.device.type == "cpu"):
                 _python_checks.fail(name, f"{argument}[{i}]", f"device {home} as the others have", f"{tensor.device}")
 
 
@@ -211,8 +212,8 @@ def scalars(
 ) -> Tensor:
     """The scalars of one :func:`step_` as a float64 tensor, in the order of :data:`SCALARS`.
 
-    They live in a tensor so that a step never waits for the device. ``forget_clip``, ``retain_clip`` and ``skip``
-    may be 0-d tensors, as computed from :func:`gradient_products`.
+    They live in a tensor so that a native step need not wait for the device. ``forget_clip``, ``retain_clip`` and
+    ``skip`` may be 0-d tensors, as computed from :func:`gradient_products`.
 
     Args:
         lr: learning rate.

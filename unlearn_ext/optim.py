@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._python_checks import check_writable
 from .errors import InputError, NonFiniteError
 from .saliency import SaliencyMask
 
@@ -91,8 +92,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         clip_f = min(1, max_norm / (|| forget_weight * mask * g_f || + 1e-6)), clip_r likewise, without mask
 
     ``forget_step`` uses g_f alone, ``retain_step`` and ``step`` g_r alone, ``joint_step`` both at once. The norms run
-    over all parameters. Steps never wait for a device; on the CPU a non-finite gradient raises before anything is
-    written, elsewhere the step writes nothing and :meth:`raise_if_non_finite` tells.
+    over all parameters. On the CPU a non-finite gradient raises before anything is written; elsewhere the step writes
+    nothing and :meth:`raise_if_non_finite` tells.
 
     Args:
         params_or_named_params: what torch.optim takes; named parameters (``model.named_parameters()``) are required
@@ -181,6 +182,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         }
         self._rounding_base = int(torch.randint(2**31, (1,))) if stochastic_rounding else None
         super().__init__(params_or_named_params, defaults)
+        # A step takes the parameters in several calls; what two of them share would be moved twice.
+        check_writable("UnlearnOptimizer", parameters=self._parameters())
         if mask is not None:
             if not all("param_names" in group for group in self.param_groups):
                 raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
@@ -225,6 +228,13 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                     f"{op}: the gradient of {self._names()[i]} has shape {list(gradient.shape)} and the parameter "
                     f"{list(parameters[i].shape)}: pass the gradients in the parameters' order"
                 )
+            if gradient.device != parameters[i].device or not gradient.is_floating_point():
+                raise InputError(
+                    f"{op}: the gradient of {self._names()[i]} is {gradient.dtype} on {gradient.device}: expected a "
+                    f"floating one on {parameters[i].device}"
+                )
+            if not _same_memory_order(gradient, parameters[i]):  # once here, not once in each operator
+                aligned[i] = torch.empty_like(parameters[i], dtype=gradient.dtype).copy_(gradient)
         return aligned
 
     # --- Public steps ---------------------------------------------------------------------------------------
@@ -349,7 +359,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             products = ops.gradient_products(
                 [forget[i] for i in bucket.indices] if bucket.has_forget else (),
                 [retain[i] for i in bucket.indices] if bucket.has_retain else (),
-                self._bucket_bits(bucket, parameters, forget, retain) if masked else (),
+                [self.mask_bits[i] for i in bucket.indices] if masked else (),
                 self.mask_scope,
             ).to(home)
             squares[0] += products[0] * bucket.group["forget_weight"] ** 2
@@ -384,18 +394,6 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                     f"{op}: the {part} gradient of {name} is not finite and no weight was changed: lower the learning "
                     "rate or forget_alpha, or set max_norm"
                 )
-
-    def _bucket_bits(self, bucket, parameters, forget, retain) -> list[Tensor]:
-        """The bits in the memory order of the bucket's first gradient list, which gradient_products goes by."""
-        bits = []
-        for i in bucket.indices:
-            gradient = forget[i] if bucket.has_forget else retain[i]
-            if gradient.stride() == parameters[i].stride():
-                bits.append(self.mask_bits[i])
-            else:
-                keep = ops.unpack_bits([self.mask_bits[i]], [parameters[i]])[0]
-                bits += ops.pack_bits([torch.empty_like(gradient, dtype=torch.bool).copy_(keep)])
-        return bits
 
     def _step_bucket(
         self, bucket, parameters, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
@@ -463,7 +461,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             if group["slow_rate"] == 1.0:
                 continue
             for p in group["params"]:
-                if p.requires_grad and "slow" not in self.state[p]:
+                if "slow" not in self.state[p]:
                     self.state[p]["slow"] = p.detach().to(_state_dtype(p), copy=True)
 
     @staticmethod
@@ -493,10 +491,22 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             if index not in state_dict["state"]:
                 continue
             entries = state_dict["state"][index]
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.shape != p.shape:
+                    raise InputError(
+                        f"state {key} of shape {list(value.shape)} does not fit its weight {list(p.shape)}"
+                    )
             self.state[p] = {
                 key: torch.empty_like(p, dtype=value.dtype).copy_(value) if isinstance(value, Tensor) else value
                 for key, value in entries.items()
             }
+
+
+def _same_memory_order(a: Tensor, b: Tensor) -> bool:
+    """Equal strides, up to dimensions of one element, which address nothing."""
+    if a.stride() == b.stride():
+        return True
+    return all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

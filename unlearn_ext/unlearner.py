@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -61,6 +62,13 @@ class Result:
     backend: str = ""
     update: str = "sequential"
     stopped_at: int | None = None
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # no length, or a DataLoader of an IterableDataset without one
+        return None
 
 
 class _ForgetSide:
@@ -135,13 +143,15 @@ class Unlearner:
             evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers.
             evaluate_every: iterations between two calls.
-            log_every: iterations between two history entries; each one waits for the device.
+            log_every: iterations between two history entries; each one waits for the device. An entry whose
+                iteration did not forget shows the last forget step since the entry before.
             allow_duplicates: do not refuse samples that stand in both sets, and do not look for them.
             progress: called with a stage's name, what is done and what there is in all (None if unknown).
 
         Raises:
             InputError: data, masks or directories that do not fit.
-            NonFiniteError: a loss or gradient is not finite; the step in question changed nothing.
+            NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
+                update the forget step of the same iteration may have been made before, and the message says so.
             ProtectionError: a weight that every step protects has changed.
         """
         if checkpointing_steps is not None and output_dir is None:
@@ -153,10 +163,17 @@ class Unlearner:
         ):
             if count is not None and count < 1:
                 raise InputError(f"{name}: expected a count from 1, got {count}")
+        if evaluate is not None and evaluate_every is None:
+            raise InputError("evaluate needs evaluate_every, the iterations between two calls")
         directory = None if output_dir is None else writable_directory(output_dir)
         checkpoint = None
         if resume_from_checkpoint is not None:
             checkpoint = _checkpoint.find(directory, resume_from_checkpoint)
+        elif directory is not None and any(directory.glob("checkpoint-*")):
+            raise InputError(
+                f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
+                "choose another directory"
+            )
         progress = progress or (lambda stage, done, total: None)
         streams = BatchStream("forget", forget), BatchStream("retain", retain)
         result = Result(update=self.method.update, backend=ops.backend(self.device))
@@ -181,7 +198,7 @@ class Unlearner:
 
     def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress):
         """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case."""
-        method, check = self.method, DataCheck(self.task, allow_duplicates)
+        method, check = self.method, DataCheck(self.model, self.task, allow_duplicates)
         passes = {"forget": forget, "retain": retain}
         mask = method.mask
         if not method.needs_fisher:
@@ -193,7 +210,7 @@ class Unlearner:
         diagonals: dict[str, FisherDiagonal] = {}
         started = time.perf_counter()
         for name, data in passes.items():
-            total = len(data) if hasattr(data, "__len__") else None
+            total = _length(data)
             done = 0
 
             def watch(batch: Any, name: str = name, total: int | None = total) -> None:
@@ -202,7 +219,8 @@ class Unlearner:
                 check.add(name, batch)
                 progress(f"Fisher, {name} set", done, total)
 
-            with self.autocast():
+            # Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask.
+            with self.autocast() if self._half != torch.float16 else contextlib.nullcontext():
                 fisher = FisherDiagonal(self.model, self.task, batches=method.fisher_batches)
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
         result.timings["fisher"] = time.perf_counter() - started
@@ -250,6 +268,7 @@ class _Loop:
         self.buffers = list(self.model.buffers())
         self.history = History(directory, result.history)
         self.iteration = 0
+        self.forgot = False  # whether this iteration has made its forget step
         self.seconds = 0.0
         self.counts = {"iterations": 0, "forget_steps": 0, "retain_steps": 0}
         scaled = unlearner._half == torch.float16
@@ -296,10 +315,13 @@ class _Loop:
         method, result = self.method, self.result
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.train()
+        forgetting: dict[str, Any] = {}  # of the last forget step that no entry has shown yet
         try:
             while self.iteration < method.iterations:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
+                if entry["forget_loss"] is not None:
+                    forgetting = {key: entry[key] for key in ("forget_loss", "alpha", "clip", "largest_share")}
                 self.iteration += 1
                 stop, paused = False, 0.0
                 if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
@@ -308,7 +330,8 @@ class _Loop:
                 if last or self.iteration % log_every == 0 or "evaluation" in entry:
                     # The one place that waits for the device, so the clock below is right there as well.
                     self.optimizer.raise_if_non_finite()
-                    self.history.add(entry)
+                    self.history.add({**entry, **forgetting} if entry["forget_loss"] is None else entry)
+                    forgetting = {}
                 self.seconds += time.perf_counter() - started - paused
                 self.progress("unlearning", self.iteration, method.iterations)
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
@@ -331,6 +354,8 @@ class _Loop:
         with evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
         _rng.restore(state, generators)
+        if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
+            verdict = verdict.item()
         if verdict is not None and not isinstance(verdict, bool):
             entry["evaluation"] = verdict
         return verdict is True, time.perf_counter() - started
@@ -347,10 +372,13 @@ class _Loop:
         )
         entry.update(iteration=t, lr=optimizer.param_groups[0]["lr"])
         buffers = [buffer.clone() for buffer in self.buffers]
+        self.forgot = False
         try:
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
             self._retain(t, entry, forget_grads)
         except NonFiniteError as error:
+            if self.forgot:
+                raise NonFiniteError(f"iteration {t}: {error}; its forget step had been made") from None
             for buffer, before in zip(self.buffers, buffers, strict=True):
                 buffer.copy_(before)
             raise NonFiniteError(f"iteration {t}: {error}") from None
@@ -373,6 +401,7 @@ class _Loop:
             self._clear()
             return gradients
         self._step(self.forget_side)
+        self.forgot = True
         return None
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
@@ -398,6 +427,8 @@ class _Loop:
             raise NonFiniteError(
                 f"the {side} loss is {mean.item()} and the step was not made: check the data, lower lr or forget_alpha"
             )
+        if not loss.requires_grad:
+            raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _step(self, side: UnlearnOptimizer | _ForgetSide) -> None:
@@ -424,6 +455,7 @@ class _Loop:
             self.result.mask,
             {
                 "settings": self.method.settings(),
+                "masked": self.result.mask is not None,
                 "seconds": self.seconds,
                 "counts": self.counts,
                 "timings": self.result.timings,

@@ -146,7 +146,17 @@ std::vector<std::int64_t> dense_strides(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<size_t> order(sizes.size());
   for (size_t d = 0; d < order.size(); ++d) order[d] = order.size() - 1 - d;
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  // torch's own rule: an insertion sort in which a stride of 0, as expand() gives, compares with nothing.
+  for (size_t i = 1; i < order.size(); ++i) {
+    size_t moving = i;
+    for (size_t k = i; k-- > 0;) {
+      const auto inner = strides[order[k]], outer = strides[order[moving]];
+      if (inner == 0 || outer == 0) continue;
+      if (inner < outer || (inner == outer && sizes[order[k]] <= sizes[order[moving]])) break;
+      std::swap(order[k], order[moving]);
+      moving = k;
+    }
+  }
   std::vector<std::int64_t> dense(sizes.size());
   std::int64_t next = 1;
   for (size_t d : order) {
@@ -159,9 +169,9 @@ std::vector<std::int64_t> dense_strides(const Tensor& tensor) {
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   std::int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto shim_dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       like.dim(), like.sizes().data(), strides.data(), shim_dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }

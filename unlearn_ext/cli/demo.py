@@ -47,7 +47,7 @@ def demo(
     forget_fraction: Annotated[float, typer.Option(help="Of the training set (scenario random).")] = 0.1,
     train_size: Annotated[int, typer.Option(help="Training digits, at most 4,000.")] = 4000,
     update: Annotated[Update, typer.Option(help="Forget then retain, or both in one pass.")] = Update.sequential,
-    seed: Annotated[int, typer.Option(help="Of split, training and unlearning.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of split, training and unlearning.")] = 0,
     output_dir: Annotated[Path, typer.Option(help="Gets weights, mask and result.json.")] = Path("unlearn-ext-demo"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
@@ -81,12 +81,17 @@ def demo(
         allow_duplicates=allow_duplicates,
     )
     output_dir = writable_directory(output_dir)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise InputError(f"--json: there is no directory {json_file.parent}")
+    if json_file is not None:
+        if not json_file.parent.is_dir() or json_file.is_dir():
+            raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
+        writable_directory(json_file.parent)
     console = Console(stderr=True)
     with console.status("building the native library, once"):
         os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
-        backend = _native.load()
+        try:
+            backend = _native.load()
+        except ValueError as error:  # a variable of the environment
+            raise InputError(str(error)) from None
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
         run = ClassifierDemo(options, progress).run()
@@ -113,7 +118,9 @@ def _checked_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device: {name!r} is no device; try cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
     return name

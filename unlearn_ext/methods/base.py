@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .. import ops
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
@@ -59,6 +60,11 @@ class Method(StepConfig, ABC):
             raise InputError(
                 "update='joint' makes one step of both gradients: dual_state and forget_lr do not apply to it"
             )
+        for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
+            if value not in ops.RULES:
+                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {value!r}")
+        if self.mask_scope not in ops.MASK_SCOPES:
+            raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
         schedules.check("lr_schedule", self.lr_schedule)
 
     @classmethod

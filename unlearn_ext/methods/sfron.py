@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,8 +94,10 @@ class SFRon(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         schedules.check("forget_schedule", self.forget_schedule)
-        if self.lambd < 0:
-            raise InputError(f"lambd: expected 0 or more, got {self.lambd}")
+        for name in ("lambd", "forget_alpha", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name}: expected a finite number from 0, got {value}")
         if not self.adaptive_eps > 0 or not self.fisher_eps > 0:
             raise InputError("adaptive_eps and fisher_eps: expected more than 0")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,9 @@ class FisherDiagonal:
     def measure(
         self, data: Iterable[Any], *, name: str = "data", watch: Callable[[Any], None] | None = None
     ) -> FisherDiagonal:
-        """Adds one pass over ``data``, in its own order. ``watch`` is called with every batch first.
+        """Adds one pass over ``data``, in its own order, and leaves ``.grad`` empty.
+
+        ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
             InputError: no batches, or no parameter received a gradient.
@@ -80,10 +81,17 @@ class FisherDiagonal:
         """
         before = self.count
         with evaluating(self.model):
-            for number, batch in enumerate(itertools.islice(iter(data), self.batches)):
+            for number, batch in enumerate(data):
+                if number == 0:
+                    self.task.begin(self.model, batch)
                 if watch is not None:
                     watch(batch)
-                self._update(batch, f"batch {number} of the {name} set")
+                if self.batches is None or number < self.batches:
+                    self._update(batch, f"batch {number} of the {name} set")
+                elif watch is None:
+                    break
+        if self.per_sample:  # torch.func gives zeros where autograd gives None
+            self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
         if self.count == before:
             raise InputError(f"the {name} set is empty: pass at least one batch")
         if not self.seen:
@@ -106,6 +114,8 @@ class FisherDiagonal:
             p.grad = None
         loss = self.task.losses(self.model, batch).mean()
         _check_finite(loss, where)
+        if not loss.requires_grad:
+            return
         loss.backward()
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         with torch.no_grad():
@@ -133,8 +143,6 @@ class FisherDiagonal:
             _check_finite(losses.mean(), where)
             for i in range(losses.shape[0]):
                 ops.accumulate_fisher_(list(self.sums.values()), [g[i].detach() for g in gradients.values()])
-        # torch.func gives zeros where autograd gives None; a weight that never moves the loss is told by its sum.
-        self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
         self.count += size
 
 

@@ -24,7 +24,8 @@ def protected_hashes(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> list[
     It is a sum modulo 2^64 of mixed terms, so it does not depend on threads or devices.
     """
     result = []
-    for weight, keep in zip(weights, ops.unpack_bits(list(bits), list(weights)), strict=True):
+    for weight, words in zip(weights, bits, strict=True):
+        keep = ops.unpack_bits([words], [weight])[0]
         raw = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
         free = keep.contiguous().flatten()
         total = torch.zeros((), dtype=torch.int64, device=weight.device)

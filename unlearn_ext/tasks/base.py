@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Task"]
 
 
 class Task(ABC):
     """A task knows batches, losses and outputs; it knows nothing of masks, schedules or methods."""
+
+    def begin(self, model: nn.Module, batch: Any) -> None:  # noqa: B027 - optional
+        """Called with the first raw batch of a pass, to learn from the model what batches must fit."""
 
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:

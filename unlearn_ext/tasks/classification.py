@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._modes import evaluating
 from ..errors import InputError
 from .base import Task
 
@@ -25,7 +26,7 @@ class Classification(Task):
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None):
         self.loss = loss
-        self._classes: int | None = None  # of the model's output, known after the first forward pass
+        self._classes: int | None = None  # of the model's output
 
     def inputs(self, batch: Any) -> Tensor:
         return self._split(batch)[0]
@@ -33,14 +34,27 @@ class Classification(Task):
     def labels(self, batch: Any) -> Tensor:
         return self._split(batch)[1]
 
+    def begin(self, model: nn.Module, batch: Any) -> None:
+        """Learns the number of classes from one forward pass, so that :meth:`prepare` can check every label."""
+        self._classes = None
+        inputs, _ = self.prepare(batch, next(model.parameters()).device)
+        with evaluating(model), torch.no_grad():
+            logits = self.logits(model, inputs)
+        if isinstance(logits, Tensor) and logits.dim() == 2:
+            self._classes = logits.shape[1]
+
     def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         inputs, labels = self._split(batch)
         if inputs.shape[:1] != labels.shape[:1]:
             raise InputError(f"a batch has {inputs.shape[0]} inputs and {labels.shape[0]} labels: they must match")
         if inputs.shape[0] == 0:
             raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
-        if self._classes is not None and self.loss is None and labels.device.type == "cpu":
-            _check_range(labels, self._classes)  # before they are on a device that would have to be waited for
+        indices = labels.dtype == torch.int64 and labels.dim() == 1
+        if self.loss is None and not indices:
+            raise InputError(f"labels: expected int64 of shape [N], got {labels.dtype} of shape {list(labels.shape)}")
+        # Only on the CPU, where a loader leaves them: looking at labels on a device would wait for it.
+        if indices and self._classes is not None and labels.device.type == "cpu":
+            _check_range(labels, self._classes)
         return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def logits(self, model: Any, inputs: Tensor) -> Tensor:
@@ -51,7 +65,6 @@ class Classification(Task):
         inputs, labels = batch
         logits = self.logits(model, inputs)
         if self.loss is None:
-            self._check_labels(model, labels, logits)
             # In float32 or wider: a loss rounded to 8 bits would spoil the adaptive weights made from it.
             wide = logits if logits.dtype == torch.float64 else logits.float()
             return F.cross_entropy(wide, labels, reduction="none")
@@ -62,14 +75,6 @@ class Classification(Task):
                 'sample (reduction="none")'
             )
         return losses
-
-    def _check_labels(self, model: Any, labels: Tensor, logits: Tensor) -> None:
-        if not isinstance(model, nn.Module) or self._classes == logits.shape[-1]:
-            return  # inside torch.func values cannot be looked at; afterwards prepare() has looked
-        if labels.dtype != torch.int64 or labels.dim() != 1:
-            raise InputError(f"labels: expected int64 of shape [N], got {labels.dtype} of shape {list(labels.shape)}")
-        _check_range(labels, logits.shape[-1])
-        self._classes = logits.shape[-1]
 
     @staticmethod
     def _split(batch: Any) -> tuple[Tensor, Tensor]:
