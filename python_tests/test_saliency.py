@@ -283,10 +283,13 @@ def test_fisher_takes_so_many_batches(per_sample: bool) -> None:
 
     seen: list[Any] = []
     options = {"per_sample": per_sample, "batches": 2}
-    limited = FisherDiagonal(model, Classification(), **options).measure(counted(), watch=seen.append)
-    assert drawn == [0, 1] and len(seen) == 2 and seen[1] is data[1]
+    limited = FisherDiagonal(model, Classification(), **options).measure(counted())
+    assert drawn == [0, 1]
+    watched = FisherDiagonal(model, Classification(), **options).measure(counted(), watch=seen.append)
+    assert len(seen) == 5 and seen[1] is data[1]  # who watches sees all
     for name, want in plain_fisher(model, data[:2], per_sample).items():
         torch.testing.assert_close(limited.means()[name], want, rtol=1e-12, atol=1e-18)
+        assert torch.equal(watched.means()[name], limited.means()[name])
     with pytest.raises(InputError, match="Fisher batches: expected a count from 1, got 0"):
         FisherDiagonal(model, Classification(), batches=0)
 

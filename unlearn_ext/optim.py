@@ -32,6 +32,8 @@ class StepConfig:
     weight_decay: float = 0.0
     max_norm: float | None = None
     retain_max_norm: float | None = None
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
     slow_rate: float = 1.0
     slow_freq: int = 1
     mask_scope: str = "forget"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -211,6 +212,9 @@ class Unlearner:
         started = time.perf_counter()
         for name, data in passes.items():
             total = _length(data)
+            if allow_duplicates and method.fisher_batches is not None:  # no need to see the rest
+                data = itertools.islice(iter(data), method.fisher_batches)
+                total = method.fisher_batches if total is None else min(total, method.fisher_batches)
             done = 0
 
             def watch(batch: Any, name: str = name, total: int | None = total) -> None:
@@ -266,6 +270,7 @@ class _Loop:
         self.forget, self.retain = streams
         self.parameters = [p for _, p in unlearner._named]
         self.buffers = list(self.model.buffers())
+        self.before: list[Tensor] = []  # the buffers before the step at hand
         self.history = History(directory, result.history)
         self.iteration = 0
         self.forgot = False  # whether this iteration has made its forget step
@@ -371,17 +376,16 @@ class _Loop:
             ("iteration", "forget_loss", "retain_loss", "lr", "alpha", "clip", "largest_share")
         )
         entry.update(iteration=t, lr=optimizer.param_groups[0]["lr"])
-        buffers = [buffer.clone() for buffer in self.buffers]
+        self._remember_buffers()
         self.forgot = False
         try:
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
             self._retain(t, entry, forget_grads)
         except NonFiniteError as error:
-            if self.forgot:
-                raise NonFiniteError(f"iteration {t}: {error}; its forget step had been made") from None
-            for buffer, before in zip(self.buffers, buffers, strict=True):
+            for buffer, before in zip(self.buffers, self.before, strict=True):
                 buffer.copy_(before)
-            raise NonFiniteError(f"iteration {t}: {error}") from None
+            made = "; its forget step had been made" if self.forgot else ""
+            raise NonFiniteError(f"iteration {t}: {error}{made}") from None
         if entry["forget_loss"] is not None:
             entry["clip"] = optimizer.last_clip
         self.counts["iterations"] += 1
@@ -402,7 +406,12 @@ class _Loop:
             return gradients
         self._step(self.forget_side)
         self.forgot = True
+        self._remember_buffers()
         return None
+
+    def _remember_buffers(self) -> None:
+        """A batch that is not finite reaches BatchNorm's statistics before its loss tells."""
+        self.before = [buffer.clone() for buffer in self.buffers]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
         losses = self._losses(self.retain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +82,14 @@ class FisherDiagonal:
         """
         before = self.count
         with evaluating(self.model):
-            for number, batch in enumerate(data):
+            limit = self.batches if watch is None else None
+            for number, batch in enumerate(itertools.islice(iter(data), limit)):
                 if number == 0:
                     self.task.begin(self.model, batch)
                 if watch is not None:
                     watch(batch)
                 if self.batches is None or number < self.batches:
                     self._update(batch, f"batch {number} of the {name} set")
-                elif watch is None:
-                    break
         if self.per_sample:  # torch.func gives zeros where autograd gives None
             self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
         if self.count == before:

@@ -15,6 +15,8 @@ from .base import Task
 
 __all__ = ["Classification"]
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Classification(Task):
     """Batches are ``(inputs, labels)`` or dicts with ``pixel_values`` and ``labels``, as transformers has them.
@@ -49,9 +51,13 @@ class Classification(Task):
             raise InputError(f"a batch has {inputs.shape[0]} inputs and {labels.shape[0]} labels: they must match")
         if inputs.shape[0] == 0:
             raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
-        indices = labels.dtype == torch.int64 and labels.dim() == 1
-        if self.loss is None and not indices:
-            raise InputError(f"labels: expected int64 of shape [N], got {labels.dtype} of shape {list(labels.shape)}")
+        indices = labels.dtype in _INTEGERS and labels.dim() == 1
+        if indices:
+            labels = labels.long()
+        elif self.loss is None:
+            raise InputError(
+                f"labels: expected integers of shape [N], got {labels.dtype} of shape {list(labels.shape)}"
+            )
         # Only on the CPU, where a loader leaves them: looking at labels on a device would wait for it.
         if indices and self._classes is not None and labels.device.type == "cpu":
             _check_range(labels, self._classes)
