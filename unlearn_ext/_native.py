@@ -190,9 +190,9 @@ class Recipe:
 
 
 def cpu_recipe(csrc: Path | None = None, target: str = "-march=native", file_name: str = "") -> Recipe:
-    """The CPU operators: every source in ``csrc/cpu`` and ``csrc/tensors``, compiled for ``target``."""
+    """The CPU operators: every source in ``csrc/cpu``, ``csrc/operators`` and ``csrc/tensors``, compiled for ``target``."""
     csrc = csrc or _find_csrc()
-    sources = sorted(path for room in ("cpu", "tensors") for path in (csrc / room).glob("*.cpp"))
+    sources = sorted(path for room in ("cpu", "operators", "tensors") for path in (csrc / room).glob("*.cpp"))
     torch_root = Path(torch.__file__).parent
     return _recipe(
         csrc,

@@ -1,4 +1,6 @@
-// pack_bits, unpack_bits, count_bits: between bool tensors and one bit per weight, in memory order.
+// pack_bits, unpack_bits and count_bits on the CPU.
+#include "../operators/bits.h"
+
 #include "../math/bits.h"
 
 #include "strips.h"
@@ -12,15 +14,7 @@ inline __attribute__((always_inline)) std::uint32_t pack_word(const std::uint8_t
   return word;
 }
 
-TensorList pack_bits(TensorList masks) {
-  if (masks.empty()) return {};
-  Operands operands("pack_bits", "masks", masks);
-  operands.check_list({"masks", &masks}, kBool);
-  operands.make_reference_dense(/*written=*/false);
-  TensorList bits;
-  for (const Tensor& mask : masks) {
-    bits.push_back(torch::stable::empty({word_count(mask.numel())}, ScalarType::Int));
-  }
+void pack_all(const TensorList& masks, const TensorList& bits) {
   const RawList from(masks), to(bits);
   const WorkRange work(sizes_of(masks));
   for_each_block(work, [&](std::int64_t block) {
@@ -33,20 +27,9 @@ TensorList pack_bits(TensorList masks) {
       }
     });
   });
-  return bits;
 }
 
-TensorList unpack_bits(TensorList bits, TensorList like) {
-  if (bits.empty() && like.empty()) return {};
-  Operands operands("unpack_bits", "like", like);
-  operands.check_bits({"bits", &bits}, /*may_be_absent=*/false);
-  TensorList masks;
-  for (const Tensor& tensor : like) {
-    const auto strides = tensor.strides();
-    masks.push_back(empty_strided(
-        tensor, is_dense(tensor) ? std::vector<int64_t>(strides.begin(), strides.end()) : dense_strides(tensor),
-        ScalarType::Bool));
-  }
+void unpack_all(const TensorList& bits, const TensorList& masks) {
   const RawList from(bits), to(masks);
   const WorkRange work(sizes_of(masks));
   for_each_block(work, [&](std::int64_t block) {
@@ -57,15 +40,10 @@ TensorList unpack_bits(TensorList bits, TensorList like) {
       }
     });
   });
-  return masks;
 }
 
-Tensor count_bits(TensorList bits) {
-  Operands operands("count_bits", "bits", bits);
-  operands.check_list({"bits", &bits}, kInt);
-  operands.make_reference_dense(/*written=*/false);
-  Tensor counts = torch::stable::empty({std::int64_t(bits.size())}, ScalarType::Long);
-  std::int64_t* out = counts.mutable_data_ptr<std::int64_t>();
+void count_all(const TensorList& bits, const Tensor& counts) {
+  std::int64_t* out = static_cast<std::int64_t*>(counts.data_ptr());
   const RawList words(bits);
   torch::stable::parallel_for(0, std::int64_t(bits.size()), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
@@ -75,14 +53,13 @@ Tensor count_bits(TensorList bits) {
       out[t] = sum;
     }
   });
-  return counts;
 }
 
 } // namespace
 } // namespace unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
-  m.impl("pack_bits", TORCH_BOX(&unlearn::pack_bits));
-  m.impl("unpack_bits", TORCH_BOX(&unlearn::unpack_bits));
-  m.impl("count_bits", TORCH_BOX(&unlearn::count_bits));
+  m.impl("pack_bits", TORCH_BOX(&unlearn::pack_bits<&unlearn::pack_all>));
+  m.impl("unpack_bits", TORCH_BOX(&unlearn::unpack_bits<&unlearn::unpack_all>));
+  m.impl("count_bits", TORCH_BOX(&unlearn::count_bits<&unlearn::count_all>));
 }

@@ -1,4 +1,6 @@
-// accumulate_fisher_: F += weight * g^2 over a list.
+// accumulate_fisher_ on the CPU.
+#include "../operators/accumulate_fisher.h"
+
 #include "../math/saliency.h"
 
 #include "strips.h"
@@ -15,15 +17,7 @@ void accumulate_strip(const RawList& fisher, const RawList& grads, T weight, siz
   for (int i = 0; i < n; ++i) f[i] = accumulate_fisher(f[i], g[i], weight);
 }
 
-void accumulate(TensorList fisher, TensorList grads, double weight) {
-  if (fisher.empty() && grads.empty()) return;
-  Operands operands("accumulate_fisher_", "fisher", fisher);
-  operands.check_list({"fisher", &fisher}, kStateDtypes);
-  operands.check_list({"grads", &grads}, kWeightDtypes, /*may_be_absent=*/false);
-  operands.check_writable({{"fisher", &fisher}});
-  operands.make_reference_dense(/*written=*/true);
-  operands.align(grads, /*written=*/false);
-
+void accumulate(const TensorList& fisher, const TensorList& grads, double weight) {
   const RawList f(fisher), g(grads);
   const WorkRange work(sizes_of(fisher));
   for_each_block(work, [&](std::int64_t block) {
@@ -37,12 +31,11 @@ void accumulate(TensorList fisher, TensorList grads, double weight) {
       });
     });
   });
-  operands.write_back();
 }
 
 } // namespace
 } // namespace unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
-  m.impl("accumulate_fisher_", TORCH_BOX(&unlearn::accumulate));
+  m.impl("accumulate_fisher_", TORCH_BOX(&unlearn::accumulate_fisher_<&unlearn::accumulate>));
 }

@@ -1,4 +1,6 @@
-// gradient_products: masked norms and inner product of the forget and retain gradients in one read.
+// gradient_products on the CPU.
+#include "../operators/gradient_products.h"
+
 #include "../math/reduce.h"
 
 #include "strips.h"
@@ -67,7 +69,7 @@ void add_strip(
 }
 
 template <bool forget, bool retain>
-Products run(const RawList& f, const RawList& r, const RawList& bits, bool mask_retain, const WorkRange& work) {
+Products sum_of(const RawList& f, const RawList& r, const RawList& bits, bool mask_retain, const WorkRange& work) {
   std::vector<Products> partials(size_t(std::max<std::int64_t>(work.blocks(), 1)));
   for_each_block(work, [&](std::int64_t block) {
     LaneSums sums;
@@ -87,33 +89,28 @@ Products run(const RawList& f, const RawList& r, const RawList& bits, bool mask_
   return partials[0];
 }
 
-Tensor gradient_products(TensorList forget_grads, TensorList retain_grads, TensorList bits, bool mask_retain) {
+void sum_products(
+    const TensorList& forget_grads,
+    const TensorList& retain_grads,
+    const TensorList& bits,
+    bool mask_retain,
+    const Tensor& result) {
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
-  if (!forget && !retain) fail("gradient_products: forget_grads, retain_grads: expected at least one list, got none");
-  Operands operands("gradient_products", forget ? "forget_grads" : "retain_grads", forget ? forget_grads : retain_grads);
-  operands.check_list({"forget_grads", &forget_grads}, kWeightDtypes);
-  operands.check_list({"retain_grads", &retain_grads}, kWeightDtypes);
-  operands.check_bits({"bits", &bits});
-  operands.make_reference_dense(/*written=*/false);
-  if (forget) operands.align(retain_grads, /*written=*/false);
-
   const RawList f(forget_grads), r(retain_grads), b(bits);
   const WorkRange work(sizes_of(forget ? forget_grads : retain_grads));
-  const Products sum = forget && retain ? run<true, true>(f, r, b, mask_retain, work)
-      : forget                          ? run<true, false>(f, r, b, mask_retain, work)
-                                        : run<false, true>(f, r, b, mask_retain, work);
-  Tensor result = torch::stable::empty({4}, ScalarType::Double);
-  double* out = result.mutable_data_ptr<double>();
+  const Products sum = forget && retain ? sum_of<true, true>(f, r, b, mask_retain, work)
+      : forget                          ? sum_of<true, false>(f, r, b, mask_retain, work)
+                                        : sum_of<false, true>(f, r, b, mask_retain, work);
+  double* out = static_cast<double*>(result.data_ptr());
   out[0] = sum.forget_square;
   out[1] = sum.retain_square;
   out[2] = sum.cross;
   out[3] = sum.non_finite;
-  return result;
 }
 
 } // namespace
 } // namespace unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
-  m.impl("gradient_products", TORCH_BOX(&unlearn::gradient_products));
+  m.impl("gradient_products", TORCH_BOX(&unlearn::gradient_products<&unlearn::sum_products>));
 }

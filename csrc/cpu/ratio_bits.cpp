@@ -1,16 +1,12 @@
-// ratio_bits: the saliency mask of two Fisher diagonals as packed bits, and how many weights it keeps.
-#include "../math/saliency.h"
+// ratio_bits on the CPU.
+#include "../operators/ratio_bits.h"
 
-#include <tuple>
+#include "../math/saliency.h"
 
 #include "strips.h"
 
 namespace unlearn {
 namespace {
-
-struct RatioOptions {
-  double gamma, eps, forget_scale, retain_scale;
-};
 
 template <typename T>
 inline __attribute__((always_inline)) std::uint32_t ratio_word(
@@ -57,29 +53,14 @@ std::int64_t ratio_strip(
   return kept;
 }
 
-std::tuple<TensorList, Tensor> ratio_bits(
-    TensorList forget_fisher,
-    TensorList retain_fisher,
-    double gamma,
-    double eps,
-    double forget_scale,
-    double retain_scale) {
-  Operands operands("ratio_bits", "forget_fisher", forget_fisher);
-  operands.check_list({"forget_fisher", &forget_fisher}, kStateDtypes);
-  operands.check_list({"retain_fisher", &retain_fisher}, kStateDtypes, /*may_be_absent=*/false);
-  operands.make_reference_dense(/*written=*/false);
-  operands.align(retain_fisher, /*written=*/false);
-
-  TensorList bits;
-  bits.reserve(forget_fisher.size());
-  for (const Tensor& tensor : forget_fisher) {
-    bits.push_back(torch::stable::empty({word_count(tensor.numel())}, ScalarType::Int));
-  }
-  Tensor counts = torch::stable::empty({std::int64_t(forget_fisher.size())}, ScalarType::Long);
-  std::int64_t* kept = counts.mutable_data_ptr<std::int64_t>();
+void write_ratio_bits(
+    const TensorList& forget_fisher,
+    const TensorList& retain_fisher,
+    const RatioOptions& options,
+    const TensorList& bits,
+    const Tensor& counts) {
+  std::int64_t* kept = static_cast<std::int64_t*>(counts.data_ptr());
   std::fill(kept, kept + forget_fisher.size(), 0);
-
-  const RatioOptions options{gamma, eps, forget_scale, retain_scale};
   const RawList f(forget_fisher), r(retain_fisher), b(bits);
   const WorkRange work(sizes_of(forget_fisher));
   for_each_block(work, [&](std::int64_t block) {
@@ -93,12 +74,11 @@ std::tuple<TensorList, Tensor> ratio_bits(
       __atomic_fetch_add(kept + t, sum, __ATOMIC_RELAXED); // integers: any order gives the same sum
     });
   });
-  return {bits, counts};
 }
 
 } // namespace
 } // namespace unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
-  m.impl("ratio_bits", TORCH_BOX(&unlearn::ratio_bits));
+  m.impl("ratio_bits", TORCH_BOX(&unlearn::ratio_bits<&unlearn::write_ratio_bits>));
 }

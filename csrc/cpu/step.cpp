@@ -1,5 +1,5 @@
-// step_: the fused update of a list of weights in one pass over memory.
-#include "../math/update.h"
+// step_ on the CPU.
+#include "../operators/step.h"
 
 #include <array>
 
@@ -11,12 +11,6 @@ namespace {
 
 struct StepLists {
   RawList weights, slow, first, second, forget, retain, bits;
-};
-
-struct StepOptions {
-  bool mask_retain, protect;
-  bool stochastic;
-  std::uint64_t seed;
 };
 
 // What a word of weights is made of, in the opmath type.
@@ -60,7 +54,7 @@ inline __attribute__((always_inline)) void update_word(
 // there and back would change its payload.
 void store_half(
     const StepLists& lists,
-    const StepOptions& options,
+    const StepCall& call,
     size_t t,
     std::int64_t start,
     int n,
@@ -69,15 +63,15 @@ void store_half(
   std::uint16_t rounded[kStrip];
   if (lists.weights.dtype[t] == ScalarType::Half) {
     float_to_half(values, rounded, n);
-  } else if (options.stochastic) {
-    const std::uint32_t stream = rounding_stream(options.seed, t);
+  } else if (call.stochastic) {
+    const std::uint32_t stream = rounding_stream(call.seed, t);
     for (int i = 0; i < n; ++i) {
       rounded[i] = float_to_bfloat16_stochastic(values[i], rounding_noise(stream, std::uint64_t(start + i)));
     }
   } else {
     for (int i = 0; i < n; ++i) rounded[i] = float_to_bfloat16(values[i]);
   }
-  if (options.protect) {
+  if (call.protect) {
     for (int i = 0; i < n; ++i) {
       const std::uint32_t word = word_at(lists.bits, t, (start + i) / kWordBits);
       if (!((word >> (i % kWordBits)) & 1u)) rounded[i] = to[i];
@@ -89,7 +83,7 @@ void store_half(
 template <Rule rule, bool forget, bool retain, bool interpolate, typename T>
 void update_strip(
     const StepLists& lists,
-    const StepOptions& options,
+    const StepCall& call,
     const StepScalars<T>& s,
     size_t t,
     std::int64_t start,
@@ -107,7 +101,7 @@ void update_strip(
   const auto update = [&](const WordPointers<T>& p, int offset) {
     const std::uint32_t word = word_at(lists.bits, t, (start + offset) / kWordBits);
     update_word<rule, forget, retain, interpolate>(
-        p, word, options.mask_retain ? word : ~0u, options.protect ? word : ~0u, s);
+        p, word, call.mask_retain ? word : ~0u, call.protect ? word : ~0u, s);
   };
   const auto moved = [](auto* pointer, int offset) { return pointer ? pointer + offset : pointer; };
   PaddedWord<T> padded[6];
@@ -133,21 +127,21 @@ void update_strip(
     }
   }
   if constexpr (sizeof(T) == 4) {
-    if (!in_place) store_half(lists, options, t, start, n, theta);
+    if (!in_place) store_half(lists, call, t, start, n, theta);
   }
 }
 
 template <Rule rule, bool forget, bool retain, bool interpolate>
-void run(const StepLists& lists, const StepOptions& options, const double* scalars, const WorkRange& work) {
+void update_all(const StepLists& lists, const StepCall& call, const double* scalars, const WorkRange& work) {
   const StepScalars<float> single(scalars);
   const StepScalars<double> wide(scalars);
   for_each_block(work, [&](std::int64_t block) {
     work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
       for_each_strip(first, count, [&](std::int64_t start, int n) {
         if (lists.weights.dtype[t] == ScalarType::Double) {
-          update_strip<rule, forget, retain, interpolate>(lists, options, wide, t, start, n);
+          update_strip<rule, forget, retain, interpolate>(lists, call, wide, t, start, n);
         } else {
-          update_strip<rule, forget, retain, interpolate>(lists, options, single, t, start, n);
+          update_strip<rule, forget, retain, interpolate>(lists, call, single, t, start, n);
         }
       });
     });
@@ -156,81 +150,32 @@ void run(const StepLists& lists, const StepOptions& options, const double* scala
 
 template <Rule rule>
 auto select_parts(bool forget, bool retain, bool interpolate) {
-  if (forget && retain) return interpolate ? run<rule, true, true, true> : run<rule, true, true, false>;
-  if (forget) return interpolate ? run<rule, true, false, true> : run<rule, true, false, false>;
-  return interpolate ? run<rule, false, true, true> : run<rule, false, true, false>;
+  if (forget && retain) return interpolate ? update_all<rule, true, true, true> : update_all<rule, true, true, false>;
+  if (forget) return interpolate ? update_all<rule, true, false, true> : update_all<rule, true, false, false>;
+  return interpolate ? update_all<rule, false, true, true> : update_all<rule, false, true, false>;
 }
 
-void step(
-    TensorList weights,
-    TensorList slow,
-    TensorList first_moments,
-    TensorList second_moments,
-    TensorList forget_grads,
-    TensorList retain_grads,
-    TensorList bits,
-    Tensor scalars,
-    int64_t rule_code,
-    bool mask_retain,
-    bool protect,
-    int64_t rounding_seed) {
-  Operands operands("step_", "weights", weights);
-  if (rule_code < 0 || rule_code > int(Rule::adamw)) {
-    fail("step_: rule: expected 0 (sgd) to 3 (adamw), got " + std::to_string(rule_code));
-  }
-  const Rule rule = Rule(rule_code);
-  if (scalars.scalar_type() != ScalarType::Double || !scalars.is_contiguous() || !scalars.is_cpu() ||
-      scalars.numel() != kScalarCount) {
-    fail("step_: scalars: expected a contiguous float64 CPU tensor of " + std::to_string(int(kScalarCount)) +
-         " numbers as ops.scalars() makes it, got " + torch::headeronly::toString(scalars.scalar_type()) +
-         " of shape " + shape_of(scalars));
-  }
-  const bool stepped = !forget_grads.empty() || !retain_grads.empty();
-  if (!stepped && slow.empty()) {
-    fail("step_: forget_grads, retain_grads: expected at least one list of gradients, got none");
-  }
-  if (protect && bits.empty()) fail("step_: protect: expected bits that say what to protect, got none");
-
-  const bool first = stepped && has_first_moment(rule), second = stepped && has_second_moment(rule);
-  operands.check_list({"weights", &weights}, kWeightDtypes);
-  operands.check_list({"forget_grads", &forget_grads}, kWeightDtypes);
-  operands.check_list({"retain_grads", &retain_grads}, kWeightDtypes);
-  operands.check_state({"slow", &slow}, /*required=*/false);
-  operands.check_state({"first_moments", &first_moments}, /*required=*/first);
-  operands.check_state({"second_moments", &second_moments}, /*required=*/second);
-  operands.check_bits({"bits", &bits});
-  operands.check_writable({{"weights", &weights},
-                           {"slow", &slow},
-                           {"first_moments", &first_moments},
-                           {"second_moments", &second_moments}});
-
-  const double* s = scalars.const_data_ptr<double>();
+void update(const StepCall& call) {
+  const double* s = static_cast<const double*>(call.scalars.data_ptr());
   if (s[kSkip] != 0.0) return;
-
-  operands.make_reference_dense(/*written=*/true);
-  for (TensorList* list : {&slow, &first_moments, &second_moments}) operands.align(*list, /*written=*/true);
-  for (TensorList* list : {&forget_grads, &retain_grads}) operands.align(*list, /*written=*/false);
-
-  const StepLists raw{RawList(weights),       RawList(slow),         RawList(first_moments), RawList(second_moments),
-                      RawList(forget_grads), RawList(retain_grads), RawList(bits)};
-  const StepOptions options{mask_retain, protect, rounding_seed >= 0, std::uint64_t(rounding_seed)};
-  const WorkRange work(sizes_of(weights));
-  const bool forget = !forget_grads.empty(), retain = !retain_grads.empty(), interpolate = !slow.empty();
-  if (!stepped) {
-    run<Rule::sgd, false, false, true>(raw, options, s, work);
-  } else {
-    using Run = void (*)(const StepLists&, const StepOptions&, const double*, const WorkRange&);
-    const std::array<Run, 4> runs{
-        select_parts<Rule::sgd>(forget, retain, interpolate), select_parts<Rule::momentum>(forget, retain, interpolate),
-        select_parts<Rule::adam>(forget, retain, interpolate), select_parts<Rule::adamw>(forget, retain, interpolate)};
-    runs[size_t(rule)](raw, options, s, work);
+  const StepLists lists{RawList(call.weights), RawList(call.slow),   RawList(call.first), RawList(call.second),
+                        RawList(call.forget),  RawList(call.retain), RawList(call.bits)};
+  const WorkRange work(sizes_of(call.weights));
+  const bool forget = !call.forget.empty(), retain = !call.retain.empty(), interpolate = !call.slow.empty();
+  if (!forget && !retain) {
+    update_all<Rule::sgd, false, false, true>(lists, call, s, work);
+    return;
   }
-  operands.write_back();
+  using Run = void (*)(const StepLists&, const StepCall&, const double*, const WorkRange&);
+  const std::array<Run, 4> runs{
+      select_parts<Rule::sgd>(forget, retain, interpolate), select_parts<Rule::momentum>(forget, retain, interpolate),
+      select_parts<Rule::adam>(forget, retain, interpolate), select_parts<Rule::adamw>(forget, retain, interpolate)};
+  runs[size_t(call.rule)](lists, call, s, work);
 }
 
 } // namespace
 } // namespace unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) {
-  m.impl("step_", TORCH_BOX(&unlearn::step));
+  m.impl("step_", TORCH_BOX(&unlearn::step_<&unlearn::update>));
 }

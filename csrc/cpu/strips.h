@@ -25,29 +25,6 @@ namespace unlearn {
 constexpr int kStrip = 256;
 static_assert(kStrip % kWordBits == 0, "a strip is made of whole words");
 
-// Raw data of a list, read once per call: going through the stable interface in the inner loop would cost more
-// than the mathematics of a small tensor.
-struct RawList {
-  std::vector<char*> data;
-  std::vector<ScalarType> dtype;
-
-  explicit RawList(const TensorList& list) {
-    data.reserve(list.size());
-    dtype.reserve(list.size());
-    for (const Tensor& tensor : list) {
-      data.push_back(static_cast<char*>(tensor.data_ptr()));
-      dtype.push_back(tensor.scalar_type());
-    }
-  }
-  bool empty() const {
-    return data.empty();
-  }
-  template <typename T>
-  T* at(size_t tensor, std::int64_t first) const {
-    return reinterpret_cast<T*>(data[tensor]) + first;
-  }
-};
-
 template <typename T>
 constexpr ScalarType kOpmath = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
@@ -102,13 +79,6 @@ inline void for_each_strip(std::int64_t first, std::int64_t count, const Body& b
   for (std::int64_t done = 0; done < count; done += kStrip) {
     body(first + done, int(std::min<std::int64_t>(kStrip, count - done)));
   }
-}
-
-inline std::vector<std::int64_t> sizes_of(const TensorList& list) {
-  std::vector<std::int64_t> sizes;
-  sizes.reserve(list.size());
-  for (const Tensor& tensor : list) sizes.push_back(tensor.numel());
-  return sizes;
 }
 
 } // namespace unlearn

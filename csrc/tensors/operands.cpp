@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../math/bits.h"
+
 namespace unlearn {
 namespace {
 
@@ -166,6 +168,14 @@ std::vector<std::int64_t> dense_strides(const Tensor& tensor) {
   return dense;
 }
 
+Tensor empty_flat(const Tensor& like, std::int64_t size, ScalarType dtype) {
+  return torch::stable::new_empty(like, {size}, dtype);
+}
+
+Tensor empty_words(const Tensor& like) {
+  return empty_flat(like, word_count(like.numel()), ScalarType::Int);
+}
+
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   std::int32_t device_type = 0;
@@ -231,7 +241,7 @@ void Operands::check_bits(NamedList list, bool may_be_absent) const {
   check_length(list, may_be_absent);
   for (size_t i = 0; i < bits->size(); ++i) {
     const Tensor& word = (*bits)[i];
-    const std::int64_t words = (reference_[i].numel() + 31) / 32;
+    const std::int64_t words = word_count(reference_[i].numel());
     if (word.scalar_type() != ScalarType::Int || word.dim() != 1 || word.numel() != words || !word.is_contiguous()) {
       fail_at(argument, i, "contiguous words of dtype Int and shape [" + std::to_string(words) + "]",
            dtype_of(word) + " and shape " + shape_of(word));

@@ -28,10 +28,46 @@ bool is_dense(const Tensor& tensor);
 // The strides of a dense tensor with the same order of dimensions, as torch.empty_like gives a non-dense one.
 std::vector<std::int64_t> dense_strides(const Tensor& tensor);
 
+// Uninitialised, flat, on the device of `like`.
+Tensor empty_flat(const Tensor& like, std::int64_t size, ScalarType dtype);
+
+// Uninitialised words for one bit of each element, on the tensor's device.
+Tensor empty_words(const Tensor& like);
+
 // Uninitialised, with the shape and device of `like`.
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& strides, ScalarType dtype);
 
 std::string shape_of(const Tensor& tensor);
+
+// Raw data of a list, read once per call: going through the stable interface in the inner loop would cost more
+// than the mathematics of a small tensor.
+struct RawList {
+  std::vector<char*> data;
+  std::vector<ScalarType> dtype;
+
+  explicit RawList(const TensorList& list) {
+    data.reserve(list.size());
+    dtype.reserve(list.size());
+    for (const Tensor& tensor : list) {
+      data.push_back(static_cast<char*>(tensor.data_ptr()));
+      dtype.push_back(tensor.scalar_type());
+    }
+  }
+  bool empty() const {
+    return data.empty();
+  }
+  template <typename T>
+  T* at(size_t tensor, std::int64_t first) const {
+    return reinterpret_cast<T*>(data[tensor]) + first;
+  }
+};
+
+inline std::vector<std::int64_t> sizes_of(const TensorList& list) {
+  std::vector<std::int64_t> sizes;
+  sizes.reserve(list.size());
+  for (const Tensor& tensor : list) sizes.push_back(tensor.numel());
+  return sizes;
+}
 
 // A set of dtypes and its name in error messages.
 struct Dtypes {
