@@ -190,7 +190,7 @@ class Recipe:
 
 
 def cpu_recipe(csrc: Path | None = None, target: str = "-march=native", file_name: str = "") -> Recipe:
-    """The CPU operators: every source in ``csrc/cpu``, ``csrc/operators`` and ``csrc/tensors``, compiled for ``target``."""
+    """The CPU operators: ``csrc/cpu`` and what it shares with other backends, compiled for ``target``."""
     csrc = csrc or _find_csrc()
     sources = sorted(path for room in ("cpu", "operators", "tensors") for path in (csrc / room).glob("*.cpp"))
     torch_root = Path(torch.__file__).parent
