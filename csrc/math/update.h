@@ -16,10 +16,10 @@ namespace unlearn {
 
 enum class Rule : int { sgd = 0, momentum = 1, adam = 2, adamw = 3 };
 
-constexpr bool has_first_moment(Rule rule) {
+UNLEARN_INLINE constexpr bool has_first_moment(Rule rule) {
   return rule != Rule::sgd;
 }
-constexpr bool has_second_moment(Rule rule) {
+UNLEARN_INLINE constexpr bool has_second_moment(Rule rule) {
   return rule == Rule::adam || rule == Rule::adamw;
 }
 

@@ -13,8 +13,9 @@
 
 namespace unlearn {
 
-// 16,384 weights: large enough to hide the cost of handing out work, small enough to balance the threads.
-constexpr std::int64_t kBlockWords = 512;
+// 4,096 weights: large enough to hide the cost of handing out work, small enough to balance threads and to keep a
+// GPU busy.
+constexpr std::int64_t kBlockWords = 128;
 
 class WorkRange {
  public:

@@ -1,0 +1,119 @@
+// pack_bits, unpack_bits and count_bits on CUDA.
+#include "../operators/bits.h"
+
+#include "launch.cuh"
+#include "octet.cuh"
+
+namespace unlearn {
+namespace {
+
+// Eight bools in one access where the address allows. A tensor's chunks begin at multiples of 4,096.
+__device__ __forceinline__ bool is_aligned_for_bools(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % 8 == 0;
+}
+
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Table table) {
+  const int t = table.tensor_of(blockIdx.x);
+  const std::uint8_t* masks = reinterpret_cast<const std::uint8_t*>(table.pointer(0, t));
+  std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(1, t));
+  for_each_octet(table, t, [&](std::int64_t i, int n) {
+    std::uint32_t byte = 0;
+    if (n == kOctet && is_aligned_for_bools(masks)) {
+      const uint2 flags = __ldcs(reinterpret_cast<const uint2*>(masks + i));
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        byte |= std::uint32_t((((k < 4 ? flags.x : flags.y) >> (8 * (k % 4))) & 0xffu) != 0) << k;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) byte |= std::uint32_t(k < n && masks[i + k] != 0) << k;
+    }
+    bits[i / kOctet] = std::uint8_t(byte);
+    // The last word's bytes beyond the tensor's end have no thread of their own.
+    if (i + kOctet >= table.size(t)) {
+      for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
+    }
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant__ Table table) {
+  const int t = table.tensor_of(blockIdx.x);
+  const char* bits = table.pointer(0, t);
+  std::uint8_t* masks = reinterpret_cast<std::uint8_t*>(table.pointer(1, t));
+  for_each_octet(table, t, [&](std::int64_t i, int n) {
+    const std::uint32_t byte = load_mask(bits, i);
+    if (n == kOctet && is_aligned_for_bools(masks)) {
+      std::uint32_t flags[2] = {0, 0};
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) flags[k / 4] |= ((byte >> k) & 1u) << (8 * (k % 4));
+      __stcs(reinterpret_cast<uint2*>(masks + i), make_uint2(flags[0], flags[1]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        if (k < n) masks[i + k] = std::uint8_t((byte >> k) & 1u);
+      }
+    }
+  });
+}
+
+// Here a "weight" of the table is a word.
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(const __grid_constant__ Table table, unsigned long long* counts) {
+  __shared__ unsigned int kept;
+  if (threadIdx.x == 0) kept = 0;
+  __syncthreads();
+  const int t = table.tensor_of(blockIdx.x);
+  const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(table.pointer(0, t));
+  unsigned int own = 0;
+  for_each_octet(table, t, [&](std::int64_t i, int n) {
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) own += k < n ? unsigned(count_word(words[i + k])) : 0u;
+  });
+  atomicAdd(&kept, own);
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(counts + table.index(t), static_cast<unsigned long long>(kept));
+}
+
+const auto all_tensors = [](size_t) { return true; };
+
+void pack_all(const TensorList& masks, const TensorList& bits) {
+  const OnDevice device(masks[0]);
+  const RawList from(masks), to(bits);
+  Columns columns;
+  columns.add(from);
+  columns.add(to);
+  columns.for_each_table(sizes_of(masks), chunks_of, all_tensors, [&](const Table& table) {
+    device.launch("pack_bits", pack_kernel, table.units, table);
+  });
+}
+
+void unpack_all(const TensorList& bits, const TensorList& masks) {
+  const OnDevice device(masks[0]);
+  const RawList from(bits), to(masks);
+  Columns columns;
+  columns.add(from);
+  columns.add(to);
+  columns.for_each_table(sizes_of(masks), chunks_of, all_tensors, [&](const Table& table) {
+    device.launch("unpack_bits", unpack_kernel, table.units, table);
+  });
+}
+
+void count_all(const TensorList& bits, const Tensor& counts) {
+  const OnDevice device(bits[0]);
+  device.zero("count_bits", counts);
+  const RawList words(bits);
+  Columns columns;
+  columns.add(words);
+  columns.for_each_table(sizes_of(bits), chunks_of, all_tensors, [&](const Table& table) {
+    device.launch("count_bits", count_kernel, table.units, table, static_cast<unsigned long long*>(counts.data_ptr()));
+  });
+}
+
+} // namespace
+} // namespace unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, UNLEARN_CUDA_KEY, m) {
+  m.impl("pack_bits", TORCH_BOX(&unlearn::pack_bits<&unlearn::pack_all>));
+  m.impl("unpack_bits", TORCH_BOX(&unlearn::unpack_bits<&unlearn::unpack_all>));
+  m.impl("count_bits", TORCH_BOX(&unlearn::count_bits<&unlearn::count_all>));
+}

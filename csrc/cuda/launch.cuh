@@ -1,0 +1,120 @@
+// From lists to launches: the table is filled, and each full one is launched on the current stream.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "../tensors/operands.h"
+#include "table.cuh"
+
+// The dispatch key of the kernels here. The tests compile them for the host, under another.
+#ifndef UNLEARN_CUDA_KEY
+#define UNLEARN_CUDA_KEY CUDA
+#endif
+
+namespace unlearn {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Makes a tensor's device the current one for as long as it lives, and knows that device's current stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) {
+    const std::int32_t index = tensor.get_device_index();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, reinterpret_cast<void**>(&stream_)));
+  }
+  ~OnDevice() {
+    aoti_torch_delete_cuda_guard(guard_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  template <typename... Expected, typename... Given>
+  void launch(const char* op, void (*kernel)(Expected...), std::uint32_t blocks, Given&&... arguments) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.stream = stream_;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(arguments)...), op);
+  }
+
+  void zero(const char* op, const Tensor& tensor) const {
+    const size_t bytes = size_t(tensor.numel()) * size_t(tensor.element_size());
+    check_cuda(cudaMemsetAsync(tensor.data_ptr(), 0, bytes, stream_), op);
+  }
+
+ private:
+  CUDAGuardHandle guard_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline Code code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return Code::wide;
+    case ScalarType::BFloat16:
+      return Code::bfloat16;
+    case ScalarType::Half:
+      return Code::half;
+    default:
+      return Code::single;
+  }
+}
+
+// Operands as columns of a table. Lists that are absent are left out; the kernels know from their parameters.
+class Columns {
+ public:
+  // coded: the column's dtype is looked up for each tensor, in the order in which coded columns are added.
+  void add(const RawList& list, bool coded = false) {
+    if (list.empty()) return;
+    if (coded) coded_.push_back(&list);
+    lists_.push_back(&list);
+  }
+
+  // Calls launch(table) as often as the list needs. units(size): how much work a tensor is; chosen(t): whether tensor
+  // t takes part at all.
+  template <typename Units, typename Chosen, typename Launch>
+  void for_each_table(
+      const std::vector<std::int64_t>& sizes, const Units& units, const Chosen& chosen, const Launch& launch) const {
+    Table table;
+    table.columns = std::uint32_t(lists_.size());
+    table.capacity = std::uint32_t(Table::capacity_for(int(lists_.size())));
+    const auto flush = [&] {
+      if (table.tensors > 0) launch(table);
+      table.tensors = table.units = 0;
+    };
+    if (sizes.size() >> Table::kIndexBits) fail("a list of more than 67,108,863 tensors");
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      if (sizes[t] == 0 || !chosen(t)) continue;
+      const std::int64_t work = units(sizes[t]);
+      if (table.tensors == table.capacity || std::int64_t(table.units) + work > 0x7fffffff) flush();
+      std::uint64_t rest = std::uint64_t(table.units) << 32 | std::uint64_t(t) << (2 * Table::kCodes);
+      for (size_t k = 0; k < coded_.size(); ++k) rest |= std::uint64_t(code_of(coded_[k]->dtype[t])) << (2 * k);
+      for (size_t c = 0; c < lists_.size(); ++c) {
+        table.words[c * table.capacity + table.tensors] = reinterpret_cast<std::uintptr_t>(lists_[c]->data[t]);
+      }
+      table.words[table.columns * table.capacity + table.tensors] = std::uint64_t(sizes[t]);
+      table.words[(table.columns + 1) * table.capacity + table.tensors] = rest;
+      table.units += std::uint32_t(work);
+      ++table.tensors;
+    }
+    flush();
+  }
+
+ private:
+  std::vector<const RawList*> lists_, coded_;
+};
+
+inline std::int64_t chunks_of(std::int64_t size) {
+  return (size + kChunk - 1) / kChunk;
+}
+
+} // namespace unlearn

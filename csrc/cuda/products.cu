@@ -1,0 +1,212 @@
+// gradient_products on CUDA, in the CPU's order: the same 32 lanes, the same blocks, the same tree. The sums are the
+// same bits on both, as long as one launch takes the list; a longer one begins a block anew with every launch.
+#include "../operators/gradient_products.h"
+
+#include "../math/reduce.h"
+#include "../tensors/chunks.h"
+
+#include "launch.cuh"
+#include "octet.cuh"
+
+namespace unlearn {
+namespace {
+
+constexpr int kQuad = 4;                              // lanes of a thread
+constexpr int kGroup = kWordBits / kQuad;             // threads that share a block of words
+constexpr int kGroups = kThreads / kGroup;            // blocks of words in a thread block
+constexpr int kAhead = 4;                             // words whose loads are under way at once
+static_assert(sizeof(Products) == 4 * sizeof(double), "partial sums are stored as four doubles");
+
+// Four numbers as they are stored; float64 is read when it is needed.
+struct Quad {
+  std::uint32_t word[kQuad];
+};
+
+__device__ __forceinline__ void load(Quad& quad, Code code, const char* base, std::int64_t first, int n) {
+  const bool vector = n == kQuad && is_aligned(base);
+  if (code == Code::single) {
+    const float* from = reinterpret_cast<const float*>(base) + first;
+    if (vector) {
+      load_quad(from, quad.word);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) quad.word[k] = k < n ? to_bits(from[k]) : 0u;
+    }
+  } else if (code != Code::wide) {
+    const std::uint16_t* from = reinterpret_cast<const std::uint16_t*>(base) + first;
+    if (vector) {
+      const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
+      quad.word[0] = pair.x;
+      quad.word[1] = pair.y;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuad / 2; ++k) {
+        const std::uint32_t low = 2 * k < n ? from[2 * k] : 0u, high = 2 * k + 1 < n ? from[2 * k + 1] : 0u;
+        quad.word[k] = low | high << 16;
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void widen(const Quad& quad, Code code, const char* base, std::int64_t first, int n, double* values) {
+  if (code == Code::single) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) values[k] = double(from_bits<float>(quad.word[k]));
+  } else if (code == Code::wide) {
+    const double* from = reinterpret_cast<const double*>(base) + first;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) values[k] = k < n ? from[k] : 0.0;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      values[k] = double(narrow_to_float(std::uint16_t(quad.word[k / 2] >> (16 * (k % 2))), code));
+    }
+  }
+}
+
+template <bool forget, bool retain>
+__device__ __forceinline__ void add_quad(
+    Products* lanes, const double* f, const double* r, std::uint32_t keep_forget, std::uint32_t keep_retain) {
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    const double a = forget ? keep_or_zero(lane_mask<double>(keep_forget, k), f[k]) : 0.0;
+    const double b = retain ? keep_or_zero(lane_mask<double>(keep_retain, k), r[k]) : 0.0;
+    if constexpr (forget) lanes[k].forget_square += a * a;
+    if constexpr (retain) lanes[k].retain_square += b * b;
+    if constexpr (forget && retain) lanes[k].cross += a * b;
+    lanes[k].non_finite += double((forget && is_non_finite(a)) + (retain && is_non_finite(b)));
+  }
+}
+
+// A group of threads sums one block of words as csrc/cpu/products.cpp does: lane i of every word into sum i, then the
+// 32 sums by the tree of combine_in_fixed_order.
+template <bool forget, bool retain>
+__global__ void __launch_bounds__(kThreads) products_kernel(
+    const __grid_constant__ Table table, bool has_bits, bool mask_retain, Products* partials) {
+  __shared__ Products sums[kThreads];
+  const int member = threadIdx.x % kGroup;
+  const std::int64_t block = std::int64_t(blockIdx.x) * kGroups + threadIdx.x / kGroup;
+  const std::int64_t end = (block + 1) * kBlockWords < table.units ? (block + 1) * kBlockWords : table.units;
+  Products lanes[kQuad];
+  std::int64_t word = block * kBlockWords;
+  for (int t = word < end ? table.tensor_of(std::uint32_t(word)) : 0; word < end; ++t) {
+    const std::int64_t size = table.size(t), begin = table.first_unit(t);
+    const std::int64_t stop = begin + word_count(size) < end ? begin + word_count(size) : end;
+    const char* f_base = forget ? table.pointer(0, t) : nullptr;
+    const char* r_base = retain ? table.pointer(forget ? 1 : 0, t) : nullptr;
+    const char* bits = has_bits ? table.pointer(int(forget) + int(retain), t) : nullptr;
+    const Code f_code = forget ? table.code(0, t) : Code::single;
+    const Code r_code = retain ? table.code(forget ? 1 : 0, t) : Code::single;
+    for (; word < stop; word += kAhead) {
+      Quad f_quad[kAhead], r_quad[kAhead];
+      std::uint32_t keep[kAhead];
+      const std::int64_t first = (word - begin) * kWordBits + member * kQuad;
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (word + a < stop) {
+          const std::int64_t i = first + a * kWordBits;
+          const int n = size - i < kQuad ? int(size - i) : kQuad; // not positive beyond the end
+          if constexpr (forget) load(f_quad[a], f_code, f_base, i, n);
+          if constexpr (retain) load(r_quad[a], r_code, r_base, i, n);
+          keep[a] = bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - begin] >> (member * kQuad) : ~0u;
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (word + a < stop) {
+          const std::int64_t i = first + a * kWordBits;
+          const int n = size - i < kQuad ? int(size - i) : kQuad;
+          double f[kQuad], r[kQuad];
+          if constexpr (forget) widen(f_quad[a], f_code, f_base, i, n, f);
+          if constexpr (retain) widen(r_quad[a], r_code, r_base, i, n, r);
+          add_quad<forget, retain>(lanes, f, r, keep[a], mask_retain ? keep[a] : ~0u);
+        }
+      }
+    }
+    word = stop;
+  }
+  combine_in_fixed_order(lanes, kQuad);
+  sums[threadIdx.x] = lanes[0];
+  __syncthreads();
+  if (member == 0 && block * kBlockWords < table.units) {
+    combine_in_fixed_order(sums + threadIdx.x, kGroup);
+    partials[block] = sums[threadIdx.x];
+  }
+}
+
+// Combines partials by one level of the same tree: each thread block one group of 2 * kThreads of them.
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const Products* partials, std::int64_t count, Products* combined) {
+  __shared__ Products sums[2 * kThreads];
+  const std::int64_t first = std::int64_t(blockIdx.x) * 2 * kThreads;
+  const int here = count - first < 2 * kThreads ? int(count - first) : 2 * kThreads;
+  for (int i = threadIdx.x; i < here; i += kThreads) sums[i] = partials[first + i];
+  for (int stride = 1; stride < here; stride *= 2) {
+    __syncthreads();
+    const int i = 2 * stride * threadIdx.x;
+    if (i + stride < here) sums[i].add(sums[i + stride]);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) combined[blockIdx.x] = sums[0];
+}
+
+using ProductsKernel = void (*)(Table, bool, bool, Products*);
+
+std::int64_t blocks_of(std::int64_t words) {
+  return (words + kBlockWords - 1) / kBlockWords;
+}
+
+void sum_products(
+    const TensorList& forget_grads,
+    const TensorList& retain_grads,
+    const TensorList& bits,
+    bool mask_retain,
+    const Tensor& result) {
+  const OnDevice device(result);
+  const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
+  const RawList f(forget_grads), r(retain_grads), b(bits);
+  Columns columns;
+  columns.add(f, /*coded=*/true);
+  columns.add(r, /*coded=*/true);
+  columns.add(b);
+  const auto sizes = sizes_of(forget ? forget_grads : retain_grads);
+  const auto all = [](size_t) { return true; };
+
+  std::int64_t count = 0;
+  columns.for_each_table(sizes, word_count, all, [&](const Table& table) { count += blocks_of(table.units); });
+  if (count == 0) {
+    device.zero("gradient_products", result);
+    return;
+  }
+  // Two buffers that take turns; the last level writes the result itself.
+  const std::int64_t later = (count + 2 * kThreads - 1) / (2 * kThreads);
+  Tensor buffer = empty_flat(result, 4 * (count + later), ScalarType::Double);
+  Products* partials = static_cast<Products*>(buffer.data_ptr());
+  Products* other = partials + count;
+
+  const ProductsKernel kernel = forget && retain ? products_kernel<true, true>
+      : forget                                   ? products_kernel<true, false>
+                                                 : products_kernel<false, true>;
+  Products* next = partials;
+  columns.for_each_table(sizes, word_count, all, [&](const Table& table) {
+    const std::int64_t blocks = blocks_of(table.units);
+    device.launch("gradient_products", kernel, std::uint32_t((blocks + kGroups - 1) / kGroups), table, !bits.empty(),
+                  mask_retain, next);
+    next += blocks;
+  });
+  do {
+    const std::int64_t groups = (count + 2 * kThreads - 1) / (2 * kThreads);
+    Products* to = groups == 1 ? static_cast<Products*>(result.data_ptr()) : other;
+    device.launch("gradient_products", combine_kernel, std::uint32_t(groups), static_cast<const Products*>(partials),
+                  count, to);
+    std::swap(partials, other);
+    count = groups;
+  } while (count > 1);
+}
+
+} // namespace
+} // namespace unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, UNLEARN_CUDA_KEY, m) {
+  m.impl("gradient_products", TORCH_BOX(&unlearn::gradient_products<&unlearn::sum_products>));
+}

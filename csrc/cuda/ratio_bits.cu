@@ -1,0 +1,80 @@
+// ratio_bits on CUDA: a thread's octet is one byte of the mask.
+#include "../operators/ratio_bits.h"
+
+#include "../math/saliency.h"
+
+#include "launch.cuh"
+#include "octet.cuh"
+
+namespace unlearn {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) ratio_kernel(
+    const __grid_constant__ Table table, const __grid_constant__ RatioOptions options, unsigned long long* counts) {
+  __shared__ unsigned int kept;
+  if (threadIdx.x == 0) kept = 0;
+  __syncthreads();
+  const int t = table.tensor_of(blockIdx.x);
+  const Code forget_code = table.code(0, t), retain_code = table.code(1, t);
+  const T forget_scale = T(options.forget_scale), retain_scale = T(options.retain_scale);
+  const T eps = T(options.eps), gamma = T(options.gamma);
+  std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(2, t));
+  unsigned int own = 0;
+  for_each_octet(table, t, [&](std::int64_t i, int n) {
+    Octet<T> stored_forget, stored_retain;
+    load_octet(stored_forget, forget_code, table.pointer(0, t), i, n);
+    load_octet(stored_retain, retain_code, table.pointer(1, t), i, n);
+    T forget[kOctet], retain[kOctet];
+    widen(stored_forget, forget_code, forget);
+    widen(stored_retain, retain_code, retain);
+    std::uint32_t byte = 0;
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      byte |= std::uint32_t(is_salient(forget[k], retain[k], forget_scale, retain_scale, eps, gamma)) << k;
+    }
+    byte &= valid_bits(n);
+    bits[i / kOctet] = std::uint8_t(byte);
+    own += unsigned(count_word(byte));
+    // The last word's bytes beyond the tensor's end have no thread of their own.
+    if (i + kOctet >= table.size(t)) {
+      for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
+    }
+  });
+  atomicAdd(&kept, own);
+  __syncthreads();
+  // Integers: any order gives the same sum.
+  if (threadIdx.x == 0) atomicAdd(counts + table.index(t), static_cast<unsigned long long>(kept));
+}
+
+void write_ratio_bits(
+    const TensorList& forget_fisher,
+    const TensorList& retain_fisher,
+    const RatioOptions& options,
+    const TensorList& bits,
+    const Tensor& counts) {
+  const OnDevice device(forget_fisher[0]);
+  device.zero("ratio_bits", counts);
+  auto* kept = static_cast<unsigned long long*>(counts.data_ptr());
+  const RawList f(forget_fisher), r(retain_fisher), b(bits);
+  Columns columns;
+  columns.add(f, /*coded=*/true);
+  columns.add(r, /*coded=*/true);
+  columns.add(b);
+  const auto is_wide = [&](size_t t) { return f.dtype[t] == ScalarType::Double || r.dtype[t] == ScalarType::Double; };
+  const auto sizes = sizes_of(forget_fisher);
+  for (const bool wide : {false, true}) {
+    columns.for_each_table(
+        sizes, chunks_of, [&](size_t t) { return is_wide(t) == wide; },
+        [&](const Table& table) {
+          device.launch("ratio_bits", wide ? ratio_kernel<double> : ratio_kernel<float>, table.units, table, options, kept);
+        });
+  }
+}
+
+} // namespace
+} // namespace unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, UNLEARN_CUDA_KEY, m) {
+  m.impl("ratio_bits", TORCH_BOX(&unlearn::ratio_bits<&unlearn::write_ratio_bits>));
+}
