@@ -109,9 +109,12 @@ Array gradient_products(Array forget, Array retain, std::optional<Words> bits, b
   std::vector<unlearn::Products> terms(size_t(forget.size()) + 1);
   const Words* words = bits ? &*bits : nullptr;
   for (py::ssize_t i = 0; i < forget.size(); ++i) {
+    const auto all = [](bool set) { return set ? ~std::uint64_t(0) : std::uint64_t(0); };
     const bool keep = bit(words, i);
-    const double f = keep ? forget.data()[i] : 0, r = keep || !mask_retain ? retain.data()[i] : 0;
-    terms[size_t(i)] = {f * f, r * r, f * r, double(unlearn::is_non_finite(f)) + double(unlearn::is_non_finite(r))};
+    unlearn::Products& term = terms[size_t(i)];
+    unlearn::add_products<true, true>(
+        forget.data()[i], retain.data()[i], all(keep), all(keep || !mask_retain), term.forget_square,
+        term.retain_square, term.cross, term.non_finite);
   }
   unlearn::combine_in_fixed_order(terms.data(), std::int64_t(terms.size()));
   Array result(4);

@@ -11,7 +11,7 @@ import pytest
 from conftest import PYTHON_BACKEND
 
 HERE = Path(__file__).resolve().parent
-FILES = ("test_step.py", "test_products.py", "test_saliency_ops.py", "test_contracts.py")
+OPERATOR_FILES = ("test_step.py", "test_products.py", "test_saliency_ops.py", "test_contracts.py")
 
 
 @pytest.mark.skipif(PYTHON_BACKEND, reason="this session runs the pure-PyTorch operators already")
@@ -23,6 +23,6 @@ def test_operator_tests_pass_without_the_native_library() -> None:
     assert backend.stdout.split() == ["python"]
 
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    files = [str(HERE / name) for name in FILES]
+    files = [str(HERE / name) for name in OPERATOR_FILES]
     run = subprocess.run([*command, *files], env=environment, cwd=HERE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

@@ -23,7 +23,7 @@ from unlearn_ext import _native
 ROOT = Path(__file__).resolve().parents[1]
 # Light optimisation and line tables only: three times quicker to compile than -O1 -g.
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -Og -g1"
-OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits")
+OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits", "many")
 
 pytestmark = pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")
 
@@ -128,6 +128,21 @@ def pack_bits():
     words = ops.pack_bits(masks)
     assert all(torch.equal(a, b) for a, b in zip(ops.unpack_bits(words, numbers(torch.float32)), masks))
     assert ops.count_bits(words).tolist() == [int(mask.sum()) for mask in masks]
+
+def many():
+    def odd(dtype=torch.float32):
+        return [torch.rand(n % 67, generator=rng, dtype=torch.float64).to(dtype) for n in range(700)]
+
+    words = ops.pack_bits([values < 0.5 for values in odd()])
+    ops.step_(
+        odd(), rule="adamw", scalars=ops.scalars(lr=0.1, slow_rate=0.5), forget_grads=odd(torch.bfloat16),
+        retain_grads=odd(), slow=odd(), first_moments=odd(), second_moments=odd(), bits=words, protect=True,
+    )
+    ops.gradient_products(odd(), odd(torch.float16), words)
+    ops.accumulate_fisher_(odd(), odd(torch.float16))
+    words, _ = ops.ratio_bits(odd(), odd())
+    ops.count_bits(words)
+    ops.unpack_bits(words, odd())
 
 if "pack_bits" in sys.argv:
     WORDS = ops.pack_bits(flags())

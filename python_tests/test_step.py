@@ -206,6 +206,27 @@ def test_matches_torch_optim(rule: str, dtype: torch.dtype, parts: str, rng: tor
     assert differ <= TIES.get(dtype, 0.0) * total, f"{differ} of {total} weights"
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.3, 0.9), (0.5, 0.5), (0.9, 0.0)], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("rule", ("adam", "adamw"))
+def test_moments_follow_torch_optim_for_all_betas(
+    rule: str, dtype: torch.dtype, betas: tuple[float, float], rng: torch.Generator
+) -> None:
+    """Gradients that shrink by 1e8 in one step: an interpolation from the wrong end would lose the small ones."""
+    parameter = normal(rng, (1000,), dtype).requires_grad_()
+    state = {name: [torch.zeros(1000, dtype=dtype)] for name in MOMENTS[rule]} | {"theta": [parameter.detach().clone()]}
+    optimizer = (torch.optim.Adam if rule == "adam" else torch.optim.AdamW)(
+        [parameter], lr=1e-3, betas=betas, eps=1e-6, weight_decay=0.0, foreach=False
+    )
+    for t, scale in enumerate((1e8, 1.0, 1e-3), start=1):
+        parameter.grad = normal(rng, (1000,), dtype) * scale
+        optimizer.step()
+        call(state, [], [parameter.grad], rule=rule, lr=1e-3, beta1=betas[0], beta2=betas[1], eps=1e-6, step=t)
+        for name, want in moments_of(optimizer, parameter).items():
+            assert_ulps(state[name][0], want, 4.0)
+        assert_ulps(state["theta"][0], parameter.detach(), 4.0, parameter.detach().abs().clamp_min(1e-2))
+
+
 def make_optimizer(
     rule: str, parameters: Sequence[Tensor], weight_decay: float = HYPER["weight_decay"]
 ) -> torch.optim.Optimizer:

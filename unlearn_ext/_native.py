@@ -21,6 +21,7 @@ Environment:
 - ``UNLEARN_EXT_CXXFLAGS``: further flags for compiling and linking (``-fsanitize=address``); forces a build.
 - ``UNLEARN_EXT_LOCK_TIMEOUT``: seconds to wait for another process's build before building too, default 300.
 - ``UNLEARN_EXT_QUIET``: ``1`` drops the progress lines on stderr.
+- ``UNLEARN_EXT_CUDA``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``: see :mod:`unlearn_ext._cuda`.
 - ``CXX``: the compiler. ``MAX_JOBS``: how many run at once, default one for every core.
 """
 
@@ -52,13 +53,13 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BuildError", "ToolchainError", "backend", "build", "build_reference", "library_path", "load"]
+__all__ = ["BuildError", "ToolchainError", "backend", "build", "build_reference", "library_path", "load", "load_cuda"]
 
 # The oldest torch whose stable ABI the library needs: major, minor, patch and so on in one byte each (2.11).
 _TORCH_TARGET = "0x020b000000000000"
 _HERE = Path(__file__).resolve().parent
 _LOG_LINES = 30
-_LARGEST_SOURCE = "cpu/step.cpp"  # takes as long to compile as all others together
+_LARGEST_SOURCE = "cpu/step.cpp"  # takes as long to compile as all other CPU sources together
 
 # Ahead-of-time variants, best first: torch's name for what a processor offers, and the target within it.
 _X86_VARIANTS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64-v2"}
@@ -74,8 +75,9 @@ class ToolchainError(RuntimeError):
 
 # --- Loading ------------------------------------------------------------------------------------------------
 
-_load_lock = threading.Lock()
+_load_lock = threading.RLock()
 _backend: str | None = None
+_cuda_backend: str | None = None
 _library: Path | None = None
 
 
@@ -108,7 +110,49 @@ def load() -> str:
                     _load_library(_library)
                 # Last, because other threads read it without the lock.
                 _backend = "python" if _library is None else "native"
+    if os.environ.get("UNLEARN_EXT_CUDA") == "1":
+        load_cuda()
     return _backend
+
+
+def load_cuda() -> str:
+    """Load the CUDA kernels once, building them if needed, and return ``"native"`` or ``"python"``.
+
+    Without nvcc CUDA tensors take the pure-PyTorch operators, after one warning that names what to install; with
+    ``UNLEARN_EXT_BACKEND=native`` or ``UNLEARN_EXT_CUDA=1`` that is an error.
+
+    Raises:
+        ToolchainError, BuildError: as for :func:`load`.
+    """
+    global _cuda_backend
+    if _cuda_backend is None:
+        with _load_lock:
+            if _cuda_backend is None:
+                library = _find_or_build_cuda()
+                if library is not None:
+                    _load_library(library)
+                _cuda_backend = "python" if library is None else "native"
+    return _cuda_backend
+
+
+def _find_or_build_cuda() -> Path | None:
+    from ._cuda import cuda_recipe
+
+    forced = os.environ.get("UNLEARN_EXT_BACKEND", "")
+    if forced == "python":
+        return None
+    try:
+        return _build_cached(cuda_recipe(), None)
+    except ToolchainError as error:
+        if forced == "native" or os.environ.get("UNLEARN_EXT_CUDA") == "1":
+            raise ToolchainError(f"the CUDA kernels were asked for, but {error}") from None
+        warnings.warn(
+            f"unlearn_ext runs its slower pure-PyTorch operators on CUDA tensors, because {error}. "
+            "UNLEARN_EXT_BACKEND=python chooses them without this warning.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def _find_or_build() -> Path | None:
@@ -158,8 +202,8 @@ class Recipe:
     """One shared library: what goes into it, and the key that names it.
 
     ``sources`` are relative to ``csrc``, where the compiler runs, so that neither the key nor the library
-    depends on where that is. ``includes`` and ``libraries`` are outside the key: ``identity`` tells what they
-    hold. CUDA, when it comes, adds sources, flags and, to ``identity``, nvcc's version and architectures.
+    depends on where that is; the first takes the longest to compile. ``includes`` and ``libraries`` are outside the
+    key: ``identity`` tells what they hold.
     """
 
     file_name: str
@@ -182,7 +226,9 @@ class Recipe:
         digest = hashlib.sha256()
         parts = [self.file_name, self.compiler, self.flags, self.link_flags, self.identity]
         digest.update(json.dumps(parts, sort_keys=True).encode())
-        headers = (path.relative_to(self.csrc).as_posix() for path in self.csrc.rglob("*.h"))
+        headers = (
+            path.relative_to(self.csrc).as_posix() for suffix in ("h", "cuh") for path in self.csrc.rglob(f"*.{suffix}")
+        )
         for name in (*self.sources, *sorted(headers)):
             content = (self.csrc / name).read_bytes()
             digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
@@ -192,7 +238,8 @@ class Recipe:
 def cpu_recipe(csrc: Path | None = None, target: str = "-march=native", file_name: str = "") -> Recipe:
     """The CPU operators: ``csrc/cpu`` and what it shares with other backends, compiled for ``target``."""
     csrc = csrc or _find_csrc()
-    sources = sorted(path for room in ("cpu", "operators", "tensors") for path in (csrc / room).glob("*.cpp"))
+    sources = [path for room in ("cpu", "operators", "tensors") for path in sorted((csrc / room).glob("*.cpp"))]
+    sources.sort(key=lambda path: path != csrc / _LARGEST_SOURCE)
     torch_root = Path(torch.__file__).parent
     return _recipe(
         csrc,
@@ -244,7 +291,7 @@ def _recipe(
     extra = shlex.split(os.environ.get("UNLEARN_EXT_CXXFLAGS", ""))
     # -fno-math-errno lets sqrt vectorise. Nothing else of the -ffast-math family: results keep IEEE's rules.
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden"]
-    flags += [f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}"]
+    flags += torch_flags()
     flags, macros = _settle_target(compiler, flags, target, extra)
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     return Recipe(
@@ -264,6 +311,11 @@ def _recipe(
             **(identity or {}),
         },
     )
+
+
+def torch_flags() -> list[str]:
+    """Every library is for the stable ABI of the oldest torch that is supported."""
+    return [f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}"]
 
 
 def _find_csrc() -> Path:
@@ -475,11 +527,11 @@ def _ninja_script(recipe: Recipe, work: Path) -> str:
 
 
 def _translation_units(recipe: Recipe, work: Path) -> list[str | Path]:
-    """The largest source, and all others together: every unit pays two seconds for PyTorch's headers."""
-    first, *others = sorted(recipe.sources, key=lambda source: source != _LARGEST_SOURCE)
+    """The first source, and all others together: every unit pays two seconds for PyTorch's headers."""
+    first, *others = recipe.sources
     if not others:
         return [first]
-    together = work / "others.cpp"
+    together = work / f"others{Path(first).suffix}"
     together.write_text("".join(f'#include "{source}"\n' for source in others))
     return [first, together]
 

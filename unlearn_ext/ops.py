@@ -76,13 +76,14 @@ _SCHEMAS = (
     "unpack_bits(Tensor[] bits, Tensor[] like) -> Tensor[]",
     "count_bits(Tensor[] bits) -> Tensor",
 )
-# Devices the native library has kernels for; tensors elsewhere take the pure-PyTorch path.
-_NATIVE_DEVICES = frozenset({"cpu"})
+# Devices that have kernels, and what loads them; tensors elsewhere take the pure-PyTorch path.
+_LOADERS: dict[str, Callable[[], str]] = {"cpu": _native.load, "cuda": _native.load_cuda}
 
 
 def backend(device: torch.device | str = "cpu") -> str:
     """``native`` or ``python``: which implementation tensors on this device take. Builds the library if need be."""
-    return _native.load() if torch.device(device).type in _NATIVE_DEVICES else "python"
+    loader = _LOADERS.get(torch.device(device).type)
+    return "python" if loader is None else loader()
 
 
 _library = torch.library.Library("unlearn_ext", "DEF")

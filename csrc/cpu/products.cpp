@@ -31,12 +31,9 @@ inline __attribute__((always_inline)) void add_word(
     std::uint32_t keep_forget,
     std::uint32_t keep_retain) {
   for (int i = 0; i < kWordBits; ++i) {
-    const T f = forget ? keep_or_zero(lane_mask<T>(keep_forget, i), g_forget[i]) : T(0);
-    const T r = retain ? keep_or_zero(lane_mask<T>(keep_retain, i), g_retain[i]) : T(0);
-    if constexpr (forget) sums.forget_square[i] += double(f) * double(f);
-    if constexpr (retain) sums.retain_square[i] += double(r) * double(r);
-    if constexpr (forget && retain) sums.cross[i] += double(f) * double(r);
-    sums.non_finite[i] += (forget ? is_non_finite(f) : false) + (retain ? is_non_finite(r) : false);
+    add_products<forget, retain>(
+        forget ? g_forget[i] : T(0), retain ? g_retain[i] : T(0), lane_mask<T>(keep_forget, i),
+        lane_mask<T>(keep_retain, i), sums.forget_square[i], sums.retain_square[i], sums.cross[i], sums.non_finite[i]);
   }
 }
 

@@ -64,20 +64,6 @@ __device__ __forceinline__ void widen(const Quad& quad, Code code, const char* b
   }
 }
 
-template <bool forget, bool retain>
-__device__ __forceinline__ void add_quad(
-    Products* lanes, const double* f, const double* r, std::uint32_t keep_forget, std::uint32_t keep_retain) {
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    const double a = forget ? keep_or_zero(lane_mask<double>(keep_forget, k), f[k]) : 0.0;
-    const double b = retain ? keep_or_zero(lane_mask<double>(keep_retain, k), r[k]) : 0.0;
-    if constexpr (forget) lanes[k].forget_square += a * a;
-    if constexpr (retain) lanes[k].retain_square += b * b;
-    if constexpr (forget && retain) lanes[k].cross += a * b;
-    lanes[k].non_finite += double((forget && is_non_finite(a)) + (retain && is_non_finite(b)));
-  }
-}
-
 // A group of threads sums one block of words as csrc/cpu/products.cpp does: lane i of every word into sum i, then the
 // 32 sums by the tree of combine_in_fixed_order.
 template <bool forget, bool retain>
@@ -119,7 +105,14 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
           double f[kQuad], r[kQuad];
           if constexpr (forget) widen(f_quad[a], f_code, f_base, i, n, f);
           if constexpr (retain) widen(r_quad[a], r_code, r_base, i, n, r);
-          add_quad<forget, retain>(lanes, f, r, keep[a], mask_retain ? keep[a] : ~0u);
+          const std::uint32_t keep_retain = mask_retain ? keep[a] : ~0u;
+#pragma unroll
+          for (int k = 0; k < kQuad; ++k) {
+            add_products<forget, retain>(
+                forget ? f[k] : 0.0, retain ? r[k] : 0.0, lane_mask<double>(keep[a], k),
+                lane_mask<double>(keep_retain, k), lanes[k].forget_square, lanes[k].retain_square, lanes[k].cross,
+                lanes[k].non_finite);
+          }
         }
       }
     }

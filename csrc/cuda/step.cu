@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepLaunch launch) {
   using Columns = StepColumns<rule, forget, retain, interpolate>;
   constexpr bool with_first = Columns::with_first, with_second = Columns::with_second;
-  __shared__ alignas(StepScalars<T>) unsigned char shared[sizeof(StepScalars<T>)];
+  alignas(StepScalars<T>) __shared__ unsigned char shared[sizeof(StepScalars<T>)];
   const double* given = launch.scalars ? launch.scalars : launch.host_scalars;
   if (threadIdx.x == 0) new (shared) StepScalars<T>(given); // double arithmetic, once a block
   __syncthreads();
@@ -167,7 +167,7 @@ void update(const StepCall& call) {
   columns.add(bits);
 
   StepLaunch launch{};
-  if (call.scalars.is_cpu() && !call.weights[0].is_cpu()) {
+  if (call.scalars.device() != call.weights[0].device()) {
     const double* values = static_cast<const double*>(call.scalars.data_ptr());
     for (int k = 0; k < kScalarCount; ++k) launch.host_scalars[k] = values[k];
   } else {

@@ -20,6 +20,26 @@ struct Products {
   }
 };
 
+// Adds one pair of gradients to a lane's sums. keep_*: all ones where the entry counts; what does not is deselected,
+// so that an inf or a NaN there leaves no trace. A list that is absent passes zeros.
+template <bool forget, bool retain, typename T, typename Count>
+UNLEARN_INLINE void add_products(
+    T g_forget,
+    T g_retain,
+    bits_t<T> keep_forget,
+    bits_t<T> keep_retain,
+    double& forget_square,
+    double& retain_square,
+    double& cross,
+    Count& non_finite) {
+  const T f = forget ? keep_or_zero(keep_forget, g_forget) : T(0);
+  const T r = retain ? keep_or_zero(keep_retain, g_retain) : T(0);
+  if constexpr (forget) forget_square += double(f) * double(f);
+  if constexpr (retain) retain_square += double(r) * double(r);
+  if constexpr (forget && retain) cross += double(f) * double(r);
+  non_finite += Count((forget ? is_non_finite(f) : false) + (retain ? is_non_finite(r) : false));
+}
+
 // Combines partials[0 .. count) by a balanced tree into partials[0]; the error grows with log(count).
 template <typename Partial>
 UNLEARN_INLINE void combine_in_fixed_order(Partial* partials, std::int64_t count) {

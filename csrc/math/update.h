@@ -49,7 +49,8 @@ enum ScalarIndex : int {
 template <typename T>
 struct StepScalars {
   T lr, forget_scale, retain_scale, momentum, weight_decay, slow_rate;
-  T one_minus_beta1, beta2, one_minus_beta2, eps;
+  T first_weight, beta2, one_minus_beta2, eps;
+  bits_t<T> from_first;    // all ones where the first moment is interpolated from its old value, not from the gradient
   T step_size;             // lr / bias_correction1
   T sqrt_bias_correction2;
   T keep_after_decay;      // 1 - lr * weight_decay, the decoupled decay of AdamW
@@ -62,10 +63,11 @@ struct StepScalars {
         momentum(T(s[kMomentum])),
         weight_decay(T(s[kWeightDecay])),
         slow_rate(T(s[kSlowRate])),
-        one_minus_beta1(T(1.0 - s[kBeta1])),
+        first_weight(T(s[kBeta1] > 0.5 ? 1.0 - s[kBeta1] : -s[kBeta1])),
         beta2(T(s[kBeta2])),
         one_minus_beta2(T(1.0 - s[kBeta2])),
         eps(T(s[kEps])),
+        from_first(bits_t<T>(0) - bits_t<T>(s[kBeta1] > 0.5)),
         step_size(T(s[kLr] / s[kBiasCorrection1])),
         sqrt_bias_correction2(T(std::sqrt(s[kBiasCorrection2]))),
         keep_after_decay(T(1.0 - s[kLr] * s[kWeightDecay])),
@@ -91,7 +93,8 @@ UNLEARN_INLINE void apply_rule(WeightState<T>& w, T g, const StepScalars<T>& s) 
     w.first = s.momentum * w.first + g;
     w.theta = w.theta - s.lr * w.first;
   } else {
-    w.first = w.first + s.one_minus_beta1 * (g - w.first);
+    // From the nearer end, as torch.lerp does: with beta1 = 0 the moment is the gradient exactly.
+    w.first = select(s.from_first, w.first, g) + s.first_weight * (g - w.first);
     w.second = s.beta2 * w.second + s.one_minus_beta2 * g * g;
     const T denominator = std::sqrt(w.second) / s.sqrt_bias_correction2 + s.eps;
     w.theta = w.theta - s.step_size * w.first / denominator;
