@@ -36,10 +36,15 @@ if library := os.environ.get("UNLEARN_EXT_TEST_LIBRARY"):  # test_cuda_on_host.p
 
     _native._find_or_build = lambda: Path(library)
 
+if device := os.environ.get("UNLEARN_EXT_TEST_DEVICE"):  # test_cuda.py runs the operator tests on it
+    import through_device
+
+    through_device.install(device)
+
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Where CI says that the native path must be the one tested, any other path fails the session."""
-    if os.environ.get("UNLEARN_EXT_REQUIRE_NATIVE") != "1" or PYTHON_BACKEND:
+    if os.environ.get("UNLEARN_EXT_REQUIRE_NATIVE") != "1" or PYTHON_BACKEND or "UNLEARN_EXT_TEST_DEVICE" in os.environ:
         return
     from unlearn_ext import _native
 

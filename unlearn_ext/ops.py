@@ -249,9 +249,11 @@ def scalars(
         "skip": skip,
     }
     ordered = [values[name] for name in SCALARS]
-    result = torch.tensor(
-        [0.0 if isinstance(v, Tensor) else float(v) for v in ordered], dtype=torch.float64, device=device
-    )
+    result = torch.tensor([0.0 if isinstance(v, Tensor) else float(v) for v in ordered], dtype=torch.float64)
+    if device is not None and torch.device(device).type == "cuda":
+        result = result.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+    elif device is not None:
+        result = result.to(device)
     for i, value in enumerate(ordered):
         if isinstance(value, Tensor):
             result[i] = value
