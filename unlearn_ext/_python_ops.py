@@ -272,18 +272,6 @@ def update(
     return results
 
 
-def _update_factors(s: dict, stepped: bool, interpolate: bool) -> dict[str, Tensor]:
-    """The result of an update is the sum of its operands, each times one of these (and masked, if a gradient)."""
-    rate = s["slow_rate"] if interpolate else torch.ones_like(s["slow_rate"])
-    forget, retain = (s["inverse_scale"] * s[f"{part}_weight"] * s[f"{part}_clip"] for part in ("forget", "retain"))
-    return {
-        "weights": rate * (1 - s["lr"] * s["weight_decay"]) if stepped else rate,
-        "slow": 1 - rate,
-        "forget": -rate * s["lr"] * forget,
-        "retain": -rate * s["lr"] * retain,
-    }
-
-
 def update_backward(
     output_grads: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -302,7 +290,8 @@ def update_backward(
     """Also stands in for the native kernel where the gradients are to be differentiated in turn: autograd follows it.
 
     The gradient of an operand is its factor times the gradient of the result. Those of the scalars are the gradients
-    of the factors, weighed by the operands' inner products with the gradient of the result.
+    of the factors, weighed by the operands' inner products with the gradient of the result. The factors are written
+    here and their derivatives are not: this is no copy of what csrc/math/update.h derives by hand.
     """
     op = "update_backward"
     names = tuple(check_scalars(op, scalars))
@@ -313,8 +302,15 @@ def update_backward(
     masked = {"forget"} | ({"retain"} if mask_retain else set())
 
     def factors_of(scalars: Tensor) -> dict[str, Tensor]:
+        """The result is the sum of its operands, each times one of these (and masked, if a gradient)."""
         s = dict(zip(names, scalars.unbind(), strict=True))
-        return _update_factors(s, bool(forget_grads or retain_grads), bool(slow))
+        rate = s["slow_rate"] if slow else torch.ones_like(s["slow_rate"])
+        factors = {"weights": rate, "slow": 1 - rate}
+        if forget_grads or retain_grads:
+            factors["weights"] = rate * (1 - s["lr"] * s["weight_decay"])
+        for part in ("forget", "retain"):
+            factors[part] = -rate * s["lr"] * s["inverse_scale"] * s[f"{part}_weight"] * s[f"{part}_clip"]
+        return factors
 
     factors = factors_of(scalars)
     gradients = {name: [] for name in operands}
