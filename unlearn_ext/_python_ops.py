@@ -289,9 +289,10 @@ def update_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Also stands in for the native kernel where the gradients are to be differentiated in turn: autograd follows it.
 
-    The gradient of an operand is its factor times the gradient of the result. Those of the scalars are the gradients
-    of the factors, weighed by the operands' inner products with the gradient of the result. The factors are written
-    here and their derivatives are not: this is no copy of what csrc/math/update.h derives by hand.
+    The result is the sum of the operands, each times a factor made of the scalars. So the gradient of an operand is
+    its factor times the gradient of the result, and those of the scalars are the derivatives of the factors, weighed
+    by the operands' inner products with the gradient of the result. A factor is affine in each scalar by itself: its
+    derivative is the difference between its values at 1 and at 0, and is not written here a second time.
     """
     op = "update_backward"
     names = tuple(check_scalars(op, scalars))
@@ -300,36 +301,38 @@ def update_backward(
     operands = {"weights": weights, "slow": slow, "forget": forget_grads, "retain": retain_grads}
     wanted = {"weights": for_weights, "slow": for_slow, "forget": for_forget, "retain": for_retain}
     masked = {"forget"} | ({"retain"} if mask_retain else set())
+    s = dict(zip(names, scalars.unbind(), strict=True))
+    zero, one = scalars.new_zeros(()), scalars.new_ones(())
 
-    def factors_of(scalars: Tensor) -> dict[str, Tensor]:
-        """The result is the sum of its operands, each times one of these (and masked, if a gradient)."""
-        s = dict(zip(names, scalars.unbind(), strict=True))
-        rate = s["slow_rate"] if slow else torch.ones_like(s["slow_rate"])
-        factors = {"weights": rate, "slow": 1 - rate}
+    def factors_of(s: dict) -> dict[str, Tensor]:
+        rate = s["slow_rate"] if slow else one
+        factors = {"weights": rate, "slow": one - rate}
         if forget_grads or retain_grads:
-            factors["weights"] = rate * (1 - s["lr"] * s["weight_decay"])
+            factors["weights"] = rate * (one - s["lr"] * s["weight_decay"])
         for part in ("forget", "retain"):
             factors[part] = -rate * s["lr"] * s["inverse_scale"] * s[f"{part}_weight"] * s[f"{part}_clip"]
         return factors
 
-    factors = factors_of(scalars)
+    factors = factors_of(s)
     gradients = {name: [] for name in operands}
-    products = {name: scalars.new_zeros(()) for name in operands}
+    products = dict.fromkeys(operands, zero)
     for i, weight in enumerate(weights):
         opmath = torch.float64 if weight.dtype == torch.float64 else torch.float32
         keep = unpack_bits([bits[i]], [weight])[0] if bits else None
-        output_grad = output_grads[i].to(opmath)
         for name, tensors in operands.items():
             if not tensors:
                 continue
-            d = output_grad if keep is None or name not in masked else torch.where(keep, output_grad, 0.0)
+            d, operand = output_grads[i].to(opmath), tensors[i].to(opmath)
+            if keep is not None and name in masked:
+                d, operand = torch.where(keep, d, 0.0), torch.where(keep, operand, 0.0)
             if wanted[name]:
                 gradients[name].append(torch.empty_like(weight, dtype=tensors[i].dtype).copy_(factors[name] * d))
             if for_scalars:
-                operand = tensors[i] if d is output_grad else torch.where(keep, tensors[i], 0.0)
                 products[name] = products[name] + _sum_in_fixed_order((d.double() * operand.double()).flatten())
+    if not for_scalars:
+        return *gradients.values(), scalars.new_empty(0)
 
-    def weighed(scalars: Tensor) -> Tensor:
-        return sum(factor * products[name] for name, factor in factors_of(scalars).items())
+    def weighed(s: dict) -> Tensor:
+        return sum(factor * products[name] for name, factor in factors_of(s).items())
 
-    return *gradients.values(), torch.func.grad(weighed)(scalars) if for_scalars else scalars.new_empty(0)
+    return *gradients.values(), torch.stack([weighed({**s, name: one}) - weighed({**s, name: zero}) for name in names])
