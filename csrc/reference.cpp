@@ -104,6 +104,49 @@ void step(
   }
 }
 
+// Gradients of a plain step's operands (none for those that are absent) and of its scalars.
+py::tuple update_gradient(
+    Array output_grad,
+    Array theta,
+    Array scalars,
+    MaybeArray forget,
+    MaybeArray retain,
+    MaybeArray slow,
+    std::optional<Words> bits,
+    bool mask_retain) {
+  const py::ssize_t n = theta.size();
+  expect_size("output_grad", output_grad.size(), n);
+  expect_size("scalars", scalars.size(), unlearn::kScalarCount);
+  const double* f = data_of("forget_grad", forget, n);
+  const double* r = data_of("retain_grad", retain, n);
+  const double* z = data_of("slow", slow, n);
+  if (bits) expect_size("bits", bits->size(), unlearn::word_count(n));
+  if (!f && !r) throw std::invalid_argument("forget_grad, retain_grad: expected at least one");
+  const unlearn::StepScalars<double> s(scalars.data());
+  const Words* words = bits ? &*bits : nullptr;
+  Array d_theta(n), d_forget(n), d_retain(n), d_slow(n), d_scalars(unlearn::kScalarCount);
+  std::vector<unlearn::UpdateSums> terms(size_t(n) + 1);
+  for (py::ssize_t i = 0; i < n; ++i) {
+    // An absent gradient is one of zero; without slow weights the interpolation is left out.
+    const auto derive = z ? &unlearn::update_gradient<true, true, true, double>
+                          : &unlearn::update_gradient<true, true, false, double>;
+    const auto all = [](bool set) { return set ? ~std::uint64_t(0) : std::uint64_t(0); };
+    const bool keep = bit(words, i);
+    const unlearn::UpdateGradient<double> gradient = derive(
+        output_grad.data()[i], {theta.data()[i], 0, 0, z ? z[i] : 0}, f ? f[i] : 0, r ? r[i] : 0, all(keep),
+        all(keep || !mask_retain), s);
+    d_theta.mutable_data()[i] = gradient.theta;
+    d_slow.mutable_data()[i] = gradient.slow;
+    d_forget.mutable_data()[i] = gradient.forget;
+    d_retain.mutable_data()[i] = gradient.retain;
+    terms[size_t(i)] = gradient.terms;
+  }
+  unlearn::combine_in_fixed_order(terms.data(), std::int64_t(terms.size()));
+  unlearn::update_scalar_gradients(terms[0], true, z != nullptr, scalars.data(), d_scalars.mutable_data());
+  const auto if_present = [](bool present, const Array& array) { return present ? py::object(array) : py::none(); };
+  return py::make_tuple(d_theta, if_present(z, d_slow), if_present(f, d_forget), if_present(r, d_retain), d_scalars);
+}
+
 Array gradient_products(Array forget, Array retain, std::optional<Words> bits, bool mask_retain) {
   expect_size("retain_grad", retain.size(), forget.size());
   std::vector<unlearn::Products> terms(size_t(forget.size()) + 1);
@@ -162,6 +205,9 @@ PYBIND11_MODULE(reference, m) {
         py::arg("slow").noconvert() = py::none(), py::arg("first_moment").noconvert() = py::none(),
         py::arg("second_moment").noconvert() = py::none(), py::arg("bits") = py::none(),
         py::arg("mask_retain") = false, py::arg("protect") = false);
+  m.def("update_gradient", &update_gradient, py::arg("output_grad"), py::arg("theta"), py::arg("scalars"),
+        py::kw_only(), py::arg("forget_grad") = py::none(), py::arg("retain_grad") = py::none(),
+        py::arg("slow") = py::none(), py::arg("bits") = py::none(), py::arg("mask_retain") = false);
   m.def("gradient_products", &gradient_products, py::arg("forget_grad"), py::arg("retain_grad"),
         py::arg("bits") = py::none(), py::arg("mask_retain") = false);
   m.def("accumulate_fisher", &accumulate_fisher, py::arg("fisher").noconvert(), py::arg("gradient"),

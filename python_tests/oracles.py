@@ -103,6 +103,40 @@ def step(
     return new
 
 
+def update(
+    theta: Tensor,
+    slow: Tensor | None = None,
+    forget: Tensor | None = None,
+    retain: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_scope: str = "forget",
+    *,
+    lr: Tensor | float,
+    forget_weight: Tensor | float = 1.0,
+    retain_weight: Tensor | float = 1.0,
+    forget_clip: Tensor | float = 1.0,
+    retain_clip: Tensor | float = 1.0,
+    weight_decay: Tensor | float = 0.0,
+    slow_rate: Tensor | float = 1.0,
+) -> Tensor:
+    """The plain step of one tensor in float64, made of operations that autograd differentiates by itself."""
+    theta = theta.double()
+    result = theta
+    if forget is not None or retain is not None:
+        g = weight_decay * theta
+        if forget is not None:
+            g = g + forget_weight * forget_clip * (forget.double() if mask is None else masked(forget, mask))
+        if retain is not None:
+            everywhere = mask is None or mask_scope == "forget"
+            g = g + retain_weight * retain_clip * (retain.double() if everywhere else masked(retain, mask))
+        result = theta - lr * g
+    return result if slow is None else slow.double() + slow_rate * (result - slow.double())
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values.double(), 0.0)
+
+
 def products(
     forget: Iterable[Array] = (),
     retain: Iterable[Array] = (),

@@ -63,6 +63,12 @@ def unpack_operands(**changes: Any) -> dict[str, Any]:
     return {"bits": some_bits(), "like": numbers()} | changes
 
 
+def update_operands(**changes: Any) -> dict[str, Any]:
+    lists = ("weights", "forget_grads", "retain_grads", "slow")
+    operands = {name: numbers(seed=i) for i, name in enumerate(lists)}
+    return {**operands, "bits": some_bits(), "lr": 0.1, "slow_rate": 0.5, **changes}
+
+
 def tensors_in(operands: dict[str, Any]) -> list[Tensor]:
     """All that have memory of the usual kind."""
     lists = [value if isinstance(value, list) else [value] for value in operands.values()]
@@ -107,6 +113,8 @@ CHECKED: dict[str, Callable[[], object]] = {
         [torch.ones(1, dtype=torch.int32)], [Arena().place(torch.zeros(3, 1, 4), Layout((2, 0, 1), gap=2))]
     ),
     "count_bits": lambda: ops.count_bits(some_bits()),
+    "update": lambda: ops.update(**update_operands()),
+    "update-plain": lambda: ops.update(numbers(torch.bfloat16), lr=0.1, retain_grads=numbers()),
 }
 
 
@@ -275,6 +283,16 @@ def restore_threads() -> Iterator[None]:
 LARGE = (*((n,) for n in range(1, 200, 23)), (50001,), (40, 1001))
 
 
+def update_and_gradients(weights: list, slow: list, forget: list, retain: list, bits: list) -> list[Tensor]:
+    factors = [torch.tensor(value, requires_grad=True) for value in (0.1, 0.7, 0.5)]
+    lists = [[tensor.clone().requires_grad_() for tensor in tensors] for tensors in (weights, slow, forget, retain)]
+    names = ("weights", "slow", "forget_grads", "retain_grads")
+    options = dict(zip(("lr", "forget_weight", "slow_rate"), factors, strict=True))
+    results = ops.update(**dict(zip(names, lists, strict=True)), bits=bits, **options)
+    inputs = [*factors, *(tensor for tensors in lists for tensor in tensors)]
+    return [*results, *torch.autograd.grad(results, inputs, [result.detach() for result in results])]
+
+
 def results_of_all() -> list[Tensor]:
     """Everything an operator computes, for lists that span many blocks."""
     rng = torch.Generator().manual_seed(SEED)
@@ -294,6 +312,7 @@ def results_of_all() -> list[Tensor]:
         ops.accumulate_fisher_(fisher, forget, 0.3)
         ratio, counts = ops.ratio_bits([f.abs() for f in fisher], second)
         outputs += [*fisher, *ratio, counts]
+        outputs += update_and_gradients(weights, slow, forget, retain, bits)
     return [*outputs, ops.count_bits(bits), *ops.unpack_bits(bits, weights)]
 
 
@@ -441,7 +460,28 @@ def other_errors() -> Iterator[tuple[Callable[..., object], str, dict[str, Any]]
     yield ops.count_bits, r"bits\[1\].*dtype", {"bits": [torch.ones(3, dtype=torch.int32), torch.ones(3)]}
 
 
+def update_errors() -> Iterator[tuple[str, dict[str, Any]]]:
+    good = update_operands()
+    for name in ("forget_grads", "retain_grads", "slow"):
+        for pattern, tensors in (*bad_list(good[name]), *bad_dtypes(good[name], torch.int32)):
+            yield name + pattern, update_operands(**{name: tensors})
+    for pattern, tensors in bad_dtypes(good["weights"], torch.int32):
+        yield "weights" + pattern, update_operands(weights=tensors)
+    for pattern, tensors in bad_dtypes(good["slow"], torch.float64, torch.bfloat16):
+        yield "slow" + pattern, update_operands(slow=tensors)
+    yield "bits.*4.*3", update_operands(bits=good["bits"][:3])
+    yield r"bits\[0\]", update_operands(bits=replaced(good["bits"], 0, good["bits"][0].long()))
+    yield "mask_scope.*retain", update_operands(mask_scope="retain")
+    yield "forget_grads, retain_grads", update_operands(forget_grads=[], retain_grads=[], slow=[])
+    yield r"lr.*\[2\]", update_operands(lr=torch.ones(2))
+    yield r"slow_rate.*\[0\]", update_operands(slow_rate=torch.ones(0))
+    sparse, meta = good["forget_grads"][0].to_sparse(), good["forget_grads"][1].to("meta")
+    yield r"forget_grads\[0\].*layout", update_operands(forget_grads=replaced(good["forget_grads"], 0, sparse))
+    yield r"forget_grads\[1\]", update_operands(forget_grads=replaced(good["forget_grads"], 1, meta))
+
+
 ERRORS = [(ops.step_, *case) for case in (*step_errors(), *aliasing_errors())] + list(other_errors())
+ERRORS += [(ops.update, *case) for case in update_errors()]
 
 
 @pytest.mark.parametrize(

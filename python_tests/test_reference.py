@@ -105,6 +105,38 @@ def test_skip(reference: ModuleType, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("scope", ("none", "forget", "all"))
+@pytest.mark.parametrize("slow", (False, True), ids=("fast", "slow"))
+@pytest.mark.parametrize("parts", ("forget", "retain", "both"))
+def test_update_gradient(parts: str, slow: bool, scope: str, reference: ModuleType, rng: torch.Generator) -> None:
+    names = ("weights", *(f"{name}_grads" for name in ("forget", "retain") if parts in (name, "both")))
+    operands = {name: arrays(rng) for name in (*names, "slow")[: len(names) + slow]}
+    output_grads = arrays(rng)
+    bits = [] if scope == "none" else ops.pack_bits([coin(rng, (size,)) for size in SIZES])
+    scalars = ops.scalars(slow_rate=0.35, **HYPER, **FACTORS)
+    lists = {name: operands.get(name, []) for name in ("weights", "slow", "forget_grads", "retain_grads")}
+    *got, of_scalars = torch.ops.unlearn_ext.update_backward(
+        output_grads, *lists.values(), bits, scalars, scope == "all", True, True, True, True, True
+    )
+    total, magnitude = np.zeros(len(ops.SCALARS)), sum(d.abs().sum().item() for d in output_grads)
+    for i, output_grad in enumerate(output_grads):
+        *want, terms = reference.update_gradient(
+            output_grad.numpy(),
+            operands["weights"][i].numpy(),
+            scalars.numpy(),
+            bits=words(bits)[i] if bits else None,
+            mask_retain=scope == "all",
+            **{name.removesuffix("s"): tensors[i].numpy() for name, tensors in operands.items() if name != "weights"},
+        )
+        total += terms
+        for gradients, wanted in zip(got, want, strict=True):
+            assert bool(gradients) == (wanted is not None)
+            if gradients:
+                assert_same(gradients[i], wanted)
+    assert_ulps(of_scalars, total, 2, magnitude)
+    assert (of_scalars != 0).sum() >= 5 + slow
+
+
+@pytest.mark.parametrize("scope", ("none", "forget", "all"))
 def test_gradient_products(scope: str, reference: ModuleType, rng: torch.Generator) -> None:
     forget, retain = arrays(rng), arrays(rng)
     forget[4][100] = forget[4][200] = float("inf")

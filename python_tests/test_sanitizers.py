@@ -23,7 +23,7 @@ from unlearn_ext import _native
 ROOT = Path(__file__).resolve().parents[1]
 # Light optimisation and line tables only: three times quicker to compile than -O1 -g.
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -Og -g1"
-OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits", "many")
+OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits", "many", "update")
 
 pytestmark = pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")
 
@@ -143,6 +143,25 @@ def many():
     words, _ = ops.ratio_bits(odd(), odd())
     ops.count_bits(words)
     ops.unpack_bits(words, odd())
+
+def update():
+    for dtype in DTYPES:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for parts in ("forget", "retain", "both", "neither"):
+            for slow in ((True,) if parts == "neither" else (True, False)):
+                for bits, scope in (((), "forget"), (WORDS, "all")):
+                    operands = {"weights": numbers(dtype)}
+                    if parts in ("forget", "both"):
+                        operands["forget_grads"] = numbers(torch.bfloat16)
+                    if parts in ("retain", "both"):
+                        operands["retain_grads"] = numbers(torch.float16, *LAYOUTS[::-1])
+                    if slow:
+                        operands["slow"] = like(operands["weights"], wide)
+                    followed = [tensor.requires_grad_() for tensors in operands.values() for tensor in tensors]
+                    lr = torch.tensor(0.1, requires_grad=bool(bits))
+                    results = ops.update(**operands, lr=lr, bits=bits, mask_scope=scope, slow_rate=0.5)
+                    output_grads = [torch.rand_like(result) for result in results]
+                    torch.autograd.grad(results, followed + [lr] if bits else followed, output_grads)
 
 if "pack_bits" in sys.argv:
     WORDS = ops.pack_bits(flags())

@@ -168,6 +168,18 @@ def _apply_rule(rule: int, theta: Tensor, g: Tensor, first: Tensor | None, secon
     )
 
 
+def _combined_gradient(
+    forget: Tensor | None, retain: Tensor | None, keep: Tensor | None, mask_retain: bool, s: dict, theta: Tensor
+) -> Tensor:
+    """The weighted sum of what the masks keep of the two gradients, in the dtype of theta."""
+    g = torch.zeros_like(theta)
+    for gradient, part, masked in ((forget, "forget", True), (retain, "retain", mask_retain)):
+        if gradient is not None:
+            scaled = gradient.to(theta.dtype) * (s["inverse_scale"] * s[f"{part}_weight"] * s[f"{part}_clip"])
+            g += torch.where(keep, scaled, 0.0) if masked and keep is not None else scaled
+    return g
+
+
 def step_(
     weights: Sequence[Tensor],
     slow: Sequence[Tensor],
@@ -204,11 +216,8 @@ def step_(
         theta = weight.to(opmath, copy=True)
         moments = [m[i].clone() if m and stepped else None for m in (first_moments, second_moments)]
         if stepped:
-            g = torch.zeros_like(theta)
-            for grads, part, masked in ((forget_grads, "forget", True), (retain_grads, "retain", mask_retain)):
-                if grads:
-                    scaled = grads[i].to(opmath) * (s["inverse_scale"] * s[f"{part}_weight"] * s[f"{part}_clip"])
-                    g += torch.where(keep, scaled, 0.0) if masked and keep is not None else scaled
+            gradients = (grads[i] if grads else None for grads in (forget_grads, retain_grads))
+            g = _combined_gradient(*gradients, keep, mask_retain, s, theta)
             _apply_rule(rule, theta, g, *moments, s)
         results = [(weight, theta), (first_moments[i] if first_moments else None, moments[0])]
         results.append((second_moments[i] if second_moments else None, moments[1]))
@@ -221,3 +230,109 @@ def step_(
             if target.dtype == torch.bfloat16 and rounding_seed >= 0:
                 value = _stochastic_bfloat16(value, rounding_seed, i)
             target.copy_(torch.where(keep, value.to(target.dtype), target) if protect else value)
+
+
+def _check_update(
+    op: str,
+    weights: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    forget_grads: Sequence[Tensor],
+    retain_grads: Sequence[Tensor],
+    bits: Sequence[Tensor],
+) -> None:
+    if not forget_grads and not retain_grads and not slow:
+        fail(op, "forget_grads, retain_grads", "at least one list of gradients", "none")
+    for name, tensors in (("weights", weights), ("forget_grads", forget_grads), ("retain_grads", retain_grads)):
+        check_list(op, name, tensors, "weights", weights, WEIGHTS)
+    check_state(op, "slow", slow, weights, required=False)
+    check_bits(op, bits, "weights", weights)
+
+
+def update(
+    weights: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    forget_grads: Sequence[Tensor],
+    retain_grads: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    scalars: Tensor,
+    mask_retain: bool,
+) -> list[Tensor]:
+    s = check_scalars("update", scalars)
+    _check_update("update", weights, slow, forget_grads, retain_grads, bits)
+    results = []
+    for i, weight in enumerate(weights):
+        theta = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
+        if forget_grads or retain_grads:
+            keep = unpack_bits([bits[i]], [weight])[0] if bits else None
+            gradients = (grads[i] if grads else None for grads in (forget_grads, retain_grads))
+            _apply_rule(0, theta, _combined_gradient(*gradients, keep, mask_retain, s, theta), None, None, s)
+        if slow:
+            theta = slow[i] + s["slow_rate"] * (theta - slow[i])
+        results.append(torch.empty_like(weight).copy_(theta))
+    return results
+
+
+def update_backward(
+    output_grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    forget_grads: Sequence[Tensor],
+    retain_grads: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    scalars: Tensor,
+    mask_retain: bool,
+    for_weights: bool,
+    for_slow: bool,
+    for_forget: bool,
+    for_retain: bool,
+    for_scalars: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Also stands in for the native kernel where the gradients are to be differentiated in turn: autograd follows it.
+
+    The result is the sum of the operands, each times a factor made of the scalars. So the gradient of an operand is
+    its factor times the gradient of the result, and those of the scalars are the derivatives of the factors, weighed
+    by the operands' inner products with the gradient of the result. A factor is affine in each scalar by itself: its
+    derivative is the difference between its values at 1 and at 0, and is not written here a second time.
+    """
+    op = "update_backward"
+    names = tuple(check_scalars(op, scalars))
+    _check_update(op, weights, slow, forget_grads, retain_grads, bits)
+    check_list(op, "output_grads", output_grads, "weights", weights, WEIGHTS, may_be_absent=False)
+    operands = {"weights": weights, "slow": slow, "forget": forget_grads, "retain": retain_grads}
+    wanted = {"weights": for_weights, "slow": for_slow, "forget": for_forget, "retain": for_retain}
+    masked = {"forget"} | ({"retain"} if mask_retain else set())
+    s = dict(zip(names, scalars.unbind(), strict=True))
+    zero, one = scalars.new_zeros(()), scalars.new_ones(())
+
+    def factors_of(s: dict) -> dict[str, Tensor]:
+        rate = s["slow_rate"] if slow else one
+        factors = {"weights": rate, "slow": one - rate}
+        if forget_grads or retain_grads:
+            factors["weights"] = rate * (one - s["lr"] * s["weight_decay"])
+        for part in ("forget", "retain"):
+            factors[part] = -rate * s["lr"] * s["inverse_scale"] * s[f"{part}_weight"] * s[f"{part}_clip"]
+        return factors
+
+    factors = factors_of(s)
+    gradients = {name: [] for name in operands}
+    products = dict.fromkeys(operands, zero)
+    for i, weight in enumerate(weights):
+        opmath = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        keep = unpack_bits([bits[i]], [weight])[0] if bits else None
+        for name, tensors in operands.items():
+            if not tensors:
+                continue
+            d, operand = output_grads[i].to(opmath), tensors[i].to(opmath)
+            if keep is not None and name in masked:
+                d, operand = torch.where(keep, d, 0.0), torch.where(keep, operand, 0.0)
+            if wanted[name]:
+                gradients[name].append(torch.empty_like(weight, dtype=tensors[i].dtype).copy_(factors[name] * d))
+            if for_scalars:
+                products[name] = products[name] + _sum_in_fixed_order((d.double() * operand.double()).flatten())
+    if not for_scalars:
+        return *gradients.values(), scalars.new_empty(0)
+
+    def weighed(s: dict) -> Tensor:
+        return sum(factor * products[name] for name, factor in factors_of(s).items())
+
+    return *gradients.values(), torch.stack([weighed({**s, name: one}) - weighed({**s, name: zero}) for name in names])

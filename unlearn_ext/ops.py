@@ -37,6 +37,7 @@ __all__ = [
     "scalars",
     "step_",
     "unpack_bits",
+    "update",
 ]
 
 RULES = ("sgd", "momentum", "adam", "adamw")
@@ -75,6 +76,11 @@ _SCHEMAS = (
     "pack_bits(Tensor[] masks) -> Tensor[]",
     "unpack_bits(Tensor[] bits, Tensor[] like) -> Tensor[]",
     "count_bits(Tensor[] bits) -> Tensor",
+    "update(Tensor[] weights, Tensor[] slow, Tensor[] forget_grads, Tensor[] retain_grads, Tensor[] bits, "
+    "Tensor scalars, bool mask_retain) -> Tensor[]",
+    "update_backward(Tensor[] output_grads, Tensor[] weights, Tensor[] slow, Tensor[] forget_grads, "
+    "Tensor[] retain_grads, Tensor[] bits, Tensor scalars, bool mask_retain, bool for_weights, bool for_slow, "
+    "bool for_forget, bool for_retain, bool for_scalars) -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor)",
 )
 # Devices that have kernels, and what loads them; tensors elsewhere take the pure-PyTorch path.
 _LOADERS: dict[str, Callable[[], str]] = {"cpu": _native.load, "cuda": _native.load_cuda}
@@ -127,6 +133,27 @@ def _fake_words(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.new_empty((t.numel() + 31) // 32, dtype=torch.int32) for t in tensors]
 
 
+def _fake_update_backward(
+    output_grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    forget_grads: Sequence[Tensor],
+    retain_grads: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    scalars: Tensor,
+    mask_retain: bool,
+    *wanted: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    def fakes(tensors: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+        if not wanted:
+            return []
+        pairs = zip(weights, tensors, strict=False)  # a list that is absent has none
+        return [torch.empty_like(weight, dtype=tensor.dtype) for weight, tensor in pairs]
+
+    lists = [fakes(*pair) for pair in zip((weights, slow, forget_grads, retain_grads), wanted[:4], strict=True)]
+    return *lists, scalars.new_empty(len(SCALARS) if wanted[4] else 0)
+
+
 # Results without values, for tracing.
 _FAKES: dict[str, Callable] = {
     "step_": lambda *args: None,
@@ -136,6 +163,8 @@ _FAKES: dict[str, Callable] = {
     "pack_bits": _fake_words,
     "unpack_bits": lambda bits, like: [torch.empty_like(t, dtype=torch.bool) for t in like],
     "count_bits": lambda bits: bits[0].new_empty(len(bits), dtype=torch.int64),
+    "update": lambda weights, *args: [torch.empty_like(weight) for weight in weights],
+    "update_backward": _fake_update_backward,
 }
 
 
@@ -160,6 +189,34 @@ def _register() -> None:
 
 
 _register()
+
+
+# --- Autograd of update -------------------------------------------------------------------------------------
+
+
+def _save_for_update_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *lists, scalars, ctx.mask_retain = inputs
+    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors), scalars)
+
+
+def _update_backward(ctx: Any, output_grads: list[Tensor]) -> tuple[Any, ...]:
+    """One fused pass. Where the gradients get a graph of their own (create_graph=True), ordinary operations instead,
+    which autograd can follow to any order."""
+    *saved, scalars = ctx.saved_tensors
+    remaining = iter(saved)
+    lists = [[next(remaining) for _ in range(length)] for length in ctx.lengths]
+    needed = [any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad]
+    *in_lists, _bits, for_scalars, _mask_retain = needed
+    backward = _python_ops.update_backward if torch.is_grad_enabled() else torch.ops.unlearn_ext.update_backward
+    *gradients, of_scalars = backward(output_grads, *lists, scalars, ctx.mask_retain, *in_lists, for_scalars)
+    of_lists = [got or [None] * length for got, length in zip([*gradients, []], ctx.lengths, strict=True)]
+    return *of_lists, of_scalars if for_scalars else None, None
+
+
+torch.library.register_autograd(
+    "unlearn_ext::update", _update_backward, setup_context=_save_for_update_backward, lib=_library
+)
 
 
 # --- Guards -------------------------------------------------------------------------------------------------
@@ -195,26 +252,27 @@ def _mask_retain(op: str, mask_scope: str) -> bool:
 
 def scalars(
     *,
-    lr: float,
-    forget_weight: float = 1.0,
-    retain_weight: float = 1.0,
+    lr: float | Tensor,
+    forget_weight: float | Tensor = 1.0,
+    retain_weight: float | Tensor = 1.0,
     forget_clip: float | Tensor = 1.0,
     retain_clip: float | Tensor = 1.0,
     momentum: float = 0.0,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
     step: int = 1,
-    slow_rate: float = 1.0,
-    inverse_scale: float = 1.0,
+    slow_rate: float | Tensor = 1.0,
+    inverse_scale: float | Tensor = 1.0,
     skip: bool | Tensor = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The scalars of one :func:`step_` as a float64 tensor, in the order of :data:`SCALARS`.
 
-    They live in a tensor so that a native step need not wait for the device. ``forget_clip``, ``retain_clip`` and
-    ``skip`` may be 0-d tensors, as computed from :func:`gradient_products`.
+    They live in a tensor so that a native step need not wait for the device. Those that may be 0-d tensors, as
+    computed from :func:`gradient_products` or learnt through :func:`update`, are copied without waiting either, and
+    autograd follows them.
 
     Args:
         lr: learning rate.
@@ -421,3 +479,77 @@ def unpack_bits(bits: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 def count_bits(bits: Sequence[Tensor]) -> Tensor:
     """How many bits are set in each tensor of words: int64 tensor of len(bits)."""
     return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64)
+
+
+def update(
+    weights: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    forget_grads: Sequence[Tensor] = (),
+    retain_grads: Sequence[Tensor] = (),
+    slow: Sequence[Tensor] = (),
+    bits: Sequence[Tensor] = (),
+    forget_weight: float | Tensor = 1.0,
+    retain_weight: float | Tensor = 1.0,
+    forget_clip: float | Tensor = 1.0,
+    retain_clip: float | Tensor = 1.0,
+    weight_decay: float | Tensor = 0.0,
+    slow_rate: float | Tensor = 1.0,
+    mask_scope: str = "forget",
+) -> list[Tensor]:
+    """The plain step (rule ``sgd`` of :func:`step_`) as a function that autograd can differentiate.
+
+    Per weight, in the opmath type::
+
+        g      = (keep ? forget_weight * forget_clip * g_f : 0) + retain_weight * retain_clip * g_r
+        theta' = theta - lr * (g + weight_decay * theta)
+        result = slow + slow_rate * (theta' - slow)      (only when `slow` is given, else theta')
+
+    Differentiable in weights, slow weights, both gradients and every scalar that is a tensor, so that steps can be
+    unrolled and a loss after them followed back to their learning rate or strength: take the gradients with
+    ``torch.autograd.grad(..., create_graph=True)`` to include how they depend on earlier steps. The backward is one
+    fused pass; the gradients of the scalars are summed in it in double and in a fixed order. Under
+    ``create_graph=True`` it is made of ordinary operations instead, slower and differentiable to any order.
+
+    Args:
+        weights: float64, float32, bfloat16 or float16 tensors, n of them.
+        lr, weight_decay: of torch.optim.SGD.
+        forget_grads, retain_grads: n tensors each, or none; any floating dtype.
+        slow: n slow weights (float64 for float64 weights, float32 for all others), or none.
+        bits: n masks as packed bits, or none.
+        forget_weight, forget_clip, retain_weight, retain_clip: factors of the two gradients.
+        slow_rate: how far the slow weights move towards the fast ones.
+        mask_scope: ``forget`` masks the forget gradient only, ``all`` both. A masked-out entry counts nowhere,
+            whatever it holds, and has a gradient of 0.
+
+    Scalars are floats or tensors of one element, of any floating dtype; they are computed with in float64.
+
+    Returns:
+        n new tensors with the dtype and the memory order of the weights. Half-width weights are rounded to nearest,
+        and the rounding counts as the identity in the derivative.
+
+    Raises:
+        RuntimeError: operands that do not fit together.
+        ValueError: an unknown mask scope, or a scalar with more than one element.
+
+    Source: csrc/math/update.h.
+    """
+    mask_retain = _mask_retain("update", mask_scope)
+    values = {
+        "lr": lr,
+        "forget_weight": forget_weight,
+        "retain_weight": retain_weight,
+        "forget_clip": forget_clip,
+        "retain_clip": retain_clip,
+        "weight_decay": weight_decay,
+        "slow_rate": slow_rate,
+    }
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"update: {name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
+    if not weights:
+        return []
+    packed = scalars(**values, device=weights[0].device)
+    return torch.ops.unlearn_ext.update(
+        list(weights), list(slow), list(forget_grads), list(retain_grads), list(bits), packed, mask_retain
+    )

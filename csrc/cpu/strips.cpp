@@ -74,6 +74,32 @@ void convert_strip(const RawList& list, size_t tensor, std::int64_t first, int n
   }
 }
 
+template <typename T>
+void store_strip(const RawList& list, size_t tensor, std::int64_t first, int n, const T* values) {
+  switch (list.dtype[tensor]) {
+    case ScalarType::Double:
+      std::copy(values, values + n, list.at<double>(tensor, first));
+      break;
+    case ScalarType::Float: {
+      float* to = list.at<float>(tensor, first);
+      for (int i = 0; i < n; ++i) to[i] = float(values[i]);
+      break;
+    }
+    case ScalarType::BFloat16: {
+      std::uint16_t* to = list.at<std::uint16_t>(tensor, first);
+      for (int i = 0; i < n; ++i) to[i] = float_to_bfloat16(float(values[i]));
+      break;
+    }
+    default: { // Half
+      float narrow[kStrip];
+      for (int i = 0; i < n; ++i) narrow[i] = float(values[i]);
+      float_to_half(narrow, list.at<std::uint16_t>(tensor, first), n);
+    }
+  }
+}
+
+template void store_strip<float>(const RawList&, size_t, std::int64_t, int, const float*);
+template void store_strip<double>(const RawList&, size_t, std::int64_t, int, const double*);
 template void convert_strip<float>(const RawList&, size_t, std::int64_t, int, float*);
 template void convert_strip<double>(const RawList&, size_t, std::int64_t, int, double*);
 

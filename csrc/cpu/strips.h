@@ -43,6 +43,26 @@ inline const T* load_strip(const RawList& list, size_t tensor, std::int64_t firs
   return buffer;
 }
 
+// As load_strip, for loops over whole words: a partial last word is read from `buffer`, padded with zeros.
+template <typename T>
+inline const T* load_words(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
+  const T* values = load_strip(list, tensor, first, n, buffer);
+  if (n % kWordBits == 0) return values;
+  if (values != buffer) std::copy(values, values + n, buffer);
+  std::fill(buffer + n, buffer + word_count(n) * kWordBits, T(0));
+  return buffer;
+}
+
+// Where a loop over whole words may write its results: the tensor's own memory, or `buffer`.
+template <typename T>
+inline T* place_words(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
+  return list.dtype[tensor] == kOpmath<T> && n % kWordBits == 0 ? list.at<T>(tensor, first) : buffer;
+}
+
+// Rounds `n` values to the tensor's dtype, to nearest even, and writes them from element `first`.
+template <typename T>
+void store_strip(const RawList& list, size_t tensor, std::int64_t first, int n, const T* values);
+
 // A tensor's last, partial word as a full one, so that the inner loops run over exactly 32 lanes and are
 // instantiated once. The padding is zero.
 template <typename T>

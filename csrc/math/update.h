@@ -1,4 +1,4 @@
-// One weight's step. This is the only place where an update rule is written.
+// One weight's step, and its derivative. This is the only place where an update rule is written.
 //
 //   g      = keep ? forget_scale * g_f : 0   +   retain_scale * g_r          (either part may be absent)
 //   theta' = rule(theta, g)
@@ -54,6 +54,7 @@ struct StepScalars {
   T step_size;             // lr / bias_correction1
   T sqrt_bias_correction2;
   T keep_after_decay;      // 1 - lr * weight_decay, the decoupled decay of AdamW
+  T keep_of_slow;          // 1 - slow_rate
   bits_t<T> decays;        // all zeros without weight decay: 0 * inf would make an infinite weight a NaN
 
   UNLEARN_INLINE explicit StepScalars(const double* s)
@@ -71,6 +72,7 @@ struct StepScalars {
         step_size(T(s[kLr] / s[kBiasCorrection1])),
         sqrt_bias_correction2(T(std::sqrt(s[kBiasCorrection2]))),
         keep_after_decay(T(1.0 - s[kLr] * s[kWeightDecay])),
+        keep_of_slow(T(1.0 - s[kSlowRate])),
         decays(bits_t<T>(0) - bits_t<T>(s[kWeightDecay] != 0.0)) {}
 };
 
@@ -137,6 +139,89 @@ UNLEARN_INLINE WeightState<T> update_weight(
     after.second = select(touch, after.second, before.second);
   }
   return after;
+}
+
+// The derivative of update_weight<Rule::sgd, ...> where every weight may be touched.
+//
+// theta' is linear in each operand: an operand's gradient is a constant times d, the gradient of theta'. It is
+// linear in each scalar too, so that four inner products with d give the gradients of them all.
+struct UpdateSums {
+  double forget = 0, retain = 0; // d . g_f and d . g_r, where they are kept
+  double theta = 0;              // d . theta
+  double drift = 0;              // d . (theta - slow)
+
+  UNLEARN_INLINE void add(const UpdateSums& other) {
+    forget += other.forget;
+    retain += other.retain;
+    theta += other.theta;
+    drift += other.drift;
+  }
+};
+
+// The gradients of one weight's operands, and its terms of the sums.
+template <typename T>
+struct UpdateGradient {
+  T theta, slow, forget, retain;
+  UpdateSums terms;
+};
+
+// Template parameters and masks as for update_weight. The terms are exact in double for float operands.
+template <bool forget, bool retain, bool interpolate, typename T>
+UNLEARN_INLINE UpdateGradient<T> update_gradient(
+    T d,
+    const WeightState<T>& before,
+    T g_forget,
+    T g_retain,
+    bits_t<T> keep_forget,
+    bits_t<T> keep_retain,
+    const StepScalars<T>& s) {
+  UpdateGradient<T> gradient{};
+  const T d_fast = interpolate ? s.slow_rate * d : d; // of theta before the interpolation
+  gradient.theta = d_fast;
+  if constexpr (interpolate) {
+    gradient.slow = s.keep_of_slow * d;
+    gradient.terms.drift = double(d) * (double(before.theta) - double(before.slow));
+  }
+  if constexpr (forget || retain) {
+    const T d_g = -s.lr * d_fast;
+    gradient.theta = s.keep_after_decay * d_fast;
+    gradient.terms.theta = double(d) * double(before.theta);
+    if constexpr (forget) {
+      gradient.forget = keep_or_zero(keep_forget, s.forget_scale * d_g);
+      gradient.terms.forget = double(d) * double(keep_or_zero(keep_forget, g_forget));
+    }
+    if constexpr (retain) {
+      gradient.retain = keep_or_zero(keep_retain, s.retain_scale * d_g);
+      gradient.terms.retain = double(d) * double(keep_or_zero(keep_retain, g_retain));
+    }
+  }
+  return gradient;
+}
+
+// The gradients of the scalars `s`, in their layout, from the sums over all weights. Sums of parts that are absent
+// are zero, and so are the gradients of scalars that the step did not use.
+UNLEARN_INLINE void update_scalar_gradients(
+    const UpdateSums& sums,
+    bool stepped,
+    bool interpolate,
+    const double* s,
+    double* gradients) {
+  for (int i = 0; i < kScalarCount; ++i) gradients[i] = 0.0;
+  const double forget = s[kForgetWeight] * s[kForgetClip] * sums.forget;
+  const double retain = s[kRetainWeight] * s[kRetainClip] * sums.retain;
+  const double step = s[kInverseScale] * (forget + retain) + s[kWeightDecay] * sums.theta; // d . (g + decay)
+  const double rate = interpolate ? s[kSlowRate] : 1.0;
+  if (stepped) {
+    const double slope = -rate * s[kLr];
+    gradients[kLr] = -rate * step;
+    gradients[kForgetWeight] = slope * s[kInverseScale] * s[kForgetClip] * sums.forget;
+    gradients[kForgetClip] = slope * s[kInverseScale] * s[kForgetWeight] * sums.forget;
+    gradients[kRetainWeight] = slope * s[kInverseScale] * s[kRetainClip] * sums.retain;
+    gradients[kRetainClip] = slope * s[kInverseScale] * s[kRetainWeight] * sums.retain;
+    gradients[kInverseScale] = slope * (forget + retain);
+    gradients[kWeightDecay] = slope * sums.theta;
+  }
+  if (interpolate) gradients[kSlowRate] = sums.drift - (stepped ? s[kLr] * step : 0.0);
 }
 
 } // namespace unlearn

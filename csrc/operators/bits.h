@@ -27,12 +27,7 @@ TensorList unpack_bits(TensorList bits, TensorList like) {
   operands.check_bits({"bits", &bits}, /*may_be_absent=*/false);
   TensorList masks;
   masks.reserve(like.size());
-  for (const Tensor& tensor : like) {
-    const auto strides = tensor.strides();
-    masks.push_back(empty_strided(
-        tensor, is_dense(tensor) ? std::vector<std::int64_t>(strides.begin(), strides.end()) : dense_strides(tensor),
-        ScalarType::Bool));
-  }
+  for (const Tensor& tensor : like) masks.push_back(empty_in_order(tensor, ScalarType::Bool));
   run(bits, masks);
   return masks;
 }

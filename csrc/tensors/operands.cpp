@@ -186,6 +186,12 @@ Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& stride
   return Tensor(handle);
 }
 
+Tensor empty_in_order(const Tensor& like, ScalarType dtype) {
+  const auto strides = like.strides();
+  return empty_strided(
+      like, is_dense(like) ? std::vector<std::int64_t>(strides.begin(), strides.end()) : dense_strides(like), dtype);
+}
+
 void fail(const std::string& message) {
   throw std::runtime_error(message);
 }

@@ -37,6 +37,9 @@ Tensor empty_words(const Tensor& like);
 // Uninitialised, with the shape and device of `like`.
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& strides, ScalarType dtype);
 
+// Uninitialised, with the shape, device and memory order of `like`, and its strides where it is dense.
+Tensor empty_in_order(const Tensor& like, ScalarType dtype);
+
 std::string shape_of(const Tensor& tensor);
 
 // Raw data of a list, read once per call: going through the stable interface in the inner loop would cost more
