@@ -122,7 +122,9 @@ void count_digits(
     for_each_word<T>(list, t, first, count, [&](std::int64_t, std::uint32_t valid, const bits_t<T>* keys) {
       std::uint32_t ties = ties_of(search, keys) & valid;
       if (ties == ~0u) { // as in the first pass
-        for (int i = 0; i < kWordBits; ++i) ++copies[i % kCopies][search.digit_of(keys[i])];
+        std::uint32_t digits[kWordBits];
+        for (int i = 0; i < kWordBits; ++i) digits[i] = search.digit_of(keys[i]);
+        for (int i = 0; i < kWordBits; ++i) ++copies[i % kCopies][digits[i]];
       } else {
         for (; ties; ties &= ties - 1) {
           const int i = __builtin_ctz(ties);
