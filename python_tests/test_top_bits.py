@@ -205,6 +205,9 @@ def test_dtypes_of_one_list_may_differ(rng: torch.Generator) -> None:
     small = torch.tensor([0.0, 1e-30])
     assert int(ops.top_bits([small], 1, other=[small], score="product")[0][0]) == 1
     assert int(ops.top_bits([small], 1, other=[small.double()], score="product")[0][0]) == 2
+    zero = torch.zeros(1, dtype=torch.float64)
+    bits, _ = ops.top_bits([small, zero], 1, other=[small, zero], score="product")
+    assert [int(word) for word in bits] == [1, 0]
 
 
 def test_many_tiny_tensors(rng: torch.Generator) -> None:

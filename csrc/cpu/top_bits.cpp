@@ -12,9 +12,6 @@ namespace {
 // shared while they are made, and afterwards they say how many ties each piece keeps, the earlier ones first. 1 MiB.
 constexpr std::int64_t kPieces = 64;
 
-// Neighbours often have equal digits, and a counter that has just been written delays its next increment.
-constexpr int kCopies = 4;
-
 struct ScoredList {
   RawList values, other;
   const TopOptions& options;
@@ -108,7 +105,8 @@ inline __attribute__((always_inline)) std::uint32_t above_of(const RadixSearch<K
   return word;
 }
 
-// counts[d]: how many weights of the piece tie and have the next digit d.
+// counts[d]: how many weights of the piece tie and have the next digit d. Several copies of the counters, against the
+// wait for one that has just been written, were measured to be slower.
 template <typename T>
 void count_digits(
     const ScoredList& list,
@@ -117,26 +115,19 @@ void count_digits(
     std::int64_t piece,
     const RadixSearch<bits_t<T>> search,
     std::int64_t* counts) {
-  std::int64_t copies[kCopies][kBins] = {};
+  std::fill_n(counts, kBins, 0);
   visit_piece(work, pieces, piece, [&](size_t t, std::int64_t first, std::int64_t count) {
     for_each_word<T>(list, t, first, count, [&](std::int64_t, std::uint32_t valid, const bits_t<T>* keys) {
       std::uint32_t ties = ties_of(search, keys) & valid;
       if (ties == ~0u) { // as in the first pass
         std::uint32_t digits[kWordBits];
         for (int i = 0; i < kWordBits; ++i) digits[i] = search.digit_of(keys[i]);
-        for (int i = 0; i < kWordBits; ++i) ++copies[i % kCopies][digits[i]];
+        for (int i = 0; i < kWordBits; ++i) ++counts[digits[i]];
       } else {
-        for (; ties; ties &= ties - 1) {
-          const int i = __builtin_ctz(ties);
-          ++copies[i % kCopies][search.digit_of(keys[i])];
-        }
+        for (; ties; ties &= ties - 1) ++counts[search.digit_of(keys[__builtin_ctz(ties)])];
       }
     });
   });
-  for (int digit = 0; digit < kBins; ++digit) {
-    counts[digit] = 0;
-    for (const auto& copy : copies) counts[digit] += copy[digit];
-  }
 }
 
 // Writes the words of a piece that keeps the first `left` of its ties.
