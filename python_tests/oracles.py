@@ -180,6 +180,33 @@ def ratio(
     return f / r / gamma
 
 
+def score(
+    kind: str, value: Array, other: Array | None, *, eps: float, forget_scale: float, retain_scale: float
+) -> Array:
+    """What top_bits ranks weights by, computed in the dtype of the arrays."""
+    with np.errstate(all="ignore"):
+        if kind == "value":
+            return value
+        if kind == "magnitude":
+            return abs(value)
+        if kind == "product":
+            return abs(value * other)
+        one = value.dtype.type
+        numerator = value * one(forget_scale) + one(eps)
+        return numerator / (other * one(retain_scale) + one(eps))
+
+
+def top(scores: Iterable[Array], k: int) -> list[Array]:
+    """The k largest of all flat arrays together: the first of equal ones, NaN last."""
+    arrays = [np.asarray(array, np.float64) for array in scores]
+    flat = np.concatenate([*arrays, np.zeros(0)])
+    nan = np.isnan(flat)
+    order = np.lexsort((np.arange(flat.size), np.where(nan, 0.0, -flat), nan))  # the last key decides first
+    keep = np.zeros(flat.size, bool)
+    keep[order[:k]] = True
+    return np.split(keep, np.cumsum([array.size for array in arrays])[:-1])
+
+
 def pack(mask: Array) -> list[int]:
     """Bit i % 32 of word i // 32, as signed 32-bit numbers; `mask` is flat and in memory order."""
     words = [0] * math.ceil(len(mask) / 32)

@@ -59,6 +59,10 @@ def ratio_operands(**changes: Any) -> dict[str, Any]:
     return {name: [value.square() for value in values] for name, values in fishers.items()} | changes
 
 
+def top_operands(**changes: Any) -> dict[str, Any]:
+    return {"scores": numbers(seed=1), "k": 30, "other": numbers(seed=2), "score": "product"} | changes
+
+
 def unpack_operands(**changes: Any) -> dict[str, Any]:
     return {"bits": some_bits(), "like": numbers()} | changes
 
@@ -107,6 +111,9 @@ CHECKED: dict[str, Callable[[], object]] = {
     "gradient_products-retain": lambda: ops.gradient_products((), numbers(), mask_scope="all"),
     "accumulate_fisher_": lambda: ops.accumulate_fisher_(**fisher_operands()),
     "ratio_bits": lambda: ops.ratio_bits(**ratio_operands(gamma=2.0)),
+    **{f"top_bits-{score}": lambda score=score: ops.top_bits(numbers(), 30, score=score) for score in ops.SCORES[:2]},
+    **{f"top_bits-{score}": lambda score=score: ops.top_bits(**top_operands(score=score)) for score in ops.SCORES[2:]},
+    "top_bits-channels_last": lambda: ops.top_bits([torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)], 9),
     "pack_bits": lambda: ops.pack_bits([torch.ones(5, 7, dtype=torch.bool).t(), torch.ones(0, dtype=torch.bool)]),
     "unpack_bits": lambda: ops.unpack_bits(**unpack_operands()),
     "unpack_bits-gaps": lambda: ops.unpack_bits(
@@ -220,13 +227,15 @@ def whole_iteration(operands: dict[str, Any]) -> tuple[Tensor, ...]:
     ops.accumulate_fisher_(operands["fisher"], operands["forget_grads"], 0.5)
     ratio, counts = ops.ratio_bits(operands["fisher"], [f + 1.0 for f in operands["fisher"]], gamma=0.5)
     masks = ops.unpack_bits(ratio, operands["weights"])
+    top, kept = ops.top_bits(operands["forget_grads"], 30, other=operands["weights"], score="product")
+    masks = [mask ^ best for mask, best in zip(masks, ops.unpack_bits(top, operands["weights"]), strict=True)]
     bits = ops.pack_bits([~mask for mask in masks])
     sums = ops.gradient_products(operands["forget_grads"], operands["retain_grads"], bits)
     scalars = operands["scalars"] * torch.where(torch.arange(len(ops.SCALARS)) == 3, 1 / (1 + sums[0].sqrt()), 1.0)
     arguments = {name: operands[name] for name in ("forget_grads", "retain_grads", "slow")}
     moments = {name: operands[name] for name in ("first_moments", "second_moments")}
     ops.step_(operands["weights"], rule="adamw", scalars=scalars, bits=bits, protect=True, **arguments, **moments)
-    return counts, sums, ops.count_bits(bits), operands["weights"][0] * 2
+    return counts, kept, sums, ops.count_bits(bits), operands["weights"][0] * 2
 
 
 def step_among_others(operands: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -313,6 +322,10 @@ def results_of_all() -> list[Tensor]:
         ratio, counts = ops.ratio_bits([f.abs() for f in fisher], second)
         outputs += [*fisher, *ratio, counts]
         outputs += update_and_gradients(weights, slow, forget, retain, bits)
+
+        for score in ops.SCORES:
+            top, counts = ops.top_bits(forget, 20000, other=second if score in ops.SCORES[2:] else (), score=score)
+            outputs += [*top, counts]
     return [*outputs, ops.count_bits(bits), *ops.unpack_bits(bits, weights)]
 
 
@@ -450,6 +463,21 @@ def other_errors() -> Iterator[tuple[Callable[..., object], str, dict[str, Any]]
     yield ops.accumulate_fisher_, r"fisher\[0\]", {"fisher": [torch.zeros(1).expand(4)], "grads": [torch.ones(4)]}
     yield ops.ratio_bits, "retain_fisher.*4.*0", ratio_operands(retain_fisher=[])
     yield ops.ratio_bits, "retain_fisher", ratio_operands(forget_fisher=[])
+
+    for pattern, tensors in bad_list(numbers()):
+        yield ops.top_bits, "other" + pattern, top_operands(other=tensors)
+    for pattern, tensors in bad_dtypes(numbers(), torch.int32, torch.bool):
+        yield ops.top_bits, "other" + pattern, top_operands(other=tensors)
+        yield ops.top_bits, "scores" + pattern, top_operands(scores=tensors)
+    for score in ops.SCORES[2:]:
+        yield ops.top_bits, "other.*4.*0", top_operands(score=score, other=[])
+    for score in ops.SCORES[:2]:
+        yield ops.top_bits, "other.*no tensors.*4", top_operands(score=score)
+    for k in (-1, 70):  # of 35 + 33 + 1
+        yield ops.top_bits, f"k.*69.*{k}", top_operands(k=k)
+    yield ops.top_bits, "k.*1", {"scores": [], "k": 1}
+    yield ops.top_bits, "other.*no tensors.*4", top_operands(scores=[], k=0)
+    yield ops.top_bits, "score.*magnitude.*rank", top_operands(score="rank")
 
     yield ops.pack_bits, r"masks\[1\].*dtype", {"masks": [torch.ones(3, dtype=torch.bool), torch.ones(3)]}
     yield ops.unpack_bits, "bits.*4.*3", unpack_operands(bits=some_bits()[:3])

@@ -23,6 +23,7 @@ from torch.nn import functional
 from unlearn_ext import ops
 from unlearn_ext.errors import InputError, NonFiniteError
 from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
+from unlearn_ext.saliency.mask import _part_of
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
 
@@ -223,6 +224,237 @@ def test_no_file(tmp_path: Path) -> None:
             SaliencyMask.load(path)
 
 
+# --- Fractions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fraction, total, kept",
+    [
+        (0.5, 10, 5),
+        (0.5, 11, 5),
+        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
+        (0.57, 100, 57),
+        (1 / 3, 3, 1),  # the float is less than a third
+        (2 / 3, 3, 2),
+        (0.1, 30, 3),  # 0.1 * 3 is more than 0.3: the other direction
+        (0.3, 10, 3),
+        (0.1 + 0.2, 10, 3),
+        (0.3333, 3, 0),
+        (0.0, 7, 0),
+        (1.0, 7, 7),
+        (1, 7, 7),
+        (0.999999, 7, 6),
+    ],
+)
+def test_a_fraction_is_exact(fraction: float, total: int, kept: int) -> None:
+    rng = torch.Generator().manual_seed(1)
+    scores = {"a": normal(rng, (total // 2,)), "b": normal(rng, (total - total // 2,))}
+    mask = SaliencyMask.top_fraction(scores, fraction, {"seed": "3"})
+    assert mask.kept == kept and mask.total == total
+    assert mask.metadata == {"mask_fraction": repr(float(fraction)), "seed": "3"}
+
+
+@given(total=st.integers(1, 10**10), data=st.data())
+def test_every_part_of_a_total_can_be_asked_for(total: int, data: st.DataObject) -> None:
+    part = data.draw(st.integers(0, total))
+    assert _part_of(total, part / total) == part
+    fraction = data.draw(st.floats(0, 1))
+    assert abs(_part_of(total, fraction) - fraction * total) <= 1
+
+
+def test_top_fraction_keeps_the_largest_over_all_tensors() -> None:
+    rng = torch.Generator().manual_seed(1)
+    scores = {f"module.{name}": normal(rng, m.shape, torch.float32) for name, m in masks().items()}
+    other = {name: normal(rng, score.shape) for name, score in reversed(scores.items())}
+    for kind, of in (
+        ("value", lambda name: scores[name]),
+        ("magnitude", lambda name: scores[name].abs()),
+        ("product", lambda name: (scores[name].double() * other[name]).abs()),
+    ):
+        options = {"score": kind, "other": other if kind == "product" else None}
+        mask = SaliencyMask.top_fraction(scores, 0.25, **options)
+        assert mask.names == list(masks()) and mask.shapes == {name: tuple(m.shape) for name, m in masks().items()}
+        flat = torch.cat([of(name).flatten() for name in scores])
+        cut = flat.sort(descending=True).values[mask.kept - 1]
+        assert mask.kept == flat.numel() // 4
+        assert_equal(mask.unpack(), {name: of(f"module.{name}") >= cut for name in masks()})
+
+
+def test_ties_of_a_fraction_are_broken_in_logical_order() -> None:
+    scores = {"a": torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last), "b": torch.zeros(3, 4).t()}
+    mask = SaliencyMask.top_fraction(scores, 0.75).unpack()
+    assert mask["a"].all() and mask["b"].flatten().tolist() == [True] * 3 + [False] * 9
+    mask = SaliencyMask.top_fraction(scores, 0.5).unpack()
+    assert mask["a"].flatten().tolist() == [True] * 18 + [False] * 6 and not mask["b"].any()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (({}, 0.5), "scores of no tensors were given"),
+        (
+            ({"w": torch.ones(3, dtype=torch.int64)}, 0.5),
+            "score of w: expected a tensor of a floating dtype, got torch",
+        ),
+        (({"w": [1.0]}, 0.5), "floating dtype, got list"),
+        (({"w": torch.ones(3)}, 50), "fraction: expected a number from 0 to 1, got 50"),
+        (({"w": torch.ones(3)}, -0.1), "fraction: .*got -0.1"),
+        (({"w": torch.ones(3)}, math.nan), "fraction: .*got nan"),
+        (({"w": torch.ones(3)}, "0.5"), "fraction: .*got '0.5'"),
+    ],
+)
+def test_bad_fractions(arguments: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SaliencyMask.top_fraction(*arguments)
+
+
+def test_bad_second_numbers() -> None:
+    scores, ones = {"w": torch.ones(3)}, {"w": torch.ones(3)}
+    for options, message in (
+        ({"score": "rank"}, "score: expected one of value, .*got 'rank'"),
+        ({"score": "product"}, "expected other to have the names of scores"),
+        ({"other": ones}, "expected other to have the names"),
+        ({"score": "ratio", "other": {"v": torch.ones(3)}}, "expected other to have the names"),
+        ({"score": "ratio", "other": {"w": torch.ones(4)}}, r"other of w has shape \[4\] and its score \[3\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SaliencyMask.top_fraction(scores, 0.5, **options)
+
+
+# --- Files of other projects --------------------------------------------------------------------------------
+
+
+class Argument:
+    """Stands for the argparse namespaces that checkpoints often hold."""
+
+
+def test_masks_of_salun_and_sfron(tmp_path: Path) -> None:
+    path = tmp_path / "with_0.5.pt"
+    mask = SaliencyMask.from_dict(masks())
+    for form in (torch.int64, torch.bool, torch.float32, torch.uint8):
+        for prefix in ("", "module."):
+            for zipped in (True, False):
+                tensors = {prefix + name: m.to(form) for name, m in masks().items()}
+                torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+                read = SaliencyMask.from_pt(path, metadata={"by": "SalUn"})
+                assert read == mask and read.names == mask.names and read.metadata == {"by": "SalUn"}
+
+
+def test_a_mask_written_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "mask.pt"
+    SaliencyMask.from_dict(masks()).to_pt(path)
+    assert [p.name for p in path.parent.iterdir()] == ["mask.pt"]
+    found = torch.load(path, weights_only=True)
+    assert type(found) is dict
+    assert_equal(found, masks())
+    assert SaliencyMask.from_pt(str(path)) == SaliencyMask.from_dict(masks())
+
+
+def test_a_plain_zero_stands_for_a_parameter_without_gradient(tmp_path: Path) -> None:
+    """As SFR-on's released code leaves it in masks and Fisher files, for frozen parameters as well."""
+    keep = torch.tensor([True, False, True])
+    torch.save({"w": keep, "unused": 0, "frozen": 0}, tmp_path / "mask.pt")
+    model = {"w": torch.ones(3), "unused": torch.ones(2, 2), "frozen": torch.ones(5)}
+    named = [(f"module.{name}", nn.Parameter(p, requires_grad=name != "frozen")) for name, p in model.items()]
+    assert SaliencyMask.from_pt(tmp_path / "mask.pt").names == ["w"]
+    found = SaliencyMask.from_pt(tmp_path / "mask.pt", named).unpack()
+    assert_equal(found, {"w": keep, "unused": torch.zeros(2, 2, dtype=torch.bool)})
+
+    f, r = (
+        {"w": torch.tensor([3.0, 1.0, 0.0]), "unused": 0, "one": 0},
+        {"w": torch.tensor([1.0, 2.0, 0.0]), "unused": 0},
+    )
+    files = tmp_path / "forget_fisher.pt", tmp_path / "remain_fisher.pt"
+    torch.save({**f, "frozen": 0}, files[0])
+    torch.save({**r, "one": torch.ones(2), "frozen": 0.0}, files[1])
+    for options, kept in (({}, [True, False, True]), ({"mask_fraction": 0.2}, [True, False, False])):
+        mask = SaliencyMask.from_fisher_pt(*files, **options)
+        assert mask.names == ["w", "one"] and mask.shapes == {"w": (3,), "one": (2,)}
+        mask = SaliencyMask.from_fisher_pt(*files, named, **options).unpack()
+        expected = {"w": kept, "unused": [[False] * 2] * 2, "one": [False] * 2}
+        assert {name: m.tolist() for name, m in mask.items()} == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"gamma": 3.0}, {"mask_fraction": 0.4}, {"gamma": 0.5, "eps": 1e-3}])
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_fisher_files_give_the_mask_of_the_diagonals(dtype: torch.dtype, options: dict, tmp_path: Path) -> None:
+    model = trained(model=WithUnused)
+    fishers = [
+        FisherDiagonal(model, Classification()).measure(batches(2, 4, seed=s, dtype=torch.float64)) for s in (1, 2)
+    ]
+    means = [{name: mean.to(dtype) for name, mean in fisher.means().items()} for fisher in fishers]
+    for name, mean in zip(("f.pt", "r.pt"), means, strict=True):
+        torch.save(mean, tmp_path / name)
+    for fisher, mean in zip(fishers, means, strict=True):  # what the files hold after rounding
+        fisher.sums = {name: m if dtype == torch.float64 else m.float() for name, m in mean.items()}
+        fisher.count = 1
+    expected = SaliencyMask.from_fisher(*fishers, **options)
+    mask = SaliencyMask.from_fisher_pt(tmp_path / "f.pt", tmp_path / "r.pt", **options, metadata={"seed": "1"})
+    assert mask == expected and mask.metadata == {**expected.metadata, "seed": "1"}
+    assert "unused" in mask.names and mask.densities["unused"] == 0.0
+
+
+FOREIGN_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "text": (lambda path: path.write_text("no pickle at all"), "cannot be read as tensors alone"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read as tensors alone"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read as tensors alone"),
+    "own format": (lambda path: SaliencyMask.from_dict(masks()).save(path), "cannot be read as tensors alone"),
+    "code": (lambda path: torch.save({"w": torch.ones(2), "args": Argument()}, path), "reading would run code"),
+    "list": (lambda path: torch.save([torch.ones(2)], path), "no dictionary .*got of type list"),
+    "tensor": (lambda path: torch.save(torch.ones(2), path), "no dictionary .*got a tensor"),
+    "other keys": (lambda path: torch.save({1: torch.ones(2)}, path), "no dictionary .*other keys"),
+    "nested": (lambda path: torch.save({"state": {"w": torch.ones(2)}}, path), "no dictionary .*state is a dictionary"),
+    "text value": (lambda path: torch.save({"w": torch.ones(2), "v": "x"}, path), "v is of type str"),
+    "plain one": (lambda path: torch.save({"w": torch.ones(2), "v": 1}, path), "v is of type int"),
+    "sparse": (lambda path: torch.save({"w": torch.ones(2).to_sparse()}, path), "w is a tensor of layout"),
+    "two names": (lambda path: torch.save({"w": torch.ones(2), "module.w": torch.ones(2)}, path), "two parameters"),
+    "nothing": (lambda path: torch.save({}, path), "holds no tensor"),
+    "zeros alone": (lambda path: torch.save({"w": 0}, path), "holds no tensor"),
+}
+
+
+@pytest.mark.parametrize("damage, message", FOREIGN_DAMAGES.values(), ids=FOREIGN_DAMAGES.keys())
+def test_files_that_hold_something_else(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    path, good = tmp_path / "foreign.pt", tmp_path / "good.pt"
+    torch.save({"w": torch.ones(2)}, path)
+    torch.save({"w": torch.ones(2)}, good)
+    damage(path)
+    for read in (
+        lambda: SaliencyMask.from_pt(path),
+        lambda: SaliencyMask.from_fisher_pt(path, good),
+        lambda: SaliencyMask.from_fisher_pt(good, path),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", ([0, 2], [-1, 1], [0.0, 0.5], [1.0, math.nan], [0, 255]))
+def test_masks_hold_zero_and_one(values: list, tmp_path: Path) -> None:
+    torch.save({"v": torch.ones(2), "w": torch.tensor(values)}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"m\.pt is no mask: w holds other values than 0 and 1"):
+        SaliencyMask.from_pt(tmp_path / "m.pt")
+
+
+def test_fisher_files_that_do_not_fit(tmp_path: Path) -> None:
+    good, other = tmp_path / "good.pt", tmp_path / "other.pt"
+    torch.save({"w": torch.ones(2)}, good)
+    for tensors, message in (
+        ({"v": torch.ones(2)}, "hold different parameters"),
+        ({"w": torch.ones(3)}, r"w has shape \[2\] in .*good.pt and \[3\] in .*other.pt"),
+        ({"w": torch.ones(2, dtype=torch.int64)}, "other.pt is no Fisher diagonal: w is of torch.int64"),
+        ({"w": torch.tensor([1.0, -1.0])}, "no Fisher diagonal: w holds numbers that are negative or not finite"),
+        ({"w": torch.tensor([1.0, math.nan])}, "negative or not finite"),
+        ({"w": torch.tensor([1.0, math.inf])}, "negative or not finite"),
+    ):
+        torch.save(tensors, other)
+        with pytest.raises(InputError, match=message):
+            SaliencyMask.from_fisher_pt(good, other)
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(InputError, match=f"^there is no file at {path}$"):
+            SaliencyMask.from_pt(path)
+
+
 # --- Fisher -------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +588,40 @@ def test_from_fisher(gamma: float, eps: float, channels_last: bool) -> None:
     bound = dict(zip(expected, mask.bind(model.named_parameters()), strict=True))
     for name, p in model.named_parameters():
         assert torch.equal(ops.unpack_bits([bound[name]], [p])[0], expected[name])
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("fraction", (0.0, 0.3, 1.0))
+def test_from_fisher_by_fraction(fraction: float, channels_last: bool) -> None:
+    """⌊fraction·N⌋ of all weights, from those that received a gradient."""
+    model = trained(model=WithUnused)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    data = (batches(count, 4, seed=count, dtype=torch.float64) for count in (2, 3))
+    fishers = [FisherDiagonal(model, Classification()).measure(d) for d in data]
+    mask = SaliencyMask.from_fisher(*fishers, mask_fraction=fraction)
+    assert mask.metadata == {"mask_fraction": repr(fraction)}
+    f, r = (fisher.means() for fisher in fishers)
+    ratios = {name: ((f[name] + 1e-15) / (r[name] + 1e-15)).contiguous() for name in f if name != "unused"}
+    flat = torch.cat([ratio.flatten() for ratio in ratios.values()])
+    k = min(int(fraction * mask.total), flat.numel())
+    keep = torch.zeros(flat.numel(), dtype=torch.bool)
+    keep[flat.sort(descending=True, stable=True).indices[:k]] = True
+    parts = keep.split([ratio.numel() for ratio in ratios.values()])
+    expected = {name: part.view(f[name].shape) for name, part in zip(ratios, parts, strict=True)}
+    unpacked = mask.unpack()
+    assert list(unpacked) == list(f) and not unpacked.pop("unused").any()
+    assert_equal(unpacked, expected)
+    assert mask.kept == k
+
+
+def test_gamma_and_fraction_exclude_each_other() -> None:
+    fishers = [FisherDiagonal(make(ConvNet), Classification()).measure(batches(1, 4, seed=s)) for s in (1, 2)]
+    with pytest.raises(InputError, match="gamma and mask_fraction both say"):
+        SaliencyMask.from_fisher(*fishers, gamma=1.0, mask_fraction=0.5)
+    with pytest.raises(InputError, match=r"mask_fraction: expected a number from 0 to 1, got 1\.5"):
+        SaliencyMask.from_fisher(*fishers, mask_fraction=1.5)
+    assert SaliencyMask.from_fisher(*fishers) == SaliencyMask.from_fisher(*fishers, gamma=1.0)
 
 
 def test_fishers_of_different_models_are_refused() -> None:

@@ -23,7 +23,7 @@ from unlearn_ext import _native
 ROOT = Path(__file__).resolve().parents[1]
 # Light optimisation and line tables only: three times quicker to compile than -O1 -g.
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -Og -g1"
-OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits", "many", "update")
+OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits", "many", "update", "top_bits")
 
 pytestmark = pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")
 
@@ -122,6 +122,19 @@ def fisher_float():
 def ratio_bits():
     for wide in (torch.float64, torch.float32):
         ops.ratio_bits([f.square() for f in numbers(wide)], numbers(wide, *LAYOUTS[::-1]), gamma=2.0)
+
+def top_bits():
+    for wide in DTYPES:
+        for score in ops.SCORES:
+            other = numbers(torch.float32, *LAYOUTS[::-1]) if score in ("product", "ratio") else ()
+            scores = numbers(wide)
+            total = sum(s.numel() for s in scores)
+            for k in (0, 1, total // 2, total):
+                bits, counts = ops.top_bits(scores, k, other=other, score=score)
+                assert counts.sum() == k == ops.count_bits(bits).sum()
+    ops.top_bits(numbers(torch.float32) + numbers(torch.float64), 5000)
+    ops.top_bits([torch.zeros(100001)], 50000)
+    refuse(ops.top_bits, [torch.ones(3)], 4)
 
 def pack_bits():
     masks = flags()

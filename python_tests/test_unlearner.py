@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import InputError, NonFiniteError, ProtectionError, SaliencyMask, Unlearner
-from unlearn_ext.methods import SFRon
+from unlearn_ext.methods import Method, SFRon
+from unlearn_ext.methods.base import ForgetLoss
 from unlearn_ext.methods.sfron import adaptive_shares
 from unlearn_ext.tasks import Classification
 
@@ -327,6 +331,84 @@ def test_models_without_trainable_weights_or_gradients() -> None:
 
 
 # --- Masks and protection -------------------------------------------------------------------------------------
+
+
+def test_a_fraction_of_the_weights() -> None:
+    model = make()
+    result = run(model, changes={"mask_fraction": 0.29})
+    total = result.counts["trainable_weights"]
+    assert result.mask.kept == result.counts["salient_weights"] == int(Fraction(29, 100) * total)
+    assert result.mask.metadata["mask_fraction"] == "0.29" and "gamma" not in result.mask.metadata
+    assert {"weights_hash", "forget_hash", "seed"} <= result.mask.metadata.keys()
+    # The same mask, measured before.
+    again = make()
+    assert run(again, changes={"mask": result.mask}).timings.keys() == {"unlearning"}
+    assert identical(weights(model), weights(again))
+
+
+def test_a_fraction_survives_a_checkpoint(tmp_path) -> None:
+    changes = {"mask_fraction": 0.5}
+    whole = make()
+    run(whole, changes=changes)
+    run(make(), changes=changes, output_dir=tmp_path, checkpointing_steps=5)
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    resumed = make(seed=9)
+    run(resumed, changes=changes, output_dir=tmp_path, resume_from_checkpoint="latest")
+    assert identical(weights(whole), weights(resumed))
+    for other in ({"mask_fraction": 0.25}, {"gamma": 1.0}, {}):
+        with pytest.raises(InputError, match="was written with"):
+            run(make(), changes=other, output_dir=tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_method_takes_one_source_of_its_mask() -> None:
+    ready = SaliencyMask.from_dict({"w": torch.tensor(True)})
+    for given, message in (
+        ({"gamma": 1.0, "mask_fraction": 0.5}, "^gamma and mask_fraction each say"),
+        ({"gamma": 0.0, "mask": ready}, "^gamma and mask each say"),
+        ({"mask_fraction": 0.0, "mask": ready}, "^mask_fraction and mask each say"),
+        ({"gamma": 1.0, "mask_fraction": 0.5, "mask": ready}, "^gamma and mask_fraction and mask each say"),
+    ):
+        with pytest.raises(InputError, match=message + ".*give only one"):
+            method(**given)
+    for fraction in (-0.1, 1.1, float("nan"), "half"):
+        with pytest.raises(InputError, match="mask_fraction: expected a number from 0 to 1"):
+            method(mask_fraction=fraction)
+
+
+def test_a_given_mask_replaces_the_default_gamma() -> None:
+    ready = SaliencyMask.from_dict({"w": torch.tensor(True)})
+    for build in (SFRon, lambda **given: SFRon.preset("cifar10-resnet18", **given)):
+        for given, gamma, fraction, measured in (
+            ({}, 1.0, None, True),
+            ({"gamma": 3}, 3, None, True),
+            ({"gamma": None}, None, None, False),
+            ({"mask": None, "mask_fraction": None}, 1.0, None, True),
+            ({"mask_fraction": 0.5}, None, 0.5, True),
+            ({"gamma": None, "mask_fraction": 0.5}, None, 0.5, True),
+            ({"mask": ready}, None, None, False),
+        ):
+            own = build(**given)
+            assert (own.gamma, own.mask_fraction, own.needs_fisher) == (gamma, fraction, measured)
+            assert {type(value) for value in own.settings().values()} <= {str, int, float, bool, tuple, type(None)}
+            assert json.loads(json.dumps(own.settings()))["gamma"] == gamma
+            assert "mask" not in own.settings()
+    assert dataclasses.replace(SFRon(), mask=ready).mask is ready
+    assert dataclasses.replace(SFRon(), mask_fraction=0.5).gamma is None
+
+
+def test_a_method_that_measures_nothing_takes_no_fraction() -> None:
+    class Ascent(Method):
+        name = "ascent"
+
+        def strength(self, iteration):
+            return 1.0
+
+        def forget_loss(self, losses, iteration):
+            return ForgetLoss(-losses.mean())
+
+    assert Ascent(rule="sgd", lr=0.1).mask_fraction is None
+    with pytest.raises(InputError, match="mask_fraction: Ascent measures no saliency; give it a ready mask"):
+        Ascent(rule="sgd", lr=0.1, mask_fraction=0.5)
 
 
 def test_a_ready_mask_is_used_and_checked() -> None:

@@ -88,6 +88,46 @@ def ratio_bits(
     return pack_bits(masks), torch.stack([mask.sum() for mask in masks])
 
 
+def _scores(values: Tensor, other: Tensor | None, score: int, eps: float, scales: tuple[float, float]) -> Tensor:
+    """Flat, in the memory order of ``values`` and the opmath type, with -0 as +0."""
+    wide = torch.float64 in (values.dtype, values.dtype if other is None else other.dtype)
+    values = torch.empty_like(values, dtype=torch.float64 if wide else torch.float32).copy_(values)
+    if score == 1:
+        values = values.abs()
+    elif score == 2:
+        values = values.mul_(other).abs_()
+    elif score == 3:
+        other = torch.empty_like(values).copy_(other)
+        values = (values * scales[0] + eps) / (other * scales[1] + eps)
+    return values.as_strided((values.numel(),), (1,)) + 0.0
+
+
+def top_bits(
+    scores: Sequence[Tensor],
+    other: Sequence[Tensor],
+    k: int,
+    score: int,
+    eps: float,
+    forget_scale: float,
+    retain_scale: float,
+) -> tuple[list[Tensor], Tensor]:
+    op = "top_bits"
+    if score < 2 and other:
+        fail(op, "other", "no tensors for a score of one number", str(len(other)))
+    check_list(op, "scores", scores, "scores", scores, WEIGHTS)
+    check_list(op, "other", other, "scores", scores, WEIGHTS, may_be_absent=score < 2)
+    total = sum(s.numel() for s in scores)
+    if not 0 <= k <= total:
+        fail(op, "k", f"0 to {total}, the number of weights", str(k))
+    pairs = zip(scores, other or [None] * len(scores), strict=True)
+    flat = torch.cat([_scores(s, o, score, eps, (forget_scale, retain_scale)) for s, o in pairs])
+    order = flat.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True, stable=True).indices
+    order = order[flat[order].isnan().to(torch.uint8).sort(stable=True).indices]
+    keep = torch.zeros(total, dtype=torch.bool, device=flat.device).index_fill_(0, order[:k], True)
+    masks = keep.split([s.numel() for s in scores])
+    return pack_bits(masks), torch.stack([mask.sum() for mask in masks])
+
+
 def accumulate_fisher_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
     op, reference = "accumulate_fisher_", ("fisher", fisher)
     check_list(op, "fisher", fisher, *reference, STATE)

@@ -28,6 +28,7 @@ from . import _native, _python_checks, _python_ops
 __all__ = [
     "RULES",
     "SCALARS",
+    "SCORES",
     "accumulate_fisher_",
     "backend",
     "count_bits",
@@ -36,12 +37,14 @@ __all__ = [
     "ratio_bits",
     "scalars",
     "step_",
+    "top_bits",
     "unpack_bits",
     "update",
 ]
 
 RULES = ("sgd", "momentum", "adam", "adamw")
 MASK_SCOPES = ("forget", "all")
+SCORES = ("value", "magnitude", "product", "ratio")
 
 # Layout of the scalar tensor; enum ScalarIndex in csrc/math/update.h lists the same names.
 SCALARS = (
@@ -73,6 +76,8 @@ _SCHEMAS = (
     "accumulate_fisher_(Tensor(a!)[] fisher, Tensor[] grads, float weight) -> ()",
     "ratio_bits(Tensor[] forget_fisher, Tensor[] retain_fisher, float gamma, float eps, float forget_scale, "
     "float retain_scale) -> (Tensor[], Tensor)",
+    "top_bits(Tensor[] scores, Tensor[] other, int k, int score, float eps, float forget_scale, float retain_scale) "
+    "-> (Tensor[], Tensor)",
     "pack_bits(Tensor[] masks) -> Tensor[]",
     "unpack_bits(Tensor[] bits, Tensor[] like) -> Tensor[]",
     "count_bits(Tensor[] bits) -> Tensor",
@@ -160,6 +165,7 @@ _FAKES: dict[str, Callable] = {
     "gradient_products": lambda f, r, bits, mask_retain: (f or r)[0].new_empty(4, dtype=torch.float64),
     "accumulate_fisher_": lambda *args: None,
     "ratio_bits": lambda f, *args: (_fake_words(f), f[0].new_empty(len(f), dtype=torch.int64)),
+    "top_bits": lambda scores, *args: (_fake_words(scores), scores[0].new_empty(len(scores), dtype=torch.int64)),
     "pack_bits": _fake_words,
     "unpack_bits": lambda bits, like: [torch.empty_like(t, dtype=torch.bool) for t in like],
     "count_bits": lambda bits: bits[0].new_empty(len(bits), dtype=torch.int64),
@@ -460,6 +466,50 @@ def ratio_bits(
         list(forget_fisher), list(retain_fisher), gamma, eps, forget_scale, retain_scale
     )
     return bits, counts
+
+
+def top_bits(
+    scores: Sequence[Tensor],
+    k: int,
+    *,
+    other: Sequence[Tensor] = (),
+    score: str = "value",
+    eps: float = 1e-15,
+    forget_scale: float = 1.0,
+    retain_scale: float = 1.0,
+) -> tuple[list[Tensor], Tensor]:
+    """The mask of exactly the k weights of the largest scores over a whole list.
+
+    Radix select on the bits of the scores: no sort, no concatenation, and apart from the result at most 1 MiB of
+    memory, however large the list. Scores are computed where they are read, in float64 if one of their tensors is
+    float64 and in float32 otherwise. NaN ranks last, after -inf; -0 equals +0. Of equal scores the first in the list
+    are kept, and within a tensor the first in the memory order of ``scores``: the choice of a stable sort.
+
+    Args:
+        scores: tensors of any floating dtype, mixed at will.
+        k: how many weights are kept, from 0 to all.
+        other: one tensor of equal shape for each, where the score takes two numbers; otherwise none.
+        score: ``value``: s as given. ``magnitude``: abs(s), for gradients (SalUn). ``product``: abs(s · other), for
+            gradients and weights. ``ratio``: (s·forget_scale + eps) / (other·retain_scale + eps), for the Fisher
+            diagonals F_f and F_r, as in :func:`ratio_bits`.
+        eps, forget_scale, retain_scale: of ``ratio``.
+
+    Returns:
+        int32 words per tensor, in the memory order of ``scores``, and the int64 count of set bits of each.
+
+    Source: SalUn, arXiv 2310.12508, masks by the largest gradients; csrc/math/radix.h.
+    """
+    if score not in SCORES:
+        raise ValueError(f"top_bits: score: expected one of {', '.join(SCORES)}, got {score!r}")
+    if not scores:
+        if other or k:
+            got = f"{len(other)} tensors" if other else str(k)
+            argument, expected = ("other", "no tensors (one for each of scores)") if other else ("k", "0 of no weights")
+            raise ValueError(f"top_bits: {argument}: expected {expected}, got {got}")
+        return [], torch.zeros(0, dtype=torch.int64)
+    return torch.ops.unlearn_ext.top_bits(
+        list(scores), list(other), k, SCORES.index(score), eps, forget_scale, retain_scale
+    )
 
 
 def pack_bits(masks: Sequence[Tensor]) -> list[Tensor]:

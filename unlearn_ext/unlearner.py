@@ -230,7 +230,11 @@ class Unlearner:
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = SaliencyMask.from_fisher(
-            diagonals["forget"], diagonals["retain"], gamma=method.gamma, eps=method.fisher_eps
+            diagonals["forget"],
+            diagonals["retain"],
+            gamma=method.gamma,
+            mask_fraction=method.mask_fraction,
+            eps=method.fisher_eps,
         )
         result.timings["mask"] = time.perf_counter() - started
         mask.metadata.update(

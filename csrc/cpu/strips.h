@@ -80,17 +80,22 @@ inline std::uint32_t word_at(const RawList& bits, size_t tensor, std::int64_t wo
   return bits.empty() ? ~0u : bits.at<const std::uint32_t>(tensor, 0)[word];
 }
 
+// Runs body(i) for every i below `count` on PyTorch's thread pool.
+template <typename Body>
+inline void in_parallel(std::int64_t count, const Body& body) {
+  if (count <= 1) {
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
 // Runs body(block) for all blocks on PyTorch's thread pool.
 template <typename Body>
 inline void for_each_block(const WorkRange& work, const Body& body) {
-  const std::int64_t blocks = work.blocks();
-  if (blocks <= 1) {
-    for (std::int64_t block = 0; block < blocks; ++block) body(block);
-    return;
-  }
-  torch::stable::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t block = begin; block < end; ++block) body(block);
-  });
+  in_parallel(work.blocks(), body);
 }
 
 // Cuts one piece of a tensor into strips: body(first weight, number of weights <= kStrip).

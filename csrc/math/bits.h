@@ -88,4 +88,12 @@ UNLEARN_INLINE int count_word(std::uint32_t word) {
 #endif
 }
 
+// The lowest n of the bits that are set, or all of them where there are fewer.
+UNLEARN_INLINE std::uint32_t lowest_bits(std::uint32_t word, std::int64_t n) {
+  if (n <= 0) return 0;
+  std::uint32_t higher = word;
+  for (; n > 0 && higher; --n) higher &= higher - 1;
+  return word & ~higher;
+}
+
 } // namespace unlearn

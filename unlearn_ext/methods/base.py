@@ -12,9 +12,16 @@ from .. import ops
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
+from ..saliency.mask import check_fraction
 from . import schedules
 
-__all__ = ["ForgetLoss", "Method"]
+__all__ = ["Default", "ForgetLoss", "Method"]
+
+MASK_SOURCES = ("gamma", "mask_fraction", "mask")
+
+
+class Default(float):
+    """A number that nobody gave: a default that gives way where a given one would clash."""
 
 
 @dataclass
@@ -37,7 +44,11 @@ class Method(StepConfig, ABC):
         forget_freq: a forget step on every iteration divisible by this.
         update: ``sequential`` takes the retain gradient at the weights the forget step moved; ``joint`` takes both
             gradients at the same weights and applies them in one pass.
-        mask: which weights forgetting may move.
+        mask_fraction: measure each weight's saliency as the method does, and let forgetting move this fraction of all
+            weights, those of the largest saliency.
+        mask: which weights forgetting may move: a ready mask, used instead of measuring.
+
+    At most one of ``mask_fraction``, ``mask`` and, where the method has it, ``gamma`` may be given.
     """
 
     name: ClassVar[str]
@@ -47,9 +58,11 @@ class Method(StepConfig, ABC):
     lr_schedule: str = "constant"
     forget_freq: int = 1
     update: str = "sequential"
+    mask_fraction: float | None = None
     mask: SaliencyMask | None = None
 
     def __post_init__(self) -> None:
+        self._choose_mask_source()
         if self.iterations < 1:
             raise InputError(f"iterations: expected a count from 1, got {self.iterations}")
         if self.forget_freq < 1:
@@ -67,17 +80,33 @@ class Method(StepConfig, ABC):
             raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
         schedules.check("lr_schedule", self.lr_schedule)
 
+    def _choose_mask_source(self) -> None:
+        found = {name: value for name in MASK_SOURCES if (value := getattr(self, name, None)) is not None}
+        given = [name for name, value in found.items() if not isinstance(value, Default)]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} each say which weights are masked: give only one of them")
+        for name in found.keys() - given if given else ():
+            setattr(self, name, None)
+        if self.mask_fraction is not None:
+            check_fraction("mask_fraction", self.mask_fraction)
+            if not self.needs_fisher:
+                raise InputError(f"mask_fraction: {type(self).__name__} measures no saliency; give it a ready mask")
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Method:
-        """Published settings by name; keyword arguments replace single ones."""
+        """Published settings by name; keyword arguments replace single ones, and a mask of any kind the preset's."""
         if name not in cls.presets:
             known = ", ".join(cls.presets) or "none"
             raise InputError(f"{cls.__name__} has no preset {name!r}: choose from {known}")
-        return cls(**{**cls.presets[name], **overrides})
+        preset = dict(cls.presets[name])
+        if any(overrides.get(source) is not None for source in MASK_SOURCES):
+            preset = {key: value for key, value in preset.items() if key not in MASK_SOURCES}
+        return cls(**{**preset, **overrides})
 
     def settings(self) -> dict[str, Any]:
         """All arguments but the mask, for results and checkpoints."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mask"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mask"}
+        return {name: float(value) if isinstance(value, Default) else value for name, value in values.items()}
 
     def lr_factor(self, iteration: int) -> float:
         return schedules.factor(self.lr_schedule, iteration, self.iterations)

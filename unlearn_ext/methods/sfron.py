@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import schedules
-from .base import ForgetLoss, Method
+from .base import Default, ForgetLoss, Method
 
 __all__ = ["SFRon", "adaptive_shares"]
 
@@ -42,11 +42,13 @@ class SFRon(Method):
         forget_alpha: strength at the start.
         forget_schedule: its course over the run.
         lambd: exponent of the adaptive weights; 0 is plain gradient ascent.
-        gamma: the Fisher ratio a weight must reach to be moved by forgetting; None: no mask.
+        gamma: the Fisher ratio a weight must reach to be moved by forgetting, 1 unless ``mask_fraction`` or ``mask`` is
+            given; None: no mask.
+        mask_fraction: instead of gamma, the fraction of all weights to be moved: those of the largest Fisher ratio.
         adaptive_eps: eps of the adaptive weights.
         fisher_eps: eps of the ratio.
         fisher_batches: measure on at most this many batches of each set.
-        mask: a ready mask, used instead of measuring.
+        mask: a ready mask, used instead of measuring; excludes gamma and mask_fraction.
 
     The remaining arguments are those of :class:`Method` and of the optimizer.
     """
@@ -86,7 +88,7 @@ class SFRon(Method):
     forget_alpha: float = 1.0
     forget_schedule: str = "cosine"
     lambd: float = 0.5
-    gamma: float | None = 1.0
+    gamma: float | None = Default(1.0)
     adaptive_eps: float = 1e-15
     fisher_eps: float = 1e-15
     fisher_batches: int | None = None
@@ -103,7 +105,7 @@ class SFRon(Method):
 
     @property
     def needs_fisher(self) -> bool:
-        return self.mask is None and self.gamma is not None
+        return self.mask is None and (self.gamma is not None or self.mask_fraction is not None)
 
     def strength(self, iteration: int) -> float:
         return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)

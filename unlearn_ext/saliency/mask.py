@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from .. import ops
 from .._files import atomic_path, writable_directory
 from .._names import by_plain_name
 from ..errors import InputError
+from . import foreign
 
 if TYPE_CHECKING:
     from .fisher import FisherDiagonal
@@ -32,7 +33,8 @@ class SaliencyMask:
     Args:
         bits: name -> int32 words of ⌈n/32⌉, tail bits zero.
         shapes: name -> shape of the parameter.
-        metadata: strings that say where the mask comes from: ``weights_hash``, ``forget_hash``, ``seed``, ``gamma``.
+        metadata: strings that say where the mask comes from: ``weights_hash``, ``forget_hash``, ``seed``, ``gamma`` or
+            ``mask_fraction``.
     """
 
     def __init__(
@@ -60,36 +62,124 @@ class SaliencyMask:
         return cls(bits, {name: tuple(mask.shape) for name, mask in named.items()}, metadata)
 
     @classmethod
+    def top_fraction(
+        cls,
+        scores: Mapping[str, Tensor],
+        fraction: float,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        score: str = "value",
+        other: Mapping[str, Tensor] | None = None,
+    ) -> SaliencyMask:
+        """The weights of the largest scores: exactly ⌊fraction·N⌋ of N over all tensors together.
+
+        Equal scores are kept in the order of the names given, then in logical order; NaN ranks last. ⌊fraction·N⌋ is
+        the largest k whose quotient k/N, rounded to float64, does not exceed ``fraction``: 0.29 of 100 weights are 29,
+        although the float called 0.29 is less than 29/100.
+
+        Args:
+            scores: one floating tensor for each parameter, of its shape; for SalUn the summed gradients.
+            fraction: from 0 to 1.
+            score: how a weight's number is ranked: ``value``, ``magnitude``, ``product`` or ``ratio``, as in
+                :func:`~unlearn_ext.ops.top_bits`; ``magnitude`` for gradients.
+            other: the second number of each weight, for ``product`` and ``ratio``.
+        """
+        if not scores:
+            raise InputError("scores of no tensors were given: pass one tensor per parameter name")
+        named, others = by_plain_name(scores.items()), by_plain_name((other or {}).items())
+        for name, value in (*named.items(), *others.items()):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"score of {name}: expected a tensor of a floating dtype, got {got}")
+        if score not in ops.SCORES:
+            raise InputError(f"score: expected one of {', '.join(ops.SCORES)}, got {score!r}")
+        if others.keys() != (named.keys() if score in ("product", "ratio") else set()):
+            raise InputError(f"score {score!r}: expected other to have the names of scores for product and ratio only")
+        for name, value in others.items():
+            if value.shape != named[name].shape:
+                raise InputError(
+                    f"other of {name} has shape {list(value.shape)} and its score {list(named[name].shape)}: pass "
+                    "tensors of equal shapes"
+                )
+        check_fraction("fraction", fraction)
+        shapes = {name: tuple(value.shape) for name, value in named.items()}
+        bits, _ = ops.top_bits(
+            [value.detach().contiguous() for value in named.values()],
+            _part_of(sum(map(_numel, shapes.values())), fraction),
+            other=[others[name].detach() for name in named if others],
+            score=score,
+        )
+        words = {name: word.cpu() for name, word in zip(named, bits, strict=True)}
+        return cls(words, shapes, {"mask_fraction": repr(float(fraction)), **(metadata or {})})
+
+    @classmethod
     def from_fisher(
         cls,
         forget: FisherDiagonal,
         retain: FisherDiagonal,
         *,
-        gamma: float = 1.0,
+        gamma: float | None = None,
+        mask_fraction: float | None = None,
         eps: float = 1e-15,
         metadata: Mapping[str, str] | None = None,
     ) -> SaliencyMask:
         """SFR-on's mask: keep = (F_f + eps) / (F_r + eps) ≥ gamma, F being means over batches (or samples).
 
         A parameter that received no gradient in either pass is kept out. Source: arXiv 2409.19732.
+
+        Args:
+            gamma: the ratio a weight must reach; 1 unless ``mask_fraction`` is given.
+            mask_fraction: instead of gamma: keep the weights of the largest ratios, ⌊mask_fraction·N⌋ of all N, as
+                :meth:`top_fraction` counts and breaks ties; fewer where fewer than that received a gradient.
+            eps: keeps the ratio finite.
         """
-        names = list(forget.sums)
-        if names != list(retain.sums):
+        if list(forget.sums) != list(retain.sums):
             raise InputError("the two Fisher diagonals are of different parameters: measure both on the same model")
         if not forget.count or not retain.count:
             raise InputError("a Fisher diagonal has seen no data: call measure() on both first")
-        bits, _ = ops.ratio_bits(
-            list(forget.sums.values()),
-            list(retain.sums.values()),
+        return cls._from_ratio(
+            forget.sums,
+            retain.sums,
+            forget.seen | retain.seen,
             gamma=gamma,
+            mask_fraction=mask_fraction,
+            metadata=metadata,
             eps=eps,
             forget_scale=1.0 / forget.count,
             retain_scale=1.0 / retain.count,
         )
-        seen = forget.seen | retain.seen
-        bits = [word if name in seen else torch.zeros_like(word) for name, word in zip(names, bits, strict=True)]
-        masks = ops.unpack_bits(bits, list(forget.sums.values()))
-        return cls.from_dict(dict(zip(names, masks, strict=True)), {"gamma": repr(gamma), **(metadata or {})})
+
+    @classmethod
+    def _from_ratio(
+        cls,
+        forget: Mapping[str, Tensor],
+        retain: Mapping[str, Tensor],
+        seen: Set[str],
+        *,
+        gamma: float | None,
+        mask_fraction: float | None,
+        metadata: Mapping[str, str] | None,
+        **ratio: float,
+    ) -> SaliencyMask:
+        """From Fisher sums of equal names; those that were not ``seen`` are kept out."""
+        if gamma is not None and mask_fraction is not None:
+            raise InputError("gamma and mask_fraction both say which weights are salient: give one of them")
+        masks = {name: torch.zeros(total.shape, dtype=torch.bool) for name, total in forget.items()}
+        names = [name for name in forget if name in seen]
+        f, r = [forget[name] for name in names], [retain[name] for name in names]
+        if mask_fraction is None:
+            gamma = 1.0 if gamma is None else gamma
+            bits, _ = ops.ratio_bits(f, r, gamma=gamma, **ratio)
+            origin = {"gamma": repr(gamma)}
+        else:
+            check_fraction("mask_fraction", mask_fraction)
+            f = [total.contiguous() for total in f]  # ties are broken in logical order
+            wanted = _part_of(sum(mask.numel() for mask in masks.values()), mask_fraction)
+            k = min(wanted, sum(total.numel() for total in f))
+            bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
+            origin = {"mask_fraction": repr(float(mask_fraction))}
+        masks.update(zip(names, ops.unpack_bits(bits, f), strict=True))
+        return cls.from_dict(masks, {**origin, **(metadata or {})})
 
     # --- What it holds --------------------------------------------------------------------------------------
 
@@ -212,6 +302,92 @@ class SaliencyMask:
             if not fits or (size % 32 and int(word[-1]) >> size % 32 != 0):
                 raise InputError(f"{path} is damaged: the bits of {name} do not fit its shape {list(shapes[name])}")
         return cls(ordered, shapes, header)
+
+    # --- Files of other projects ----------------------------------------------------------------------------
+
+    @classmethod
+    def from_pt(
+        cls,
+        path: str | Path,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> SaliencyMask:
+        """Reads the mask that SalUn (0 and 1 as int64) or SFR-on (bool) saved: a ``.pt`` dictionary by parameter name.
+
+        Only tensors are read (``weights_only=True``); no code in the file is run.
+
+        Args:
+            named_parameters: of the model. SFR-on writes the number 0 for a parameter without a gradient; it becomes
+                zeros of the shape found here, and is left out if it is not found, as frozen ones should be.
+
+        Raises:
+            InputError: no such file, no dictionary of tensors, or other values than 0 and 1.
+        """
+        named = by_plain_name(named_parameters or ())
+        shapes = {name: tuple(p.shape) for name, p in named.items() if p.requires_grad}
+        return cls.from_dict(foreign.read_masks(path, shapes), metadata)
+
+    @classmethod
+    def from_fisher_pt(
+        cls,
+        forget: str | Path,
+        retain: str | Path,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        *,
+        gamma: float | None = None,
+        mask_fraction: float | None = None,
+        eps: float = 1e-15,
+        metadata: Mapping[str, str] | None = None,
+    ) -> SaliencyMask:
+        """From the two Fisher files that SFR-on saved; gamma, mask_fraction and eps are those of :meth:`from_fisher`.
+
+        A parameter that received no gradient has zeros or the number 0 in both files; it is kept out.
+
+        Args:
+            named_parameters: of the model, as in :meth:`from_pt`.
+        """
+        f, r = foreign.read_fisher(forget), foreign.read_fisher(retain)
+        if f.keys() != r.keys():
+            raise InputError(f"{forget} and {retain} hold different parameters: take two files of the same model")
+        trained = {n: p for n, p in by_plain_name(named_parameters or ()).items() if p.requires_grad}
+        for name in list(f):
+            like = next((t for t in (f[name], r[name], trained.get(name)) if t is not None), None)
+            if like is None:
+                del f[name], r[name]
+                continue
+            for fisher in (f, r):
+                if fisher[name] is None:
+                    fisher[name] = torch.zeros(like.shape)
+            if f[name].shape != r[name].shape:
+                raise InputError(
+                    f"{name} has shape {list(f[name].shape)} in {forget} and {list(r[name].shape)} in {retain}: take "
+                    "two files of the same model"
+                )
+        seen = {name for name in f if bool(f[name].any()) or bool(r[name].any())}
+        # The files hold means: no scales.
+        return cls._from_ratio(f, r, seen, gamma=gamma, mask_fraction=mask_fraction, metadata=metadata, eps=eps)
+
+    def to_pt(self, path: str | Path) -> None:
+        """Writes a ``.pt`` dictionary of bool tensors for other projects: ``torch.load(path, weights_only=True)``.
+
+        A file of :meth:`save` is 8 times smaller, and no pickle.
+        """
+        foreign.write_masks(self.unpack(), path)
+
+
+def check_fraction(name: str, fraction: float) -> None:
+    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        raise InputError(f"{name}: expected a number from 0 to 1, got {fraction!r}")
+
+
+def _part_of(total: int, fraction: float) -> int:
+    """⌊fraction·total⌋ of the fraction that was meant: the largest k with k/total ≤ fraction in float64."""
+    k = int(fraction * total)
+    while k < total and (k + 1) / total <= fraction:
+        k += 1
+    while k > 0 and k / total > fraction:
+        k -= 1
+    return k
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -1,0 +1,105 @@
+"""Masks and Fisher diagonals in the files of other projects: dictionaries of tensors that torch.save wrote.
+
+SalUn (arXiv 2310.12508, OPTML-Group/Unlearn-Saliency) saves masks as int64 tensors of 0 and 1 by parameter name;
+SFR-on (arXiv 2409.19732, K1nght/Unified-Unlearning-w-Remain-Geometry) saves masks as bool tensors, and the two Fisher
+diagonals from which they come as float tensors. Where a parameter had no gradient, SFR-on leaves the number 0 in the
+place of a tensor.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import atomic_path, writable_directory
+from .._names import by_plain_name
+from ..errors import InputError
+
+__all__ = ["read_fisher", "read_masks", "write_masks"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_masks(path: str | Path, shapes: Shapes | None = None) -> dict[str, Tensor]:
+    """Bool tensors by plain name, from tensors of any dtype that hold 0 and 1 only.
+
+    A plain 0 becomes a tensor of that name's shape, or is left out where ``shapes`` does not have the name.
+    """
+    masks = {}
+    for name, value in _read(path).items():
+        if _is_zero(value):
+            if shapes is not None and name in shapes:
+                masks[name] = torch.zeros(shapes[name], dtype=torch.bool)
+            continue
+        mask = _dense(path, name, value)
+        masks[name] = mask != 0
+        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(f"{path} is no mask: {name} holds other values than 0 and 1")
+    return _some(path, masks)
+
+
+def read_fisher(path: str | Path) -> dict[str, Tensor | None]:
+    """Float32 or float64 tensors by plain name; None where the file has a plain 0."""
+    fisher: dict[str, Tensor | None] = {}
+    for name, value in _read(path).items():
+        if _is_zero(value):
+            fisher[name] = None
+            continue
+        found = _dense(path, name, value)
+        if not found.is_floating_point():
+            raise InputError(f"{path} is no Fisher diagonal: {name} is of {found.dtype}, expected a floating dtype")
+        found = found if found.dtype in (torch.float32, torch.float64) else found.float()
+        if not bool(((found >= 0) & (found < torch.inf)).all()):
+            raise InputError(f"{path} is no Fisher diagonal: {name} holds numbers that are negative or not finite")
+        fisher[name] = found
+    return _some(path, fisher)
+
+
+def write_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
+    """A dictionary of tensors, whole or not at all, for ``torch.load(path, weights_only=True)``."""
+    writable_directory(Path(path).parent)
+    with atomic_path(path) as partial:
+        torch.save(dict(masks), partial)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """A pickled dictionary by plain name, without running any code that the pickle holds."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no file at {path}")
+    try:  # mapped where the format allows it: SalUn's mask of a diffusion model takes 7 GB
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception:  # what a damaged pickle trips over can be anything
+        raise InputError(
+            f"{path} cannot be read as tensors alone (damaged, no file of torch.save, or with objects whose reading "
+            "would run code): save a plain dictionary of tensors"
+        ) from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise InputError(f"{path} holds no dictionary of tensors by parameter name: got {_kind(found)}")
+    return by_plain_name(found.items())
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+def _dense(path: str | Path, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise InputError(f"{path} holds no dictionary of tensors by parameter name: {name} is {_kind(value)}")
+    return value.detach()
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of layout {value.layout} on {value.device}"
+    return "a dictionary with other keys" if isinstance(value, dict) else f"of type {type(value).__name__}"
+
+
+def _some(path: str | Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    if not any(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{path} holds no tensor: choose the file of a mask or a Fisher diagonal")
+    return tensors
