@@ -74,15 +74,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) atomicAdd(counts + table.index(t), static_cast<unsigned long long>(kept));
 }
 
-const auto all_tensors = [](size_t) { return true; };
-
 void pack_all(const TensorList& masks, const TensorList& bits) {
   const OnDevice device(masks[0]);
   const RawList from(masks), to(bits);
   Columns columns;
   columns.add(from);
   columns.add(to);
-  columns.for_each_table(sizes_of(masks), chunks_of, all_tensors, [&](const Table& table) {
+  columns.for_each_table(sizes_of(masks), chunks_of, every_tensor, [&](const Table& table) {
     device.launch("pack_bits", pack_kernel, table.units, table);
   });
 }
@@ -93,7 +91,7 @@ void unpack_all(const TensorList& bits, const TensorList& masks) {
   Columns columns;
   columns.add(from);
   columns.add(to);
-  columns.for_each_table(sizes_of(masks), chunks_of, all_tensors, [&](const Table& table) {
+  columns.for_each_table(sizes_of(masks), chunks_of, every_tensor, [&](const Table& table) {
     device.launch("unpack_bits", unpack_kernel, table.units, table);
   });
 }
@@ -104,7 +102,7 @@ void count_all(const TensorList& bits, const Tensor& counts) {
   const RawList words(bits);
   Columns columns;
   columns.add(words);
-  columns.for_each_table(sizes_of(bits), chunks_of, all_tensors, [&](const Table& table) {
+  columns.for_each_table(sizes_of(bits), chunks_of, every_tensor, [&](const Table& table) {
     device.launch("count_bits", count_kernel, table.units, table, static_cast<unsigned long long*>(counts.data_ptr()));
   });
 }

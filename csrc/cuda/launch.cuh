@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../math/update.h"
 #include "../tensors/operands.h"
 #include "table.cuh"
 
@@ -46,15 +47,39 @@ class OnDevice {
     check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(arguments)...), op);
   }
 
+  void zero(const char* op, void* memory, size_t bytes) const {
+    check_cuda(cudaMemsetAsync(memory, 0, bytes, stream_), op);
+  }
   void zero(const char* op, const Tensor& tensor) const {
-    const size_t bytes = size_t(tensor.numel()) * size_t(tensor.element_size());
-    check_cuda(cudaMemsetAsync(tensor.data_ptr(), 0, bytes, stream_), op);
+    zero(op, tensor.data_ptr(), size_t(tensor.numel()) * size_t(tensor.element_size()));
   }
 
  private:
   CUDAGuardHandle guard_ = nullptr;
   cudaStream_t stream_ = nullptr;
 };
+
+// The scalars of a step. On the device they are read there, so that no step waits for them; from the host they travel
+// with the launch.
+struct ScalarSource {
+  const double* device;
+  double host[kScalarCount];
+
+  UNLEARN_INLINE const double* values() const {
+    return device ? device : host;
+  }
+};
+
+inline ScalarSource source_of(const Tensor& scalars, const Tensor& weight) {
+  ScalarSource source{};
+  const double* values = static_cast<const double*>(scalars.data_ptr());
+  if (scalars.device() == weight.device()) {
+    source.device = values;
+  } else {
+    for (int k = 0; k < kScalarCount; ++k) source.host[k] = values[k];
+  }
+  return source;
+}
 
 inline Code code_of(ScalarType dtype) {
   switch (dtype) {
@@ -72,11 +97,13 @@ inline Code code_of(ScalarType dtype) {
 // Operands as columns of a table. Lists that are absent are left out; the kernels know from their parameters.
 class Columns {
  public:
-  // coded: the column's dtype is looked up for each tensor, in the order in which coded columns are added.
-  void add(const RawList& list, bool coded = false) {
-    if (list.empty()) return;
+  // coded: the column's dtype is looked up for each tensor, in the order in which coded columns are added. Returns the
+  // column's place, or -1 for a list that is absent.
+  int add(const RawList& list, bool coded = false) {
+    if (list.empty()) return -1;
     if (coded) coded_.push_back(&list);
     lists_.push_back(&list);
+    return int(lists_.size()) - 1;
   }
 
   // Calls launch(table) as often as the list needs. units(size): how much work a tensor is; chosen(t): whether tensor
@@ -91,7 +118,7 @@ class Columns {
       if (table.tensors > 0) launch(table);
       table.tensors = table.units = 0;
     };
-    if (sizes.size() >> Table::kIndexBits) fail("a list of more than 67,108,863 tensors");
+    if (sizes.size() >> Table::kIndexBits) fail("expected a list of at most 16,777,215 tensors, got " + std::to_string(sizes.size()));
     for (size_t t = 0; t < sizes.size(); ++t) {
       if (sizes[t] == 0 || !chosen(t)) continue;
       const std::int64_t work = units(sizes[t]);
@@ -115,6 +142,10 @@ class Columns {
 
 inline std::int64_t chunks_of(std::int64_t size) {
   return (size + kChunk - 1) / kChunk;
+}
+
+inline bool every_tensor(size_t) {
+  return true;
 }
 
 } // namespace unlearn

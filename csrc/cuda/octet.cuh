@@ -47,6 +47,10 @@ __device__ __forceinline__ float narrow_to_float(std::uint16_t bits, Code code) 
   return code == Code::bfloat16 ? bfloat16_to_float(bits) : __half2float(__ushort_as_half(bits));
 }
 
+__device__ __forceinline__ std::uint16_t round_to_half(float value, Code code) {
+  return code == Code::bfloat16 ? float_to_bfloat16(value) : __half_as_ushort(__float2half_rn(value));
+}
+
 // Loads `n` of the weights from `first`, a multiple of 8; the rest are zero.
 __device__ __forceinline__ void load_octet(Octet<float>& octet, Code code, const char* base, std::int64_t first, int n) {
   const bool vector = n == kOctet && is_aligned(base);

@@ -7,6 +7,7 @@
 
 #include "launch.cuh"
 #include "octet.cuh"
+#include "partials.cuh"
 
 namespace unlearn {
 namespace {
@@ -15,7 +16,6 @@ constexpr int kQuad = 4;                              // lanes of a thread
 constexpr int kGroup = kWordBits / kQuad;             // threads that share a block of words
 constexpr int kGroups = kThreads / kGroup;            // blocks of words in a thread block
 constexpr int kAhead = 4;                             // words whose loads are under way at once
-static_assert(sizeof(Products) == 4 * sizeof(double), "partial sums are stored as four doubles");
 
 // Four numbers as they are stored; float64 is read when it is needed.
 struct Quad {
@@ -127,22 +127,6 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
   }
 }
 
-// Combines partials by one level of the same tree: each thread block one group of 2 * kThreads of them.
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(const Products* partials, std::int64_t count, Products* combined) {
-  __shared__ Products sums[2 * kThreads];
-  const std::int64_t first = std::int64_t(blockIdx.x) * 2 * kThreads;
-  const int here = count - first < 2 * kThreads ? int(count - first) : 2 * kThreads;
-  for (int i = threadIdx.x; i < here; i += kThreads) sums[i] = partials[first + i];
-  for (int stride = 1; stride < here; stride *= 2) {
-    __syncthreads();
-    const int i = 2 * stride * threadIdx.x;
-    if (i + stride < here) sums[i].add(sums[i + stride]);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) combined[blockIdx.x] = sums[0];
-}
-
 using ProductsKernel = void (*)(Table, bool, bool, Products*);
 
 std::int64_t blocks_of(std::int64_t words) {
@@ -163,38 +147,24 @@ void sum_products(
   columns.add(r, /*coded=*/true);
   columns.add(b);
   const auto sizes = sizes_of(forget ? forget_grads : retain_grads);
-  const auto all = [](size_t) { return true; };
-
   std::int64_t count = 0;
-  columns.for_each_table(sizes, word_count, all, [&](const Table& table) { count += blocks_of(table.units); });
+  columns.for_each_table(sizes, word_count, every_tensor, [&](const Table& table) { count += blocks_of(table.units); });
   if (count == 0) {
     device.zero("gradient_products", result);
     return;
   }
-  // Two buffers that take turns; the last level writes the result itself.
-  const std::int64_t later = (count + 2 * kThreads - 1) / (2 * kThreads);
-  Tensor buffer = empty_flat(result, 4 * (count + later), ScalarType::Double);
-  Products* partials = static_cast<Products*>(buffer.data_ptr());
-  Products* other = partials + count;
-
+  Partials<Products> partials(result, count);
   const ProductsKernel kernel = forget && retain ? products_kernel<true, true>
       : forget                                   ? products_kernel<true, false>
                                                  : products_kernel<false, true>;
-  Products* next = partials;
-  columns.for_each_table(sizes, word_count, all, [&](const Table& table) {
+  Products* next = partials.data();
+  columns.for_each_table(sizes, word_count, every_tensor, [&](const Table& table) {
     const std::int64_t blocks = blocks_of(table.units);
     device.launch("gradient_products", kernel, std::uint32_t((blocks + kGroups - 1) / kGroups), table, !bits.empty(),
                   mask_retain, next);
     next += blocks;
   });
-  do {
-    const std::int64_t groups = (count + 2 * kThreads - 1) / (2 * kThreads);
-    Products* to = groups == 1 ? static_cast<Products*>(result.data_ptr()) : other;
-    device.launch("gradient_products", combine_kernel, std::uint32_t(groups), static_cast<const Products*>(partials),
-                  count, to);
-    std::swap(partials, other);
-    count = groups;
-  } while (count > 1);
+  partials.combine(device, "gradient_products", static_cast<Products*>(result.data_ptr()));
 }
 
 } // namespace

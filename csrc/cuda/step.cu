@@ -9,11 +9,9 @@
 namespace unlearn {
 namespace {
 
-// What a launch needs beside the table. Scalars on the device are read there, so that no step waits for them; scalars
-// on the host travel with the launch.
+// What a launch needs beside the table.
 struct StepLaunch {
-  const double* scalars;
-  double host_scalars[kScalarCount];
+  ScalarSource scalars;
   std::uint64_t seed;
   bool has_bits, mask_retain, protect, stochastic;
 };
@@ -44,10 +42,7 @@ __device__ __forceinline__ void store_weights(
     return;
   }
   std::uint16_t rounded[kOctet];
-  if (code == Code::half) {
-#pragma unroll
-    for (int k = 0; k < kOctet; ++k) rounded[k] = __half_as_ushort(__float2half_rn(values[k]));
-  } else if (launch.stochastic) {
+  if (code == Code::bfloat16 && launch.stochastic) {
     const std::uint32_t stream = rounding_stream(launch.seed, index);
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
@@ -55,7 +50,7 @@ __device__ __forceinline__ void store_weights(
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) rounded[k] = float_to_bfloat16(values[k]);
+    for (int k = 0; k < kOctet; ++k) rounded[k] = round_to_half(values[k], code);
   }
   // A weight that may not be touched keeps its stored bits: there and back, a NaN could change its payload.
 #pragma unroll
@@ -77,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   using Columns = StepColumns<rule, forget, retain, interpolate>;
   constexpr bool with_first = Columns::with_first, with_second = Columns::with_second;
   alignas(StepScalars<T>) __shared__ unsigned char shared[sizeof(StepScalars<T>)];
-  const double* given = launch.scalars ? launch.scalars : launch.host_scalars;
+  const double* given = launch.scalars.values();
   if (threadIdx.x == 0) new (shared) StepScalars<T>(given); // double arithmetic, once a block
   __syncthreads();
   if (given[kSkip] != 0.0) return;
@@ -167,12 +162,7 @@ void update(const StepCall& call) {
   columns.add(bits);
 
   StepLaunch launch{};
-  if (call.scalars.device() != call.weights[0].device()) {
-    const double* values = static_cast<const double*>(call.scalars.data_ptr());
-    for (int k = 0; k < kScalarCount; ++k) launch.host_scalars[k] = values[k];
-  } else {
-    launch.scalars = static_cast<const double*>(call.scalars.data_ptr());
-  }
+  launch.scalars = source_of(call.scalars, call.weights[0]);
   launch.seed = call.seed;
   launch.has_bits = !call.bits.empty();
   launch.mask_retain = call.mask_retain;

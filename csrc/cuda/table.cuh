@@ -28,8 +28,8 @@ enum class Code : std::uint32_t { single = 0, bfloat16 = 1, half = 2, wide = 3 }
 // Which part of a list a launch has, column by column. A column is one operand's pointers.
 struct Table {
   static constexpr int kWords = 4032;
-  static constexpr int kCodes = 3; // columns, at the most, whose storage may differ from tensor to tensor
-  static constexpr int kIndexBits = 26;
+  static constexpr int kCodes = 4; // columns, at the most, whose storage may differ from tensor to tensor
+  static constexpr int kIndexBits = 24;
 
   std::uint32_t tensors = 0, columns = 0, capacity = 0, units = 0;
   std::uint64_t words[kWords];

@@ -28,7 +28,7 @@ UNLEARN_INLINE bool is_salient(T fisher_forget, T fisher_retain, T forget_scale,
 // What top_bits ranks weights by; `SCORES` in unlearn_ext/ops.py lists the same names.
 enum class Score : int { value = 0, magnitude = 1, product = 2, ratio = 3 };
 
-constexpr bool takes_two(Score score) {
+UNLEARN_INLINE constexpr bool takes_two(Score score) {
   return score == Score::product || score == Score::ratio;
 }
 

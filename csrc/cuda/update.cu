@@ -1,0 +1,269 @@
+// update and its derivative on CUDA.
+#include "../operators/update.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <new>
+
+#include "../math/reduce.h"
+
+#include "launch.cuh"
+#include "octet.cuh"
+#include "partials.cuh"
+
+namespace unlearn {
+namespace {
+
+// The columns' places, -1 for those that are absent, and what else a launch needs beside the table. The dtypes of
+// weights and gradients are looked up by tensor, in this order.
+struct UpdateLaunch {
+  ScalarSource scalars;
+  int weights, forget, retain, slow, bits;                // operands
+  int output, to_weights, to_forget, to_retain, to_slow;  // results; `output` is the gradient that comes in
+  int weights_code, forget_code, retain_code, output_code;
+  bool mask_retain, sums;
+};
+
+__device__ __forceinline__ void round_and_store(Code code, char* base, std::int64_t first, int n, const float* values) {
+  if (code == Code::single) {
+    store_octet(base, first, n, values);
+  } else if (code == Code::wide) {
+    double wide[kOctet];
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) wide[k] = double(values[k]);
+    store_octet(base, first, n, wide);
+  } else {
+    std::uint16_t rounded[kOctet];
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) rounded[k] = round_to_half(values[k], code);
+    store_halves(base, first, n, rounded);
+  }
+}
+
+__device__ __forceinline__ void round_and_store(Code code, char* base, std::int64_t first, int n, const double* values) {
+  if (code == Code::wide) {
+    store_octet(base, first, n, values);
+  } else {
+    float narrow[kOctet];
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) narrow[k] = float(values[k]);
+    round_and_store(code, base, first, n, narrow);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void load_values(Code code, const char* base, std::int64_t first, int n, T* values) {
+  Octet<T> stored;
+  load_octet(stored, code, base, first, n);
+  widen(stored, code, values);
+}
+
+template <typename T>
+__device__ __forceinline__ const StepScalars<T>& shared_scalars(const UpdateLaunch& launch, unsigned char* room) {
+  if (threadIdx.x == 0) new (room) StepScalars<T>(launch.scalars.values());
+  __syncthreads();
+  return *reinterpret_cast<const StepScalars<T>*>(room);
+}
+
+template <bool forget, bool retain, bool interpolate, typename T>
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const __grid_constant__ Table table, const __grid_constant__ UpdateLaunch launch) {
+  alignas(StepScalars<T>) __shared__ unsigned char room[sizeof(StepScalars<T>)];
+  const StepScalars<T>& s = shared_scalars<T>(launch, room);
+  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
+  const int t = table.tensor_of(blockIdx.x);
+  const Code weights_code = table.code(launch.weights_code, t);
+  for_each_octet(table, t, [&](std::int64_t i, int n) {
+    T theta[kOctet], slow[kOctet] = {}, g_forget[kOctet] = {}, g_retain[kOctet] = {};
+    load_values(weights_code, table.pointer(launch.weights, t), i, n, theta);
+    if constexpr (interpolate) load_values(state_code, table.pointer(launch.slow, t), i, n, slow);
+    if constexpr (forget) load_values(table.code(launch.forget_code, t), table.pointer(launch.forget, t), i, n, g_forget);
+    if constexpr (retain) load_values(table.code(launch.retain_code, t), table.pointer(launch.retain, t), i, n, g_retain);
+    const std::uint32_t mask = launch.bits >= 0 ? load_mask(table.pointer(launch.bits, t), i) : 0xffu;
+    const std::uint32_t keep_retain = launch.mask_retain ? mask : 0xffu;
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      const WeightState<T> before{theta[k], T(0), T(0), slow[k]};
+      theta[k] = update_weight<Rule::sgd, forget, retain, interpolate>(
+                     before, g_forget[k], g_retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k),
+                     ~bits_t<T>(0), s)
+                     .theta;
+    }
+    round_and_store(weights_code, table.pointer(launch.to_weights, t), i, n, theta);
+  });
+}
+
+// Without sums no operand is read but the gradient that comes in.
+template <bool forget, bool retain, bool interpolate, typename T>
+__global__ void __launch_bounds__(kThreads) differentiate_kernel(
+    const __grid_constant__ Table table, const __grid_constant__ UpdateLaunch launch, UpdateSums* partials) {
+  alignas(StepScalars<T>) __shared__ unsigned char room[sizeof(StepScalars<T>)];
+  __shared__ UpdateSums sums[kThreads];
+  const StepScalars<T>& s = shared_scalars<T>(launch, room);
+  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
+  const int t = table.tensor_of(blockIdx.x);
+  UpdateSums own;
+  for_each_octet(table, t, [&](std::int64_t i, int n) {
+    T d[kOctet], theta[kOctet] = {}, slow[kOctet] = {}, g_forget[kOctet] = {}, g_retain[kOctet] = {};
+    load_values(table.code(launch.output_code, t), table.pointer(launch.output, t), i, n, d);
+    if (launch.sums) {
+      load_values(table.code(launch.weights_code, t), table.pointer(launch.weights, t), i, n, theta);
+      if constexpr (interpolate) load_values(state_code, table.pointer(launch.slow, t), i, n, slow);
+      if constexpr (forget) load_values(table.code(launch.forget_code, t), table.pointer(launch.forget, t), i, n, g_forget);
+      if constexpr (retain) load_values(table.code(launch.retain_code, t), table.pointer(launch.retain, t), i, n, g_retain);
+    }
+    const std::uint32_t mask = launch.bits >= 0 ? load_mask(table.pointer(launch.bits, t), i) : 0xffu;
+    const std::uint32_t keep_retain = launch.mask_retain ? mask : 0xffu;
+    // The gradients take the operands' places, which are not needed any more.
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      const WeightState<T> before{theta[k], T(0), T(0), slow[k]};
+      const UpdateGradient<T> gradient = update_gradient<forget, retain, interpolate>(
+          d[k], before, g_forget[k], g_retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k), s);
+      theta[k] = gradient.theta;
+      slow[k] = gradient.slow;
+      g_forget[k] = gradient.forget;
+      g_retain[k] = gradient.retain;
+      own.add(gradient.terms);
+    }
+    if (launch.to_weights >= 0) {
+      round_and_store(table.code(launch.weights_code, t), table.pointer(launch.to_weights, t), i, n, theta);
+    }
+    if constexpr (interpolate) {
+      if (launch.to_slow >= 0) store_octet(table.pointer(launch.to_slow, t), i, n, slow);
+    }
+    if constexpr (forget) {
+      if (launch.to_forget >= 0) {
+        round_and_store(table.code(launch.forget_code, t), table.pointer(launch.to_forget, t), i, n, g_forget);
+      }
+    }
+    if constexpr (retain) {
+      if (launch.to_retain >= 0) {
+        round_and_store(table.code(launch.retain_code, t), table.pointer(launch.to_retain, t), i, n, g_retain);
+      }
+    }
+  });
+  if (!launch.sums) return;
+  sums[threadIdx.x] = own;
+  for (int stride = 1; stride < kThreads; stride *= 2) {
+    __syncthreads();
+    if (threadIdx.x % (2 * stride) == 0) sums[threadIdx.x].add(sums[threadIdx.x + stride]);
+  }
+  if (threadIdx.x == 0) partials[blockIdx.x] = sums[0];
+}
+
+__global__ void scalar_gradients_kernel(
+    const UpdateSums* sums, bool stepped, bool interpolate, const __grid_constant__ ScalarSource scalars, double* out) {
+  if (threadIdx.x == 0) update_scalar_gradients(*sums, stepped, interpolate, scalars.values(), out);
+}
+
+using UpdateKernel = void (*)(Table, UpdateLaunch);
+using DifferentiateKernel = void (*)(Table, UpdateLaunch, UpdateSums*);
+
+struct UpdateKernels {
+  UpdateKernel update;
+  DifferentiateKernel differentiate;
+};
+
+template <bool forget, bool retain, bool interpolate, typename T>
+constexpr UpdateKernels kernels_of() {
+  return {update_kernel<forget, retain, interpolate, T>, differentiate_kernel<forget, retain, interpolate, T>};
+}
+
+template <typename T>
+UpdateKernels select_update(const UpdateCall& call) {
+  const bool forget = !call.forget.empty(), retain = !call.retain.empty(), interpolate = !call.slow.empty();
+  if (forget && retain) return interpolate ? kernels_of<true, true, true, T>() : kernels_of<true, true, false, T>();
+  if (forget) return interpolate ? kernels_of<true, false, true, T>() : kernels_of<true, false, false, T>();
+  if (retain) return interpolate ? kernels_of<false, true, true, T>() : kernels_of<false, true, false, T>();
+  return kernels_of<false, false, true, T>();
+}
+
+UpdateLaunch launch_of(const UpdateCall& call) {
+  UpdateLaunch launch{};
+  launch.scalars = source_of(call.scalars, call.weights[0]);
+  launch.mask_retain = call.mask_retain;
+  launch.output = launch.to_weights = launch.to_forget = launch.to_retain = launch.to_slow = -1;
+  launch.weights_code = 0;
+  launch.forget_code = 1;
+  launch.retain_code = launch.forget_code + !call.forget.empty();
+  launch.output_code = launch.retain_code + !call.retain.empty();
+  return launch;
+}
+
+void update_into(const UpdateCall& call, const TensorList& results) {
+  const OnDevice device(call.weights[0]);
+  const RawList weights(call.weights), slow(call.slow), forget(call.forget), retain(call.retain), bits(call.bits);
+  const RawList out(results);
+  UpdateLaunch launch = launch_of(call);
+  Columns columns;
+  launch.weights = columns.add(weights, /*coded=*/true);
+  launch.forget = columns.add(forget, /*coded=*/true);
+  launch.retain = columns.add(retain, /*coded=*/true);
+  launch.slow = columns.add(slow);
+  launch.bits = columns.add(bits);
+  launch.to_weights = columns.add(out);
+  const auto sizes = sizes_of(call.weights);
+  for (const bool wide : {false, true}) {
+    const UpdateKernel kernel = wide ? select_update<double>(call).update : select_update<float>(call).update;
+    columns.for_each_table(
+        sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == wide; },
+        [&](const Table& table) { device.launch("update", kernel, table.units, table, launch); });
+  }
+}
+
+void differentiate_update(const UpdateCall& call, const TensorList& output_grads, const UpdateGradients& gradients) {
+  const char* op = "update_backward";
+  const OnDevice device(call.weights[0]);
+  const RawList weights(call.weights), slow(call.slow), forget(call.forget), retain(call.retain), bits(call.bits);
+  const RawList output(output_grads), to_weights(gradients.weights), to_slow(gradients.slow);
+  const RawList to_forget(gradients.forget), to_retain(gradients.retain);
+  UpdateLaunch launch = launch_of(call);
+  launch.sums = gradients.scalars.numel() != 0;
+  Columns columns;
+  launch.weights = columns.add(weights, /*coded=*/true);
+  launch.forget = columns.add(forget, /*coded=*/true);
+  launch.retain = columns.add(retain, /*coded=*/true);
+  launch.output = columns.add(output, /*coded=*/true);
+  launch.slow = columns.add(slow);
+  launch.bits = columns.add(bits);
+  launch.to_weights = columns.add(to_weights);
+  launch.to_forget = columns.add(to_forget);
+  launch.to_retain = columns.add(to_retain);
+  launch.to_slow = columns.add(to_slow);
+
+  const auto sizes = sizes_of(call.weights);
+  std::int64_t blocks = 0;
+  for (const std::int64_t size : sizes) blocks += chunks_of(size);
+  Partials<UpdateSums> partials(call.weights[0], launch.sums ? std::max<std::int64_t>(blocks, 1) : 0);
+  if (launch.sums && blocks == 0) device.zero(op, partials.data(), sizeof(UpdateSums));
+  UpdateSums* next = partials.data();
+  for (const bool wide : {false, true}) {
+    const DifferentiateKernel kernel =
+        wide ? select_update<double>(call).differentiate : select_update<float>(call).differentiate;
+    columns.for_each_table(
+        sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == wide; },
+        [&](const Table& table) {
+          device.launch(op, kernel, table.units, table, launch, next);
+          if (launch.sums) next += table.units;
+        });
+  }
+  if (!launch.sums) return;
+  Tensor sum = empty_flat(call.weights[0], sizeof(UpdateSums) / sizeof(double), ScalarType::Double);
+  UpdateSums* total = static_cast<UpdateSums*>(sum.data_ptr());
+  partials.combine(device, op, total);
+  // The scalars' gradients belong where the scalars are.
+  Tensor own = empty_flat(call.weights[0], kScalarCount, ScalarType::Double);
+  device.launch(op, scalar_gradients_kernel, 1, static_cast<const UpdateSums*>(total), call.stepped(),
+                !call.slow.empty(), launch.scalars, static_cast<double*>(own.data_ptr()));
+  Tensor result = gradients.scalars;
+  torch::stable::copy_(result, own);
+}
+
+} // namespace
+} // namespace unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_ext, UNLEARN_CUDA_KEY, m) {
+  m.impl("update", TORCH_BOX(&unlearn::update<&unlearn::update_into>));
+  m.impl("update_backward", TORCH_BOX(&unlearn::update_backward<&unlearn::differentiate_update>));
+}
