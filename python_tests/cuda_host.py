@@ -17,8 +17,9 @@ def recipe(csrc: Path | None = None) -> _native.Recipe:
     sources = [path.relative_to(base.csrc).as_posix() for path in [*sorted((base.csrc / "cuda").glob("*.cu")), *rooms]]
     sources.sort(key=lambda source: source != "cuda/step.cu")
     flags = ("-O2", "-DUSE_CUDA", "-DUNLEARN_CUDA_KEY=CPU", f"-I{STAND_INS}", "-x", "c++")
-    # The sanitizers' flags, where there are any, come last and win; with them a switch of threads costs much more.
-    extra = ("-Og", "-g1", "-DUNLEARN_CUDA_THREADS=64") if "-Og" in base.flags else ()
+    flags += ("-DUNLEARN_CUDA_THREADS=64",)  # a switch of threads is what costs time here
+    # The sanitizers' flags, where there are any, come last and win.
+    extra = ("-Og", "-g1") if "-Og" in base.flags else ()
     return dataclasses.replace(
         base,
         file_name="libcuda_on_host.so",

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Without sums no operand is read but the gradient that comes in.
 template <bool forget, bool retain, bool interpolate, typename T>
-__global__ void __launch_bounds__(kThreads) differentiate_kernel(
+__global__ void __launch_bounds__(kThreads, 2) differentiate_kernel(
     const __grid_constant__ Table table, const __grid_constant__ UpdateLaunch launch, UpdateSums* partials) {
   alignas(StepScalars<T>) __shared__ unsigned char room[sizeof(StepScalars<T>)];
   __shared__ UpdateSums sums[kThreads];
