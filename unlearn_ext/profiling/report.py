@@ -18,7 +18,7 @@ from .loop import loop_holds, triad, triad_bytes
 from .timing import interleaved, quantile
 from .work import Work, ways
 
-__all__ = ["FIELDS", "Measurement", "device_name", "document", "measure", "show", "write"]
+__all__ = ["FIELDS", "Measurement", "device_name", "document", "in_words", "measure", "show", "write"]
 
 FIELDS = (
     "operator",
@@ -97,6 +97,10 @@ def measure(
     return Measurement(label, rows, triad_speed / 1e9, first_calls.get("torch_compile"))
 
 
+def in_words(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count:,}"
+
+
 def device_name(device: torch.device | str = "cpu") -> str:
     """What the numbers were measured on, as its maker calls it."""
     if torch.device(device).type == "cuda":
@@ -135,7 +139,7 @@ def show(measurements: Sequence[Measurement], console: Console | None = None) ->
         first = measurement.rows[0]
         what = " ".join(filter(None, (first["operator"], first["rule"])))
         table = Table(
-            title=f"{what}, {first['dtype']}: {first['weights'] / 1e6:.1f} M weights in {first['tensors']} tensors "
+            title=f"{what}, {first['dtype']}: {in_words(first['weights'])} weights in {first['tensors']} tensors "
             f"({measurement.label})"
         )
         table.add_column("implementation")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -291,7 +290,3 @@ def _update(
             w = slow[i] + SLOW_RATE * (w - slow[i])
             slow[i].copy_(w)
         weight.copy_(w)
-
-
-def make_work(operator: str, *arguments: Any) -> Work:
-    return {"joint": joint, "sequential": sequential}[operator](*arguments)

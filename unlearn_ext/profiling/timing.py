@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["interleaved", "quantile"]
+__all__ = ["interleaved", "quantile", "repeats_for"]
 
 
 def interleaved(
@@ -41,3 +41,8 @@ def quantile(values: Sequence[float], q: float) -> float:
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[round(100 * q) - 1]
+
+
+def repeats_for(weights: int) -> int:
+    """Enough for steady quantiles in a time one waits for: small updates are short, and more of them are needed."""
+    return max(15, min(101, 600_000_000 // weights))

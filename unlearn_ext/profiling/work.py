@@ -40,6 +40,7 @@ class Work:
         result: what a run has made, from what it returned, as tensors to compare.
         reset: puts counts of steps back.
         triad: two float32 lists of the weights' shapes.
+        tolerance: how far from ours a way may arrive, as a share of how far each tensor has moved.
     """
 
     operator: str
@@ -52,6 +53,7 @@ class Work:
     result: Callable[[Any], list[Tensor]]
     triad: tuple[list[Tensor], list[Tensor]]
     reset: Callable[[], None] = lambda: None
+    tolerance: float = 1e-3
 
     @property
     def weights(self) -> int:
@@ -76,7 +78,7 @@ class Work:
             MismatchError: says which way and how far.
         """
         seconds: dict[str, float] = {}
-        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2  # half types: a rounding that falls the other way
+        tolerance = self.tolerance if self.dtype == torch.float32 else 5e-2  # half: a rounding that falls the other way
         before = [t.clone() for t in self.state]
         start = [t.clone() for t in self.result(None)] if self.state else []
         expected: list[Tensor] = []
