@@ -47,7 +47,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -268,6 +268,12 @@ def reference_recipe(csrc: Path | None = None) -> Recipe:
     )
 
 
+def loop_recipe(csrc: Path | None = None) -> Recipe:
+    """``csrc/benchmark/loop.cpp``: what the memory allows, compiled as the operators are. For measurements only."""
+    operators = cpu_recipe(csrc)
+    return replace(operators, file_name="libunlearn_ext_bench.so", sources=("benchmark/loop.cpp",))
+
+
 def aot_recipes() -> list[Recipe]:
     """What an ahead-of-time wheel carries: one library for each instruction set that torch tells apart."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -415,6 +421,12 @@ def build(csrc: Path | None = None, cache: Path | None = None) -> Path:
         BuildError: the sources do not compile or link.
     """
     return _build_cached(cpu_recipe(csrc), cache)
+
+
+@functools.cache
+def load_loop() -> None:
+    """Build ``csrc/benchmark/loop.cpp`` unless the cache has it, and load it: the kernels of ``unlearn_ext_bench``."""
+    _load_library(_build_cached(loop_recipe(), None))
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = ["StepConfig", "UnlearnOptimizer"]
 
 _MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 _MOMENTS["adamw"] = _MOMENTS["adam"]
+_DEVICE, _DTYPE, _LAYOUT = attrgetter("device"), attrgetter("dtype"), attrgetter("layout")
 
 
 @dataclass(kw_only=True)
@@ -220,6 +222,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         aligned = [p.grad for p in parameters] if grads is None else list(grads)
         if len(aligned) != len(parameters):
             raise InputError(f"{op}: expected {len(parameters)} gradients, one for each parameter, got {len(aligned)}")
+        if _fit_as_they_are(aligned, parameters):
+            return aligned
         for i, gradient in enumerate(aligned):
             if gradient is None:
                 continue
@@ -310,20 +314,21 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         masked = self.mask_bits is not None and (forgets or self.mask_scope == "all")
         prefix = "forget_" if own_state else ""
         rule = self.forget_rule if own_state else self.rule
-        buckets = self._buckets(op, parameters, forget, retain, f"{prefix}step")
-        self._make_slow_weights(parameters)
+        states = [self.state[p] for p in parameters]  # once: hashing a tensor is a call into Python
+        buckets = self._buckets(op, parameters, states, forget, retain, f"{prefix}step")
+        self._make_slow_weights(states)
 
         clips, skip = self._clip(op, parameters, forget, retain, buckets, masked)
         interpolate = closes_round and (self.param_groups[0]["retain_steps"] + 1) % self.slow_freq == 0
-        left = set(range(len(parameters)))
         for bucket in buckets:
-            left.difference_update(bucket.indices)
             self._step_bucket(
-                bucket, parameters, forget, retain, rule, prefix, masked, clips, skip, interpolate, op == "forget_step"
-            )
+                bucket, parameters, states, forget, retain, rule, prefix, masked, clips, skip, interpolate,
+                op == "forget_step",
+            )  # fmt: skip
         if interpolate:
             # Weights without a gradient in this step may have been moved by others of the round.
-            self._interpolate([i for i in sorted(left) if "slow" in self.state[parameters[i]]], parameters, masked)
+            left = set(range(len(parameters))).difference(*(bucket.indices for bucket in buckets))
+            self._interpolate([i for i in sorted(left) if "slow" in states[i]], parameters, masked)
         if closes_round:
             for group in self.param_groups:
                 group["retain_steps"] += 1
@@ -333,53 +338,59 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self,
         op: str,
         parameters: list[Tensor],
+        states: list[dict[str, Any]],
         forget: list[Tensor | None],
         retain: list[Tensor | None],
         counter: str,
     ) -> list[_Bucket]:
-        found: dict[tuple, _Bucket] = {}
-        index = 0
-        for number, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                has_forget, has_retain = forget[index] is not None, retain[index] is not None
-                if has_forget or has_retain:
-                    count = self.state[p].get(counter, 0) + 1
-                    key = (number, has_forget, has_retain, count, p.device)
-                    if key not in found:
-                        found[key] = _Bucket(group, [], has_forget, has_retain, count)
-                    found[key].indices.append(index)
-                index += 1
-        if not found:
+        buckets: list[_Bucket] = []
+        start = 0
+        for group in self.param_groups:
+            indices = range(start, start + len(group["params"]))
+            start = indices.stop
+            kinds = [
+                (forget[i] is not None, retain[i] is not None, states[i].get(counter, 0) + 1, parameters[i].device)
+                for i in indices
+            ]
+            members: dict[tuple, list[int]] = {}
+            if kinds and kinds.count(kinds[0]) == len(kinds):
+                members[kinds[0]] = list(indices)
+            else:
+                for i, kind in zip(indices, kinds, strict=True):
+                    members.setdefault(kind, []).append(i)
+            buckets += [_Bucket(group, found, *kind[:3]) for kind, found in members.items() if kind[0] or kind[1]]
+        if not buckets:
             raise InputError(f"{op}: every gradient is None; call backward() on a loss of these parameters first")
-        return list(found.values())
+        return buckets
 
     def _clip(self, op, parameters, forget, retain, buckets, masked) -> tuple[tuple[Any, Any], Any]:
-        """The two clip factors and the flag that a gradient is not finite, as 0-d tensors on the parameters' device."""
+        """The two clip factors and the flag that a gradient is not finite: numbers on the CPU, where nothing waits for
+        them, else 0-d tensors on the parameters' device."""
         home = parameters[buckets[0].indices[0]].device
-        squares = torch.zeros(3, dtype=torch.float64, device=home)  # weighted forget, weighted retain, non-finite
+        on_cpu = home.type == "cpu"
+        squares = [0.0, 0.0, 0.0]  # weighted forget, weighted retain, non-finite
         for bucket in buckets:
             products = ops.gradient_products(
                 [forget[i] for i in bucket.indices] if bucket.has_forget else (),
                 [retain[i] for i in bucket.indices] if bucket.has_retain else (),
                 [self.mask_bits[i] for i in bucket.indices] if masked else (),
                 self.mask_scope,
-            ).to(home)
-            squares[0] += products[0] * bucket.group["forget_weight"] ** 2
-            squares[1] += products[1] * bucket.group["retain_weight"] ** 2
-            squares[2] += products[3]
+            )
+            of_forget, of_retain, _, non_finite = products.tolist() if on_cpu else products.to(home)
+            squares[0] = squares[0] + of_forget * bucket.group["forget_weight"] ** 2
+            squares[1] = squares[1] + of_retain * bucket.group["retain_weight"] ** 2
+            squares[2] = squares[2] + non_finite
         skip = squares[2] > 0
-        if home.type == "cpu":
-            if skip:
-                self._raise_non_finite(op, parameters, forget, retain, masked)
-        else:
+        if not on_cpu:
             self._non_finite = skip if self._non_finite is None else self._non_finite | skip
-        norms = squares[:2].sqrt()
+        elif skip:
+            self._raise_non_finite(op, parameters, forget, retain, masked)
         clips = [
-            1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
-            for limit, norm in zip((self.max_norm, self.retain_max_norm), norms, strict=True)
+            1.0 if limit is None else _at_most_one(limit / (square**0.5 + 1e-6))
+            for limit, square in zip((self.max_norm, self.retain_max_norm), squares[:2], strict=True)
         ]
         if op != "retain_step":
-            self.last_clip = torch.as_tensor(clips[0])
+            self.last_clip = torch.as_tensor(clips[0], dtype=torch.float64)
         return (clips[0], clips[1]), skip
 
     def _raise_non_finite(self, op, parameters, forget, retain, masked) -> None:
@@ -398,11 +409,11 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 )
 
     def _step_bucket(
-        self, bucket, parameters, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
+        self, bucket, parameters, states, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
     ) -> None:
         group, indices = bucket.group, bucket.indices
-        weights = [parameters[i] for i in indices]
-        moments = [self._moments(weights, prefix + name) for name in _MOMENTS[rule]]
+        weights, states = [parameters[i] for i in indices], [states[i] for i in indices]
+        moments = [self._moments(weights, states, prefix + name) for name in _MOMENTS[rule]]
         interpolate = interpolate and group["slow_rate"] != 1.0
         device = weights[0].device
         ops.step_(
@@ -426,7 +437,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             ),
             forget_grads=[forget[i] for i in indices] if bucket.has_forget else (),
             retain_grads=[retain[i] for i in indices] if bucket.has_retain else (),
-            slow=[self.state[p]["slow"] for p in weights] if interpolate else (),
+            slow=[state["slow"] for state in states] if interpolate else (),
             first_moments=moments[0] if moments else (),
             second_moments=moments[1] if len(moments) > 1 else (),
             bits=[self.mask_bits[i] for i in indices] if masked else (),
@@ -434,8 +445,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             protect=self.protect and masked,
             rounding_seed=self._next_rounding_seed(group),
         )
-        for p in weights:
-            self.state[p][f"{prefix}step"] = bucket.count
+        counter = f"{prefix}step"
+        for state in states:
+            state[counter] = bucket.count
 
     def _interpolate(self, indices: list[int], parameters: list[Tensor], masked: bool) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -451,20 +463,22 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 rounding_seed=self._next_rounding_seed(group),
             )
 
-    def _moments(self, weights: list[Tensor], name: str) -> list[Tensor]:
-        for p in weights:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
-        return [self.state[p][name] for p in weights]
+    @staticmethod
+    def _moments(weights: list[Tensor], states: list[dict[str, Any]], name: str) -> list[Tensor]:
+        for p, state in zip(weights, states, strict=True):
+            if name not in state:
+                state[name] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
+        return [state[name] for state in states]
 
-    def _make_slow_weights(self, parameters: list[Tensor]) -> None:
+    def _make_slow_weights(self, states: list[dict[str, Any]]) -> None:
         """Slow weights start where the weights are before the first step of any kind."""
+        start = 0
         for group in self.param_groups:
-            if group["slow_rate"] == 1.0:
-                continue
-            for p in group["params"]:
-                if "slow" not in self.state[p]:
-                    self.state[p]["slow"] = p.detach().to(_state_dtype(p), copy=True)
+            if group["slow_rate"] != 1.0:
+                for p, state in zip(group["params"], states[start:], strict=False):
+                    if "slow" not in state:
+                        state["slow"] = p.detach().to(_state_dtype(p), copy=True)
+            start += len(group["params"])
 
     @staticmethod
     def _forget_rate(group: dict[str, Any]) -> float:
@@ -502,6 +516,26 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 key: torch.empty_like(p, dtype=value.dtype).copy_(value) if isinstance(value, Tensor) else value
                 for key, value in entries.items()
             }
+
+
+def _at_most_one(factor: float | Tensor) -> float | Tensor:
+    return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)
+
+
+def _fit_as_they_are(grads: list[Tensor | None], parameters: list[Tensor]) -> bool:
+    """Whether all is as it mostly is. With hundreds of small tensors, looking at each in Python costs more than moving
+    their weights, so the loops here are the interpreter's own. No says nothing: a closer look decides."""
+    try:
+        return (
+            all(map(Tensor.is_contiguous, grads))
+            and all(map(Tensor.is_contiguous, parameters))
+            and list(map(Tensor.size, grads)) == list(map(Tensor.size, parameters))
+            and list(map(_DEVICE, grads)) == list(map(_DEVICE, parameters))
+            and all(dtype.is_floating_point for dtype in set(map(_DTYPE, grads)))
+            and set(map(_LAYOUT, grads)) == {torch.strided}
+        )
+    except (TypeError, RuntimeError):  # a gradient is None, or sparse
+        return False
 
 
 def _same_memory_order(a: Tensor, b: Tensor) -> bool:

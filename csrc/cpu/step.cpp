@@ -60,6 +60,11 @@ void store_half(
     int n,
     const float* values) {
   std::uint16_t* to = lists.weights.at<std::uint16_t>(t, start);
+  if (lists.weights.dtype[t] == ScalarType::BFloat16 && !call.stochastic && !call.protect) {
+    UNLEARN_LANES
+    for (int i = 0; i < n; ++i) to[i] = float_to_bfloat16(values[i]);
+    return;
+  }
   std::uint16_t rounded[kStrip];
   if (lists.weights.dtype[t] == ScalarType::Half) {
     float_to_half(values, rounded, n);

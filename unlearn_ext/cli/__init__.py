@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError
-    from . import demo
+    from . import demo, profile
 
     app = typer.Typer(
         add_completion=False,
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     app.callback()(lambda: None)
     app.command("demo")(demo.demo)
+    app.command("profile")(profile.profile)
     errors = Console(stderr=True, highlight=False)
     try:
         app(_hyphens(sys.argv[1:] if arguments is None else arguments))
