@@ -271,3 +271,23 @@ def test_rivals_take_turns() -> None:
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert all(len(values) == 3 for values in seconds.values())
     assert quantile([1.0, 2.0, 3.0], 0.5) == 2.0 and quantile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.2) == 2.0
+
+
+def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    done = run(
+        ROOT / "benchmarks" / "gpu_check.py",
+        "--device=cpu", "--scale=0.0002", "--repeats=1", "--output", file, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(file.read_text())
+    assert set(document["steps"]) == {"build", "tests", "bench_step", "bench_saliency", "bench_iteration"}
+    assert all(step["exit_code"] == 0 for step in document["steps"].values())
+    assert "passed" in document["steps"]["tests"]["summary"]
+    assert {row["benchmark"] for row in document["rows"]} == {"bench_step", "bench_saliency", "bench_iteration"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_of_a_gpu_says_when_there_is_none(tmp_path: Path) -> None:
+    done = run(ROOT / "benchmarks" / "gpu_check.py", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: this torch sees no GPU")

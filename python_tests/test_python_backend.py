@@ -11,7 +11,14 @@ import pytest
 from conftest import PYTHON_BACKEND
 
 HERE = Path(__file__).resolve().parent
-OPERATOR_FILES = ("test_step.py", "test_products.py", "test_saliency_ops.py", "test_contracts.py", "test_update.py", "test_top_bits.py")
+OPERATOR_FILES = (
+    "test_step.py",
+    "test_products.py",
+    "test_saliency_ops.py",
+    "test_contracts.py",
+    "test_update.py",
+    "test_top_bits.py",
+)
 
 
 @pytest.mark.skipif(PYTHON_BACKEND, reason="this session runs the pure-PyTorch operators already")

@@ -23,7 +23,17 @@ from unlearn_ext import _native
 ROOT = Path(__file__).resolve().parents[1]
 # Light optimisation and line tables only: three times quicker to compile than -O1 -g.
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -Og -g1"
-OPERATORS = ("step_", "gradient_products", "fisher_double", "fisher_float", "ratio_bits", "pack_bits", "many", "update", "top_bits")
+OPERATORS = (
+    "step_",
+    "gradient_products",
+    "fisher_double",
+    "fisher_float",
+    "ratio_bits",
+    "pack_bits",
+    "many",
+    "update",
+    "top_bits",
+)
 
 pytestmark = pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")
 
