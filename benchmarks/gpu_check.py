@@ -73,7 +73,7 @@ def versions(device: str) -> dict[str, str]:
     return found
 
 
-def check(device: str, scale: float, repeats: int | None) -> dict[str, Any]:
+def check(device: str, scale: float, repeats: int | None, implementations: list[str] | None) -> dict[str, Any]:
     """Everything in turn; a step that fails does not keep the others from being made."""
     on_gpu = torch.device(device).type == "cuda"
     document: dict[str, Any] = {
@@ -99,8 +99,9 @@ def check(device: str, scale: float, repeats: int | None) -> dict[str, Any]:
 
     weights = max(round(scale * sum(map(_numel, named(SHAPES)))), 1000)
     options = ["--device", device, *(["--repeats", repeats] if repeats else [])]
+    options += ["--implementations", *implementations] if implementations else []
     shaped = ["--shapes", SHAPES, "--weights", weights]
-    scripts = {"bench_step": shaped, "bench_saliency": shaped, "bench_iteration": [] if scale >= 1 else ["--width", 16]}
+    scripts = {"bench_step": shaped, "bench_saliency": shaped, "bench_iteration": [] if scale >= 1 else ["--width", 24]}
     with tempfile.TemporaryDirectory() as directory:
         for name, more in scripts.items():
             file = Path(directory, f"{name}.json")
@@ -119,13 +120,14 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of DiT-XL/2's 749.8 M weights")
     parser.add_argument("--repeats", type=int, help="of every measurement; as many as take some seconds, unless given")
+    parser.add_argument("--implementations", nargs="+", help="rivals to measure; all of them, unless given")
     parser.add_argument("--output", type=Path, help="the file to write instead of results/<gpu>.json")
     arguments = parser.parse_args()
     if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         print("error: this torch sees no GPU; use --device cpu --scale 0.01 to try the script", file=sys.stderr)
         return 1
     started = time.perf_counter()
-    document = check(arguments.device, arguments.scale, arguments.repeats)
+    document = check(arguments.device, arguments.scale, arguments.repeats, arguments.implementations)
     document["seconds"] = round(time.perf_counter() - started, 1)
     name = re.sub(r"[^\w.-]+", "-", document["device"]).strip("-").lower()
     path = arguments.output or ROOT / "benchmarks" / "results" / f"{name}.json"
