@@ -18,7 +18,7 @@ from models import ConvNet, batches, make, samples
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from unlearn_ext import InputError, NonFiniteError, ProtectionError, SaliencyMask, Unlearner
+from unlearn_ext import InputError, NonFiniteError, ProtectionError, SaliencyMask, Unlearner, _checkpoint
 from unlearn_ext.methods import SFRon
 from unlearn_ext.methods.sfron import adaptive_shares
 from unlearn_ext.tasks import Classification
@@ -98,6 +98,31 @@ def test_frozen_parameters_stay_and_tied_ones_move_together() -> None:
     assert torch.equal(model.head.bias, bias) and not torch.equal(model.first.weight, shared)
     assert model.first.weight is model.second.weight
     assert set(result.mask.names) == {"first.weight", "first.bias", "second.bias", "head.weight"}
+
+
+class Outer(nn.Module):
+    """A model with a part called ``module``, beside another of the same parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.weight, self.bias = nn.Linear(4, 3), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.module(x) * self.weight + self.bias
+
+
+def test_names_of_wrappers_and_of_parts_called_module() -> None:
+    names = ["weight", "bias", "module.weight", "module.bias"]
+    compiled = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 3))
+    data = {name: [(torch.randn(8, 4), torch.randint(0, 3, (8,)))] for name in ("forget", "retain")}
+    for model, expected in (
+        (Outer(), names),
+        (nn.DataParallel(Outer()), names),
+        (torch.compile(nn.DataParallel(Outer()), backend="eager"), names),
+        (compiled, ["0.weight", "0.bias", "1.weight", "1.bias"]),
+    ):
+        assert run(model, data).mask.names == expected
+        assert list(_checkpoint.model_tensors(model)) == expected
 
 
 def test_dict_batches_and_outputs_with_logits() -> None:
@@ -236,6 +261,28 @@ def test_labels_out_of_range(label) -> None:
         retain[batch][1][3] = label
         with pytest.raises(InputError, match=rf"label {label} is outside the model's 4 classes"):
             run(make(), {"forget": batches(3, 6, seed=1), "retain": retain})
+
+
+def test_labels_that_only_a_loss_of_ones_own_understands() -> None:
+    """Such as ignore_index=-100: what they mean is the loss's affair."""
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    data["retain"][2][1][3] = -100
+    loss = nn.CrossEntropyLoss(reduction="none")
+    assert Unlearner(make(), Classification(loss=loss), method()).run(**data).counts["iterations"] == 12
+
+
+def test_the_first_pass_over_the_data_only_checks_it() -> None:
+    class Counting(Classification):
+        prepared = 0
+
+        def prepare(self, batch, device):
+            self.prepared += 1
+            return super().prepare(batch, device)
+
+    task = Counting()
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    Unlearner(make(), task, method(gamma=None, iterations=2)).run(**data)
+    assert task.prepared == 2 + 3  # to learn the classes, once a set; one forget and two retain batches
 
 
 def test_batches_of_the_wrong_form() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._files import atomic_directory
-from ._names import plain_name
+from ._names import own_names, unwrapped
 from .errors import InputError
 from .optim import UnlearnOptimizer
 from .saliency import SaliencyMask
@@ -25,10 +25,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by plain name; tied ones once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in own_names(unwrapped(model).state_dict(keep_vars=True).items()).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
-            tensors[plain_name(name)] = value.detach()
+            tensors[name] = value.detach()
     return tensors
 
 

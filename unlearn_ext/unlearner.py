@@ -19,7 +19,7 @@ from ._files import writable_directory
 from ._hashing import weights_hash
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
-from ._names import plain_name
+from ._names import trainable
 from ._streams import BatchStream
 from .errors import InputError
 from .methods import Method
@@ -92,7 +92,7 @@ class Unlearner:
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")
         self.model, self.task, self.method = model, task, method
-        self._named = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+        self._named = list(trainable(model).items())
         if not self._named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
         if device is not None:
