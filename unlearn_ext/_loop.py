@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checkpoint, _rng
-from ._history import History
+from ._history import History, plain
 from ._modes import evaluating
-from ._streams import BatchStream
+from ._streams import BatchStream, length
 from .errors import InputError, NonFiniteError, ProtectionError
 from .optim import UnlearnOptimizer
 from .saliency.protection import protected_count, protected_hashes
@@ -27,15 +27,8 @@ __all__ = ["Loop", "Progress"]
 Progress = Callable[[str, int, int | None], None]
 
 
-class _ForgetSide:
-    """Lets a GradScaler, which calls ``step()``, make a forget step."""
-
-    def __init__(self, optimizer: UnlearnOptimizer):
-        self.optimizer = optimizer
-        self.param_groups = optimizer.param_groups
-
-    def step(self) -> None:
-        self.optimizer.forget_step()
+# What a history entry tells of a forget step.
+_OF_FORGETTING = ("forget_loss", "alpha", "clip", "largest_share", "forget_skipped")
 
 
 class Loop:
@@ -54,16 +47,19 @@ class Loop:
         self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
         self.forget, self.retain = streams
         self.parameters = [p for _, p in unlearner._named]
-        self.buffers = list(self.model.buffers())
-        self.before: list[Tensor] = []  # the buffers before the step at hand
+        self.buffers = [(name, buffer, buffer._version) for name, buffer in self.model.named_buffers()]
+        self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they held before the step at hand
         self.history = History(directory, result.history)
+        self.forgetting: dict[str, Any] = {}  # of the last forget step that no entry has shown yet
         self.iteration = 0
+        self.checked = 0  # iterations whose gradients are known to be finite
+        self.begun = False  # whether the task has learned from the model what batches must fit
         self.forgot = False  # whether this iteration has made its forget step
         self.seconds = 0.0
         self.counts = {"iterations": 0, "forget_steps": 0, "retain_steps": 0}
-        scaled = unlearner._half == torch.float16
-        self.scaler = torch.amp.GradScaler(unlearner.device.type) if scaled else None
-        self.forget_side = _ForgetSide(optimizer)
+        # One for each side: the forget loss is alpha times larger, and where it overflows only its own scale shrinks.
+        sides = ("forget", "retain") if unlearner.mixed_precision == "fp16" else ()
+        self.scalers = {side: torch.amp.GradScaler(unlearner.device.type) for side in sides}
         self.protected: list[int] | None = None
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
@@ -74,57 +70,54 @@ class Loop:
     def _fully_protected(self) -> bool:
         return self.result.mask is not None and self.method.protect and self.method.mask_scope == "all"
 
-    def start(self, checkpoint: Path | None) -> None:
-        for p in self.parameters:
-            p.grad = None
+    def start(self, checkpoint: _checkpoint.Checkpoint | None) -> None:
+        self._clear()
         if checkpoint is None:
+            self.begun = True  # by the first pass
             self.history.clear()
             if self._fully_protected():
                 self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
             return
-        document = _checkpoint.read(checkpoint)
-        settings = json.loads(json.dumps(self.method.settings()))
-        for key, value in document["settings"].items():
-            if settings.get(key) != value:
-                raise InputError(
-                    f"{checkpoint} was written with {key}={value!r} and the method has {settings.get(key)!r}: resume "
-                    "with the same settings"
-                )
-        _checkpoint.restore(checkpoint, document, self.model, self.optimizer)
-        self.iteration, self.seconds, self.counts = document["iteration"], document["seconds"], document["counts"]
+        document = checkpoint.document
+        for stream in (self.forget, self.retain):
+            stream.check(document[stream.name], document["batches"][stream.name])
+        _rng.check(document["rng"], self._generators())
+        for stream in (self.forget, self.retain):
+            stream.seek(document[stream.name])
+        _checkpoint.restore(checkpoint, self.model, self.optimizer)
+        self.iteration = self.checked = document["iteration"]
+        self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
         self.result.timings.update(document["timings"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(document["scaler"])
+        for side, scaler in self.scalers.items():
+            scaler.load_state_dict(document["scalers"][side])
         self.history.keep_until(self.iteration)
-        self.forget.seek(document["forget"])
-        self.retain.seek(document["retain"])
         _rng.restore(document["rng"], self._generators())
 
     def run(self, checkpointing_steps, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
         modes = [(module, module.training) for module in self.model.modules()]
-        self.model.train()
-        forgetting: dict[str, Any] = {}  # of the last forget step that no entry has shown yet
+        if not self.model.training:  # else modules in eval mode are frozen on purpose
+            self.model.train()
         try:
             while self.iteration < method.iterations:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
                 if entry["forget_loss"] is not None:
-                    forgetting = {key: entry[key] for key in ("forget_loss", "alpha", "clip", "largest_share")}
+                    self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
                 self.iteration += 1
                 stop, paused = False, 0.0
                 if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
                     stop, paused = self._evaluate(evaluate, entry)
                 last = stop or self.iteration == method.iterations
                 if last or self.iteration % log_every == 0 or "evaluation" in entry:
-                    # The one place that waits for the device, so the clock below is right there as well.
-                    self.optimizer.raise_if_non_finite()
-                    self.history.add({**entry, **forgetting} if entry["forget_loss"] is None else entry)
-                    forgetting = {}
+                    self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
+                    self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
+                    self.forgetting = {}
                 self.seconds += time.perf_counter() - started - paused
                 self.progress("unlearning", self.iteration, method.iterations)
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
+                    self._raise_if_non_finite()
                     self._save()
                 if stop:
                     result.stopped_at = self.iteration
@@ -132,8 +125,7 @@ class Loop:
         finally:
             for module, training in modes:
                 module.training = training
-            for p in self.parameters:
-                p.grad = None
+            self._clear()
         self._finish()
 
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
@@ -144,6 +136,7 @@ class Loop:
         with evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
         _rng.restore(state, generators)
+        self._clear()
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
             verdict = verdict.item()
         if verdict is not None and not isinstance(verdict, bool):
@@ -167,11 +160,11 @@ class Loop:
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
             self._retain(t, entry, forget_grads)
         except NonFiniteError as error:
-            for buffer, before in zip(self.buffers, self.before, strict=True):
+            for buffer, before in self.before:
                 buffer.copy_(before)
             made = "; its forget step had been made" if self.forgot else ""
             raise NonFiniteError(f"iteration {t}: {error}{made}") from None
-        if entry["forget_loss"] is not None:
+        if self.forgot:
             entry["clip"] = optimizer.last_clip
         self.counts["iterations"] += 1
         return entry
@@ -184,37 +177,48 @@ class Loop:
             forget_loss=losses.detach().mean(), alpha=self.method.strength(t), largest_share=forget.largest_share
         )
         self._backward(forget.loss, entry["forget_loss"], "forget")
-        self.counts["forget_steps"] += 1
         if self.method.update == "joint":
             gradients = [p.grad for p in self.parameters]
             self._clear()
             return gradients
-        self._step(self.forget_side)
-        self.forgot = True
+        self._step("forget", entry)
         self._remember_buffers()
         return None
 
     def _remember_buffers(self) -> None:
-        """A batch that is not finite reaches BatchNorm's statistics before its loss tells."""
-        self.before = [buffer.clone() for buffer in self.buffers]
+        """A batch that is not finite reaches BatchNorm's statistics before its loss tells.
+
+        Tables that nothing writes are copied the first time only; BatchNorm writes without a mark on the version.
+        """
+        first = not self.before
+        self.before = [
+            (buffer, buffer.clone())
+            for name, buffer, version in self.buffers
+            if first or buffer._version != version or name.rpartition(".")[2].startswith("running_")
+        ]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
         losses = self._losses(self.retain)
         loss = self.method.retain_loss(losses, t)
         entry["retain_loss"] = losses.detach().mean()
         self._backward(loss, entry["retain_loss"], "retain")
+        if forget_grads is None:
+            self._step("retain", entry)
+            return
+        self.optimizer.joint_step(forget_grads)
+        self._clear()
+        self.forgot = True
+        self.counts["forget_steps"] += 1
         self.counts["retain_steps"] += 1
-        if forget_grads is not None:
-            self.optimizer.joint_step(forget_grads)
-            self._clear()
-        else:
-            self._step(self.optimizer)
-        if self.scaler is not None:
-            self.scaler.update()
 
     def _losses(self, stream: BatchStream) -> Tensor:
-        batch = self.unlearner.task.prepare(stream.take(), self.unlearner.device)
-        return self.unlearner.losses(batch)
+        task, batch = self.unlearner.task, stream.take()
+        if not self.begun:
+            state = _rng.capture()
+            task.begin(self.model, batch)
+            _rng.restore(state)
+            self.begun = True
+        return self.unlearner.losses(task.prepare(batch, self.unlearner.device))
 
     def _backward(self, loss: Tensor, mean: Tensor, side: str) -> None:
         if self.unlearner.device.type == "cpu" and not bool(torch.isfinite(loss)):
@@ -223,16 +227,33 @@ class Loop:
             )
         if not loss.requires_grad:
             raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        (self.scalers[side].scale(loss) if self.scalers else loss).backward()
 
-    def _step(self, side: UnlearnOptimizer | _ForgetSide) -> None:
-        if self.scaler is not None:
-            self.scaler.step(side)  # skips the step when a scaled gradient overflowed
-        elif side is self.optimizer:
-            side.retain_step()
+    def _step(self, side: str, entry: dict[str, Any]) -> None:
+        """A forget or retain step on ``.grad``; a GradScaler leaves it out when a scaled gradient overflowed."""
+        step = self.optimizer.forget_step if side == "forget" else self.optimizer.retain_step
+        if not self.scalers:
+            step()
+            made = True
         else:
-            side.step()
+            # All that a scaler asks of an optimizer; it hands on what step() returns, or None where it left it out.
+            target = SimpleNamespace(param_groups=self.optimizer.param_groups, step=lambda: step() is None)
+            made = self.scalers[side].step(target) is True
+            self.scalers[side].update()
         self._clear()
+        if made:
+            self.counts[f"{side}_steps"] += 1
+            self.forgot |= side == "forget"
+        else:
+            entry[f"{side}_skipped"] = True
+
+    def _raise_if_non_finite(self) -> None:
+        first, last, self.checked = self.checked, self.iteration - 1, self.iteration
+        try:
+            self.optimizer.raise_if_non_finite()
+        except NonFiniteError as error:
+            where = f"iteration {last}" if first == last else f"iterations {first} to {last}"
+            raise NonFiniteError(f"{where}: {error}") from None
 
     def _clear(self) -> None:
         for p in self.parameters:
@@ -248,13 +269,15 @@ class Loop:
             self.optimizer,
             self.result.mask,
             {
-                "settings": self.method.settings(),
+                "settings": self.unlearner.settings(),
                 "masked": self.result.mask is not None,
                 "seconds": self.seconds,
                 "counts": self.counts,
                 "timings": self.result.timings,
                 "protected": self.protected,
-                "scaler": None if self.scaler is None else self.scaler.state_dict(),
+                "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
+                "forgetting": plain(self.forgetting),
+                "batches": {stream.name: length(stream.data) for stream in (self.forget, self.retain)},
                 "forget": self.forget.position(),
                 "retain": self.retain.position(),
                 "rng": _rng.capture(self._generators()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from ._hashing import weights_hash
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
-from ._streams import BatchStream
+from ._streams import BatchStream, length
 from .errors import InputError
 from .methods import Method
 from .saliency import FisherDiagonal, SaliencyMask
@@ -37,10 +38,12 @@ class Result:
         mask: the saliency mask, or None.
         history: one dict per logged iteration: ``iteration`` (from 0), ``forget_loss`` and ``retain_loss`` (batch
             means; forget entries are None where the iteration did not forget), ``lr``, ``alpha`` (strength),
-            ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the forget gradient), and
-            ``evaluation`` where an evaluation returned something.
+            ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the forget gradient),
+            ``evaluation`` where an evaluation returned something (NaN and infinities in it as None), and, in fp16,
+            ``forget_skipped`` or ``retain_skipped``: True where a scaled gradient overflowed and the step was not
+            made, ``clip`` then being None.
         timings: seconds of ``fisher``, ``mask`` and ``unlearning`` (evaluations and checkpoints not included).
-        counts: iterations, forget_steps, retain_steps, trainable and salient weights.
+        counts: iterations, forget_steps and retain_steps that were made, trainable and salient weights.
         moved_protected: protected weights that changed: 0, proven by hash, when every update was masked and
             protected; None when protection was not asked of the whole run.
         protection: the same in words.
@@ -58,13 +61,6 @@ class Result:
     backend: str = ""
     update: str = "sequential"
     stopped_at: int | None = None
-
-
-def _length(data: Iterable[Any]) -> int | None:
-    try:
-        return len(data)
-    except TypeError:  # no length, or a DataLoader of an IterableDataset without one
-        return None
 
 
 class Unlearner:
@@ -98,6 +94,7 @@ class Unlearner:
         if device is not None:
             model.to(device)
         self.device = self._named[0][1].device
+        self.mixed_precision = mixed_precision
         self._half = PRECISIONS[mixed_precision]
 
     # --- The run --------------------------------------------------------------------------------------------
@@ -119,14 +116,18 @@ class Unlearner:
         """Forgets ``forget`` and keeps ``retain``.
 
         Both are re-iterables of batches (a DataLoader, a list). The first pass over each is in eval mode, for the
-        Fisher diagonals and to look for samples that stand in both; then both start fresh.
+        Fisher diagonals and to look for samples that stand in both; then both start fresh. The iterations are in
+        train mode: a model in eval mode is switched as a whole, one in train mode stays as it is, with those of its
+        modules in eval mode that were (a frozen BatchNorm). Afterwards all modes are as before.
 
         Args:
             output_dir: for ``history.jsonl`` and checkpoints.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
-            resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped.
+            resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped. Nothing is
+                written before all of it is found to fit.
             evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
-                but a bool or None is kept in the history. It does not disturb the run's random numbers.
+                but a bool or None is kept in the history. It does not disturb the run's random numbers, and
+                gradients that it leaves are dropped.
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device. An entry whose
                 iteration did not forget shows the last forget step since the entry before.
@@ -153,7 +154,9 @@ class Unlearner:
         directory = None if output_dir is None else writable_directory(output_dir)
         checkpoint = None
         if resume_from_checkpoint is not None:
-            checkpoint = _checkpoint.find(directory, resume_from_checkpoint)
+            checkpoint = _checkpoint.read(_checkpoint.find(directory, resume_from_checkpoint))
+            names = [name for name, _ in self._named]
+            _checkpoint.check(checkpoint, self.model, names, self.settings(), self.method.mask)
         elif directory is not None and any(directory.glob("checkpoint-*")):
             raise InputError(
                 f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
@@ -163,14 +166,21 @@ class Unlearner:
         streams = BatchStream("forget", forget), BatchStream("retain", retain)
         result = Result(update=self.method.update, backend=ops.backend(self.device))
         if checkpoint is None:
+            if self.method.mask is not None:
+                self._check_fit(self.method.mask)
             result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
         else:
-            result.mask = _checkpoint.read_mask(checkpoint)
+            result.mask = checkpoint.mask
         optimizer = self.method.make_optimizer(self._named, result.mask)
         loop = Loop(self, optimizer, streams, result, directory, progress)
         loop.start(checkpoint)
         loop.run(checkpointing_steps, evaluate, evaluate_every, log_every)
         return result
+
+    def settings(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it resumes."""
+        method = {"method": type(self.method).__name__, **self.method.settings()}
+        return {**method, "mixed_precision": self.mixed_precision}
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None)
@@ -189,14 +199,20 @@ class Unlearner:
         if not method.needs_fisher:
             for name, data in passes.items():
                 check.scan(name, data)
-            if mask is not None:
-                self._check_origin(mask, check)
+            own = check.forget_hash
+            if mask is not None and mask.metadata.get("forget_hash", own) != own:
+                warnings.warn(
+                    "the mask was made for another forget set, or for other views of its samples: measure a new one "
+                    "unless that is meant",
+                    stacklevel=3,
+                )
             return mask
+        whole = not allow_duplicates or method.fisher_batches is None
         diagonals: dict[str, FisherDiagonal] = {}
         started = time.perf_counter()
         for name, data in passes.items():
-            total = _length(data)
-            if allow_duplicates and method.fisher_batches is not None:  # no need to see the rest
+            total = length(data)
+            if not whole:  # no need to see the rest
                 data = itertools.islice(iter(data), method.fisher_batches)
                 total = method.fisher_batches if total is None else min(total, method.fisher_batches)
             done = 0
@@ -220,18 +236,16 @@ class Unlearner:
         mask.metadata.update(
             weights_hash=weights_hash(self._named),
             seed=str(torch.initial_seed()),
-            **({"forget_hash": check.forget_hash} if check.forget_hash else {}),
+            **({"forget_hash": check.forget_hash} if whole else {}),
         )
         return mask
 
-    def _check_origin(self, mask: SaliencyMask, check: DataCheck) -> None:
-        origins = (
-            ("weights_hash", "weights", weights_hash(self._named)),
-            ("forget_hash", "forget set", check.forget_hash),
-        )
-        for key, what, own in origins:
-            if own and mask.metadata.get(key, own) != own:
-                raise InputError(
-                    f"the mask was made for another {what}: measure a new one, or delete mask.metadata[{key!r}] to "
-                    "use it all the same"
-                )
+    def _check_fit(self, mask: SaliencyMask) -> None:
+        """Whether a ready mask is one of this model, before a pass over the data."""
+        mask.bind(self._named)
+        own = weights_hash(self._named)
+        if mask.metadata.get("weights_hash", own) != own:
+            raise InputError(
+                "the mask was made for other weights: measure a new one, or delete mask.metadata['weights_hash'] to "
+                "use it all the same"
+            )

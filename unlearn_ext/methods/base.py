@@ -60,6 +60,8 @@ class Method(StepConfig, ABC):
             raise InputError(
                 "update='joint' makes one step of both gradients: dual_state and forget_lr do not apply to it"
             )
+        if self.protect and self.mask is None and not self.needs_fisher:
+            raise InputError("protect=True needs a mask that says what to protect")
         schedules.check("lr_schedule", self.lr_schedule)
 
     @classmethod
