@@ -195,18 +195,34 @@ def test_float16_scales_its_losses() -> None:
     assert not torch.equal(model.head.weight, make().head.weight)
 
 
+class Growing(SFRon):
+    """Its forget loss becomes 8 times larger, and overflows until its scale has come down."""
+
+    def strength(self, iteration):
+        return 1.0 if iteration == 0 else 8.0
+
+
+def growing() -> Growing:
+    return Growing(**method(max_norm=None, lr=1e-7).settings())
+
+
 def test_float16_counts_the_steps_that_it_made() -> None:
-    """The forget loss is alpha times larger: it overflows on a scale of its own, and the retain scale stays."""
-    model = make()
+    """The forget loss has a scale of its own: that of the retain loss stays when the other comes down."""
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
-    own = method(forget_alpha=1e5, forget_schedule="constant", max_norm=None, lr=1e-7)
-    result = Unlearner(model, Classification(), own, mixed_precision="fp16").run(**data)
+    result = Unlearner(make(), Classification(), growing(), mixed_precision="fp16").run(**data)
     tried = [entry for entry in result.history if entry["forget_loss"] is not None]
     skipped = [entry for entry in tried if "forget_skipped" in entry]
-    assert len(tried) == 6 and skipped and result.counts["forget_steps"] == 6 - len(skipped)
+    assert len(tried) == 6 and 0 < len(skipped) < 6 and result.counts["forget_steps"] == 6 - len(skipped)
     assert all(entry["clip"] is None and entry["forget_skipped"] is True for entry in skipped)
     assert all(entry["clip"] == 1.0 for entry in tried if entry not in skipped)
     assert result.counts["retain_steps"] == 12 and not any("retain_skipped" in entry for entry in result.history)
+
+
+def test_a_large_forget_loss_starts_at_a_small_scale() -> None:
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    strong = method(forget_alpha=1000.0, lr=1e-7)
+    result = Unlearner(make(), Classification(), strong, mixed_precision="fp16").run(**data)
+    assert result.counts["forget_steps"] == 6 and result.counts["retain_steps"] == 12
 
 
 def test_adaptive_shares_by_hand() -> None:
@@ -688,11 +704,10 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path) ->
 
 def test_a_resumed_run_in_float16_is_the_uninterrupted_one(tmp_path) -> None:
     """Both scales go on where they were."""
-    changes = {"forget_alpha": 1e5, "forget_schedule": "constant", "max_norm": None, "lr": 1e-7}
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
     results, models = [], (make(), make())
     for model, resume in ((models[0], {}), (models[1], {"resume_from_checkpoint": tmp_path / "checkpoint-5"})):
-        unlearner = Unlearner(model, Classification(), method(**changes), mixed_precision="fp16")
+        unlearner = Unlearner(model, Classification(), growing(), mixed_precision="fp16")
         results.append(unlearner.run(**data, output_dir=tmp_path, checkpointing_steps=5, **resume))
     assert results[0].counts == results[1].counts and results[0].history == results[1].history
     assert identical(*map(weights, models))

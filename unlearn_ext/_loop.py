@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +58,14 @@ class Loop:
         self.forgot = False  # whether this iteration has made its forget step
         self.seconds = 0.0
         self.counts = {"iterations": 0, "forget_steps": 0, "retain_steps": 0}
-        # One for each side: the forget loss is alpha times larger, and where it overflows only its own scale shrinks.
-        sides = ("forget", "retain") if unlearner.mixed_precision == "fp16" else ()
-        self.scalers = {side: torch.amp.GradScaler(unlearner.device.type) for side in sides}
+        # One for each side: the forget loss is alpha times larger, so that it starts at a scale as much smaller, and
+        # where it overflows only its own scale shrinks.
+        largest = max(1, math.ceil(self.method.strength(0)))
+        scales = {"forget": 2.0 ** (16 - (largest - 1).bit_length()), "retain": 2.0**16}
+        self.scalers = {
+            side: torch.amp.GradScaler(unlearner.device.type, init_scale=scale)
+            for side, scale in (scales.items() if unlearner.mixed_precision == "fp16" else ())
+        }
         self.protected: list[int] | None = None
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
