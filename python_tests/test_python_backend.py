@@ -12,10 +12,11 @@ from conftest import PYTHON_BACKEND
 
 HERE = Path(__file__).resolve().parent
 FILES = ("test_step.py", "test_products.py", "test_saliency_ops.py", "test_contracts.py")
+FILES += ("test_optim.py", "test_saliency.py", "test_trajectory.py")
 
 
 @pytest.mark.skipif(PYTHON_BACKEND, reason="this session runs the pure-PyTorch operators already")
-def test_operator_tests_pass_without_the_native_library() -> None:
+def test_the_same_tests_pass_without_the_native_library() -> None:
     probe = "from unlearn_ext import _native; print(_native.backend())"
     environment = os.environ | {"UNLEARN_EXT_BACKEND": "python", "PYTHONPATH": str(HERE.parent)}
     environment.pop("UNLEARN_EXT_REQUIRE_NATIVE", None)
