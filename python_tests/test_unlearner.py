@@ -95,9 +95,10 @@ def test_a_module_that_is_frozen_in_eval_mode_stays_so_while_it_runs() -> None:
     model.norm.eval()
     run(model, evaluate=lambda m, step: None, evaluate_every=1)
     assert model.norm.num_batches_tracked == 0 and torch.equal(model.norm.running_mean, torch.zeros(6))
-    model = make().eval()
-    run(model)
-    assert model.norm.num_batches_tracked == 12 + 6
+    for wrap in (lambda m: m, nn.DataParallel):  # a new wrapper is in train mode, whatever the model is in
+        model = make().eval()
+        run(wrap(model))
+        assert model.norm.num_batches_tracked == 12 + 6 and not model.training
 
 
 def test_frozen_parameters_stay_and_tied_ones_move_together() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import _checkpoint, _rng
 from ._history import History, plain
 from ._modes import evaluating
+from ._names import unwrapped
 from ._streams import BatchStream, length
 from .errors import InputError, NonFiniteError, ProtectionError
 from .optim import UnlearnOptimizer
@@ -103,7 +104,7 @@ class Loop:
     def run(self, checkpointing_steps, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
         modes = [(module, module.training) for module in self.model.modules()]
-        if not self.model.training:  # else modules in eval mode are frozen on purpose
+        if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
             self.model.train()
         try:
             while self.iteration < method.iterations:

@@ -519,10 +519,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             InputError: it is of other settings, another rule, or weights of other shapes.
         """
         for name, value in state_dict.get("settings", {}).items():
-            if getattr(self, name) != value:
+            if value != (own := getattr(self, name, None)):
                 raise InputError(
-                    f"the state was saved with {name}={value!r} and the optimizer has {getattr(self, name)!r}: build "
-                    "it with the same"
+                    f"the state was saved with {name}={value!r} and the optimizer has {own!r}: build it with the same"
                 )
         saved = [group["params"] for group in state_dict["param_groups"]]
         sizes, own = [len(group) for group in saved], [len(group["params"]) for group in self.param_groups]
