@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from unlearn_ext import SaliencyMask
+from unlearn_ext.cli import main
 from unlearn_ext.demo.network import SmallResNet
 
 
@@ -113,6 +116,32 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path) -> None:
     assert last.startswith("error: ") and words in last
     assert "Traceback" not in done.stderr and not done.stdout
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/x.json"), "out/x.json: No space left on device; check"),
+        (OSError("cannot allocate"), "cannot allocate; check"),
+        (SafetensorError("I/O error: No space left on device"), "No space left on device; check"),
+    ],
+)
+def test_a_disk_that_fails_is_one_sentence(error, words, monkeypatch, capsys) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", fail)
+    assert main(["demo"]) == 1
+    written = capsys.readouterr()
+    assert written.err.startswith("error: ") and words in written.err and written.err.count("\n") == 1
+    assert not written.out
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["demo", "--device", "cuda:9"]) == 1
+    assert "--device cuda:9: expected an index below 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--scenario", "some"], ["--bogus"], ["paint"]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import io
 import math
 import pickle
@@ -26,6 +28,7 @@ from unlearn_ext.saliency.protection import protected_hashes
 
 SHAPES = ((7, 5), (33,), (), (4, 3, 2, 2))
 HYPER = {"lr": 0.05, "momentum": 0.9, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.03}
+WITHOUT_MOMENTUM = {name: value for name, value in HYPER.items() if name != "momentum"}  # as sgd takes them
 MOMENTS = {"sgd": (), "momentum": ("first",), "adam": ("first", "second"), "adamw": ("first", "second")}
 
 Grads = list[Tensor | None]
@@ -158,7 +161,8 @@ def torch_optimizer(rule: str, parameters: Sequence[Tensor]) -> torch.optim.Opti
 @pytest.mark.parametrize("rule", RULES)
 def test_retain_steps_are_torch_optims(rule: str, dtype: torch.dtype, tolerance: float, rng: torch.Generator) -> None:
     parameters, others = named(dtype), named(dtype)
-    optimizer = UnlearnOptimizer([p for _, p in parameters], rule=rule, **HYPER)
+    hyper = WITHOUT_MOMENTUM if rule == "sgd" else HYPER
+    optimizer = UnlearnOptimizer([p for _, p in parameters], rule=rule, **hyper)
     other = torch_optimizer(rule, [p for _, p in others])
     for t in range(10):
         found = gradients(rng, parameters)
@@ -295,7 +299,8 @@ def test_any_sequence_of_steps(options: dict[str, Any], masked: bool, data: st.D
     parameters = named()
     masks = masks_of(parameters) if masked else None
     mask = SaliencyMask.from_dict(masks) if masked else None
-    optimizer = UnlearnOptimizer(parameters, mask=mask, **{**HYPER, **options})
+    hyper = WITHOUT_MOMENTUM if options["rule"] == "sgd" else HYPER
+    optimizer = UnlearnOptimizer(parameters, mask=mask, **{**hyper, **options})
     plain = Plain(values(parameters), list(masks.values()) if masked else None, **options)
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 
@@ -333,7 +338,7 @@ def test_joint_step_takes_retain_gradients_from_the_parameters(rng: torch.Genera
 @pytest.mark.parametrize("rule", RULES)
 def test_a_parameter_without_gradient_is_left_alone(rule: str, rng: torch.Generator) -> None:
     parameters = named()
-    optimizer = UnlearnOptimizer(parameters, rule=rule, **HYPER)
+    optimizer = UnlearnOptimizer(parameters, rule=rule, **(WITHOUT_MOMENTUM if rule == "sgd" else HYPER))
     optimizer.retain_step(gradients(rng, parameters))
     before = snapshot(optimizer)
     for step in (optimizer.forget_step, optimizer.retain_step):
@@ -528,6 +533,18 @@ def test_unnamed_parameters_are_told_by_number() -> None:
         optimizer.forget_step([torch.ones(2), None, torch.tensor([0.0, math.nan])])
 
 
+def test_a_skipped_step_does_not_end_the_round(monkeypatch) -> None:
+    """Where the host does not wait to know that a gradient is not finite, the whole step has to write nothing."""
+    monkeypatch.setattr(UnlearnOptimizer, "_raise_non_finite", lambda *_: None)
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = UnlearnOptimizer([a, b], rule="momentum", lr=0.5, momentum=0.5, slow_rate=0.5, slow_freq=2)
+    optimizer.retain_step([torch.ones(2), torch.ones(2)])
+    before = {name: value for name, value in snapshot(optimizer).items() if "step" not in name}
+    optimizer.retain_step([torch.full((2,), math.inf), None])
+    after = snapshot(optimizer)
+    assert_same_bits(before, {name: after[name] for name in before})
+
+
 # --- Schedulers, scalers, autograd --------------------------------------------------------------------------
 
 
@@ -605,6 +622,24 @@ def test_grad_scaler() -> None:
         assert scaler.get_scale() == 512.0
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_step_hooks_fire_once_for_every_kind_of_step() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = UnlearnOptimizer([p], rule="sgd", lr=0.1)
+    p.grad = torch.ones(3)
+    seen: list[tuple[str, float]] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(("before", p[0].item())))
+    optimizer.register_step_post_hook(lambda *_: seen.append(("after", p[0].item())))
+    for step in (
+        optimizer.step,
+        optimizer.forget_step,
+        optimizer.retain_step,
+        lambda: optimizer.joint_step([torch.zeros(3)]),
+    ):
+        seen.clear()
+        step()
+        assert [when for when, _ in seen] == ["before", "after"] and seen[0][1] > seen[1][1]
 
 
 def test_version_counters() -> None:
@@ -743,6 +778,54 @@ def test_a_loaded_state_is_a_copy(rng: torch.Generator) -> None:
     assert torch.equal(saved["state"][0]["momentum_buffer"], kept)
 
 
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        ({"rule": "adam"}, "saved with rule='adam' and the optimizer has 'momentum'"),
+        ({"slow_freq": 2}, "saved with slow_freq=2 and the optimizer has 1"),
+        ({"dual_state": True}, "saved with dual_state=True"),
+        ({"mask_scope": "all"}, "saved with mask_scope='all'"),
+    ],
+    ids=str,
+)
+def test_the_state_of_another_optimizer_is_refused(saved: dict[str, Any], message: str, rng: torch.Generator) -> None:
+    parameters = named()
+    other = UnlearnOptimizer(parameters, **{"rule": "momentum", **HYPER, **saved, "lr": 0.7})
+    other.retain_step(gradients(rng, parameters))
+    optimizer = UnlearnOptimizer(named(), rule="momentum", **HYPER)
+    with pytest.raises(InputError, match=message):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == HYPER["lr"] and not optimizer.state
+
+
+def test_a_state_that_does_not_fit_loads_nothing(rng: torch.Generator) -> None:
+    parameters, optimizer = named(), UnlearnOptimizer(named(), rule="momentum", **HYPER)
+    reshaped = named(shapes=(*SHAPES[:3], (3, 4, 2, 2)))
+    for rule, own, message in (
+        ("adam", parameters, "the state of layer0.weight holds exp_avg, and the optimizer keeps none"),
+        ("momentum", reshaped, "momentum_buffer of layer3.weight has shape"),
+        ("momentum", parameters[:3], r"groups of \[3\] parameters and the optimizer has \[4\]"),
+    ):
+        other = UnlearnOptimizer(own, **{"rule": rule, **HYPER, "lr": 0.7})
+        other.retain_step(gradients(rng, own))
+        state = other.state_dict()
+        del state["settings"]  # as utilities that know torch.optim's two parts hand it on
+        with pytest.raises(InputError, match=message):
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == HYPER["lr"] and not optimizer.state
+
+
+def test_a_group_added_later_joins_the_round_under_way() -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = UnlearnOptimizer([a], rule="sgd", lr=1.0, slow_rate=0.5, slow_freq=2)
+    one = torch.ones(1, dtype=torch.float64)
+    optimizer.retain_step([one])
+    optimizer.add_param_group({"params": [b]})
+    assert [group["retain_steps"] for group in optimizer.param_groups] == [1, 1]
+    optimizer.retain_step([one, one])
+    assert (a.item(), b.item()) == (0.0, 0.5)  # 1 -> -1 -> half way back; 1 -> 0 -> half way back
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 
@@ -767,6 +850,8 @@ def test_a_loaded_state_is_a_copy(rng: torch.Generator) -> None:
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\)"),
         ({"betas": (0.9,)}, "betas: expected two numbers"),
         ({"protect": True}, "protect=True needs a mask"),
+        ({"momentum": 0.9}, "momentum=0.9 does nothing under rule='sgd': set rule='momentum'"),
+        ({"rule": "adam", "momentum": 0.9, "dual_state": True, "forget_rule": "sgd"}, "momentum=0.9 does nothing"),
     ],
     ids=str,
 )
@@ -774,6 +859,32 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}") as caught:
         UnlearnOptimizer(named(), **{"rule": "sgd", "lr": 0.1, **options})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        ({"max_norm": 1e-3}, "max_norm is no setting of a parameter group: a group takes lr, momentum, "),
+        ({"rule": "adam"}, "rule is no setting of a parameter group"),
+        ({"learning_rate": 0.1}, "learning_rate is no setting of a parameter group"),
+        ({"lr": -1.0}, "lr: expected 0 or more, got -1.0"),
+        ({"momentum": 0.9}, "momentum=0.9 does nothing under rule='sgd'"),
+        ({"slow_rate": 2.0}, "slow_rate: expected a rate"),
+        ({"betas": (0.9,)}, "betas: expected two numbers"),
+    ],
+    ids=str,
+)
+def test_bad_parameter_groups(group: dict[str, Any], message: str) -> None:
+    parameters = named()
+    with pytest.raises(InputError, match=f"^{message}"):
+        UnlearnOptimizer([{"params": parameters[:2]}, {"params": parameters[2:], **group}], rule="sgd", lr=0.1)
+
+
+def test_parameters_that_share_memory() -> None:
+    buffer = torch.zeros(6)
+    parameters = [("a", nn.Parameter(buffer[:4])), ("b", nn.Parameter(buffer[2:]))]
+    with pytest.raises(InputError, match=r"parameters\[1\].*clone\(\) one, or make both the same Parameter$"):
+        UnlearnOptimizer(parameters, rule="sgd", lr=0.1)
 
 
 def test_a_mask_needs_names() -> None:
@@ -818,6 +929,10 @@ def test_sparse_gradients_are_refused() -> None:
 
 def test_the_config_holds_the_optimizers_arguments() -> None:
     """One dataclass for all methods: an argument that it forgot would be lost without a word."""
+    arguments = inspect.signature(UnlearnOptimizer.__init__).parameters
+    defaults = {f.name: f.default for f in dataclasses.fields(StepConfig)}
+    assert list(defaults) == [n for n in arguments if n not in ("self", "params_or_named_params", "mask")]
+    assert all(defaults[n] == a.default for n, a in arguments.items() if n in defaults and n not in ("rule", "lr"))
     parameters = named()
     mask = SaliencyMask.from_dict(masks_of(parameters))
     config = StepConfig(rule="adamw", lr=0.3, slow_rate=0.5, slow_freq=2, dual_state=True, forget_rule="sgd")
@@ -831,6 +946,13 @@ def test_the_config_holds_the_optimizers_arguments() -> None:
     group = optimizer.param_groups[0]
     assert (group["lr"], group["slow_rate"]) == (0.3, 0.5)
     assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_the_config_is_checked_where_it_is_made() -> None:
+    with pytest.raises(InputError, match="lr: expected 0 or more, got -1"):
+        StepConfig(lr=-1.0)
+    with pytest.raises(InputError, match="rule: expected one of"):
+        StepConfig(rule="lion")
 
 
 def test_copies_and_pickles_go_on_alike(rng: torch.Generator) -> None:

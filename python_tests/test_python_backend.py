@@ -19,17 +19,26 @@ OPERATOR_FILES = (
     "test_update.py",
     "test_top_bits.py",
 )
+FILES = (*OPERATOR_FILES, "test_optim.py", "test_saliency.py", "test_trajectory.py")
 
 
 @pytest.mark.skipif(PYTHON_BACKEND, reason="this session runs the pure-PyTorch operators already")
-def test_operator_tests_pass_without_the_native_library() -> None:
+def test_the_same_tests_pass_without_the_native_library() -> None:
     probe = "from unlearn_ext import _native; print(_native.backend())"
     environment = os.environ | {"UNLEARN_EXT_BACKEND": "python", "PYTHONPATH": str(HERE.parent)}
+    environment.pop("UNLEARN_EXT_REQUIRE_NATIVE", None)
     environment["OMP_NUM_THREADS"] = "1"  # on tensors this small threads cost more than they bring
     backend = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
     assert backend.stdout.split() == ["python"]
 
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    files = [str(HERE / name) for name in OPERATOR_FILES]
+    files = [str(HERE / name) for name in FILES]
     run = subprocess.run([*command, *files], env=environment, cwd=HERE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def test_a_session_that_requires_the_native_path_ends_without_it() -> None:
+    environment = os.environ | {"UNLEARN_EXT_REQUIRE_NATIVE": "1", "UNLEARN_EXT_BACKEND": "python"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", str(HERE / FILES[0])]
+    run = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert run.returncode == 1 and "the backend is 'python'" in run.stdout + run.stderr

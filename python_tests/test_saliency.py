@@ -101,10 +101,24 @@ def test_wrappers_prefixes_are_stripped(prefix: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(bound, ops.pack_bits(list(masks().values())), strict=True))
 
 
-def test_prefixes_are_stripped_at_the_front_only() -> None:
-    assert SaliencyMask.from_dict({"block.module.w": torch.tensor(True)}).names == ["block.module.w"]
+def test_a_models_own_part_called_module_keeps_its_name() -> None:
+    yes = torch.tensor(True)
+    assert SaliencyMask.from_dict({"block.module.w": yes}).names == ["block.module.w"]
+    assert SaliencyMask.from_dict({"module.w": yes, "w": yes}).names == ["module.w", "w"]
+
+
+def test_blocks_that_are_compiled_have_plain_names() -> None:
+    yes = torch.tensor(True)
+    assert SaliencyMask.from_dict({"0._orig_mod.w": yes, "my_orig_mod.w": yes}).names == ["0.w", "my_orig_mod.w"]
     with pytest.raises(InputError, match="two parameters are called w"):
-        SaliencyMask.from_dict({"module.w": torch.tensor(True), "w": torch.tensor(True)})
+        SaliencyMask.from_dict({"_orig_mod.w": yes, "w": yes})
+
+
+def test_a_file_with_a_wrappers_prefix_loads(tmp_path) -> None:
+    plain = SaliencyMask.from_dict(masks())
+    bits = {f"module.{name}": word for name, word in plain._bits.items()}
+    SaliencyMask(bits, {f"module.{n}": s for n, s in plain.shapes.items()}).save(tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(tmp_path / "mask.safetensors") == plain
 
 
 @pytest.mark.parametrize(
@@ -407,7 +421,7 @@ FOREIGN_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text value": (lambda path: torch.save({"w": torch.ones(2), "v": "x"}, path), "v is of type str"),
     "plain one": (lambda path: torch.save({"w": torch.ones(2), "v": 1}, path), "v is of type int"),
     "sparse": (lambda path: torch.save({"w": torch.ones(2).to_sparse()}, path), "w is a tensor of layout"),
-    "two names": (lambda path: torch.save({"w": torch.ones(2), "module.w": torch.ones(2)}, path), "two parameters"),
+    "two names": (lambda path: torch.save({"w": torch.ones(2), "_orig_mod.w": torch.ones(2)}, path), "two parameters"),
     "nothing": (lambda path: torch.save({}, path), "holds no tensor"),
     "zeros alone": (lambda path: torch.save({"w": 0}, path), "holds no tensor"),
 }
@@ -664,23 +678,13 @@ def test_frozen_weights_are_not_measured() -> None:
         FisherDiagonal(model.requires_grad_(False), Classification())
 
 
-class Wrapper(nn.Module):
-    """As DistributedDataParallel wraps a model, without its process group."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
 @pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
 def test_wrapped_models_have_plain_names(per_sample: bool) -> None:
     model = trained()
     data = batches(2, 4, seed=1, dtype=torch.float64)
     plain, wrapped = (
-        FisherDiagonal(m, Classification(), per_sample=per_sample).measure(data) for m in (model, Wrapper(model))
+        FisherDiagonal(m, Classification(), per_sample=per_sample).measure(data)
+        for m in (model, nn.DataParallel(model))
     )
     assert list(plain.sums) == list(wrapped.sums)
     assert all(torch.equal(plain.sums[name], wrapped.sums[name]) for name in plain.sums)

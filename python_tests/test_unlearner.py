@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +23,16 @@ from models import ConvNet, batches, make, samples
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from unlearn_ext import InputError, NonFiniteError, ProtectionError, SaliencyMask, Unlearner
+from unlearn_ext import (
+    InputError,
+    NonFiniteError,
+    ProtectionError,
+    SaliencyMask,
+    Unlearner,
+    UnlearnOptimizer,
+    _checkpoint,
+)
+from unlearn_ext._loop import Loop
 from unlearn_ext.methods import Method, SFRon
 from unlearn_ext.methods.base import ForgetLoss
 from unlearn_ext.methods.sfron import adaptive_shares
@@ -83,6 +94,17 @@ def test_modes_and_gradients_are_put_back() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_module_that_is_frozen_in_eval_mode_stays_so_while_it_runs() -> None:
+    model = make().train()
+    model.norm.eval()
+    run(model, evaluate=lambda m, step: None, evaluate_every=1)
+    assert model.norm.num_batches_tracked == 0 and torch.equal(model.norm.running_mean, torch.zeros(6))
+    for wrap in (lambda m: m, nn.DataParallel):  # a new wrapper is in train mode, whatever the model is in
+        model = make().eval()
+        run(wrap(model))
+        assert model.norm.num_batches_tracked == 12 + 6 and not model.training
+
+
 def test_frozen_parameters_stay_and_tied_ones_move_together() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -102,6 +124,31 @@ def test_frozen_parameters_stay_and_tied_ones_move_together() -> None:
     assert torch.equal(model.head.bias, bias) and not torch.equal(model.first.weight, shared)
     assert model.first.weight is model.second.weight
     assert set(result.mask.names) == {"first.weight", "first.bias", "second.bias", "head.weight"}
+
+
+class Outer(nn.Module):
+    """A model with a part called ``module``, beside another of the same parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.weight, self.bias = nn.Linear(4, 3), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.module(x) * self.weight + self.bias
+
+
+def test_names_of_wrappers_and_of_parts_called_module() -> None:
+    names = ["weight", "bias", "module.weight", "module.bias"]
+    compiled = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 3))
+    data = {name: [(torch.randn(8, 4), torch.randint(0, 3, (8,)))] for name in ("forget", "retain")}
+    for model, expected in (
+        (Outer(), names),
+        (nn.DataParallel(Outer()), names),
+        (torch.compile(nn.DataParallel(Outer()), backend="eager"), names),
+        (compiled, ["0.weight", "0.bias", "1.weight", "1.bias"]),
+    ):
+        assert run(model, data).mask.names == expected
+        assert list(_checkpoint.model_tensors(model)) == expected
 
 
 def test_dict_batches_and_outputs_with_logits() -> None:
@@ -151,6 +198,36 @@ def test_float16_scales_its_losses() -> None:
     result = Unlearner(model, Classification(), method(), mixed_precision="fp16").run(**data)
     assert len(result.history) == 12 and all(torch.isfinite(p).all() for p in model.parameters())
     assert not torch.equal(model.head.weight, make().head.weight)
+
+
+class Growing(SFRon):
+    """Its forget loss becomes 8 times larger, and overflows until its scale has come down."""
+
+    def strength(self, iteration):
+        return 1.0 if iteration == 0 else 8.0
+
+
+def growing() -> Growing:
+    return Growing(**method(max_norm=None, lr=1e-7).settings())
+
+
+def test_float16_counts_the_steps_that_it_made() -> None:
+    """The forget loss has a scale of its own: that of the retain loss stays when the other comes down."""
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    result = Unlearner(make(), Classification(), growing(), mixed_precision="fp16").run(**data)
+    tried = [entry for entry in result.history if entry["forget_loss"] is not None]
+    skipped = [entry for entry in tried if "forget_skipped" in entry]
+    assert len(tried) == 6 and 0 < len(skipped) < 6 and result.counts["forget_steps"] == 6 - len(skipped)
+    assert all(entry["clip"] is None and entry["forget_skipped"] is True for entry in skipped)
+    assert all(entry["clip"] == 1.0 for entry in tried if entry not in skipped)
+    assert result.counts["retain_steps"] == 12 and not any("retain_skipped" in entry for entry in result.history)
+
+
+def test_a_large_forget_loss_starts_at_a_small_scale() -> None:
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    strong = method(forget_alpha=1000.0, lr=1e-7)
+    result = Unlearner(make(), Classification(), strong, mixed_precision="fp16").run(**data)
+    assert result.counts["forget_steps"] == 6 and result.counts["retain_steps"] == 12
 
 
 def test_adaptive_shares_by_hand() -> None:
@@ -242,6 +319,28 @@ def test_labels_out_of_range(label) -> None:
             run(make(), {"forget": batches(3, 6, seed=1), "retain": retain})
 
 
+def test_labels_that_only_a_loss_of_ones_own_understands() -> None:
+    """Such as ignore_index=-100: what they mean is the loss's affair."""
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    data["retain"][2][1][3] = -100
+    loss = nn.CrossEntropyLoss(reduction="none")
+    assert Unlearner(make(), Classification(loss=loss), method()).run(**data).counts["iterations"] == 12
+
+
+def test_the_first_pass_over_the_data_only_checks_it() -> None:
+    class Counting(Classification):
+        prepared = 0
+
+        def prepare(self, batch, device):
+            self.prepared += 1
+            return super().prepare(batch, device)
+
+    task = Counting()
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    Unlearner(make(), task, method(gamma=None, iterations=2)).run(**data)
+    assert task.prepared == 2 + 3  # to learn the classes, once a set; one forget and two retain batches
+
+
 def test_batches_of_the_wrong_form() -> None:
     good = batches(3, 6, seed=1)
     for bad, words in (
@@ -258,10 +357,18 @@ def test_batches_of_the_wrong_form() -> None:
 
 
 @pytest.mark.parametrize("side", ["forget", "retain"])
-def test_a_loss_that_is_not_finite_stops_before_its_step(side) -> None:
+def test_a_loss_that_is_not_finite_stops_before_its_step(side, monkeypatch) -> None:
     model = make()
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
     states: list[dict] = []
+    forgot: list[dict] = []
+    step = UnlearnOptimizer.forget_step
+
+    def recorded(optimizer, *arguments):
+        step(optimizer, *arguments)
+        forgot.append(weights(model))
+
+    monkeypatch.setattr(UnlearnOptimizer, "forget_step", recorded)
 
     def poison(m, step):
         states.append(weights(m))
@@ -272,10 +379,8 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(side) -> None:
     with pytest.raises(NonFiniteError, match=rf"iteration 2: the {side} loss is nan"):
         run(model, data, evaluate=poison, evaluate_every=1)
     after = weights(model)
-    if side == "forget":
-        assert identical(after, states[-1])  # buffers too: the poisoned batch went through BatchNorm
-    else:
-        assert all(torch.isfinite(value).all() for value in after.values() if value.is_floating_point())
+    # Buffers too: the poisoned batch went through BatchNorm.
+    assert identical(after, states[-1] if side == "forget" else forgot[-1])
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
@@ -305,6 +410,53 @@ def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
     with pytest.raises(NonFiniteError, match=r"iteration 3: retain_step: the retain gradient of \w+.* is not finite"):
         run(model, evaluate=switch, evaluate_every=1)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_buffers_that_are_written_are_put_back_and_tables_copied_once(monkeypatch) -> None:
+    class WithTable(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1000))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.seen += 1
+            return super().forward(x)
+
+    model, copied = make(WithTable), []
+    remember = Loop._remember_buffers
+
+    def recorded(loop):
+        remember(loop)
+        copied.append({tuple(before.shape) for _, before in loop.before})
+
+    monkeypatch.setattr(Loop, "_remember_buffers", recorded)
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+
+    def poison(m, step):
+        if step == 3:
+            data["retain"][3][0][0] = float("nan")
+
+    with pytest.raises(NonFiniteError, match="iteration 3"):
+        run(model, data, evaluate=poison, evaluate_every=1)
+    assert (1000,) in copied[0] and not any((1000,) in shapes for shapes in copied[1:])
+    assert model.seen == model.norm.num_batches_tracked == 3 + 2 and model.norm.running_mean.isfinite().all()
+
+
+def test_gradients_found_late_name_their_iterations_and_are_not_saved(monkeypatch, tmp_path) -> None:
+    """As on a device, where the host reads the flag at log points and checkpoints only."""
+
+    def late(optimizer):
+        if optimizer.param_groups[0]["retain_steps"] > 5:
+            raise NonFiniteError("a gradient was not finite")
+
+    monkeypatch.setattr(UnlearnOptimizer, "raise_if_non_finite", late)
+    with pytest.raises(NonFiniteError, match=r"^iterations 4 to 5: a gradient was not finite$"):
+        run(make(), log_every=4, output_dir=tmp_path, checkpointing_steps=6)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(NonFiniteError, match=r"^iteration 5: a gradient"):
+        run(make())
 
 
 def test_a_non_finite_fisher_pass_changes_nothing() -> None:
@@ -417,13 +569,43 @@ def test_a_ready_mask_is_used_and_checked() -> None:
     result = run(model, changes={"mask": made})
     run(again)
     assert identical(weights(model), weights(again)) and "fisher" not in result.timings
-    with pytest.raises(InputError, match="another weights"):
+    with pytest.raises(InputError, match="other weights"):
         run(make(seed=5), changes={"mask": made})
-    with pytest.raises(InputError, match="another forget set"):
+    with pytest.warns(UserWarning, match="another forget set"):
         run(make(), {"forget": batches(3, 6, seed=9), "retain": batches(5, 6, seed=2)}, {"mask": made})
     wrong = SaliencyMask.from_dict({**made.unpack(), "head.bias": torch.ones(5, dtype=torch.bool)})
     with pytest.raises(InputError, match=r"head\.bias has shape \[5\]"):
         run(make(), changes={"mask": wrong})
+
+
+def test_a_ready_mask_is_checked_before_a_pass_over_the_data() -> None:
+    model, forget = make(), Counting(batches(3, 6, seed=1))
+    wrong = SaliencyMask.from_dict({name: torch.ones(3, dtype=torch.bool) for name, _ in model.named_parameters()})
+    with pytest.raises(InputError, match="use the mask made for this model"):
+        run(model, {"forget": forget, "retain": batches(5, 6, seed=2)}, {"mask": wrong})
+    assert forget.passes == 0
+
+
+class Augmenting(Counting):
+    """Another view of every sample on every pass."""
+
+    def __iter__(self):
+        return ((x + 0.01 * self.passes, y) for x, y in super().__iter__())
+
+
+def test_a_mask_may_be_used_on_other_views_of_its_data() -> None:
+    data = {"forget": Augmenting(batches(3, 6, seed=1)), "retain": Augmenting(batches(5, 6, seed=2))}
+    made = run(make(), data).mask
+    with pytest.warns(UserWarning, match="other views of its samples"):
+        assert run(make(), data, {"mask": made}).counts["iterations"] == 12
+
+
+def test_a_mask_of_part_of_the_data_names_no_forget_set() -> None:
+    whole, part = (run(make(), changes={"fisher_batches": 2}, allow_duplicates=allow).mask for allow in (False, True))
+    assert "forget_hash" in whole.metadata and "forget_hash" not in part.metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(make(), changes={"mask": part})
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adamw"])
@@ -477,6 +659,34 @@ def test_evaluating_does_not_disturb_the_run_and_may_stop_it() -> None:
     assert result.stopped_at == 4 and len(result.history) == 4
 
 
+def test_gradients_of_an_evaluation_do_not_leak_into_the_run() -> None:
+    class Freezing(ConvNet):
+        """Its convolution takes no part in training, and would be moved by whatever gradient lies there."""
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.conv(x)))
+            return self.head((x.detach() if self.training else x).mean(dim=(2, 3)))
+
+    def differentiate(model, step):
+        with torch.enable_grad():
+            model(batches(1, 6, seed=3)[0][0]).sum().backward()
+
+    plain, watched = make(Freezing), make(Freezing)
+    run(plain, changes={"gamma": None})
+    run(watched, changes={"gamma": None}, evaluate=differentiate, evaluate_every=1)
+    assert identical(weights(plain), weights(watched))
+
+
+def test_the_history_is_json_whatever_an_evaluation_returns(tmp_path) -> None:
+    returned = {"loss": float("nan"), "list": [float("inf"), 1.0], "tensor": torch.tensor([-math.inf, 2.0])}
+    changes = {"iterations": 1}
+    result = run(make(), changes=changes, evaluate=lambda *_: returned, evaluate_every=1, output_dir=tmp_path)
+    expected = {"loss": None, "list": [None, 1.0], "tensor": [None, 2.0]}
+    line = (tmp_path / "history.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["evaluation"] == expected
+    assert result.history[0]["evaluation"] == expected
+
+
 def test_bad_arguments_of_run(tmp_path) -> None:
     for arguments, words in (
         ({"checkpointing_steps": 2}, "needs an output_dir"),
@@ -499,6 +709,9 @@ def test_bad_settings_of_the_method() -> None:
         ({"forget_schedule": "exp"}, "forget_schedule"),
         ({"lambd": -1.0}, "lambd"),
         ({"update": "joint", "dual_state": True}, "dual_state"),
+        ({"lr": -1.0}, "lr: expected 0 or more"),
+        ({"rule": "sgd"}, "momentum=0.9 does nothing"),
+        ({"protect": True, "gamma": None}, "protect=True needs a mask"),
     ):
         with pytest.raises(InputError, match=words):
             method(**changes)
@@ -532,11 +745,12 @@ RESUMABLE = {
 }
 
 
+@pytest.mark.parametrize("log_every", [1, 4])
 @pytest.mark.parametrize("changes", RESUMABLE.values(), ids=RESUMABLE.keys())
-def test_a_resumed_run_is_the_uninterrupted_one(changes, tmp_path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(changes, log_every, tmp_path) -> None:
     whole, interrupted = make(dropout=0.3), make(dropout=0.3)
     torch.manual_seed(7)
-    expected = run(whole, loaders(), changes)
+    expected = run(whole, loaders(), changes, log_every=log_every)
     torch.manual_seed(7)
     run(
         interrupted,
@@ -546,10 +760,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(changes, tmp_path) -> None:
         checkpointing_steps=7,
         evaluate=lambda model, step: step == 9,
         evaluate_every=1,
+        log_every=log_every,
     )
     torch.manual_seed(99)  # whatever the new process has drawn before
     resumed = make(seed=4, dropout=0.3)
-    result = run(resumed, loaders(seed=50), changes, output_dir=tmp_path, resume_from_checkpoint="latest")
+    resume = {"output_dir": tmp_path, "resume_from_checkpoint": "latest", "log_every": log_every}
+    result = run(resumed, loaders(seed=50), changes, **resume)
     assert identical(weights(whole), weights(resumed))
     assert result.history == expected.history
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -567,6 +783,104 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path) ->
     with pytest.raises(InputError, match="shape"):
         run(other, output_dir=tmp_path, resume_from_checkpoint="latest")
     assert identical(before, weights(other))
+
+
+def test_a_resumed_run_in_float16_is_the_uninterrupted_one(tmp_path) -> None:
+    """Both scales go on where they were."""
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    results, models = [], (make(), make())
+    for model, resume in ((models[0], {}), (models[1], {"resume_from_checkpoint": tmp_path / "checkpoint-5"})):
+        unlearner = Unlearner(model, Classification(), growing(), mixed_precision="fp16")
+        results.append(unlearner.run(**data, output_dir=tmp_path, checkpointing_steps=5, **resume))
+    assert results[0].counts == results[1].counts and results[0].history == results[1].history
+    assert identical(*map(weights, models))
+
+
+def interrupted(directory: Path, changes: dict | None = None, **arguments) -> Path:
+    """A directory with checkpoints and a history."""
+    run(make(), changes=changes, output_dir=directory, checkpointing_steps=6, **arguments)
+    return directory / "checkpoint-12"
+
+
+def refused(message: str, model: nn.Module, directory: Path, data: dict | None = None, **arguments) -> None:
+    """Resuming fails in one sentence and changes neither model nor files."""
+    before, history = weights(model), (directory / "history.jsonl").read_text()
+    data = data or {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    with pytest.raises(InputError, match=message) as caught:
+        Unlearner(model, Classification(), **arguments).run(
+            **data, output_dir=directory, resume_from_checkpoint="latest"
+        )
+    assert "\n" not in str(caught.value)
+    assert identical(before, weights(model)) and (directory / "history.jsonl").read_text() == history
+
+
+def test_resuming_needs_the_same_run(tmp_path) -> None:
+    interrupted(tmp_path, {"gamma": None})
+    own = method(gamma=None)
+    frozen = make(seed=4)
+    frozen.conv.requires_grad_(False)
+    refused(r"of a run in which conv\.\w+ was trained: set requires_grad", frozen, tmp_path, method=own)
+    words = "written with mixed_precision='no' and the method has 'bf16'"
+    refused(words, make(seed=4), tmp_path, method=own, mixed_precision="bf16")
+    refused("dtype", make(seed=4).double(), tmp_path, method=own)
+    mask = SaliencyMask.from_dict({n: torch.ones(p.shape, dtype=torch.bool) for n, p in make().named_parameters()})
+    refused("written with another mask", make(seed=4), tmp_path, method=method(gamma=None, mask=mask))
+    shorter = {"forget": batches(2, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    refused("the forget set had 3 batches .* and has 2 now: pass the same data", make(), tmp_path, shorter, method=own)
+    refused("the forget set had 3 batches", make(), tmp_path, loaders(), method=own)
+    data = {"forget": batches(3, 6, seed=1), "retain": Generated(batches(5, 6, seed=2))}
+    refused("had 0 generators .* and has 1 now: pass the same loaders", make(), tmp_path, data, method=own)
+
+
+class Generated(list):
+    """Batches with a generator, as a DataLoader has one."""
+
+    generator = torch.Generator()
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("state.json", b'{"format": ', "its state.json cannot be read"),
+        ("state.json", b"[]", "its state.json cannot be read"),
+        ("state.json", b'{"format": "unlearn_ext.checkpoint.2", "iteration": 12}', "its state.json lacks param_groups"),
+        ("model.safetensors", b"junk", "its model.safetensors cannot be read"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("optimizer.safetensors", b"", "its optimizer.safetensors cannot be read"),
+        ("mask.safetensors", b"junk", "not a safetensors file"),
+        ("mask.safetensors", None, "there is no mask"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(file, content, words, tmp_path) -> None:
+    checkpoint = interrupted(tmp_path)
+    (checkpoint / file).unlink()
+    if content is not None:
+        (checkpoint / file).write_bytes(content)
+    message = f"checkpoint-12 is damaged: .*{words}.*; resume from an earlier one"
+    refused(message, make(seed=4), tmp_path, method=method())
+
+
+def test_labels_are_checked_after_resuming_as_well(tmp_path) -> None:
+    interrupted(tmp_path, {"iterations": 30}, evaluate=lambda model, step: step == 12, evaluate_every=1)
+    retain = batches(5, 6, seed=2)
+    retain[4][1][3] = 4
+    with pytest.raises(InputError, match="label 4 is outside the model's 4 classes"):
+        run(
+            make(),
+            {"forget": batches(3, 6, seed=1), "retain": retain},
+            {"iterations": 30},
+            output_dir=tmp_path,
+            resume_from_checkpoint="latest",
+        )
+
+
+def test_what_killed_processes_left_is_swept_at_the_next_checkpoint(tmp_path) -> None:
+    for name in (".checkpoint-6-old-abc", ".checkpoint-12-def"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"part")
+    interrupted(tmp_path)
+    names = ["checkpoint-12", "checkpoint-6", "history.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 KILLED = """

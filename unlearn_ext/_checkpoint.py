@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from ._files import atomic_directory
-from ._names import plain_name
+from ._names import own_names, unwrapped
 from .errors import InputError
 from .optim import UnlearnOptimizer
 from .saliency import SaliencyMask
 
-__all__ = ["find", "model_tensors", "read", "read_mask", "restore", "save"]
+__all__ = ["Checkpoint", "check", "find", "model_tensors", "read", "restore", "save"]
 
-_FORMAT = "unlearn_ext.checkpoint.1"
+_FORMAT = "unlearn_ext.checkpoint.2"
+_DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
+_DOCUMENT += ("counts", "timings", "protected", "scalers", "forgetting", "batches", "forget", "retain", "rng")
+
+
+@dataclass
+class Checkpoint:
+    """All that a checkpoint holds; ``optimizer`` as :meth:`UnlearnOptimizer.load_state_dict` takes it."""
+
+    path: Path
+    document: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    mask: SaliencyMask | None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by plain name; tied ones once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in own_names(unwrapped(model).state_dict(keep_vars=True).items()).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
-            tensors[plain_name(name)] = value.detach()
+            tensors[name] = value.detach()
     return tensors
 
 
@@ -62,9 +78,12 @@ def save(
             "iteration": iteration,
             "param_groups": optimizer_state["param_groups"],
             "optimizer_numbers": numbers,
+            "optimizer_settings": optimizer_state["settings"],
             **state,
         }
         (partial / "state.json").write_text(json.dumps(document))
+    for left in directory.glob(".checkpoint-*"):  # by processes that were killed in this very place
+        shutil.rmtree(left, ignore_errors=True)
     return path
 
 
@@ -87,40 +106,86 @@ def find(output_dir: Path | None, wanted: str | Path) -> Path:
     return max(numbered)[1]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+def read(path: Path) -> Checkpoint:
+    """Reads the whole of a checkpoint, so that what is damaged shows before anything is changed."""
     try:
         document = json.loads((path / "state.json").read_text())
-    except json.JSONDecodeError:
-        raise InputError(f"{path} is damaged: its state.json cannot be read; resume from an earlier one") from None
-    for name, needed in (("model", True), ("optimizer", True), ("mask", document.get("masked", False))):
-        if needed and not (path / f"{name}.safetensors").is_file():
-            raise InputError(f"{path} is damaged: {name}.safetensors is missing; resume from an earlier one")
-    if document.get("format") != _FORMAT:
+        version = document.get("format")
+    except (OSError, ValueError, AttributeError):
+        raise _damaged(path, "its state.json cannot be read") from None
+    if version != _FORMAT:
         raise InputError(f"{path} is not a checkpoint of this version: start the run again")
-    return document
-
-
-def read_mask(path: Path) -> SaliencyMask | None:
-    file = path / "mask.safetensors"
-    return SaliencyMask.load(file) if file.is_file() else None
-
-
-@torch.no_grad()
-def restore(path: Path, document: dict[str, Any], model: nn.Module, optimizer: UnlearnOptimizer) -> None:
-    """Puts weights, buffers and optimizer state back, after checking that they fit."""
-    from safetensors.torch import load_file
-
-    saved, own = load_file(path / "model.safetensors"), model_tensors(model)
-    for name in saved.keys() | own.keys():
-        if name not in saved or name not in own or saved[name].shape != own[name].shape:
-            raise InputError(f"{path} holds another model: {name} is missing or has another shape")
-    for name, value in own.items():
-        value.copy_(saved[name])
+    for key in _DOCUMENT:
+        if key not in document:
+            raise _damaged(path, f"its state.json lacks {key}")
+    model, tensors = _tensors(path / "model.safetensors"), _tensors(path / "optimizer.safetensors")
+    mask = None
+    if document["masked"]:
+        try:
+            mask = SaliencyMask.load(path / "mask.safetensors")
+        except InputError as error:
+            raise _damaged(path, str(error)) from None
     state: dict[int, dict[str, Any]] = {}
-    entries = {**load_file(path / "optimizer.safetensors"), **document["optimizer_numbers"]}
-    for key, value in entries.items():
+    for key, value in {**tensors, **document["optimizer_numbers"]}.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer = {"state": state, "param_groups": groups, "settings": document["optimizer_settings"]}
+    return Checkpoint(path, document, model, optimizer, mask)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise _damaged(file.parent, f"{file.name} is missing")
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError):
+        raise _damaged(file.parent, f"its {file.name} cannot be read") from None
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} is damaged: {what}; resume from an earlier one")
+
+
+def check(
+    checkpoint: Checkpoint, model: nn.Module, names: Iterable[str], settings: dict[str, Any], mask: SaliencyMask | None
+) -> None:
+    """Whether the run at hand is the one that wrote the checkpoint.
+
+    Args:
+        names: of the trainable parameters.
+        mask: what the method was given, if anything.
+    """
+    path, document = checkpoint.path, checkpoint.document
+    saved, own = document["settings"], json.loads(json.dumps(settings))
+    for key in {**saved, **own}:
+        if saved.get(key) != own.get(key):
+            raise InputError(
+                f"{path} was written with {key}={saved.get(key)!r} and the method has {own.get(key)!r}: resume with "
+                "the same settings"
+            )
+    if mask is not None and mask != checkpoint.mask:
+        raise InputError(f"{path} was written with another mask: resume with the same one")
+    tensors = model_tensors(model)
+    for name in {**checkpoint.model, **tensors}:
+        if name not in checkpoint.model or name not in tensors or not _alike(checkpoint.model[name], tensors[name]):
+            raise InputError(f"{path} holds another model: {name} is missing or has another shape or dtype")
+    trained = {name for group in document["param_groups"] for name in group["param_names"]}
+    for name in sorted(trained.symmetric_difference(names)):
+        was = "was" if name in trained else "was not"
+        raise InputError(f"{path} is of a run in which {name} {was} trained: set requires_grad as it was then")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+@torch.no_grad()
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: UnlearnOptimizer) -> None:
+    """Puts optimizer state, weights and buffers back; :func:`check` has found that they fit."""
+    optimizer.load_state_dict(checkpoint.optimizer)
+    for name, value in model_tensors(model).items():
+        value.copy_(checkpoint.model[name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ._hashing import sample_hashes, samples_hash
@@ -24,7 +23,7 @@ class DataCheck:
         self._seen = {"forget": 0, "retain": 0}
 
     def add(self, name: str, batch: Any) -> None:
-        self.task.prepare(batch, torch.device("cpu"))  # its checks; the batch stays where it is
+        self.task.check(batch)
         if name == "retain" and self.allow_duplicates:
             return
         hashes = sample_hashes(self.task.inputs(batch))

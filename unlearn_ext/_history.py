@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ._files import atomic_path
 
-__all__ = ["History"]
+__all__ = ["History", "plain"]
 
 
 class History:
@@ -39,12 +37,16 @@ class History:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def add(self, entry: dict[str, Any]) -> None:
-        entry = {key: value.item() if isinstance(value, Tensor) else value for key, value in entry.items()}
-        line = json.dumps(entry, default=_plain)
-        self.entries.append(json.loads(line))
+        entry = plain(entry)
+        self.entries.append(entry)
         if self.file is not None:
             with self.file.open("a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(entry) + "\n")
+
+
+def plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it. An evaluation may return NaN or an infinity, which JSON has not: they become null."""
+    return json.loads(json.dumps(entry, default=_plain), parse_constant=lambda _: None)
 
 
 def _plain(value: Any) -> Any:

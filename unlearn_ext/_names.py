@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
+from torch import nn
+
 from .errors import InputError
+
+__all__ = ["by_plain_name", "own_names", "trainable", "unwrapped"]
 
 Value = TypeVar("Value")
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's, around the model or any block of it
+_PARALLEL = "module."  # DistributedDataParallel's and DataParallel's, and what a model may call a part of its own
 
 
-def plain_name(name: str) -> str:
-    """``module.layer.weight`` -> ``layer.weight``, however many wrappers stand around the model."""
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, told by the wrapper's type: a model may have a part called ``module``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def own_names(named: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """By name, without what torch.compile adds to those of compiled blocks."""
+    result: dict[str, Value] = {}
+    for name, value in named:
+        name = _COMPILED.sub("", name)
+        if name in result:
+            raise InputError(f"two parameters are called {name} once wrappers' prefixes are removed: rename one")
+        result[name] = value
+    return result
 
 
 def by_plain_name(named: Iterable[tuple[str, Value]]) -> dict[str, Value]:
-    result: dict[str, Value] = {}
-    for name, value in named:
-        if plain_name(name) in result:
-            raise InputError(f"two parameters are called {plain_name(name)} once wrappers' prefixes are removed")
-        result[plain_name(name)] = value
+    """Names of a file or a list, where nothing tells a wrapper but that every name has its prefix."""
+    result = own_names(named)
+    while result and all(name.startswith(_PARALLEL) for name in result):
+        result = {name.removeprefix(_PARALLEL): value for name, value in result.items()}
     return result
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters to be moved, by name."""
+    return own_names((n, p) for n, p in unwrapped(model).named_parameters() if p.requires_grad)

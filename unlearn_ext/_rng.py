@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["capture", "generators_of", "restore"]
+from .errors import InputError
+
+__all__ = ["capture", "check", "generators_of", "restore"]
 
 
 def _encode(state: torch.Tensor) -> str:
@@ -41,6 +43,15 @@ def capture(generators: list[torch.Generator] | None = None) -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "generators": [_encode(generator.get_state()) for generator in generators or []],
     }
+
+
+def check(state: dict[str, Any], generators: list[torch.Generator]) -> None:
+    """Whether there is a generator for every saved one."""
+    if len(state["generators"]) != len(generators):
+        raise InputError(
+            f"the data had {len(state['generators'])} generators of its own when the checkpoint was made and has "
+            f"{len(generators)} now: pass the same loaders"
+        )
 
 
 def restore(state: dict[str, Any], generators: list[torch.Generator] | None = None) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 from . import _rng
 from .errors import InputError
 
-__all__ = ["BatchStream"]
+__all__ = ["BatchStream", "length"]
+
+
+def length(data: Iterable[Any]) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # no length, or a DataLoader of an IterableDataset without one
+        return None
 
 
 class BatchStream:
@@ -51,6 +58,16 @@ class BatchStream:
 
     def position(self) -> dict[str, Any] | None:
         return None if self._iterator is None else {"start": self._start_state, "taken": self._taken}
+
+    def check(self, position: dict[str, Any] | None, batches: int | None) -> None:
+        """Whether the data can be that of a saved position; ``batches`` is its length then."""
+        if batches != length(self.data):
+            raise InputError(
+                f"the {self.name} set had {batches} batches when the checkpoint was made and has {length(self.data)} "
+                "now: pass the same data"
+            )
+        if position is not None:
+            _rng.check(position["start"], _rng.generators_of(self.data))
 
     def seek(self, position: dict[str, Any] | None) -> None:
         """Moves to a saved position. The caller restores all generators afterwards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -20,6 +21,10 @@ __all__ = ["StepConfig", "UnlearnOptimizer"]
 _MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 _MOMENTS["adamw"] = _MOMENTS["adam"]
 _DEVICE, _DTYPE, _LAYOUT = attrgetter("device"), attrgetter("dtype"), attrgetter("layout")
+# What a parameter group may set for itself, and what the state of a weight means nothing without.
+_PER_GROUP = ("lr", "momentum", "betas", "eps", "weight_decay", "forget_weight", "retain_weight")
+_PER_GROUP += ("slow_rate", "forget_lr")
+_OF_THE_STATE = ("rule", "forget_rule", "dual_state", "mask_scope", "protect", "slow_freq")
 
 
 @dataclass(kw_only=True)
@@ -45,33 +50,38 @@ class StepConfig:
     forget_lr: float | None = None
     stochastic_rounding: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
+            if value not in ops.RULES:
+                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {value!r}")
+        if self.forget_rule is not None and not self.dual_state:
+            raise InputError("forget_rule needs a state of its own: set dual_state=True")
+        if self.mask_scope not in ops.MASK_SCOPES:
+            raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
+        if self.slow_freq < 1:
+            raise InputError(f"slow_freq: expected a count from 1, got {self.slow_freq}")
+        for name in ("max_norm", "retain_max_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise InputError(f"{name}: expected more than 0, or None for no clipping, got {value}")
+        _check_rates(self.rule, self.forget_rule or self.rule, **{name: getattr(self, name) for name in _PER_GROUP})
+
     def make_optimizer(self, named_parameters: Iterable[tuple[str, Tensor]], mask: SaliencyMask | None):
         arguments = {field.name: getattr(self, field.name) for field in fields(StepConfig)}
         return UnlearnOptimizer(list(named_parameters), mask=mask, **arguments)
 
 
-def _check_arguments(rule: str, forget_rule: str | None, **values: Any) -> None:
-    for name, value in (("rule", rule), ("forget_rule", forget_rule)):
-        if value is not None and value not in ops.RULES:
-            raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {value!r}")
-    if forget_rule is not None and not values["dual_state"]:
-        raise InputError("forget_rule needs a state of its own: set dual_state=True")
-    if values["mask_scope"] not in ops.MASK_SCOPES:
-        raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {values['mask_scope']!r}")
-    if values["slow_freq"] < 1:
-        raise InputError(f"slow_freq: expected a count from 1, got {values['slow_freq']}")
-    if not 0.0 < values["slow_rate"] <= 1.0:
-        raise InputError(f"slow_rate: expected a rate in (0, 1], got {values['slow_rate']}")
+def _check_rates(*rules: str, **values: Any) -> None:
+    """What a parameter group may set for itself. ``rules`` are those that may move it."""
     for name in ("lr", "forget_lr", "momentum", "eps", "weight_decay"):
         if values[name] is not None and not values[name] >= 0.0:
             raise InputError(f"{name}: expected 0 or more, got {values[name]}")
-    for name in ("max_norm", "retain_max_norm"):
-        if values[name] is not None and not values[name] > 0.0:
-            raise InputError(f"{name}: expected more than 0, or None for no clipping, got {values[name]}")
+    if values["momentum"] and "sgd" in rules and "momentum" not in rules:
+        raise InputError(f"momentum={values['momentum']} does nothing under rule='sgd': set rule='momentum'")
+    if not 0.0 < values["slow_rate"] <= 1.0:
+        raise InputError(f"slow_rate: expected a rate in (0, 1], got {values['slow_rate']}")
     if len(values["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in values["betas"]):
         raise InputError(f"betas: expected two numbers in [0, 1), got {values['betas']}")
-    if values["protect"] and values["mask"] is None:
-        raise InputError("protect=True needs a mask that says what to protect")
 
 
 @dataclass
@@ -83,6 +93,10 @@ class _Bucket:
     has_forget: bool
     has_retain: bool
     count: int
+
+
+# Fires the step hooks of torch.optim, which wraps step() alone by itself.
+_hooked = torch.optim.Optimizer.profile_hook_step
 
 
 class UnlearnOptimizer(torch.optim.Optimizer):
@@ -97,12 +111,13 @@ class UnlearnOptimizer(torch.optim.Optimizer):
 
     ``forget_step`` uses g_f alone, ``retain_step`` and ``step`` g_r alone, ``joint_step`` both at once. The norms run
     over all parameters. On the CPU a non-finite gradient raises before anything is written; elsewhere the step writes
-    nothing and :meth:`raise_if_non_finite` tells.
+    no weight and no moment, and :meth:`raise_if_non_finite` tells. The host, which does not wait to know, counts such
+    a step all the same, in bias corrections and in the round.
 
     Args:
         params_or_named_params: what torch.optim takes; named parameters (``model.named_parameters()``) are required
             with a mask, and make errors readable.
-        rule: ``sgd``, ``momentum``, ``adam`` or ``adamw``, as in torch.optim.
+        rule: ``sgd`` (without momentum), ``momentum``, ``adam`` or ``adamw``, as in torch.optim.
         lr, momentum, betas, eps, weight_decay: as in torch.optim; decay is decoupled for ``adamw`` only.
         max_norm: clip the masked, weighted forget gradient to this norm. None: no clipping.
         retain_max_norm: the same for the retain gradient.
@@ -147,47 +162,42 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         forget_lr: float | None = None,
         stochastic_rounding: bool = False,
     ):
-        _check_arguments(
-            rule,
-            forget_rule,
-            dual_state=dual_state,
-            mask_scope=mask_scope,
-            slow_freq=slow_freq,
-            slow_rate=slow_rate,
+        config = StepConfig(
+            rule=rule,
             lr=lr,
-            forget_lr=forget_lr,
             momentum=momentum,
+            betas=betas,
             eps=eps,
             weight_decay=weight_decay,
             max_norm=max_norm,
             retain_max_norm=retain_max_norm,
-            betas=betas,
+            forget_weight=forget_weight,
+            retain_weight=retain_weight,
+            slow_rate=slow_rate,
+            slow_freq=slow_freq,
+            mask_scope=mask_scope,
             protect=protect,
-            mask=mask,
+            dual_state=dual_state,
+            forget_rule=forget_rule,
+            forget_lr=forget_lr,
+            stochastic_rounding=stochastic_rounding,
         )
+        if protect and mask is None:
+            raise InputError("protect=True needs a mask that says what to protect")
         self.rule, self.forget_rule = rule, forget_rule or rule
         self.max_norm, self.retain_max_norm = max_norm, retain_max_norm
         self.slow_freq, self.mask_scope, self.protect, self.dual_state = slow_freq, mask_scope, protect, dual_state
         self.last_clip: Tensor | None = None
         self._non_finite: Tensor | None = None
         self.mask_bits: list[Tensor] | None = None
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "forget_weight": forget_weight,
-            "retain_weight": retain_weight,
-            "slow_rate": slow_rate,
-            "forget_lr": forget_lr,
-            "retain_steps": 0,  # progress within the round; in the groups so that state_dict carries it
-            "rounding_seed": None,
-        }
+        # Progress within the round and noise stand in the groups, so that state_dict carries them.
+        defaults = {name: getattr(config, name) for name in _PER_GROUP} | {"retain_steps": 0, "rounding_seed": None}
         self._rounding_base = int(torch.randint(2**31, (1,))) if stochastic_rounding else None
         super().__init__(params_or_named_params, defaults)
-        # A step takes the parameters in several calls; what two of them share would be moved twice.
-        check_writable("UnlearnOptimizer", parameters=self._parameters())
+        try:  # A step takes the parameters in several calls; what two of them share would be moved twice.
+            check_writable("UnlearnOptimizer", parameters=self._parameters())
+        except RuntimeError as error:
+            raise InputError(f"{error}: clone() one, or make both the same Parameter") from None
         if mask is not None:
             if not all("param_names" in group for group in self.param_groups):
                 raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
@@ -198,8 +208,18 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "mask_bits", None) is not None:
             raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
+        for key in param_group:
+            if key not in (*_PER_GROUP, "params", "param_names", "initial_lr"):
+                raise InputError(
+                    f"{key} is no setting of a parameter group: a group takes {', '.join(_PER_GROUP)}, and the "
+                    "optimizer itself the rest"
+                )
+        rates = {name: param_group.get(name, self.defaults[name]) for name in _PER_GROUP}
+        _check_rates(self.rule, self.forget_rule, **rates)
         if self._rounding_base is not None:  # noise of its own for each group
             param_group["rounding_seed"] = self._rounding_base + (len(self.param_groups) << 32)
+        if self.param_groups:  # a group that comes later joins the round under way
+            param_group["retain_steps"] = self.param_groups[0]["retain_steps"]
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -252,9 +272,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.retain_step()
+        self._retain(None)
         return loss
 
+    @_hooked
     @torch.no_grad()
     def forget_step(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """Moves the salient weights along the forget gradients: ``grads``, aligned with the parameters, or ``.grad``.
@@ -269,13 +290,18 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         forget = self._aligned("forget_step", grads, parameters)
         self._step("forget_step", parameters, forget, [None] * len(parameters), closes_round=False)
 
+    @_hooked
     @torch.no_grad()
     def retain_step(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """Moves all weights along the retain gradients; closes the round on every ``slow_freq``-th call."""
+        self._retain(grads)
+
+    def _retain(self, grads: Sequence[Tensor | None] | None) -> None:
         parameters = self._parameters()
         retain = self._aligned("retain_step", grads, parameters)
         self._step("retain_step", parameters, [None] * len(parameters), retain, closes_round=True)
 
+    @_hooked
     @torch.no_grad()
     def joint_step(
         self, forget_grads: Sequence[Tensor | None], retain_grads: Sequence[Tensor | None] | None = None
@@ -328,7 +354,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if interpolate:
             # Weights without a gradient in this step may have been moved by others of the round.
             left = set(range(len(parameters))).difference(*(bucket.indices for bucket in buckets))
-            self._interpolate([i for i in sorted(left) if "slow" in states[i]], parameters, masked)
+            self._interpolate([i for i in sorted(left) if "slow" in states[i]], parameters, masked, skip)
         if closes_round:
             for group in self.param_groups:
                 group["retain_steps"] += 1
@@ -449,14 +475,14 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         for state in states:
             state[counter] = bucket.count
 
-    def _interpolate(self, indices: list[int], parameters: list[Tensor], masked: bool) -> None:
+    def _interpolate(self, indices: list[int], parameters: list[Tensor], masked: bool, skip: Any) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for i in indices:
             group = groups[id(parameters[i])]
             ops.step_(
                 [parameters[i]],
                 rule="sgd",
-                scalars=ops.scalars(lr=0.0, slow_rate=group["slow_rate"], device=parameters[i].device),
+                scalars=ops.scalars(lr=0.0, slow_rate=group["slow_rate"], skip=skip, device=parameters[i].device),
                 slow=[self.state[parameters[i]]["slow"]],
                 bits=[self.mask_bits[i]] if self.protect and masked else (),
                 protect=self.protect and masked,
@@ -495,23 +521,53 @@ class UnlearnOptimizer(torch.optim.Optimizer):
 
     # --- State ----------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's, and under ``settings`` what the state means nothing without."""
+        return {**super().state_dict(), "settings": {name: getattr(self, name) for name in _OF_THE_STATE}}
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Whether a state fits, before anything is loaded.
+
+        Raises:
+            InputError: it is of other settings, another rule, or weights of other shapes.
+        """
+        for name, value in state_dict.get("settings", {}).items():
+            if value != (own := getattr(self, name, None)):
+                raise InputError(
+                    f"the state was saved with {name}={value!r} and the optimizer has {own!r}: build it with the same"
+                )
+        saved = [group["params"] for group in state_dict["param_groups"]]
+        sizes, own = [len(group) for group in saved], [len(group["params"]) for group in self.param_groups]
+        if sizes != own:
+            raise InputError(
+                f"the state is of groups of {sizes} parameters and the optimizer has {own}: build the same"
+            )
+        known = {"step", "slow", *_MOMENTS[self.rule]}
+        if self.dual_state:
+            known |= {f"forget_{name}" for name in ("step", *_MOMENTS[self.forget_rule])}
+        for index, name, p in zip(itertools.chain(*saved), self._names(), self._parameters(), strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if key not in known:
+                    raise InputError(f"the state of {name} holds {key}, and the optimizer keeps none: load its own")
+                if isinstance(value, Tensor) and value.shape != p.shape:
+                    raise InputError(
+                        f"the state {key} of {name} has shape {list(value.shape)} and the parameter {list(p.shape)}: "
+                        "load the state of the same model"
+                    )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, bit for bit.
 
         torch.optim casts state to the weight's dtype, which would round float32 moments of bfloat16 weights; here
         every tensor keeps its dtype and takes its weight's device and memory order.
         """
+        self.check_state_dict(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
         for index, p in zip(saved, self._parameters(), strict=True):
             if index not in state_dict["state"]:
                 continue
             entries = state_dict["state"][index]
-            for key, value in entries.items():
-                if isinstance(value, Tensor) and value.shape != p.shape:
-                    raise InputError(
-                        f"state {key} of shape {list(value.shape)} does not fit its weight {list(p.shape)}"
-                    )
             self.state[p] = {
                 key: torch.empty_like(p, dtype=value.dtype).copy_(value) if isinstance(value, Tensor) else value
                 for key, value in entries.items()

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from safetensors import SafetensorError
 
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError
@@ -43,5 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except (UnlearnError, BuildError, ToolchainError, ImportError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 1
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        errors.print(f"[red]error:[/] {escape(what)}; check the disk's space and permissions", soft_wrap=True)
         return 1
     return 0

@@ -123,6 +123,8 @@ def _checked_device(name: str) -> str:
         raise InputError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device {name}: expected an index below {count}, the number of GPUs that torch sees")
     return name
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _checkpoint
 from .._files import atomic_path, writable_directory
+from .._loop import Progress
 from ..data import Digits, DigitSplit, load_digits
 from ..errors import InputError
 from ..evaluation import accuracy, average_gap, entropy_mia, js_divergence, kl_divergence, predict
@@ -25,8 +25,6 @@ from .settings import BATCH_SIZE, method_for
 from .training import train_classifier
 
 __all__ = ["ClassifierDemo", "DemoOptions"]
-
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import ops
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
@@ -62,6 +61,7 @@ class Method(StepConfig, ABC):
     mask: SaliencyMask | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._choose_mask_source()
         if self.iterations < 1:
             raise InputError(f"iterations: expected a count from 1, got {self.iterations}")
@@ -73,11 +73,8 @@ class Method(StepConfig, ABC):
             raise InputError(
                 "update='joint' makes one step of both gradients: dual_state and forget_lr do not apply to it"
             )
-        for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
-            if value not in ops.RULES:
-                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {value!r}")
-        if self.mask_scope not in ops.MASK_SCOPES:
-            raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
+        if self.protect and self.mask is None and not self.needs_fisher:
+            raise InputError("protect=True needs a mask that says what to protect")
         schedules.check("lr_schedule", self.lr_schedule)
 
     def _choose_mask_source(self) -> None:

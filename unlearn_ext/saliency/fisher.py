@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._modes import evaluating
-from .._names import by_plain_name
+from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FisherDiagonal:
         if batches is not None and batches < 1:
             raise InputError(f"Fisher batches: expected a count from 1, got {batches}")
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
-        self._parameters = by_plain_name((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
         self.sums = {
@@ -126,11 +126,12 @@ class FisherDiagonal:
             p.grad = None
 
     def _add_per_sample(self, batch: Any, where: str) -> None:
-        wrapped = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        own = unwrapped(self.model)  # functional_call refuses some wrappers
+        values = {n: p.detach() for n, p in own.named_parameters() if p.requires_grad}
 
         def loss_of(parameters: dict[str, Tensor], sample: Any) -> tuple[Tensor, Tensor]:
             def model(*args, **kwargs):
-                return torch.func.functional_call(self.model, parameters, args, kwargs)
+                return torch.func.functional_call(own, parameters, args, kwargs)
 
             loss = self.task.losses(model, _map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
             return loss, loss
@@ -139,7 +140,7 @@ class FisherDiagonal:
         size = self.task.size(batch)
         for start in range(0, size, self.chunk):
             part = _map_tensors(batch, lambda t, start=start: t[start : start + self.chunk])
-            gradients, losses = gradients_of(wrapped, part)
+            gradients, losses = gradients_of(values, part)
             _check_finite(losses.mean(), where)
             for i in range(losses.shape[0]):
                 ops.accumulate_fisher_(list(self.sums.values()), [g[i].detach() for g in gradients.values()])

@@ -28,7 +28,7 @@ class SaliencyMask:
     """Which weights may be moved to forget, as packed bits by parameter name.
 
     Bits stand in logical (C) order here and in files; :meth:`bind` brings them into a model's memory order. Names
-    carry no wrapper prefix (``module.``, ``_orig_mod.``).
+    carry no wrapper's prefix: ``_orig_mod.`` nowhere, ``module.`` not on every one.
 
     Args:
         bits: name -> int32 words of ⌈n/32⌉, tail bits zero.
@@ -295,6 +295,7 @@ class SaliencyMask:
             raise InputError(f"{path} is damaged: its shapes cannot be read") from None
         if shapes.keys() != bits.keys():
             raise InputError(f"{path} is damaged: it has bits and shapes of different parameters")
+        shapes, bits = by_plain_name(shapes.items()), by_plain_name(bits.items())
         ordered = {name: bits[name] for name in shapes}  # safetensors sorts by size, shapes keep the model's order
         for name, word in ordered.items():
             size = _numel(shapes[name])

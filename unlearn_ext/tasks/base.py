@@ -17,6 +17,9 @@ class Task(ABC):
     def begin(self, model: nn.Module, batch: Any) -> None:  # noqa: B027 - optional
         """Called with the first raw batch of a pass, to learn from the model what batches must fit."""
 
+    def check(self, batch: Any) -> None:  # noqa: B027 - optional
+        """Raises InputError for a raw batch that does not fit; draws nothing and moves nothing."""
+
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:
         """The batch checked, on the device, with everything random in it drawn."""

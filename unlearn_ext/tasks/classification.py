@@ -37,7 +37,7 @@ class Classification(Task):
         return self._split(batch)[1]
 
     def begin(self, model: nn.Module, batch: Any) -> None:
-        """Learns the number of classes from one forward pass, so that :meth:`prepare` can check every label."""
+        """Learns the number of classes from one forward pass, so that :meth:`check` can check every label."""
         self._classes = None
         inputs, _ = self.prepare(batch, next(model.parameters()).device)
         with evaluating(model), torch.no_grad():
@@ -45,22 +45,27 @@ class Classification(Task):
         if isinstance(logits, Tensor) and logits.dim() == 2:
             self._classes = logits.shape[1]
 
-    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    def check(self, batch: Any) -> None:
         inputs, labels = self._split(batch)
         if inputs.shape[:1] != labels.shape[:1]:
             raise InputError(f"a batch has {inputs.shape[0]} inputs and {labels.shape[0]} labels: they must match")
         if inputs.shape[0] == 0:
             raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
-        indices = labels.dtype in _INTEGERS and labels.dim() == 1
-        if indices:
-            labels = labels.long()
-        elif self.loss is None:
+        if self.loss is not None:  # it knows what its labels mean
+            return
+        if not _are_indices(labels):
             raise InputError(
                 f"labels: expected integers of shape [N], got {labels.dtype} of shape {list(labels.shape)}"
             )
         # Only on the CPU, where a loader leaves them: looking at labels on a device would wait for it.
-        if indices and self._classes is not None and labels.device.type == "cpu":
+        if self._classes is not None and labels.device.type == "cpu":
             _check_range(labels, self._classes)
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        self.check(batch)
+        inputs, labels = self._split(batch)
+        if _are_indices(labels):
+            labels = labels.long()
         return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def logits(self, model: Any, inputs: Tensor) -> Tensor:
@@ -95,6 +100,10 @@ class Classification(Task):
                 f"a batch is (inputs, labels) or a dict with pixel_values and labels, all tensors; got {got}"
             )
         return pair
+
+
+def _are_indices(labels: Tensor) -> bool:
+    return labels.dtype in _INTEGERS and labels.dim() == 1
 
 
 def _check_range(labels: Tensor, classes: int) -> None:

@@ -1,0 +1,320 @@
+"""The iterations of one run: batches become gradients, steps, history and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checkpoint, _rng
+from ._history import History, plain
+from ._modes import evaluating
+from ._names import unwrapped
+from ._streams import BatchStream, length
+from .errors import InputError, NonFiniteError, ProtectionError
+from .optim import UnlearnOptimizer
+from .saliency.protection import protected_count, protected_hashes
+
+if TYPE_CHECKING:
+    from .unlearner import Result, Unlearner
+
+__all__ = ["Loop", "Progress"]
+
+Progress = Callable[[str, int, int | None], None]
+
+
+# What a history entry tells of a forget step.
+_OF_FORGETTING = ("forget_loss", "alpha", "clip", "largest_share", "forget_skipped")
+
+
+class Loop:
+    """The iterations of one run, and what a checkpoint needs of them."""
+
+    def __init__(
+        self,
+        unlearner: Unlearner,
+        optimizer: UnlearnOptimizer,
+        streams: tuple[BatchStream, BatchStream],
+        result: Result,
+        directory: Path | None,
+        progress: Progress,
+    ):
+        self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
+        self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
+        self.forget, self.retain = streams
+        self.parameters = [p for _, p in unlearner._named]
+        self.buffers = [(name, buffer, buffer._version) for name, buffer in self.model.named_buffers()]
+        self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they held before the step at hand
+        self.history = History(directory, result.history)
+        self.forgetting: dict[str, Any] = {}  # of the last forget step that no entry has shown yet
+        self.iteration = 0
+        self.checked = 0  # iterations whose gradients are known to be finite
+        self.begun = False  # whether the task has learned from the model what batches must fit
+        self.forgot = False  # whether this iteration has made its forget step
+        self.seconds = 0.0
+        self.counts = {"iterations": 0, "forget_steps": 0, "retain_steps": 0}
+        # One for each side: the forget loss is alpha times larger, so that it starts at a scale as much smaller, and
+        # where it overflows only its own scale shrinks.
+        largest = max(1, math.ceil(self.method.strength(0)))
+        scales = {"forget": 2.0 ** (16 - (largest - 1).bit_length()), "retain": 2.0**16}
+        self.scalers = {
+            side: torch.amp.GradScaler(unlearner.device.type, init_scale=scale)
+            for side, scale in (scales.items() if unlearner.mixed_precision == "fp16" else ())
+        }
+        self.protected: list[int] | None = None
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+    def _generators(self) -> list[torch.Generator]:
+        found = _rng.generators_of(self.forget.data)
+        return found + [g for g in _rng.generators_of(self.retain.data) if all(g is not other for other in found)]
+
+    def _fully_protected(self) -> bool:
+        return self.result.mask is not None and self.method.protect and self.method.mask_scope == "all"
+
+    def start(self, checkpoint: _checkpoint.Checkpoint | None) -> None:
+        self._clear()
+        if checkpoint is None:
+            self.begun = True  # by the first pass
+            self.history.clear()
+            if self._fully_protected():
+                self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
+            return
+        document = checkpoint.document
+        for stream in (self.forget, self.retain):
+            stream.check(document[stream.name], document["batches"][stream.name])
+        _rng.check(document["rng"], self._generators())
+        for stream in (self.forget, self.retain):
+            stream.seek(document[stream.name])
+        _checkpoint.restore(checkpoint, self.model, self.optimizer)
+        self.iteration = self.checked = document["iteration"]
+        self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
+        self.protected = document["protected"]
+        self.result.timings.update(document["timings"])
+        for side, scaler in self.scalers.items():
+            scaler.load_state_dict(document["scalers"][side])
+        self.history.keep_until(self.iteration)
+        _rng.restore(document["rng"], self._generators())
+
+    def run(self, checkpointing_steps, evaluate, evaluate_every, log_every) -> None:
+        method, result = self.method, self.result
+        modes = [(module, module.training) for module in self.model.modules()]
+        if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
+            self.model.train()
+        try:
+            while self.iteration < method.iterations:
+                started = time.perf_counter()
+                entry = self._iterate(self.iteration)
+                if entry["forget_loss"] is not None:
+                    self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
+                self.iteration += 1
+                stop, paused = False, 0.0
+                if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
+                    stop, paused = self._evaluate(evaluate, entry)
+                last = stop or self.iteration == method.iterations
+                if last or self.iteration % log_every == 0 or "evaluation" in entry:
+                    self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
+                    self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
+                    self.forgetting = {}
+                self.seconds += time.perf_counter() - started - paused
+                self.progress("unlearning", self.iteration, method.iterations)
+                if checkpointing_steps and self.iteration % checkpointing_steps == 0:
+                    self._raise_if_non_finite()
+                    self._save()
+                if stop:
+                    result.stopped_at = self.iteration
+                    break
+        finally:
+            for module, training in modes:
+                module.training = training
+            self._clear()
+        self._finish()
+
+    def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
+        """Whether to stop, and the seconds it took, which are not the run's."""
+        started = time.perf_counter()
+        generators = self._generators()
+        state = _rng.capture(generators)
+        with evaluating(self.model):
+            verdict = evaluate(self.model, self.iteration)
+        _rng.restore(state, generators)
+        self._clear()
+        if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
+            verdict = verdict.item()
+        if verdict is not None and not isinstance(verdict, bool):
+            entry["evaluation"] = verdict
+        return verdict is True, time.perf_counter() - started
+
+    # --- One iteration --------------------------------------------------------------------------------------
+
+    def _iterate(self, t: int) -> dict[str, Any]:
+        method, optimizer = self.method, self.optimizer
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["initial_lr"] = rate  # forget_lr follows lr through this, as under torch's schedulers
+            group["lr"] = rate * method.lr_factor(t)
+        entry: dict[str, Any] = dict.fromkeys(
+            ("iteration", "forget_loss", "retain_loss", "lr", "alpha", "clip", "largest_share")
+        )
+        entry.update(iteration=t, lr=optimizer.param_groups[0]["lr"])
+        self._remember_buffers()
+        self.forgot = False
+        try:
+            forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
+            self._retain(t, entry, forget_grads)
+        except NonFiniteError as error:
+            for buffer, before in self.before:
+                buffer.copy_(before)
+            made = "; its forget step had been made" if self.forgot else ""
+            raise NonFiniteError(f"iteration {t}: {error}{made}") from None
+        if self.forgot:
+            entry["clip"] = optimizer.last_clip
+        self.counts["iterations"] += 1
+        return entry
+
+    def _forget(self, t: int, entry: dict[str, Any]) -> list[Tensor | None] | None:
+        """A forget step; or, for the joint update, only its gradients."""
+        losses = self._losses(self.forget)
+        forget = self.method.forget_loss(losses, t)
+        entry.update(
+            forget_loss=losses.detach().mean(), alpha=self.method.strength(t), largest_share=forget.largest_share
+        )
+        self._backward(forget.loss, entry["forget_loss"], "forget")
+        if self.method.update == "joint":
+            gradients = [p.grad for p in self.parameters]
+            self._clear()
+            return gradients
+        self._step("forget", entry)
+        self._remember_buffers()
+        return None
+
+    def _remember_buffers(self) -> None:
+        """A batch that is not finite reaches BatchNorm's statistics before its loss tells.
+
+        Tables that nothing writes are copied the first time only; BatchNorm writes without a mark on the version.
+        """
+        first = not self.before
+        self.before = [
+            (buffer, buffer.clone())
+            for name, buffer, version in self.buffers
+            if first or buffer._version != version or name.rpartition(".")[2].startswith("running_")
+        ]
+
+    def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
+        losses = self._losses(self.retain)
+        loss = self.method.retain_loss(losses, t)
+        entry["retain_loss"] = losses.detach().mean()
+        self._backward(loss, entry["retain_loss"], "retain")
+        if forget_grads is None:
+            self._step("retain", entry)
+            return
+        self.optimizer.joint_step(forget_grads)
+        self._clear()
+        self.forgot = True
+        self.counts["forget_steps"] += 1
+        self.counts["retain_steps"] += 1
+
+    def _losses(self, stream: BatchStream) -> Tensor:
+        task, batch = self.unlearner.task, stream.take()
+        if not self.begun:
+            state = _rng.capture()
+            task.begin(self.model, batch)
+            _rng.restore(state)
+            self.begun = True
+        return self.unlearner.losses(task.prepare(batch, self.unlearner.device))
+
+    def _backward(self, loss: Tensor, mean: Tensor, side: str) -> None:
+        if self.unlearner.device.type == "cpu" and not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"the {side} loss is {mean.item()} and the step was not made: check the data, lower lr or forget_alpha"
+            )
+        if not loss.requires_grad:
+            raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
+        (self.scalers[side].scale(loss) if self.scalers else loss).backward()
+
+    def _step(self, side: str, entry: dict[str, Any]) -> None:
+        """A forget or retain step on ``.grad``; a GradScaler leaves it out when a scaled gradient overflowed."""
+        step = self.optimizer.forget_step if side == "forget" else self.optimizer.retain_step
+        if not self.scalers:
+            step()
+            made = True
+        else:
+            # All that a scaler asks of an optimizer; it hands on what step() returns, or None where it left it out.
+            target = SimpleNamespace(param_groups=self.optimizer.param_groups, step=lambda: step() is None)
+            made = self.scalers[side].step(target) is True
+            self.scalers[side].update()
+        self._clear()
+        if made:
+            self.counts[f"{side}_steps"] += 1
+            self.forgot |= side == "forget"
+        else:
+            entry[f"{side}_skipped"] = True
+
+    def _raise_if_non_finite(self) -> None:
+        first, last, self.checked = self.checked, self.iteration - 1, self.iteration
+        try:
+            self.optimizer.raise_if_non_finite()
+        except NonFiniteError as error:
+            where = f"iteration {last}" if first == last else f"iterations {first} to {last}"
+            raise NonFiniteError(f"{where}: {error}") from None
+
+    def _clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    # --- After it -------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        _checkpoint.save(
+            self.directory,
+            self.iteration,
+            self.model,
+            self.optimizer,
+            self.result.mask,
+            {
+                "settings": self.unlearner.settings(),
+                "masked": self.result.mask is not None,
+                "seconds": self.seconds,
+                "counts": self.counts,
+                "timings": self.result.timings,
+                "protected": self.protected,
+                "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
+                "forgetting": plain(self.forgetting),
+                "batches": {stream.name: length(stream.data) for stream in (self.forget, self.retain)},
+                "forget": self.forget.position(),
+                "retain": self.retain.position(),
+                "rng": _rng.capture(self._generators()),
+            },
+        )
+
+    def _finish(self) -> None:
+        result, mask = self.result, self.result.mask
+        result.timings["unlearning"] = self.seconds
+        trainable = sum(p.numel() for p in self.parameters)
+        result.counts = {
+            **self.counts,
+            "trainable_weights": trainable,
+            "salient_weights": mask.kept if mask else trainable,
+        }
+        if mask is None or not self.method.protect:
+            result.protection = "protection was not asked for: decay and momentum may move every weight"
+        elif not self._fully_protected():
+            result.protection = "protected within forget steps only: retain steps move every weight"
+        else:
+            bits = self.optimizer.mask_bits
+            count = protected_count(self.parameters, bits)
+            changed = [
+                name
+                for (name, _), before, after in zip(
+                    self.unlearner._named, self.protected, protected_hashes(self.parameters, bits), strict=True
+                )
+                if before != after
+            ]
+            if changed:
+                raise ProtectionError(f"protected weights of {changed[0]} have changed: something else wrote to them")
+            result.moved_protected = 0
+            result.protection = f"0 of {count} protected weights moved; buffers such as BatchNorm's are not weights"
