@@ -4,7 +4,7 @@
     python benchmarks/bench_iteration.py --network dit --json iteration.json
 
 sequential: one forget and one retain batch, both steps and the slow weights. fisher: one batch of the Fisher pass.
-Networks: ResNet-18 (11.2 M weights, momentum, batches of 32) and a small diffusion transformer (19.9 M weights, AdamW,
+Networks: ResNet-18 (11.2 M weights, momentum, batches of 32) and a small diffusion transformer (18.9 M weights, AdamW,
 batches of 1 as released for DiT). The larger the batch, the less an update matters: --batch-size says.
 """
 

@@ -44,7 +44,7 @@ class ResNet18(nn.Module):
 
 
 class SmallDiT(nn.Module):
-    """A diffusion transformer (arXiv 2212.09748) on 4 × 16 × 16 latents, patches of 2: 19.9 M weights.
+    """A diffusion transformer (arXiv 2212.09748) on 4 × 16 × 16 latents, patches of 2: 18.9 M weights.
 
     As in the original layout, all blocks share the embedders.
     """

@@ -53,7 +53,7 @@ def plot(path: Path, measurements: Sequence[Measurement], device: str, threads: 
     bars, roof = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_bars(bars, measurements)
     _draw_roofline(roof, measurements)
-    figure.suptitle(f"{device}, {threads} threads")
+    figure.suptitle(f"{device}, {threads} thread{'s' if threads > 1 else ''}")
     from .._files import atomic_path
 
     with atomic_path(path) as partial:
@@ -64,6 +64,10 @@ def _title(measurement: Measurement) -> str:
     row = measurement.rows[0]
     what = " ".join(filter(None, (row["operator"], row["rule"], row["dtype"])))
     return f"{what}\n{measurement.label}, {in_words(row['weights'])}"
+
+
+def _rivals(measurement: Measurement) -> list[dict]:
+    return [row for row in measurement.rows if row["implementation"] not in ("fused", "loop")]
 
 
 def _plain(axis, ticks: Sequence[float]) -> None:
@@ -78,18 +82,20 @@ def _plain(axis, ticks: Sequence[float]) -> None:
 def _draw_bars(axes, measurements: Sequence[Measurement]) -> None:
     position, ticks, named = 0.0, [], set()
     for measurement in measurements:
-        rows = [row for row in measurement.rows if row["implementation"] not in ("fused", "loop")]
+        rows = _rivals(measurement)
+        if not rows:
+            continue
         for offset, row in enumerate(rows):
             name, speedup = row["implementation"], row["speedup_of_fused"]
             label = None if name in named else name
             named.add(name)
             axes.barh(position + offset, speedup - 1, left=1, color=_COLOURS[name], height=0.8, label=label)
             axes.text(max(speedup, 1) * 1.05, position + offset, f"{speedup:.1f} ×", va="center", fontsize=8)
-        ticks.append(position + (len(rows) - 1) / 2)
+        ticks.append((position + (len(rows) - 1) / 2, _title(measurement)))
         position += len(rows) + 1
-    axes.set_yticks(ticks, [_title(measurement) for measurement in measurements], fontsize=8)
+    axes.set_yticks(*zip(*ticks, strict=True), fontsize=8) if ticks else axes.set_yticks([])
     axes.invert_yaxis()
-    speedups = [row["speedup_of_fused"] for measurement in measurements for row in measurement.rows]
+    speedups = [1.0, *(row["speedup_of_fused"] for measurement in measurements for row in _rivals(measurement))]
     axes.set_xscale("log")
     axes.set_xlim(min(0.8, 0.8 * min(speedups)), 1.6 * max(*speedups, 2))
     _plain(axes.xaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200))

@@ -145,11 +145,12 @@ def show(measurements: Sequence[Measurement], console: Console | None = None) ->
         table.add_column("implementation")
         for name in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "of loop", "fused is"):
             table.add_column(name, justify="right")
+        void = "void" if any(row["implementation"] == "loop" for row in measurement.rows) else ""
         for row in measurement.rows:
             fraction = row["fraction_of_loop"]
             speedup = f"{row['speedup_of_fused']:.2f} ×"
             cells = [f"{row[key]:.2f}" for key in ("p20_ms", "p50_ms", "p80_ms")]
-            cells += [f"{row['gb_per_s']:.1f}", "void" if fraction is None else f"{fraction:.2f}"]
+            cells += [f"{row['gb_per_s']:.1f}", (void if fraction is None else f"{fraction:.2f}")]
             table.add_row(row["implementation"], *cells, "" if row["implementation"] == "fused" else speedup)
         console.print(table)
         note = f"triad in the same run: {measurement.triad_gb_per_s:.1f} GB/s"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .loop import Pass
 
-__all__ = ["IMPLEMENTATIONS", "MismatchError", "Run", "Work"]
+__all__ = ["IMPLEMENTATIONS", "MismatchError", "Run", "Work", "ways"]
 
 IMPLEMENTATIONS = ("fused", "loop", "eager", "foreach", "torch_fused", "torch_compile")
 
@@ -114,7 +114,13 @@ def _share(found: Tensor, expected: Tensor, start: Tensor) -> float:
     return off / way if off else 0.0 if way else off
 
 
+# Of more tensors torch.compile writes a program that takes its compiler minutes: it is timed only when asked for.
+_COMPILED_TENSORS = 128
+
+
 def ways(implementations: Sequence[str] | None, work: Work) -> list[str]:
     """Those asked for that this work has, ours first: the others are compared to it."""
     asked = IMPLEMENTATIONS if implementations is None else ("fused", *implementations)
+    if implementations is None and work.tensors > _COMPILED_TENSORS:
+        asked = tuple(name for name in asked if name != "torch_compile")
     return [name for name in IMPLEMENTATIONS if name in asked and name in work.make]
