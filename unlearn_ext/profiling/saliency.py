@@ -101,7 +101,7 @@ def top(shapes: Sequence[Shape], device: torch.device) -> Work:
 
     def eager() -> list[Tensor]:
         flat = torch.cat([s.flatten() for s in scores])
-        ranks = torch.argsort(torch.argsort(flat, descending=True))
+        ranks = torch.argsort(torch.argsort(flat, descending=True, stable=True))  # stable, to choose among ties as ours
         parts = (ranks < k).split([s.numel() for s in scores])
         return [part.view_as(s) for part, s in zip(parts, scores, strict=True)]
 
