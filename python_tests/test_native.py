@@ -212,6 +212,49 @@ def test_a_refused_flag_is_an_error(tiny_csrc: Path, tmp_path: Path, monkeypatch
 
 
 @needs_compiler
+@pytest.mark.parametrize("left", [0, 100, 0.5], ids=str)
+def test_a_library_that_was_cut_is_built_anew_once(left: float, tiny_csrc: Path, tmp_path: Path) -> None:
+    env = {"UNLEARN_EXT_CACHE": tmp_path / "cache"}
+    assert run(TINY, tiny_csrc, **env)[0] == 0
+    (library,) = tmp_path.glob("cache/*/*.so")
+    whole = library.read_bytes()
+    library.write_bytes(whole[: int(left * len(whole)) if left < 1 else int(left)])
+    with ThreadPoolExecutor(3) as pool:  # several processes meet it at once
+        results = list(pool.map(lambda _: run(TINY, tiny_csrc, **env), range(3)))
+    assert all((status, out.split()) == (0, ["native", str(library)]) for status, out, _ in results), results
+    assert sum(err.count("unlearn_ext: building") for _, _, err in results) == 1
+    assert sum("does not load: it is replaced" in err for _, _, err in results) >= 1
+    assert len(library.read_bytes()) == len(whole)
+    assert "building" not in run(TINY, tiny_csrc, **env)[2]
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_replaced_is_an_error(
+    tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the cache does not own, one that this process has just built, or without a tool to build it with."""
+    monkeypatch.setenv("UNLEARN_EXT_CACHE", str(tmp_path / "cache"))
+    message = r"\.so does not load: .*Delete it to have it built anew$"
+    foreign = tmp_path / "libother.so"
+    foreign.write_bytes(b"junk")
+    library = _native.build(tiny_csrc)
+    library.write_bytes(b"junk")
+    for path in (foreign, library):
+        with pytest.raises(_native.BuildError, match=message):
+            _native._load_library(path, lambda: _native.cpu_recipe(tiny_csrc))
+        assert path.read_bytes() == b"junk"
+    monkeypatch.setattr(_native, "_built", set())
+
+    def missing() -> str:
+        raise _native.ToolchainError("ninja was not found")
+
+    monkeypatch.setattr(_native, "_find_ninja", missing)
+    with pytest.raises(_native.BuildError, match=message):
+        _native._load_library(library, lambda: _native.cpu_recipe(tiny_csrc))
+    assert library.read_bytes() == b"junk"
+
+
+@needs_compiler
 def test_an_unwritable_cache_is_replaced_for_this_process(tiny_csrc: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     status, out, err = run(TINY, tiny_csrc, UNLEARN_EXT_CACHE=tmp_path / "file" / "cache", TMPDIR=tmp_path)

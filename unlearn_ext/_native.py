@@ -39,6 +39,7 @@ import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -79,6 +80,7 @@ _load_lock = threading.RLock()
 _backend: str | None = None
 _cuda_backend: str | None = None
 _library: Path | None = None
+_built: set[Path] = set()  # by this process
 
 
 def backend() -> str:
@@ -107,7 +109,7 @@ def load() -> str:
             if _backend is None:
                 _library = _find_or_build()
                 if _library is not None:
-                    _load_library(_library)
+                    _load_library(_library, cpu_recipe)
                 # Last, because other threads read it without the lock.
                 _backend = "python" if _library is None else "native"
     if os.environ.get("UNLEARN_EXT_CUDA") == "1":
@@ -126,11 +128,13 @@ def load_cuda() -> str:
     """
     global _cuda_backend
     if _cuda_backend is None:
+        from ._cuda import cuda_recipe
+
         with _load_lock:
             if _cuda_backend is None:
                 library = _find_or_build_cuda()
                 if library is not None:
-                    _load_library(library)
+                    _load_library(library, cuda_recipe)
                 _cuda_backend = "python" if library is None else "native"
     return _cuda_backend
 
@@ -176,11 +180,68 @@ def _find_or_build() -> Path | None:
         return None
 
 
-def _load_library(path: Path) -> None:
+def _load_library(path: Path, recipe: Callable[[], Recipe]) -> None:
+    """Load a library; one of the cache that does not load, cut short by a full disk, say, is built anew once."""
+    tried = _identity(path)
     try:
+        if _is_cut(path):
+            raise OSError("the file is cut short")
         torch.ops.load_library(path)
+        return
     except OSError as error:
-        raise BuildError(f"{path} does not load: {error}. Delete it to have it built anew") from error
+        failure = error
+    if _build_anew(path, recipe, tried):
+        try:
+            torch.ops.load_library(path)
+            return
+        except OSError as error:
+            failure = error
+    raise BuildError(f"{path} does not load: {failure}. Delete it to have it built anew") from failure
+
+
+def _build_anew(path: Path, recipe: Callable[[], Recipe], broken: tuple[int, ...] | None) -> bool:
+    """Replace a library of the cache, unless this process built it or another one has replaced it meanwhile.
+
+    Returns:
+        Whether the path holds another library than the ``broken`` one.
+    """
+    root = _default_cache()
+    if root is None or root.absolute() != path.parent.parent or path in _built:
+        return False
+    try:
+        found = recipe()
+        _find_ninja()
+    except (ToolchainError, BuildError):
+        return False
+    if root.absolute() / found.key / found.file_name != path or _not_writable(path.parent):
+        return False
+    _say(f"{path} does not load: it is replaced")
+    with _lock(path.with_name("lock"), lambda: _identity(path) != broken):
+        if _identity(path) == broken:
+            compile_recipe(found, path)  # in the name of the broken one, which goes when there is another
+    return True
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether an ELF file ends before its section headers, which come last.
+
+    The loader maps such a file without a look at its size, and the process dies of SIGBUS.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:6] != b"\x7fELF\2\1":  # 64 bits, little endian
+            return False
+        (start,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+        return start + size * count > os.fstat(file.fileno()).st_size
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from the one that takes its name."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _packaged_library() -> Path | None:
@@ -426,7 +487,7 @@ def build(csrc: Path | None = None, cache: Path | None = None) -> Path:
 @functools.cache
 def load_loop() -> None:
     """Build ``csrc/benchmark/loop.cpp`` unless the cache has it, and load it: the kernels of ``unlearn_ext_bench``."""
-    _load_library(_build_cached(loop_recipe(), None))
+    _load_library(_build_cached(loop_recipe(), None), loop_recipe)
 
 
 @functools.cache
@@ -509,6 +570,7 @@ def compile_recipe(recipe: Recipe, library: Path) -> Path:
         with open(result, "rb") as file:
             os.fsync(file.fileno())  # content before name: a power cut leaves no half library
         os.replace(result, library)
+    _built.add(library)
     _say(f"built in {time.monotonic() - started:.1f} s: {library}")
     return library
 
