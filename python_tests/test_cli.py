@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import unlearn_ext
 from unlearn_ext import SaliencyMask
 from unlearn_ext.cli import main
 from unlearn_ext.demo.network import SmallResNet
@@ -96,8 +97,10 @@ def test_a_random_subset_with_underscores(update, tmp_path) -> None:
         (["--forget-class", 10], "--forget-class: expected a digit"),
         (["--scenario", "random", "--forget-fraction", 1.0], "something must be"),
         (["--scenario", "random", "--forget-fraction", 0.00001], "is 0"),
-        (["--train-size", 4500], "train_size"),
-        (["--train-size", 3], "train_size"),
+        (["--scenario", "random", "--train-size", 10, "--forget-fraction", 0.04], "is 0: something must be"),
+        (["--train-size", 5000], "--train-size: expected at most 4000, which leaves 1000 of the digits for the test"),
+        (["--train-size", 5], "--train-size: expected at least 10, one digit of each class, got 5"),
+        (["--mixed-precision", "fp16"], "--mixed-precision: fp16 needs a GPU"),
         (["--device", "cuda"], "sees no GPU"),
         (["--device", "toaster"], "expected cpu, cuda or cuda:N"),
         (["--json", "."], "expected a file"),
@@ -115,7 +118,8 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and words in last
     assert "Traceback" not in done.stderr and not done.stdout
-    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.iterdir()), "nothing is written before all is checked"
+    assert "building" not in done.stderr and "backend" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -159,6 +163,11 @@ def test_help_fits_and_names_the_options(tmp_path) -> None:
         "--json", "--device", "--mixed-precision", "--allow-duplicates",
     ):  # fmt: skip
         assert option in done.stdout
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"unlearn-ext {unlearn_ext.__version__}\n"
 
 
 def test_missing_extras_are_named(tmp_path) -> None:

@@ -17,6 +17,14 @@ def _hyphens(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"unlearn-ext {__version__}")
+        raise SystemExit(0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
     import typer
@@ -34,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         no_args_is_help=True,
         help="Make trained PyTorch networks forget, fast and verifiably.",
     )
-    app.callback()(lambda: None)
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+    ) -> None:
+        pass
+
     app.command("demo")(demo.demo)
     app.command("profile")(profile.profile)
     errors = Console(stderr=True, highlight=False)

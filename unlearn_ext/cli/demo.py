@@ -80,11 +80,13 @@ def demo(
         mixed_precision=mixed_precision.value,
         allow_duplicates=allow_duplicates,
     )
-    output_dir = writable_directory(output_dir)
+    run = ClassifierDemo(options)
     if json_file is not None:
-        if not json_file.parent.is_dir() or json_file.is_dir():
+        beside = json_file.parent.resolve() == output_dir.resolve()  # with the results, in a directory yet to be made
+        if not (beside or json_file.parent.is_dir()) or json_file.is_dir():
             raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
         writable_directory(json_file.parent)
+    output_dir = writable_directory(output_dir)
     console = Console(stderr=True)
     with console.status("building the native library, once"):
         os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
@@ -94,7 +96,8 @@ def demo(
             raise InputError(str(error)) from None
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
-        run = ClassifierDemo(options, progress).run()
+        run.progress = progress
+        run.run()
     with console.status("evaluating"):
         report: dict[str, Any] = {
             "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),

@@ -15,6 +15,7 @@ from .. import _checkpoint
 from .._files import atomic_path, writable_directory
 from .._loop import Progress
 from ..data import Digits, DigitSplit, load_digits
+from ..data.digits import CLASSES
 from ..errors import InputError
 from ..evaluation import accuracy, average_gap, entropy_mia, js_divergence, kl_divergence, predict
 from ..methods import SFRon
@@ -25,6 +26,9 @@ from .settings import BATCH_SIZE, method_for
 from .training import train_classifier
 
 __all__ = ["ClassifierDemo", "DemoOptions"]
+
+_TEST_SIZE = 1000
+_LARGEST = 5000 - _TEST_SIZE  # training set
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,27 @@ class DemoOptions:
                 f"--forget-fraction: expected a fraction between 0 and 1, got {self.forget_fraction}: something must "
                 "be forgotten and something kept"
             )
+        if self.train_size < CLASSES:
+            raise InputError(
+                f"--train-size: expected at least {CLASSES}, one digit of each class, got {self.train_size}"
+            )
+        if self.train_size > _LARGEST:
+            raise InputError(
+                f"--train-size: expected at most {_LARGEST}, which leaves {_TEST_SIZE} of the digits for the test, got "
+                f"{self.train_size}"
+            )
+        if self.scenario == "random" and not 0 < self.forget_size < self.train_size:
+            raise InputError(
+                f"--forget-fraction {self.forget_fraction} of {self.train_size} samples is {self.forget_size}: "
+                "something must be forgotten and something kept"
+            )
+        if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
+            raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
+
+    @property
+    def forget_size(self) -> int:
+        """Samples to forget in the scenario random."""
+        return round(self.forget_fraction * self.train_size)
 
 
 class _Batches:
@@ -76,7 +101,7 @@ class ClassifierDemo:
         self.options = options
         self.progress = progress or (lambda stage, done, total: None)
         self.digits: Digits = load_digits()
-        self.split: DigitSplit = self.digits.split(options.train_size, seed=options.seed)
+        self.split: DigitSplit = self.digits.split(options.train_size, _TEST_SIZE, seed=options.seed)
         self.forget = self._choose_forget_set()
         self.models: dict[str, nn.Module] = {}
         self.seconds: dict[str, float] = {}
@@ -88,15 +113,9 @@ class ClassifierDemo:
         labels, options = self.split.train_labels, self.options
         if options.scenario == "class":
             return labels == options.forget_class
-        count = round(options.forget_fraction * len(labels))
-        if not 0 < count < len(labels):
-            raise InputError(
-                f"--forget-fraction {options.forget_fraction} of {len(labels)} samples is {count}: something must be "
-                "forgotten and something kept"
-            )
         chosen = torch.zeros(len(labels), dtype=torch.bool)
         generator = torch.Generator().manual_seed(options.seed)
-        chosen[torch.randperm(len(labels), generator=generator)[:count]] = True
+        chosen[torch.randperm(len(labels), generator=generator)[: options.forget_size]] = True
         return chosen
 
     # --- The three models -----------------------------------------------------------------------------------
