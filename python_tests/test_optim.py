@@ -378,6 +378,30 @@ def test_frozen_parameters(rng: torch.Generator) -> None:
     assert not torch.equal(start, model[1].weight)
 
 
+@pytest.mark.parametrize("protect", [False, True])
+def test_a_mask_without_frozen_parameters(protect: bool) -> None:
+    """As it is measured: an optimizer over all parameters takes it, frozen ones with and without bits alike."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    frozen = copy.deepcopy(model[0].state_dict())
+    keep = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.requires_grad}
+    options = {"rule": "adamw", "lr": 0.1, "weight_decay": 0.1, "max_norm": 1.0, "slow_rate": 0.5, "slow_freq": 2}
+    options |= {"mask_scope": "all", "protect": protect}
+    results = []
+    for masks in (keep, {**keep, "0.weight": torch.ones(4, 3, dtype=torch.bool)}):
+        own = copy.deepcopy(model)
+        optimizer = UnlearnOptimizer(own.named_parameters(), mask=SaliencyMask.from_dict(masks), **options)
+        for _ in range(2):
+            for step in (optimizer.forget_step, optimizer.step):
+                optimizer.zero_grad()
+                own(torch.ones(2, 3)).sum().backward()
+                step()
+        assert all(same_bits(frozen[name], value) for name, value in own[0].state_dict().items())
+        assert not torch.equal(own[1].weight, model[1].weight)
+        results.append(values(list(own.named_parameters())))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
 # --- Masks and protection -----------------------------------------------------------------------------------
 
 
@@ -509,6 +533,29 @@ def test_a_non_finite_gradient_raises_and_writes_nothing(op: str, value: float, 
     assert_same_bits(before, snapshot(optimizer))
     assert optimizer.state_dict()["param_groups"] == groups
     optimizer.raise_if_non_finite()  # told already
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["forget", "retain", "joint"])
+def test_a_wide_gradient_that_overflows_raises_and_writes_nothing(op: str, dtype: torch.dtype) -> None:
+    """1e300 is finite in float64, in which norms are summed, and an infinity in float32, in which the step is made."""
+    parameters = named(dtype)
+    optimizer = UnlearnOptimizer(parameters, rule="momentum", lr=0.1, momentum=0.9)
+    wide = [torch.ones(p.shape, dtype=torch.float64) for _, p in parameters]
+    optimizer.retain_step(wide)
+    before = snapshot(optimizer)
+    wide[1][3] = 1e300
+    with pytest.raises(NonFiniteError, match=r"gradient of layer1\.weight is not finite and no weight was changed"):
+        optimizer.joint_step(wide, wide) if op == "joint" else getattr(optimizer, f"{op}_step")(wide)
+    assert_same_bits(before, snapshot(optimizer))
+
+
+def test_a_wide_gradient_is_rounded_as_its_weight_is() -> None:
+    weight = nn.Parameter(torch.zeros(6, 5, 3, 3).to(memory_format=torch.channels_last))
+    rng = torch.Generator().manual_seed(4)
+    gradient = normal(rng, weight.shape, torch.float64)
+    UnlearnOptimizer([("w", weight)], rule="sgd", lr=1.0).retain_step([gradient])
+    assert torch.equal(weight, -gradient.float())
 
 
 def test_a_masked_out_infinity_is_no_error(rng: torch.Generator) -> None:
@@ -836,19 +883,30 @@ def test_a_group_added_later_joins_the_round_under_way() -> None:
         ({"forget_rule": "lion", "dual_state": True}, "forget_rule: expected one of"),
         ({"forget_rule": "adam"}, "forget_rule needs a state of its own: set dual_state=True"),
         ({"mask_scope": "retain"}, "mask_scope: expected one of forget, all, got 'retain'"),
-        ({"slow_freq": 0}, "slow_freq: expected a count from 1, got 0"),
+        ({"slow_freq": 0}, "slow_freq: expected an integer from 1, got 0"),
+        ({"slow_freq": 1.5}, "slow_freq: expected an integer from 1, got 1.5"),
+        ({"slow_freq": True}, "slow_freq: expected an integer from 1, got True"),
         ({"slow_rate": 0.0}, r"slow_rate: expected a rate in \(0, 1\], got 0.0"),
         ({"slow_rate": 1.5}, "slow_rate: expected"),
-        ({"lr": -1.0}, "lr: expected 0 or more, got -1.0"),
-        ({"lr": math.nan}, "lr: expected 0 or more, got nan"),
-        ({"forget_lr": -1.0}, "forget_lr: expected 0 or more"),
-        ({"momentum": -0.1}, "momentum: expected 0 or more"),
-        ({"eps": -1e-8}, "eps: expected 0 or more"),
-        ({"weight_decay": -0.1}, "weight_decay: expected 0 or more"),
+        ({"lr": -1.0}, "lr: expected a finite number from 0, got -1.0"),
+        ({"lr": math.nan}, "lr: expected a finite number from 0, got nan"),
+        ({"lr": math.inf}, "lr: expected a finite number from 0, got inf"),
+        ({"lr": "a"}, "lr: expected a finite number from 0, got 'a'"),
+        ({"lr": None}, "lr: expected a finite number from 0, got None"),
+        ({"forget_weight": math.nan}, "forget_weight: expected a finite number, got nan"),
+        ({"retain_weight": math.inf}, "retain_weight: expected a finite number, got inf"),
+        ({"rule": "momentum", "momentum": 1.5}, r"momentum: expected a number in \[0, 1\), got 1.5"),
+        ({"forget_lr": -1.0}, "forget_lr: expected a finite number from 0"),
+        ({"momentum": -0.1}, r"momentum: expected a number in \[0, 1\)"),
+        ({"eps": -1e-8}, "eps: expected a finite number from 0"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number from 0"),
         ({"max_norm": 0.0}, "max_norm: expected more than 0, or None for no clipping, got 0.0"),
         ({"retain_max_norm": math.nan}, "retain_max_norm: expected more than 0"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\)"),
         ({"betas": (0.9,)}, "betas: expected two numbers"),
+        ({"betas": 0.9}, "betas: expected two numbers"),
+        ({"betas": (0.9, "b")}, "betas: expected two numbers"),
+        ({"max_norm": "a"}, "max_norm: expected more than 0, or None for no clipping, got 'a'"),
         ({"protect": True}, "protect=True needs a mask"),
         ({"momentum": 0.9}, "momentum=0.9 does nothing under rule='sgd': set rule='momentum'"),
         ({"rule": "adam", "momentum": 0.9, "dual_state": True, "forget_rule": "sgd"}, "momentum=0.9 does nothing"),
@@ -867,7 +925,8 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         ({"max_norm": 1e-3}, "max_norm is no setting of a parameter group: a group takes lr, momentum, "),
         ({"rule": "adam"}, "rule is no setting of a parameter group"),
         ({"learning_rate": 0.1}, "learning_rate is no setting of a parameter group"),
-        ({"lr": -1.0}, "lr: expected 0 or more, got -1.0"),
+        ({"lr": -1.0}, "lr: expected a finite number from 0, got -1.0"),
+        ({"lr": "a"}, "lr: expected a finite number from 0, got 'a'"),
         ({"momentum": 0.9}, "momentum=0.9 does nothing under rule='sgd'"),
         ({"slow_rate": 2.0}, "slow_rate: expected a rate"),
         ({"betas": (0.9,)}, "betas: expected two numbers"),
@@ -949,7 +1008,7 @@ def test_the_config_holds_the_optimizers_arguments() -> None:
 
 
 def test_the_config_is_checked_where_it_is_made() -> None:
-    with pytest.raises(InputError, match="lr: expected 0 or more, got -1"):
+    with pytest.raises(InputError, match="lr: expected a finite number from 0, got -1"):
         StepConfig(lr=-1.0)
     with pytest.raises(InputError, match="rule: expected one of"):
         StepConfig(rule="lion")

@@ -145,6 +145,18 @@ def test_bits_are_bound_in_the_parameters_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(bound, ops.pack_bits(list(backwards.values())), strict=True))
 
 
+def test_frozen_parameters_need_no_bits() -> None:
+    mask = SaliencyMask.from_dict(masks())
+    frozen = torch.nn.Parameter(torch.ones(5, 7), requires_grad=False)
+    bound = mask.bind([("frozen", frozen), *parameters_of(masks())])
+    assert torch.equal(bound[0], torch.zeros(2, dtype=torch.int32))
+    for bits, own in zip(bound[1:], mask.bind(parameters_of(masks())), strict=True):
+        assert torch.equal(bits, own)
+    frozen.requires_grad_(True)
+    with pytest.raises(InputError, match="has no bits for frozen"):
+        mask.bind([("frozen", frozen), *parameters_of(masks())])
+
+
 def test_bits_are_bound_in_memory_order() -> None:
     keep = coin(torch.Generator().manual_seed(0), (6, 5, 3, 3))
     mask = SaliencyMask.from_dict({"w": keep, "v": keep[0, 0]})
@@ -189,6 +201,26 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert_equal(loaded.unpack(), masks())
     SaliencyMask.from_dict({"w": torch.tensor(True)}).save(tmp_path / "mask.safetensors")
     assert SaliencyMask.load(str(tmp_path / "mask.safetensors")).names == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"seed": 3}, r"metadata: expected strings, got 'seed': 3; convert it with str\(\)"),
+        ({3: "seed"}, "metadata: expected strings, got 3: 'seed'"),
+        ({"format": "mine"}, "metadata: 'format' is what a file of a mask says for itself; choose another name"),
+        ({"shapes": "[]"}, "metadata: 'shapes' is what"),
+    ],
+    ids=str,
+)
+def test_metadata_that_a_file_cannot_hold(metadata: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        SaliencyMask.from_dict(masks(), metadata)
+    mask = SaliencyMask.from_dict(masks())
+    mask.metadata.update(metadata)
+    with pytest.raises(InputError, match=f"^{message}"):
+        mask.save(tmp_path / "mask.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
@@ -536,7 +568,7 @@ def test_fisher_takes_so_many_batches(per_sample: bool) -> None:
     for name, want in plain_fisher(model, data[:2], per_sample).items():
         torch.testing.assert_close(limited.means()[name], want, rtol=1e-12, atol=1e-18)
         assert torch.equal(watched.means()[name], limited.means()[name])
-    with pytest.raises(InputError, match="Fisher batches: expected a count from 1, got 0"):
+    with pytest.raises(InputError, match="Fisher batches: expected an integer from 1, got 0"):
         FisherDiagonal(model, Classification(), batches=0)
 
 

@@ -168,6 +168,26 @@ def test_dict_batches_and_outputs_with_logits() -> None:
     assert identical(weights(plain), weights(wrapped))
 
 
+@pytest.mark.parametrize("gamma", [1.0, None])
+@pytest.mark.parametrize(
+    ("output", "got"), [(lambda x: (x, x), "got a tuple: wrap"), (lambda x: x[:, 0], r"got shape \[6\]: wrap")]
+)
+def test_outputs_that_are_no_logits(output, got, gamma) -> None:
+    class Wrapped(ConvNet):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    words = r"^the model's output: expected logits \[N, classes\] or an object with \.logits, "
+    model = make(Wrapped)
+    with pytest.raises(InputError, match=words + got):
+        run(model, changes={"gamma": gamma})
+    assert identical(weights(model), weights(make(Wrapped)))
+    data = {"forget": batches(1, 6, seed=1), "retain": batches(1, 6, seed=2)}
+    pairs = Classification(loss=lambda pair, labels: nn.functional.cross_entropy(pair[0], labels, reduction="none"))
+    if "tuple" in got:
+        Unlearner(model, pairs, method(gamma=gamma)).run(**data)
+
+
 def test_a_loss_of_ones_own() -> None:
     def squared(logits, labels):
         return (logits - nn.functional.one_hot(labels, logits.shape[1])).square().sum(dim=1)
@@ -691,6 +711,7 @@ def test_bad_arguments_of_run(tmp_path) -> None:
     for arguments, words in (
         ({"checkpointing_steps": 2}, "needs an output_dir"),
         ({"log_every": 0}, "log_every"),
+        ({"evaluate_every": 1.5, "evaluate": print}, "evaluate_every: expected an integer from 1, got 1.5"),
         ({"resume_from_checkpoint": "latest"}, "needs the output_dir"),
         ({"resume_from_checkpoint": "latest", "output_dir": tmp_path}, "no checkpoint in"),
         ({"resume_from_checkpoint": tmp_path / "none"}, "no checkpoint at"),
@@ -709,7 +730,15 @@ def test_bad_settings_of_the_method() -> None:
         ({"forget_schedule": "exp"}, "forget_schedule"),
         ({"lambd": -1.0}, "lambd"),
         ({"update": "joint", "dual_state": True}, "dual_state"),
-        ({"lr": -1.0}, "lr: expected 0 or more"),
+        ({"lr": -1.0}, "lr: expected a finite number from 0, got -1.0"),
+        ({"lr": "a"}, "lr: expected a finite number from 0, got 'a'"),
+        ({"iterations": 2.5}, "iterations: expected an integer from 1, got 2.5"),
+        ({"forget_freq": 1.5}, "forget_freq: expected an integer from 1, got 1.5"),
+        ({"slow_freq": 1.5}, "slow_freq: expected an integer from 1, got 1.5"),
+        ({"fisher_batches": 0}, "fisher_batches: expected an integer from 1, got 0"),
+        ({"forget_alpha": "a"}, "forget_alpha: expected a finite number from 0, got 'a'"),
+        ({"fisher_eps": 0.0}, "fisher_eps: expected a finite number above 0, got 0.0"),
+        ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\), got 1.5"),
         ({"rule": "sgd"}, "momentum=0.9 does nothing"),
         ({"protect": True, "gamma": None}, "protect=True needs a mask"),
     ):
@@ -796,6 +825,34 @@ def test_a_resumed_run_in_float16_is_the_uninterrupted_one(tmp_path) -> None:
     assert identical(*map(weights, models))
 
 
+def test_a_run_that_was_stopped_stays_stopped(tmp_path) -> None:
+    stopping = {"evaluate": lambda model, step: step >= 8, "evaluate_every": 4, "checkpointing_steps": 4}
+    model = make()
+    result = run(model, output_dir=tmp_path, **stopping)
+    history = (tmp_path / "history.jsonl").read_text()
+    for arguments in (stopping, {}):
+        resumed = make(seed=4)
+        again = run(resumed, output_dir=tmp_path, resume_from_checkpoint="latest", **arguments)
+        assert again.stopped_at == result.stopped_at == 8
+        assert identical(weights(model), weights(resumed)) and again.mask == result.mask
+        assert again.history == result.history and again.counts == result.counts and again.timings == result.timings
+        assert (tmp_path / "history.jsonl").read_text() == history
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8", "history.jsonl"]
+    earlier = {"resume_from_checkpoint": tmp_path / "checkpoint-4"}
+    assert run(make(), **earlier, **{**stopping, "output_dir": tmp_path}).stopped_at == 8
+    assert run(make(), **earlier).stopped_at is None
+
+
+def test_the_history_of_an_earlier_run_is_moved_aside(tmp_path) -> None:
+    kept = []
+    for iterations in (3, 5, 2):
+        run(make(), changes={"iterations": iterations}, output_dir=tmp_path)
+        kept.append((tmp_path / "history.jsonl").read_text())
+        assert kept[-1].count("\n") == iterations
+    names = ("history-1.jsonl", "history-2.jsonl", "history.jsonl")
+    assert [(tmp_path / name).read_text() for name in names] == kept and len(list(tmp_path.iterdir())) == 3
+
+
 def interrupted(directory: Path, changes: dict | None = None, **arguments) -> Path:
     """A directory with checkpoints and a history."""
     run(make(), changes=changes, output_dir=directory, checkpointing_steps=6, **arguments)
@@ -843,7 +900,7 @@ class Generated(list):
     [
         ("state.json", b'{"format": ', "its state.json cannot be read"),
         ("state.json", b"[]", "its state.json cannot be read"),
-        ("state.json", b'{"format": "unlearn_ext.checkpoint.2", "iteration": 12}', "its state.json lacks param_groups"),
+        ("state.json", b'{"format": "unlearn_ext.checkpoint.3", "iteration": 12}', "its state.json lacks param_groups"),
         ("model.safetensors", b"junk", "its model.safetensors cannot be read"),
         ("model.safetensors", None, "model.safetensors is missing"),
         ("optimizer.safetensors", b"", "its optimizer.safetensors cannot be read"),
@@ -861,7 +918,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(file, conten
 
 
 def test_labels_are_checked_after_resuming_as_well(tmp_path) -> None:
-    interrupted(tmp_path, {"iterations": 30}, evaluate=lambda model, step: step == 12, evaluate_every=1)
+    interrupted(tmp_path, {"iterations": 30}, evaluate=lambda model, step: step == 13, evaluate_every=1)
     retain = batches(5, 6, seed=2)
     retain[4][1][3] = 4
     with pytest.raises(InputError, match="label 4 is outside the model's 4 classes"):

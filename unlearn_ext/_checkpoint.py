@@ -21,9 +21,10 @@ from .saliency import SaliencyMask
 
 __all__ = ["Checkpoint", "check", "find", "model_tensors", "read", "restore", "save"]
 
-_FORMAT = "unlearn_ext.checkpoint.2"
+_FORMAT = "unlearn_ext.checkpoint.3"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
-_DOCUMENT += ("counts", "timings", "protected", "scalers", "forgetting", "batches", "forget", "retain", "rng")
+_DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
+_DOCUMENT += ("forget", "retain", "rng")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ class History:
         self.entries = entries
         self.file = None if directory is None else directory / "history.jsonl"
 
-    def clear(self) -> None:
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+    def begin(self) -> None:
+        """Moves an earlier run's file aside, to the first name of ``history-1.jsonl`` and so on that is free."""
+        if self.file is not None and self.file.exists():
+            numbered = (self.file.with_name(f"history-{number}.jsonl") for number in itertools.count(1))
+            self.file.rename(next(path for path in numbered if not path.exists()))
 
     def keep_until(self, iteration: int) -> None:
         """Reads the file back and drops what a killed run logged after the checkpoint it resumes from."""

@@ -81,7 +81,7 @@ class Loop:
         self._clear()
         if checkpoint is None:
             self.begun = True  # by the first pass
-            self.history.clear()
+            self.history.begin()
             if self._fully_protected():
                 self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
             return
@@ -95,6 +95,7 @@ class Loop:
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
+        self.result.stopped_at = document["stopped_at"]
         self.result.timings.update(document["timings"])
         for side, scaler in self.scalers.items():
             scaler.load_state_dict(document["scalers"][side])
@@ -107,7 +108,7 @@ class Loop:
         if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
             self.model.train()
         try:
-            while self.iteration < method.iterations:
+            while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
                 if entry["forget_loss"] is not None:
@@ -123,12 +124,11 @@ class Loop:
                     self.forgetting = {}
                 self.seconds += time.perf_counter() - started - paused
                 self.progress("unlearning", self.iteration, method.iterations)
+                if stop:
+                    result.stopped_at = self.iteration
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
                     self._raise_if_non_finite()
                     self._save()
-                if stop:
-                    result.stopped_at = self.iteration
-                    break
         finally:
             for module, training in modes:
                 module.training = training
@@ -282,6 +282,7 @@ class Loop:
                 "counts": self.counts,
                 "timings": self.result.timings,
                 "protected": self.protected,
+                "stopped_at": self.result.stopped_at,
                 "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
                 "forgetting": plain(self.forgetting),
                 "batches": {stream.name: length(stream.data) for stream in (self.forget, self.retain)},

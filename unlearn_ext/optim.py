@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._arguments import check_count, check_finite, check_number
 from ._python_checks import check_writable
 from .errors import InputError, NonFiniteError
 from .saliency import SaliencyMask
@@ -58,12 +60,10 @@ class StepConfig:
             raise InputError("forget_rule needs a state of its own: set dual_state=True")
         if self.mask_scope not in ops.MASK_SCOPES:
             raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
-        if self.slow_freq < 1:
-            raise InputError(f"slow_freq: expected a count from 1, got {self.slow_freq}")
+        check_count("slow_freq", self.slow_freq)
         for name in ("max_norm", "retain_max_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0.0:
-                raise InputError(f"{name}: expected more than 0, or None for no clipping, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, "more than 0, or None for no clipping", lambda x: x > 0.0)
         _check_rates(self.rule, self.forget_rule or self.rule, **{name: getattr(self, name) for name in _PER_GROUP})
 
     def make_optimizer(self, named_parameters: Iterable[tuple[str, Tensor]], mask: SaliencyMask | None):
@@ -73,15 +73,25 @@ class StepConfig:
 
 def _check_rates(*rules: str, **values: Any) -> None:
     """What a parameter group may set for itself. ``rules`` are those that may move it."""
-    for name in ("lr", "forget_lr", "momentum", "eps", "weight_decay"):
-        if values[name] is not None and not values[name] >= 0.0:
-            raise InputError(f"{name}: expected 0 or more, got {values[name]}")
+    for name in ("lr", "eps", "weight_decay"):
+        check_finite(name, values[name])
+    if values["forget_lr"] is not None:
+        check_finite("forget_lr", values["forget_lr"])
+    for name in ("forget_weight", "retain_weight"):
+        check_number(name, values[name], "a finite number", math.isfinite)
+    check_number("momentum", values["momentum"], "a number in [0, 1)", _is_decay)
     if values["momentum"] and "sgd" in rules and "momentum" not in rules:
         raise InputError(f"momentum={values['momentum']} does nothing under rule='sgd': set rule='momentum'")
-    if not 0.0 < values["slow_rate"] <= 1.0:
-        raise InputError(f"slow_rate: expected a rate in (0, 1], got {values['slow_rate']}")
-    if len(values["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in values["betas"]):
-        raise InputError(f"betas: expected two numbers in [0, 1), got {values['betas']}")
+    check_number("slow_rate", values["slow_rate"], "a rate in (0, 1]", lambda x: 0.0 < x <= 1.0)
+    betas = values["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise InputError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    for beta in betas:
+        check_number("betas", beta, "two numbers in [0, 1)", _is_decay)
+
+
+def _is_decay(x: float) -> bool:
+    return 0.0 <= x < 1.0
 
 
 @dataclass
@@ -124,7 +134,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         forget_weight, retain_weight: factors of the gradients.
         slow_rate: how far the slow weights move at the end of a round. 1 keeps no slow copy at all.
         slow_freq: retain or joint steps in a round.
-        mask: which weights forget gradients may move.
+        mask: which weights forget gradients may move. Frozen parameters may be missing from it.
         mask_scope: ``forget`` masks forget gradients, ``all`` every gradient.
         protect: in a masked step a weight outside the mask keeps its exact bits, moments and slow weight included.
         dual_state: forget steps have moments of their own (DualOptim, arXiv 2504.15827).
@@ -259,6 +269,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                     f"{op}: the gradient of {self._names()[i]} is {gradient.dtype} on {gradient.device}: expected a "
                     f"floating one on {parameters[i].device}"
                 )
+            if gradient.dtype == torch.float64 != parameters[i].dtype:
+                # What overflows the type that the step computes in must be infinite when the norms look for it.
+                aligned[i] = gradient = gradient.to(_state_dtype(parameters[i]))
             if not _same_memory_order(gradient, parameters[i]):  # once here, not once in each operator
                 aligned[i] = torch.empty_like(parameters[i], dtype=gradient.dtype).copy_(gradient)
         return aligned
@@ -587,7 +600,9 @@ def _fit_as_they_are(grads: list[Tensor | None], parameters: list[Tensor]) -> bo
             and all(map(Tensor.is_contiguous, parameters))
             and list(map(Tensor.size, grads)) == list(map(Tensor.size, parameters))
             and list(map(_DEVICE, grads)) == list(map(_DEVICE, parameters))
-            and all(dtype.is_floating_point for dtype in set(map(_DTYPE, grads)))
+            and (dtypes := set(map(_DTYPE, grads)))
+            and all(dtype.is_floating_point for dtype in dtypes)
+            and (torch.float64 not in dtypes or set(map(_DTYPE, parameters)) == {torch.float64})
             and set(map(_LAYOUT, grads)) == {torch.strided}
         )
     except (TypeError, RuntimeError):  # a gradient is None, or sparse

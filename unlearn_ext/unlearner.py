@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checkpoint, ops
+from ._arguments import check_count
 from ._data import DataCheck
 from ._files import writable_directory
 from ._hashing import weights_hash
@@ -121,10 +122,13 @@ class Unlearner:
         modules in eval mode that were (a frozen BatchNorm). Afterwards all modes are as before.
 
         Args:
-            output_dir: for ``history.jsonl`` and checkpoints.
+            output_dir: for ``history.jsonl`` and checkpoints. The history of an earlier run that left no checkpoints is
+                moved aside, to ``history-1.jsonl`` and so on; a directory with checkpoints is refused.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped. Nothing is
-                written before all of it is found to fit.
+                written before all of it is found to fit. A checkpoint of the iteration at which an evaluation stopped
+                the run is its end: resumed from there it returns at once, with the same result. From an earlier one it
+                goes on, and it is for ``evaluate`` to stop it again.
             evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and
                 gradients that it leaves are dropped.
@@ -147,8 +151,8 @@ class Unlearner:
             ("evaluate_every", evaluate_every),
             ("log_every", log_every),
         ):
-            if count is not None and count < 1:
-                raise InputError(f"{name}: expected a count from 1, got {count}")
+            if count is not None:
+                check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
         directory = None if output_dir is None else writable_directory(output_dir)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .._arguments import check_count, check_finite, check_number
 from . import schedules
 from .base import Default, ForgetLoss, Method
 
@@ -97,11 +97,12 @@ class SFRon(Method):
         super().__post_init__()
         schedules.check("forget_schedule", self.forget_schedule)
         for name in ("lambd", "forget_alpha", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"{name}: expected a finite number from 0, got {value}")
-        if not self.adaptive_eps > 0 or not self.fisher_eps > 0:
-            raise InputError("adaptive_eps and fisher_eps: expected more than 0")
+            if name != "gamma" or self.gamma is not None:
+                check_finite(name, getattr(self, name))
+        for name in ("adaptive_eps", "fisher_eps"):
+            check_number(name, getattr(self, name), "a finite number above 0", lambda x: 0.0 < x < math.inf)
+        if self.fisher_batches is not None:
+            check_count("fisher_batches", self.fisher_batches)
 
     @property
     def needs_fisher(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._arguments import check_count
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
@@ -52,8 +53,9 @@ class FisherDiagonal:
         batches: int | None = None,
         chunk: int = 8,
     ):
-        if batches is not None and batches < 1:
-            raise InputError(f"Fisher batches: expected a count from 1, got {batches}")
+        if batches is not None:
+            check_count("Fisher batches", batches)
+        check_count("chunk", chunk)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
         self._parameters = trainable(model)
         if not self._parameters:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["SaliencyMask"]
 
 _FORMAT = "unlearn_ext.saliency_mask.1"
+_RESERVED = ("format", "shapes")  # keys of the header
 
 
 class SaliencyMask:
@@ -34,7 +35,7 @@ class SaliencyMask:
         bits: name -> int32 words of ⌈n/32⌉, tail bits zero.
         shapes: name -> shape of the parameter.
         metadata: strings that say where the mask comes from: ``weights_hash``, ``forget_hash``, ``seed``, ``gamma`` or
-            ``mask_fraction``.
+            ``mask_fraction``. ``format`` and ``shapes`` are the file's own.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class SaliencyMask:
         self._bits = dict(bits)
         self._shapes = {name: tuple(shapes[name]) for name in bits}
         self.metadata = dict(metadata or {})
+        _check_metadata(self.metadata)
 
     @classmethod
     def from_dict(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> SaliencyMask:
@@ -233,27 +235,32 @@ class SaliencyMask:
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         """Bits for these parameters, in their order, memory order and device.
 
+        A frozen parameter (``requires_grad=False``) needs none in the mask: it gets zeros.
+
         Raises:
             InputError: a name is missing or unknown, or a shape differs.
         """
         named = by_plain_name(named_parameters)
+        without = [name for name in named if name not in self._bits]
         for problem, names in (
-            ("has no bits for", [name for name in named if name not in self._bits]),
+            ("has no bits for", [name for name in without if not _is_frozen(named[name])]),
             ("has bits for, and the model does not train,", [name for name in self._bits if name not in named]),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise InputError(f"the mask {problem} {names[0]}{more}: use the mask made for this model")
         for name, p in named.items():
-            if tuple(p.shape) != self._shapes[name]:
+            if name in self._bits and tuple(p.shape) != self._shapes[name]:
                 raise InputError(
                     f"the mask of {name} has shape {list(self._shapes[name])} and the parameter {list(p.shape)}: use "
                     "the mask made for this model"
                 )
         bound = []
         for name, p in named.items():
-            bits = self._bits[name]
-            if not p.is_contiguous():
+            bits = self._bits.get(name)
+            if bits is None:
+                bits = torch.zeros((p.numel() + 31) // 32, dtype=torch.int32)
+            elif not p.is_contiguous():
                 logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool)])[0]
                 bits = ops.pack_bits([torch.empty_like(p, dtype=torch.bool, device="cpu").copy_(logical)])[0]
             bound.append(bits.to(p.device))
@@ -265,6 +272,7 @@ class SaliencyMask:
         """Writes a safetensors file: the words by name, shapes and metadata in the header."""
         from safetensors.torch import save_file
 
+        _check_metadata(self.metadata)  # which the user may have added to
         header = {**self.metadata, "format": _FORMAT, "shapes": json.dumps(self._shapes)}
         writable_directory(Path(path).parent)
         with atomic_path(path) as partial:
@@ -376,6 +384,15 @@ class SaliencyMask:
         foreign.write_masks(self.unpack(), path)
 
 
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    """Whether a file can hold it beside what it says for itself."""
+    for key, value in metadata.items():
+        if key in _RESERVED:
+            raise InputError(f"metadata: {key!r} is what a file of a mask says for itself; choose another name")
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InputError(f"metadata: expected strings, got {key!r}: {value!r}; convert it with str()")
+
+
 def check_fraction(name: str, fraction: float) -> None:
     if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
         raise InputError(f"{name}: expected a number from 0 to 1, got {fraction!r}")
@@ -389,6 +406,10 @@ def _part_of(total: int, fraction: float) -> int:
     while k > 0 and k / total > fraction:
         k -= 1
     return k
+
+
+def _is_frozen(p: Tensor) -> bool:
+    return isinstance(p, torch.nn.Parameter) and not p.requires_grad
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -42,6 +42,8 @@ class Classification(Task):
         inputs, _ = self.prepare(batch, next(model.parameters()).device)
         with evaluating(model), torch.no_grad():
             logits = self.logits(model, inputs)
+        if self.loss is None:  # else it knows what it takes
+            _check_logits(logits)
         if isinstance(logits, Tensor) and logits.dim() == 2:
             self._classes = logits.shape[1]
 
@@ -76,6 +78,7 @@ class Classification(Task):
         inputs, labels = batch
         logits = self.logits(model, inputs)
         if self.loss is None:
+            _check_logits(logits)
             # In float32 or wider: a loss rounded to 8 bits would spoil the adaptive weights made from it.
             wide = logits if logits.dtype == torch.float64 else logits.float()
             return F.cross_entropy(wide, labels, reduction="none")
@@ -104,6 +107,15 @@ class Classification(Task):
 
 def _are_indices(labels: Tensor) -> bool:
     return labels.dtype in _INTEGERS and labels.dim() == 1
+
+
+def _check_logits(logits: Any) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"the model's output: expected logits [N, classes] or an object with .logits, got {got}: wrap the model, "
+            "or give Classification a loss that takes its output"
+        )
 
 
 def _check_range(labels: Tensor, classes: int) -> None:
