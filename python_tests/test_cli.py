@@ -96,8 +96,9 @@ def test_a_random_subset_with_underscores(update, tmp_path) -> None:
         (["--forget-class", 10], "--forget-class: expected a digit"),
         (["--scenario", "random", "--forget-fraction", 1.0], "something must be"),
         (["--scenario", "random", "--forget-fraction", 0.00001], "is 0"),
-        (["--train-size", 4500], "train_size"),
-        (["--train-size", 3], "train_size"),
+        (["--train-size", 4500], "--train-size: expected 10 to 4000"),
+        (["--mixed-precision", "fp16"], "fp16 needs an accelerator"),
+        (["--train-size", 3], "--train-size: expected 10 to 4000"),
         (["--device", "cuda"], "sees no GPU"),
         (["--device", "toaster"], "expected cpu, cuda or cuda:N"),
         (["--json", "."], "expected a file"),
@@ -116,6 +117,7 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path) -> None:
     assert last.startswith("error: ") and words in last
     assert "Traceback" not in done.stderr and not done.stdout
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.json"))
+    assert "--json" in arguments or not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

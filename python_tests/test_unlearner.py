@@ -861,7 +861,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(file, conten
 
 
 def test_labels_are_checked_after_resuming_as_well(tmp_path) -> None:
-    interrupted(tmp_path, {"iterations": 30}, evaluate=lambda model, step: step == 12, evaluate_every=1)
+    interrupted(tmp_path, {"iterations": 30}, evaluate=lambda model, step: step == 13, evaluate_every=1)
     retain = batches(5, 6, seed=2)
     retain[4][1][3] = 4
     with pytest.raises(InputError, match="label 4 is outside the model's 4 classes"):
@@ -935,3 +935,50 @@ def test_fixed_api() -> None:
                    update="sequential")  # fmt: skip
     result = Unlearner(model, task=Classification(), method=method).run(forget=forget_batches, retain=retain_batches)
     assert len(result.history) == 5
+
+
+def test_a_run_that_was_stopped_stays_so_when_resumed(tmp_path) -> None:
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    options = {"evaluate": lambda model, step: step >= 4, "evaluate_every": 4, "checkpointing_steps": 4}
+    model, again = make(), make()
+    unlearner = Unlearner(model, Classification(), SFRon(rule="adamw", lr=1e-3, iterations=12))
+    assert unlearner.run(**data, output_dir=tmp_path, **options).stopped_at == 4
+    resumed = Unlearner(again, Classification(), SFRon(rule="adamw", lr=1e-3, iterations=12)).run(
+        **data, output_dir=tmp_path, resume_from_checkpoint="latest", **options
+    )
+    assert resumed.stopped_at == 4 and len(resumed.history) == 4
+    assert identical(weights(model), weights(again))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"iterations": 2.5}, {"forget_freq": 1.5}, {"slow_freq": 1.5}, {"lr": math.inf}, {"lr": "a"},
+        {"forget_weight": math.nan},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_counts_are_integers_and_rates_finite(settings) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        SFRon(**settings)
+
+
+def test_a_mask_measured_beside_frozen_weights_fits_all_parameters() -> None:
+    model = make()
+    model.conv.bias.requires_grad_(False)
+    result = Unlearner(model, Classification(), SFRon(rule="adamw", lr=1e-3, iterations=1)).run(
+        batches(3, 6, seed=1), batches(5, 6, seed=2)
+    )
+    optimizer = UnlearnOptimizer(model.named_parameters(), rule="adamw", lr=1e-3, mask=result.mask)
+    model(batches(1, 6, seed=3)[0][0]).sum().backward()
+    frozen = model.conv.bias.clone()
+    optimizer.forget_step()
+    assert torch.equal(model.conv.bias, frozen)
+    model.conv.bias.requires_grad_(True)
+    with pytest.raises(InputError, match=r"has no bits for conv\.bias"):
+        UnlearnOptimizer(model.named_parameters(), rule="adamw", lr=1e-3, mask=result.mask)
+
+
+def test_metadata_of_a_mask_is_kept_as_text(tmp_path) -> None:
+    SaliencyMask.from_dict({"w": torch.ones(3, dtype=torch.bool)}, {"seed": 3}).save(tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(tmp_path / "mask.safetensors").metadata["seed"] == "3"

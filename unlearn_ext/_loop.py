@@ -94,7 +94,7 @@ class Loop:
         _checkpoint.restore(checkpoint, self.model, self.optimizer)
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
-        self.protected = document["protected"]
+        self.protected, self.result.stopped_at = document["protected"], document["stopped_at"]
         self.result.timings.update(document["timings"])
         for side, scaler in self.scalers.items():
             scaler.load_state_dict(document["scalers"][side])
@@ -107,7 +107,8 @@ class Loop:
         if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
             self.model.train()
         try:
-            while self.iteration < method.iterations:
+            # A run that an evaluation stopped is over: resuming it gives the same result.
+            while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
                 if entry["forget_loss"] is not None:
@@ -123,12 +124,11 @@ class Loop:
                     self.forgetting = {}
                 self.seconds += time.perf_counter() - started - paused
                 self.progress("unlearning", self.iteration, method.iterations)
+                if stop:
+                    result.stopped_at = self.iteration
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
                     self._raise_if_non_finite()
                     self._save()
-                if stop:
-                    result.stopped_at = self.iteration
-                    break
         finally:
             for module, training in modes:
                 module.training = training
@@ -284,6 +284,7 @@ class Loop:
                 "protected": self.protected,
                 "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
                 "forgetting": plain(self.forgetting),
+                "stopped_at": self.result.stopped_at,
                 "batches": {stream.name: length(stream.data) for stream in (self.forget, self.retain)},
                 "forget": self.forget.position(),
                 "retain": self.retain.position(),

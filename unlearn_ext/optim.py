@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -58,8 +59,7 @@ class StepConfig:
             raise InputError("forget_rule needs a state of its own: set dual_state=True")
         if self.mask_scope not in ops.MASK_SCOPES:
             raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
-        if self.slow_freq < 1:
-            raise InputError(f"slow_freq: expected a count from 1, got {self.slow_freq}")
+        check_count("slow_freq", self.slow_freq)
         for name in ("max_norm", "retain_max_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0.0:
@@ -71,11 +71,20 @@ class StepConfig:
         return UnlearnOptimizer(list(named_parameters), mask=mask, **arguments)
 
 
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: expected a count from 1, got {value!r}")
+
+
 def _check_rates(*rules: str, **values: Any) -> None:
     """What a parameter group may set for itself. ``rules`` are those that may move it."""
     for name in ("lr", "forget_lr", "momentum", "eps", "weight_decay"):
-        if values[name] is not None and not values[name] >= 0.0:
-            raise InputError(f"{name}: expected 0 or more, got {values[name]}")
+        value = values[name]
+        if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+            raise InputError(f"{name}: expected 0 or more, got {value}")
+    for name in ("forget_weight", "retain_weight"):
+        if not math.isfinite(values[name]):
+            raise InputError(f"{name}: expected a finite number, got {values[name]}")
     if values["momentum"] and "sgd" in rules and "momentum" not in rules:
         raise InputError(f"momentum={values['momentum']} does nothing under rule='sgd': set rule='momentum'")
     if not 0.0 < values["slow_rate"] <= 1.0:

@@ -51,6 +51,20 @@ class DemoOptions:
                 f"--forget-fraction: expected a fraction between 0 and 1, got {self.forget_fraction}: something must "
                 "be forgotten and something kept"
             )
+        if not 10 <= self.train_size <= 4000:
+            raise InputError(f"--train-size: expected 10 to 4000 digits, got {self.train_size}")
+        if self.scenario == "random" and not 0 < self.forget_size < self.train_size:
+            raise InputError(
+                f"--forget-fraction {self.forget_fraction} of {self.train_size} samples is {self.forget_size}: "
+                "something must be forgotten and something kept"
+            )
+        if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
+            raise InputError("--mixed-precision: fp16 needs an accelerator; use no or bf16 on the CPU")
+
+    @property
+    def forget_size(self) -> int:
+        """Samples to forget in the random scenario."""
+        return round(self.forget_fraction * self.train_size)
 
 
 class _Batches:
@@ -88,15 +102,9 @@ class ClassifierDemo:
         labels, options = self.split.train_labels, self.options
         if options.scenario == "class":
             return labels == options.forget_class
-        count = round(options.forget_fraction * len(labels))
-        if not 0 < count < len(labels):
-            raise InputError(
-                f"--forget-fraction {options.forget_fraction} of {len(labels)} samples is {count}: something must be "
-                "forgotten and something kept"
-            )
         chosen = torch.zeros(len(labels), dtype=torch.bool)
         generator = torch.Generator().manual_seed(options.seed)
-        chosen[torch.randperm(len(labels), generator=generator)[:count]] = True
+        chosen[torch.randperm(len(labels), generator=generator)[: options.forget_size]] = True
         return chosen
 
     # --- The three models -----------------------------------------------------------------------------------

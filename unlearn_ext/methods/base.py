@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import InputError
-from ..optim import StepConfig
+from ..optim import StepConfig, check_count
 from ..saliency import SaliencyMask
 from ..saliency.mask import check_fraction
 from . import schedules
@@ -63,10 +63,8 @@ class Method(StepConfig, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choose_mask_source()
-        if self.iterations < 1:
-            raise InputError(f"iterations: expected a count from 1, got {self.iterations}")
-        if self.forget_freq < 1:
-            raise InputError(f"forget_freq: expected a count from 1, got {self.forget_freq}")
+        check_count("iterations", self.iterations)
+        check_count("forget_freq", self.forget_freq)
         if self.update not in ("sequential", "joint"):
             raise InputError(f"update: expected sequential or joint, got {self.update!r}")
         if self.update == "joint" and (self.dual_state or self.forget_lr is not None):

@@ -45,7 +45,7 @@ class SaliencyMask:
     ):
         self._bits = dict(bits)
         self._shapes = {name: tuple(shapes[name]) for name in bits}
-        self.metadata = dict(metadata or {})
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
 
     @classmethod
     def from_dict(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> SaliencyMask:
@@ -238,20 +238,23 @@ class SaliencyMask:
         """
         named = by_plain_name(named_parameters)
         for problem, names in (
-            ("has no bits for", [name for name in named if name not in self._bits]),
+            ("has no bits for", [name for name, p in named.items() if name not in self._bits and not _is_frozen(p)]),
             ("has bits for, and the model does not train,", [name for name in self._bits if name not in named]),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise InputError(f"the mask {problem} {names[0]}{more}: use the mask made for this model")
         for name, p in named.items():
-            if tuple(p.shape) != self._shapes[name]:
+            if name in self._bits and tuple(p.shape) != self._shapes[name]:
                 raise InputError(
                     f"the mask of {name} has shape {list(self._shapes[name])} and the parameter {list(p.shape)}: use "
                     "the mask made for this model"
                 )
         bound = []
         for name, p in named.items():
+            if name not in self._bits:  # frozen: it has no gradients, and a mask that was measured leaves it out
+                bound.append(torch.zeros((p.numel() + 31) // 32, dtype=torch.int32, device=p.device))
+                continue
             bits = self._bits[name]
             if not p.is_contiguous():
                 logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool)])[0]
@@ -389,6 +392,10 @@ def _part_of(total: int, fraction: float) -> int:
     while k > 0 and k / total > fraction:
         k -= 1
     return k
+
+
+def _is_frozen(p: Tensor) -> bool:
+    return isinstance(p, torch.nn.Parameter) and not p.requires_grad
 
 
 def _numel(shape: tuple[int, ...]) -> int:
