@@ -992,3 +992,24 @@ def test_fixed_api() -> None:
                    update="sequential")  # fmt: skip
     result = Unlearner(model, task=Classification(), method=method).run(forget=forget_batches, retain=retain_batches)
     assert len(result.history) == 5
+
+
+def test_a_mask_measured_beside_frozen_weights_fits_all_parameters() -> None:
+    model = make()
+    model.conv.bias.requires_grad_(False)
+    result = Unlearner(model, Classification(), SFRon(rule="adamw", lr=1e-3, iterations=1)).run(
+        batches(3, 6, seed=1), batches(5, 6, seed=2)
+    )
+    optimizer = UnlearnOptimizer(model.named_parameters(), rule="adamw", lr=1e-3, mask=result.mask)
+    model(batches(1, 6, seed=3)[0][0]).sum().backward()
+    frozen = model.conv.bias.clone()
+    optimizer.forget_step()
+    assert torch.equal(model.conv.bias, frozen)
+    model.conv.bias.requires_grad_(True)
+    with pytest.raises(InputError, match=r"has no bits for conv\.bias"):
+        UnlearnOptimizer(model.named_parameters(), rule="adamw", lr=1e-3, mask=result.mask)
+
+
+def test_metadata_of_a_mask_is_kept_as_text(tmp_path) -> None:
+    SaliencyMask.from_dict({"w": torch.ones(3, dtype=torch.bool)}, {"seed": 3}).save(tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(tmp_path / "mask.safetensors").metadata["seed"] == "3"

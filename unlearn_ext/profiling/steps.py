@@ -96,7 +96,7 @@ def sequential(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: t
             list(zip(names, t.weights, strict=True)),
             rule=rule,
             lr=RATES[rule],
-            momentum=MOMENTUM,
+            momentum=MOMENTUM if rule == "momentum" else 0.0,
             betas=BETAS,
             eps=EPS,
             weight_decay=DECAY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class SaliencyMask:
     Args:
         bits: name -> int32 words of ⌈n/32⌉, tail bits zero.
         shapes: name -> shape of the parameter.
-        metadata: strings that say where the mask comes from: ``weights_hash``, ``forget_hash``, ``seed``, ``gamma`` or
-            ``mask_fraction``. ``format`` and ``shapes`` are the file's own.
+        metadata: what says where the mask comes from, kept as strings: ``weights_hash``, ``forget_hash``, ``seed``,
+            ``gamma`` or ``mask_fraction``. ``format`` and ``shapes`` are the file's own.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class SaliencyMask:
     ):
         self._bits = dict(bits)
         self._shapes = {name: tuple(shapes[name]) for name in bits}
-        self.metadata = dict(metadata or {})
-        _check_metadata(self.metadata)
+        self.metadata = _as_text(metadata or {})
 
     @classmethod
     def from_dict(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> SaliencyMask:
@@ -272,8 +271,8 @@ class SaliencyMask:
         """Writes a safetensors file: the words by name, shapes and metadata in the header."""
         from safetensors.torch import save_file
 
-        _check_metadata(self.metadata)  # which the user may have added to
-        header = {**self.metadata, "format": _FORMAT, "shapes": json.dumps(self._shapes)}
+        # The user may have added to the metadata.
+        header = {**_as_text(self.metadata), "format": _FORMAT, "shapes": json.dumps(self._shapes)}
         writable_directory(Path(path).parent)
         with atomic_path(path) as partial:
             save_file({name: word.contiguous() for name, word in self._bits.items()}, partial, metadata=header)
@@ -384,13 +383,12 @@ class SaliencyMask:
         foreign.write_masks(self.unpack(), path)
 
 
-def _check_metadata(metadata: Mapping[str, str]) -> None:
-    """Whether a file can hold it beside what it says for itself."""
-    for key, value in metadata.items():
-        if key in _RESERVED:
+def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
+    """As the header of a file holds it, beside what the file says for itself."""
+    for key in _RESERVED:
+        if key in metadata:
             raise InputError(f"metadata: {key!r} is what a file of a mask says for itself; choose another name")
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise InputError(f"metadata: expected strings, got {key!r}: {value!r}; convert it with str()")
+    return {str(key): str(value) for key, value in metadata.items()}
 
 
 def check_fraction(name: str, fraction: float) -> None:
