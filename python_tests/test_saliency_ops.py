@@ -80,7 +80,7 @@ def test_fisher_of_any_list_in_any_layout(data: st.DataObject) -> None:
 
 
 def test_fisher_of_nothing() -> None:
-    ops.accumulate_fisher_([], [])
+    assert ops.accumulate_fisher_([], []) is None
 
 
 # --- Ratio --------------------------------------------------------------------------------------------------

@@ -411,7 +411,7 @@ def test_interleaved_slices_of_one_buffer_are_separate_weights(rng: torch.Genera
 
 
 def test_an_empty_list_is_no_work() -> None:
-    ops.step_([], rule="sgd", scalars=ops.scalars(lr=1.0))
+    assert ops.step_([], rule="sgd", scalars=ops.scalars(lr=1.0)) is None
 
 
 # --- Masks and protection -----------------------------------------------------------------------------------

@@ -74,26 +74,25 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) atomicAdd(counts + table.index(t), static_cast<unsigned long long>(kept));
 }
 
-void pack_all(const TensorList& masks, const TensorList& bits) {
+// One launch of a kernel with two columns, as long as the table holds the list; the masks give the sizes.
+void run_on(
+    const char* op, void (*kernel)(Table), const TensorList& masks, const TensorList& from, const TensorList& to) {
   const OnDevice device(masks[0]);
-  const RawList from(masks), to(bits);
+  const RawList first(from), second(to);
   Columns columns;
-  columns.add(from);
-  columns.add(to);
+  columns.add(first);
+  columns.add(second);
   columns.for_each_table(sizes_of(masks), chunks_of, every_tensor, [&](const Table& table) {
-    device.launch("pack_bits", pack_kernel, table.units, table);
+    device.launch(op, kernel, table.units, table);
   });
 }
 
+void pack_all(const TensorList& masks, const TensorList& bits) {
+  run_on("pack_bits", pack_kernel, masks, masks, bits);
+}
+
 void unpack_all(const TensorList& bits, const TensorList& masks) {
-  const OnDevice device(masks[0]);
-  const RawList from(bits), to(masks);
-  Columns columns;
-  columns.add(from);
-  columns.add(to);
-  columns.for_each_table(sizes_of(masks), chunks_of, every_tensor, [&](const Table& table) {
-    device.launch("unpack_bits", unpack_kernel, table.units, table);
-  });
+  run_on("unpack_bits", unpack_kernel, masks, bits, masks);
 }
 
 void count_all(const TensorList& bits, const Tensor& counts) {

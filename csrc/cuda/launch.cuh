@@ -118,7 +118,9 @@ class Columns {
       if (table.tensors > 0) launch(table);
       table.tensors = table.units = 0;
     };
-    if (sizes.size() >> Table::kIndexBits) fail("expected a list of at most 16,777,215 tensors, got " + std::to_string(sizes.size()));
+    if (sizes.size() >> Table::kIndexBits) {
+      fail("expected a list of at most 16,777,215 tensors, got " + std::to_string(sizes.size()));
+    }
     for (size_t t = 0; t < sizes.size(); ++t) {
       if (sizes[t] == 0 || !chosen(t)) continue;
       const std::int64_t work = units(sizes[t]);

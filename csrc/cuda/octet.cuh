@@ -52,7 +52,8 @@ __device__ __forceinline__ std::uint16_t round_to_half(float value, Code code) {
 }
 
 // Loads `n` of the weights from `first`, a multiple of 8; the rest are zero.
-__device__ __forceinline__ void load_octet(Octet<float>& octet, Code code, const char* base, std::int64_t first, int n) {
+__device__ __forceinline__ void load_octet(
+    Octet<float>& octet, Code code, const char* base, std::int64_t first, int n) {
   const bool vector = n == kOctet && is_aligned(base);
   if (code == Code::single) {
     const float* from = reinterpret_cast<const float*>(base) + first;
@@ -81,7 +82,8 @@ __device__ __forceinline__ void load_octet(Octet<float>& octet, Code code, const
   }
 }
 
-__device__ __forceinline__ void load_octet(Octet<double>& octet, Code code, const char* base, std::int64_t first, int n) {
+__device__ __forceinline__ void load_octet(
+    Octet<double>& octet, Code code, const char* base, std::int64_t first, int n) {
   if (code == Code::wide) {
     const double* from = reinterpret_cast<const double*>(base) + first;
     if (n == kOctet && is_aligned(base)) {

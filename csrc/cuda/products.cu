@@ -48,7 +48,8 @@ __device__ __forceinline__ void load(Quad& quad, Code code, const char* base, st
   }
 }
 
-__device__ __forceinline__ void widen(const Quad& quad, Code code, const char* base, std::int64_t first, int n, double* values) {
+__device__ __forceinline__ void widen(
+    const Quad& quad, Code code, const char* base, std::int64_t first, int n, double* values) {
   if (code == Code::single) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = double(from_bits<float>(quad.word[k]));

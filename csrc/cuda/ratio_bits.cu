@@ -67,7 +67,8 @@ void write_ratio_bits(
     columns.for_each_table(
         sizes, chunks_of, [&](size_t t) { return is_wide(t) == wide; },
         [&](const Table& table) {
-          device.launch("ratio_bits", wide ? ratio_kernel<double> : ratio_kernel<float>, table.units, table, options, kept);
+          const auto kernel = wide ? ratio_kernel<double> : ratio_kernel<float>;
+          device.launch("ratio_bits", kernel, table.units, table, options, kept);
         });
   }
 }

@@ -125,7 +125,9 @@ using StepKernel = void (*)(Table, StepLaunch);
 
 template <typename T, Rule rule>
 StepKernel select_parts(bool forget, bool retain, bool interpolate) {
-  if (forget && retain) return interpolate ? step_kernel<rule, true, true, true, T> : step_kernel<rule, true, true, false, T>;
+  if (forget && retain) {
+    return interpolate ? step_kernel<rule, true, true, true, T> : step_kernel<rule, true, true, false, T>;
+  }
   if (forget) return interpolate ? step_kernel<rule, true, false, true, T> : step_kernel<rule, true, false, false, T>;
   if (retain) return interpolate ? step_kernel<rule, false, true, true, T> : step_kernel<rule, false, true, false, T>;
   return step_kernel<Rule::sgd, false, false, true, T>;

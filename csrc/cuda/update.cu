@@ -40,7 +40,8 @@ __device__ __forceinline__ void round_and_store(Code code, char* base, std::int6
   }
 }
 
-__device__ __forceinline__ void round_and_store(Code code, char* base, std::int64_t first, int n, const double* values) {
+__device__ __forceinline__ void round_and_store(
+    Code code, char* base, std::int64_t first, int n, const double* values) {
   if (code == Code::wide) {
     store_octet(base, first, n, values);
   } else {
@@ -65,31 +66,42 @@ __device__ __forceinline__ const StepScalars<T>& shared_scalars(const UpdateLaun
   return *reinterpret_cast<const StepScalars<T>*>(room);
 }
 
+// An octet of the operands; those that are absent are zero.
+template <typename T>
+struct UpdateOctet {
+  T theta[kOctet] = {}, slow[kOctet] = {}, forget[kOctet] = {}, retain[kOctet] = {};
+};
+
+template <bool forget, bool retain, bool interpolate, typename T>
+__device__ __forceinline__ void load_operands(
+    const Table& table, const UpdateLaunch& launch, int t, std::int64_t i, int n, UpdateOctet<T>& x) {
+  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
+  load_values(table.code(launch.weights_code, t), table.pointer(launch.weights, t), i, n, x.theta);
+  if constexpr (interpolate) load_values(state_code, table.pointer(launch.slow, t), i, n, x.slow);
+  if constexpr (forget) load_values(table.code(launch.forget_code, t), table.pointer(launch.forget, t), i, n, x.forget);
+  if constexpr (retain) load_values(table.code(launch.retain_code, t), table.pointer(launch.retain, t), i, n, x.retain);
+}
+
 template <bool forget, bool retain, bool interpolate, typename T>
 __global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ Table table, const __grid_constant__ UpdateLaunch launch) {
   alignas(StepScalars<T>) __shared__ unsigned char room[sizeof(StepScalars<T>)];
   const StepScalars<T>& s = shared_scalars<T>(launch, room);
-  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
   const int t = table.tensor_of(blockIdx.x);
-  const Code weights_code = table.code(launch.weights_code, t);
   for_each_octet(table, t, [&](std::int64_t i, int n) {
-    T theta[kOctet], slow[kOctet] = {}, g_forget[kOctet] = {}, g_retain[kOctet] = {};
-    load_values(weights_code, table.pointer(launch.weights, t), i, n, theta);
-    if constexpr (interpolate) load_values(state_code, table.pointer(launch.slow, t), i, n, slow);
-    if constexpr (forget) load_values(table.code(launch.forget_code, t), table.pointer(launch.forget, t), i, n, g_forget);
-    if constexpr (retain) load_values(table.code(launch.retain_code, t), table.pointer(launch.retain, t), i, n, g_retain);
+    UpdateOctet<T> x;
+    load_operands<forget, retain, interpolate>(table, launch, t, i, n, x);
     const std::uint32_t mask = launch.bits >= 0 ? load_mask(table.pointer(launch.bits, t), i) : 0xffu;
     const std::uint32_t keep_retain = launch.mask_retain ? mask : 0xffu;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
-      const WeightState<T> before{theta[k], T(0), T(0), slow[k]};
-      theta[k] = update_weight<Rule::sgd, forget, retain, interpolate>(
-                     before, g_forget[k], g_retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k),
-                     ~bits_t<T>(0), s)
-                     .theta;
+      const WeightState<T> before{x.theta[k], T(0), T(0), x.slow[k]};
+      x.theta[k] = update_weight<Rule::sgd, forget, retain, interpolate>(
+                       before, x.forget[k], x.retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k),
+                       ~bits_t<T>(0), s)
+                       .theta;
     }
-    round_and_store(weights_code, table.pointer(launch.to_weights, t), i, n, theta);
+    round_and_store(table.code(launch.weights_code, t), table.pointer(launch.to_weights, t), i, n, x.theta);
   });
 }
 
@@ -100,46 +112,41 @@ __global__ void __launch_bounds__(kThreads, 2) differentiate_kernel(
   alignas(StepScalars<T>) __shared__ unsigned char room[sizeof(StepScalars<T>)];
   __shared__ UpdateSums sums[kThreads];
   const StepScalars<T>& s = shared_scalars<T>(launch, room);
-  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
   const int t = table.tensor_of(blockIdx.x);
   UpdateSums own;
   for_each_octet(table, t, [&](std::int64_t i, int n) {
-    T d[kOctet], theta[kOctet] = {}, slow[kOctet] = {}, g_forget[kOctet] = {}, g_retain[kOctet] = {};
+    T d[kOctet];
     load_values(table.code(launch.output_code, t), table.pointer(launch.output, t), i, n, d);
-    if (launch.sums) {
-      load_values(table.code(launch.weights_code, t), table.pointer(launch.weights, t), i, n, theta);
-      if constexpr (interpolate) load_values(state_code, table.pointer(launch.slow, t), i, n, slow);
-      if constexpr (forget) load_values(table.code(launch.forget_code, t), table.pointer(launch.forget, t), i, n, g_forget);
-      if constexpr (retain) load_values(table.code(launch.retain_code, t), table.pointer(launch.retain, t), i, n, g_retain);
-    }
+    UpdateOctet<T> x;
+    if (launch.sums) load_operands<forget, retain, interpolate>(table, launch, t, i, n, x);
     const std::uint32_t mask = launch.bits >= 0 ? load_mask(table.pointer(launch.bits, t), i) : 0xffu;
     const std::uint32_t keep_retain = launch.mask_retain ? mask : 0xffu;
     // The gradients take the operands' places, which are not needed any more.
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
-      const WeightState<T> before{theta[k], T(0), T(0), slow[k]};
+      const WeightState<T> before{x.theta[k], T(0), T(0), x.slow[k]};
       const UpdateGradient<T> gradient = update_gradient<forget, retain, interpolate>(
-          d[k], before, g_forget[k], g_retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k), s);
-      theta[k] = gradient.theta;
-      slow[k] = gradient.slow;
-      g_forget[k] = gradient.forget;
-      g_retain[k] = gradient.retain;
+          d[k], before, x.forget[k], x.retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k), s);
+      x.theta[k] = gradient.theta;
+      x.slow[k] = gradient.slow;
+      x.forget[k] = gradient.forget;
+      x.retain[k] = gradient.retain;
       own.add(gradient.terms);
     }
     if (launch.to_weights >= 0) {
-      round_and_store(table.code(launch.weights_code, t), table.pointer(launch.to_weights, t), i, n, theta);
+      round_and_store(table.code(launch.weights_code, t), table.pointer(launch.to_weights, t), i, n, x.theta);
     }
     if constexpr (interpolate) {
-      if (launch.to_slow >= 0) store_octet(table.pointer(launch.to_slow, t), i, n, slow);
+      if (launch.to_slow >= 0) store_octet(table.pointer(launch.to_slow, t), i, n, x.slow);
     }
     if constexpr (forget) {
       if (launch.to_forget >= 0) {
-        round_and_store(table.code(launch.forget_code, t), table.pointer(launch.to_forget, t), i, n, g_forget);
+        round_and_store(table.code(launch.forget_code, t), table.pointer(launch.to_forget, t), i, n, x.forget);
       }
     }
     if constexpr (retain) {
       if (launch.to_retain >= 0) {
-        round_and_store(table.code(launch.retain_code, t), table.pointer(launch.to_retain, t), i, n, g_retain);
+        round_and_store(table.code(launch.retain_code, t), table.pointer(launch.to_retain, t), i, n, x.retain);
       }
     }
   });
