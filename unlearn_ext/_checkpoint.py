@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,23 @@ from .saliency import SaliencyMask
 
 __all__ = ["Checkpoint", "check", "find", "model_tensors", "read", "restore", "save"]
 
-_FORMAT = "unlearn_ext.checkpoint.3"
+_FORMAT = "unlearn_ext.checkpoint.4"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
 _DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
-_DOCUMENT += ("forget", "retain", "rng")
+_DOCUMENT += ("forget", "retain", "rng", "averaged")
 
 
 @dataclass
 class Checkpoint:
-    """All that a checkpoint holds; ``optimizer`` as :meth:`UnlearnOptimizer.load_state_dict` takes it."""
+    """All that a checkpoint holds; ``optimizer`` as :meth:`UnlearnOptimizer.load_state_dict` takes it, ``averages`` the
+    moving averages of the trained weights, by name, where the run keeps them."""
 
     path: Path
     document: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     mask: SaliencyMask | None
+    averages: dict[str, Tensor]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -55,9 +57,10 @@ def save(
     model: nn.Module,
     optimizer: UnlearnOptimizer,
     mask: SaliencyMask | None,
+    averages: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
-    """Writes ``directory/checkpoint-<iteration>``; ``state`` is JSON."""
+    """Writes ``directory/checkpoint-<iteration>``; ``averages`` may be empty, ``state`` is JSON."""
     from safetensors.torch import save_file
 
     path = directory / f"checkpoint-{iteration}"
@@ -74,12 +77,15 @@ def save(
         save_file({n: t.contiguous() for n, t in tensors.items()}, partial / "optimizer.safetensors")
         if mask is not None:
             mask.save(partial / "mask.safetensors")
+        if averages:
+            save_file({n: t.contiguous() for n, t in averages.items()}, partial / "ema.safetensors")
         document = {
             "format": _FORMAT,
             "iteration": iteration,
             "param_groups": optimizer_state["param_groups"],
             "optimizer_numbers": numbers,
             "optimizer_settings": optimizer_state["settings"],
+            "averaged": bool(averages),
             **state,
         }
         (partial / "state.json").write_text(json.dumps(document))
@@ -132,7 +138,8 @@ def read(path: Path) -> Checkpoint:
         state.setdefault(int(index), {})[name] = value
     groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
     optimizer = {"state": state, "param_groups": groups, "settings": document["optimizer_settings"]}
-    return Checkpoint(path, document, model, optimizer, mask)
+    averages = _tensors(path / "ema.safetensors") if document["averaged"] else {}
+    return Checkpoint(path, document, model, optimizer, mask, averages)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -152,12 +159,16 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def check(
-    checkpoint: Checkpoint, model: nn.Module, names: Iterable[str], settings: dict[str, Any], mask: SaliencyMask | None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    names: Collection[str],
+    settings: dict[str, Any],
+    mask: SaliencyMask | None,
 ) -> None:
     """Whether the run at hand is the one that wrote the checkpoint.
 
     Args:
-        names: of the trainable parameters.
+        names: of the trainable parameters, in any order.
         mask: what the method was given, if anything.
     """
     path, document = checkpoint.path, checkpoint.document
@@ -174,6 +185,9 @@ def check(
     for name in {**checkpoint.model, **tensors}:
         if name not in checkpoint.model or name not in tensors or not _alike(checkpoint.model[name], tensors[name]):
             raise InputError(f"{path} holds another model: {name} is missing or has another shape or dtype")
+    for name in () if not document["averaged"] else names:
+        if name not in checkpoint.averages or checkpoint.averages[name].shape != tensors[name].shape:
+            raise _damaged(path, f"its ema.safetensors lacks {name}")
     trained = {name for group in document["param_groups"] for name in group["param_names"]}
     for name in sorted(trained.symmetric_difference(names)):
         was = "was" if name in trained else "was not"

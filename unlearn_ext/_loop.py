@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checkpoint, _rng
+from ._averages import Averages
 from ._history import History, plain
 from ._modes import evaluating
 from ._names import unwrapped
@@ -68,6 +69,8 @@ class Loop:
             for side, scale in (scales.items() if unlearner.mixed_precision == "fp16" else ())
         }
         self.protected: list[int] | None = None
+        decay = unlearner.ema_decay
+        self.averages = None if decay is None else Averages(unlearner._named, decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
     def _generators(self) -> list[torch.Generator]:
@@ -92,6 +95,8 @@ class Loop:
         for stream in (self.forget, self.retain):
             stream.seek(document[stream.name])
         _checkpoint.restore(checkpoint, self.model, self.optimizer)
+        if self.averages is not None:
+            self.averages.load(checkpoint.averages)
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
@@ -166,6 +171,8 @@ class Loop:
         try:
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
             self._retain(t, entry, forget_grads)
+            if self.averages is not None:
+                self.averages.update()
         except NonFiniteError as error:
             for buffer, before in self.before:
                 buffer.copy_(before)
@@ -177,13 +184,28 @@ class Loop:
         return entry
 
     def _forget(self, t: int, entry: dict[str, Any]) -> list[Tensor | None] | None:
-        """A forget step; or, for the joint update, only its gradients."""
-        losses = self._losses(self.forget)
-        forget = self.method.forget_loss(losses, t)
-        entry.update(
-            forget_loss=losses.detach().mean(), alpha=self.method.strength(t), largest_share=forget.largest_share
-        )
-        self._backward(forget.loss, entry["forget_loss"], "forget")
+        """A forget step; or, for the joint update, only its gradients.
+
+        Accumulated, the gradient is the running mean of the batches', each by its samples' weights: unnormalised sums
+        would do the same, and overflow.
+        """
+        means, largest, total = [], None, 0.0
+        for number in range(self.unlearner.gradient_accumulation_steps):
+            losses = self._losses(self.forget)
+            forget = self.method.forget_loss(losses, t)
+            means.append(losses.detach().mean())
+            weight = len(losses) if forget.weight is None else forget.weight
+            total = total + weight
+            loss, share = forget.loss, forget.largest_share
+            if number > 0:
+                part = weight / total
+                torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 - part)
+                loss = part * loss
+                if share is not None:
+                    largest, share = (1 - part) * largest, part * share
+            largest = share if largest is None else torch.maximum(largest, share)
+            self._backward(loss, means[-1], "forget")
+        entry.update(forget_loss=torch.stack(means).mean(), alpha=self.method.strength(t), largest_share=largest)
         if self.method.update == "joint":
             gradients = [p.grad for p in self.parameters]
             self._clear()
@@ -205,10 +227,12 @@ class Loop:
         ]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
-        losses = self._losses(self.retain)
-        loss = self.method.retain_loss(losses, t)
-        entry["retain_loss"] = losses.detach().mean()
-        self._backward(loss, entry["retain_loss"], "retain")
+        means, steps = [], self.unlearner.gradient_accumulation_steps
+        for _ in range(steps):
+            losses = self._losses(self.retain)
+            means.append(losses.detach().mean())
+            self._backward(self.method.retain_loss(losses, t) / steps, means[-1], "retain")
+        entry["retain_loss"] = torch.stack(means).mean()
         if forget_grads is None:
             self._step("retain", entry)
             return
@@ -275,6 +299,7 @@ class Loop:
             self.model,
             self.optimizer,
             self.result.mask,
+            {} if self.averages is None else self.averages.tensors,
             {
                 "settings": self.unlearner.settings(),
                 "masked": self.result.mask is not None,
@@ -295,6 +320,7 @@ class Loop:
     def _finish(self) -> None:
         result, mask = self.result, self.result.mask
         result.timings["unlearning"] = self.seconds
+        result.ema = None if self.averages is None else self.averages.tensors
         trainable = sum(p.numel() for p in self.parameters)
         result.counts = {
             **self.counts,

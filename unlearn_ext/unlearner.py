@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checkpoint, ops
-from ._arguments import check_count
+from ._arguments import check_count, check_number
 from ._data import DataCheck
 from ._files import writable_directory
 from ._hashing import weights_hash
@@ -51,6 +51,8 @@ class Result:
         backend: ``native`` or ``python``.
         update: ``sequential`` or ``joint``.
         stopped_at: the iteration after which an evaluation stopped the run, or None.
+        ema: moving averages of the trained weights by name, where ``ema_decay`` was given; the model itself holds the
+            weights of the last iteration.
     """
 
     mask: SaliencyMask | None = None
@@ -62,6 +64,7 @@ class Result:
     backend: str = ""
     update: str = "sequential"
     stopped_at: int | None = None
+    ema: dict[str, Tensor] | None = None
 
 
 class Unlearner:
@@ -73,6 +76,10 @@ class Unlearner:
         method: what to minimise and where.
         device: where to run; the model's own device by default.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast for forward and backward passes.
+        gradient_accumulation_steps: batches whose gradients make one step. A forget step weighs each by its samples'
+            weights, so that it equals the step of one large batch; a retain step counts all batches alike.
+        ema_decay: also keep moving averages of the trained weights, ``decay · average + (1 − decay) · weight`` after
+            every iteration: :attr:`Result.ema`.
     """
 
     def __init__(
@@ -83,11 +90,17 @@ class Unlearner:
         *,
         device: torch.device | str | None = None,
         mixed_precision: str = "no",
+        gradient_accumulation_steps: int = 1,
+        ema_decay: float | None = None,
     ):
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")
+        check_count("gradient_accumulation_steps", gradient_accumulation_steps)
+        if ema_decay is not None:
+            check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+        self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
         self.model, self.task, self.method = model, task, method
         self._named = list(trainable(model).items())
         if not self._named:
@@ -184,7 +197,12 @@ class Unlearner:
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
         method = {"method": type(self.method).__name__, **self.method.settings()}
-        return {**method, "mixed_precision": self.mixed_precision}
+        return {
+            **method,
+            "mixed_precision": self.mixed_precision,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "ema_decay": self.ema_decay,
+        }
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None)

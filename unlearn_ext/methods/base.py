@@ -26,10 +26,18 @@ class Default(float):
 
 @dataclass
 class ForgetLoss:
-    """A forget batch's scalar to minimise, and what the history shows of it (0-d tensors, read at log points)."""
+    """A forget batch's scalar to minimise, and what the history shows of it (0-d tensors, read at log points).
+
+    Attributes:
+        loss: a weighted mean over the batch.
+        largest_share: of one sample in it.
+        weight: the sum of the samples' weights, detached, by which this mean counts beside those of other batches when
+            gradients are accumulated; None: the number of samples.
+    """
 
     loss: Tensor
     largest_share: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(kw_only=True)

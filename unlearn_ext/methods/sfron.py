@@ -13,20 +13,24 @@ from .._arguments import check_count, check_finite, check_number
 from . import schedules
 from .base import Default, ForgetLoss, Method
 
-__all__ = ["SFRon", "adaptive_shares"]
+__all__ = ["SFRon", "adaptive_shares", "adaptive_weights"]
 
 
-def adaptive_shares(losses: Tensor, lambd: float, eps: float) -> Tensor:
-    r"""Each sample's share of the forget gradient, summing to 1: :math:`c_i / \sum c`,
-    :math:`c_i = 1 / (\mathrm{detach}(l_i)^\lambda + \epsilon)`.
+def adaptive_weights(losses: Tensor, lambd: float, eps: float) -> Tensor:
+    r"""Each sample's weight in the forget gradient, :math:`c_i = 1 / (\mathrm{detach}(l_i)^\lambda + \epsilon)`.
 
     Well-remembered samples (small losses) get more. Computed in float32 or wider. Mind eps: a float32
     cross-entropy can be exactly 0, and such a sample's c is 1/eps.
     """
     losses = losses.detach()
     wide = losses if losses.dtype == torch.float64 else losses.float()
-    coefficients = 1.0 / (wide.clamp_min(0.0) ** lambd + eps)
-    return coefficients / coefficients.sum()
+    return 1.0 / (wide.clamp_min(0.0) ** lambd + eps)
+
+
+def adaptive_shares(losses: Tensor, lambd: float, eps: float) -> Tensor:
+    r"""Each sample's share, :math:`c_i / \sum c` of :func:`adaptive_weights`; they sum to 1."""
+    weights = adaptive_weights(losses, lambd, eps)
+    return weights / weights.sum()
 
 
 @dataclass(kw_only=True)
@@ -112,5 +116,7 @@ class SFRon(Method):
         return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)
 
     def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
-        shares = adaptive_shares(losses, self.lambd, self.adaptive_eps)
-        return ForgetLoss(-self.strength(iteration) * (shares * losses).sum(), shares.max())
+        weights = adaptive_weights(losses, self.lambd, self.adaptive_eps)
+        total = weights.sum()
+        shares = weights / total
+        return ForgetLoss(-self.strength(iteration) * (shares * losses).sum(), shares.max(), total)

@@ -1,0 +1,35 @@
+"""Exponential moving averages of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Averages"]
+
+
+class Averages:
+    """ema = decay · ema + (1 − decay) · weight after every iteration, from the weights that the run starts with.
+
+    In float32 (float64 for float64 weights): the share 1 − decay of a step is lost in half precision.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], decay: float):
+        self.named, self.decay = named, decay
+        self.tensors = {
+            name: p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32, copy=True)
+            for name, p in named
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, p in self.named:
+            average = self.tensors[name]
+            average.lerp_(p.detach().to(average.dtype), 1.0 - self.decay)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, average in self.tensors.items():
+            average.copy_(tensors[name])
