@@ -895,6 +895,13 @@ class Generated(list):
     generator = torch.Generator()
 
 
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(make(), output_dir=tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
+    with pytest.raises(InputError, match="checkpoints_total_limit"):
+        run(make(), output_dir=tmp_path, checkpointing_steps=2, checkpoints_total_limit=0)
+
+
 @pytest.mark.parametrize(
     "file, content, words",
     [

@@ -19,7 +19,7 @@ from .errors import InputError
 from .optim import UnlearnOptimizer
 from .saliency import SaliencyMask
 
-__all__ = ["Checkpoint", "check", "find", "model_tensors", "read", "restore", "save"]
+__all__ = ["Checkpoint", "check", "find", "keep_newest", "model_tensors", "read", "restore", "save"]
 
 _FORMAT = "unlearn_ext.checkpoint.4"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
@@ -103,14 +103,25 @@ def find(output_dir: Path | None, wanted: str | Path) -> Path:
         return path
     if output_dir is None:
         raise InputError("resume_from_checkpoint='latest' needs the output_dir that holds the checkpoints")
+    found = _by_iteration(output_dir)
+    if not found:
+        raise InputError(f"there is no checkpoint in {output_dir} to resume from")
+    return found[-1]
+
+
+def keep_newest(output_dir: Path, count: int) -> None:
+    """Removes all checkpoints but the last ``count``."""
+    for path in _by_iteration(output_dir)[:-count]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _by_iteration(output_dir: Path) -> list[Path]:
     numbered = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "state.json").is_file()
     ]
-    if not numbered:
-        raise InputError(f"there is no checkpoint in {output_dir} to resume from")
-    return max(numbered)[1]
+    return [path for _, path in sorted(numbered)]
 
 
 def read(path: Path) -> Checkpoint:

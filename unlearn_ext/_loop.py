@@ -107,7 +107,7 @@ class Loop:
         self.history.keep_until(self.iteration)
         _rng.restore(document["rng"], self._generators())
 
-    def run(self, checkpointing_steps, evaluate, evaluate_every, log_every) -> None:
+    def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
         modes = [(module, module.training) for module in self.model.modules()]
         if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
@@ -134,6 +134,8 @@ class Loop:
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
                     self._raise_if_non_finite()
                     self._save()
+                    if checkpoints_total_limit is not None:
+                        _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
         finally:
             for module, training in modes:
                 module.training = training

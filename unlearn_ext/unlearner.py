@@ -120,6 +120,7 @@ class Unlearner:
         *,
         output_dir: str | Path | None = None,
         checkpointing_steps: int | None = None,
+        checkpoints_total_limit: int | None = None,
         resume_from_checkpoint: str | Path | None = None,
         evaluate: Callable[[nn.Module, int], Any] | None = None,
         evaluate_every: int | None = None,
@@ -138,6 +139,7 @@ class Unlearner:
             output_dir: for ``history.jsonl`` and checkpoints. The history of an earlier run that left no checkpoints is
                 moved aside, to ``history-1.jsonl`` and so on; a directory with checkpoints is refused.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
+            checkpoints_total_limit: keep the newest so many; older ones go when a new one is whole.
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped. Nothing is
                 written before all of it is found to fit. A checkpoint of the iteration at which an evaluation stopped
                 the run is its end: resumed from there it returns at once, with the same result. From an earlier one it
@@ -161,6 +163,7 @@ class Unlearner:
             raise InputError("checkpointing_steps needs an output_dir to write to")
         for name, count in (
             ("checkpointing_steps", checkpointing_steps),
+            ("checkpoints_total_limit", checkpoints_total_limit),
             ("evaluate_every", evaluate_every),
             ("log_every", log_every),
         ):
@@ -191,7 +194,7 @@ class Unlearner:
         optimizer = self.method.make_optimizer(self._named, result.mask)
         loop = Loop(self, optimizer, streams, result, directory, progress)
         loop.start(checkpoint)
-        loop.run(checkpointing_steps, evaluate, evaluate_every, log_every)
+        loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         return result
 
     def settings(self) -> dict[str, Any]:
