@@ -21,6 +21,7 @@ from ..evaluation import accuracy, average_gap, entropy_mia, js_divergence, kl_d
 from ..methods import SFRon
 from ..tasks import Classification
 from ..unlearner import Result, Unlearner
+from .batches import ShuffledBatches
 from .network import SmallResNet
 from .settings import BATCH_SIZE, method_for
 from .training import train_classifier
@@ -76,22 +77,6 @@ class DemoOptions:
     def forget_size(self) -> int:
         """Samples to forget in the scenario random."""
         return round(self.forget_fraction * self.train_size)
-
-
-class _Batches:
-    """Shuffled batches of tensors on one device, in a new order every time, without a DataLoader's overhead."""
-
-    def __init__(self, images: Tensor, labels: Tensor, seed: int):
-        self.images, self.labels = images, labels
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.labels) // BATCH_SIZE)
-
-    def __iter__(self):
-        order = torch.randperm(len(self.labels), generator=self.generator)
-        for indices in order.split(BATCH_SIZE):
-            yield self.images[indices], self.labels[indices]
 
 
 class ClassifierDemo:
@@ -155,7 +140,9 @@ class ClassifierDemo:
         started = time.perf_counter()
         model = copy.deepcopy(self.models["original"])
         sets = {
-            name: _Batches(split.train_images[chosen], split.train_labels[chosen], options.seed + offset)
+            name: ShuffledBatches(
+                split.train_images[chosen], split.train_labels[chosen], BATCH_SIZE, options.seed + offset
+            )
             for name, chosen, offset in (("forget", self.forget, 17), ("retain", ~self.forget, 29))
         }
         unlearner = Unlearner(

@@ -1,0 +1,287 @@
+"""The main job on diffusion: a digit forgotten in 50 iterations, sampled before and after from the same noise."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._files import writable_directory
+from ..._loop import Progress
+from ...data.digits import CLASSES, Digits, load_digits
+from ...diffusion.grid import write_grid
+from ...diffusion.sampling import draw_noise, sample_classes, sample_prompts
+from ...diffusion.weights import tie_embeddings, untie_embeddings
+from ...errors import InputError
+from ...evaluation.generated import class_scores, frechet_distance, pairwise_distance
+from ...methods import SFRon
+from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
+from ...unlearner import Result, Unlearner
+from ..batches import ShuffledBatches
+from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, noise_scheduler, sampling_scheduler
+from .settings import BATCH_SIZE, GUIDANCE, STEPS, method_for, task_settings
+from .weights import load_judge, load_pretrained
+
+__all__ = ["DiffusionDemo", "DiffusionOptions"]
+
+TRAIN_SIZE, TEST_SIZE = 4000, 1000  # of the split that the networks were trained on
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """What the command line offers; ``unlearn-ext demo --help`` explains each."""
+
+    task: str = "ddpm"
+    forget_class: int = 3
+    samples: int = 50
+    seed: int = 0
+    device: str = "cpu"
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.task not in DENOISERS:
+            raise InputError(f"expected a task of {', '.join(DENOISERS)}, got {self.task!r}")
+        if not 0 <= self.forget_class < CLASSES:
+            raise InputError(f"--forget-class: expected a digit from 0 to 9, got {self.forget_class}")
+        least = Judge.FEATURES // (CLASSES - 1) + 1
+        if self.samples < least:
+            raise InputError(
+                f"--samples: expected at least {least} of each digit, for the Fréchet distance in {Judge.FEATURES} "
+                f"features, got {self.samples}"
+            )
+        if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
+            raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
+
+
+class _Captioned:
+    """Batches of images with captions in place of labels; forget batches say what shall be shown instead."""
+
+    def __init__(self, batches: ShuffledBatches, replacement: int | None = None):
+        self.batches, self.replacement = batches, replacement
+        self.generator = batches.generator
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for images, labels in self.batches:
+            batch = {"pixel_values": images, "prompts": [CAPTIONS[label] for label in labels]}
+            if self.replacement is not None:
+                batch["replace_prompts"] = [CAPTIONS[self.replacement]] * len(labels)
+            yield batch
+
+
+class DiffusionDemo:
+    """One run of the demo. ``report()`` gives what ``--json`` writes.
+
+    Args:
+        pretrained: a network to start from, instead of the one that comes with the package.
+    """
+
+    def __init__(
+        self,
+        options: DiffusionOptions,
+        progress: Progress | None = None,
+        pretrained: Denoiser | None = None,
+        method: SFRon | None = None,
+    ):
+        self.options = options
+        self.progress = progress or (lambda stage, done, total: None)
+        self.digits: Digits = load_digits()
+        self.seconds: dict[str, float] = {}
+        self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit
+        self.network = pretrained
+        self.judge: Judge | None = None
+        self.judge_metadata: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
+        self.result: Result | None = None
+        self.method = method or method_for(options.task)
+        self.labels = torch.arange(CLASSES).repeat_interleave(options.samples)
+
+    @property
+    def replacement(self) -> int | None:
+        """What a forgotten caption is taken to show: the digit before it."""
+        return (self.options.forget_class - 1) % CLASSES if self.options.task == "text" else None
+
+    def run(self) -> DiffusionDemo:
+        options = self.options
+        with self._timed("loading"):
+            if self.network is None:
+                self.network, self.metadata = load_pretrained(
+                    options.task, progress=lambda done, total: self.progress("training once", done, total)
+                )
+            self.network = copy.deepcopy(self.network)
+            self.judge, self.judge_metadata = load_judge()
+            for module in self.network.modules.values():
+                module.to(options.device)
+        # Noise of its own for each sample: the same pictures whatever the number of samples.
+        noise = draw_noise(len(self.labels), (1, SIZE, SIZE), seed=1_000_003 * (options.seed + 1))
+        self._sample("before", noise)
+        self._unlearn()
+        self._sample("after", noise)
+        return self
+
+    # --- Stages ---------------------------------------------------------------------------------------------
+
+    def _timed(self, stage: str) -> _Clock:
+        return _Clock(self.seconds, stage)
+
+    def _sample(self, when: str, noise: Tensor) -> None:
+        network, arguments = self.network, {"steps": STEPS, "guidance": GUIDANCE, "batch_size": 100}
+        arguments["progress"] = lambda done, total: self.progress(f"sampling {when}", done, total)
+        with self._timed(f"sampling_{when}"):
+            if network.name == "text":
+                states = network.embed(list(CAPTIONS)).detach()
+                self.samples[when] = sample_prompts(
+                    network.model,
+                    sampling_scheduler(),
+                    states[self.labels],
+                    noise,
+                    null_embeds=states[NULL_LABEL],
+                    **arguments,
+                )
+            else:
+                self.samples[when] = sample_classes(
+                    network.model, sampling_scheduler(), self.labels, noise, null_label=NULL_LABEL, **arguments
+                )
+
+    def _unlearn(self) -> None:
+        options, network = self.options, self.network
+        split = self.digits.split(TRAIN_SIZE, TEST_SIZE)  # the one of the training: its seed is not the run's
+        images, labels = self.digits.pixels(SIZE)[split.train_indices], split.train_labels
+        forgotten = labels == options.forget_class
+        sets: dict[str, Any] = {
+            name: ShuffledBatches(images[chosen], labels[chosen], BATCH_SIZE, options.seed + offset)
+            for name, chosen, offset in (("forget", forgotten, 17), ("retain", ~forgotten, 29))
+        }
+        if network.name == "text":
+            replacements = {"forget": self.replacement, "retain": None}
+            sets = {name: _Captioned(batches, replacements[name]) for name, batches in sets.items()}
+        if network.name == "dit":
+            tie_embeddings(network.model)
+        task = self._task()
+        if network.text_encoder is not None:
+            network.text_encoder.requires_grad_(False)
+        self.result = Unlearner(
+            network.model, task, self.method, device=options.device, mixed_precision=options.mixed_precision
+        ).run(**sets, progress=self.progress)
+        if network.name == "dit":
+            untie_embeddings(network.model)
+        self.seconds.update(
+            fisher=self.result.timings.get("fisher", 0.0),
+            mask=self.result.timings.get("mask", 0.0),
+            unlearning=self.result.timings["unlearning"],
+        )
+
+    def _task(self) -> Task:
+        settings = {**task_settings(self.options.task), "seed": self.options.seed}
+        if self.network.name == "text":
+            return TextConditionalDiffusion(
+                noise_scheduler(), self.network.text_encoder, self.network.tokenizer, **settings
+            )
+        return ClassConditionalDiffusion(noise_scheduler(), null_label=NULL_LABEL, **settings)
+
+    # --- What became of it ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, Any]:
+        """Scores of every digit, Fréchet distance of the retained ones, and how much the forgotten label's samples
+        differ among themselves; before and after."""
+        split = self.digits.split(TRAIN_SIZE, TEST_SIZE)
+        real = self.digits.pixels(SIZE)[split.test_indices[split.test_labels != self.options.forget_class]]
+        real_features = self._in_parts(self.judge.features, real)
+        kept = self.labels != self.options.forget_class
+        scores: dict[str, dict[int, dict[str, float]]] = {}
+        found: dict[str, Any] = {"frechet": {}, "diversity": {}}
+        for when, pictures in self.samples.items():
+            scores[when] = class_scores(self._in_parts(self.judge, pictures).softmax(dim=1), self.labels)
+            found["frechet"][when] = frechet_distance(
+                real_features, self._in_parts(self.judge.features, pictures[kept])
+            )
+            found["diversity"][when] = pairwise_distance(pictures[~kept])
+        found["digits"] = {str(d): {when: scores[when][d] for when in self.samples} for d in range(CLASSES)}
+        others = [d for d in range(CLASSES) if d != self.options.forget_class]
+        found["forgotten"] = {when: scores[when][self.options.forget_class]["accuracy"] for when in self.samples}
+        found["retained"] = {
+            when: sum(scores[when][d]["accuracy"] for d in others) / len(others) for when in self.samples
+        }
+        return found
+
+    @staticmethod
+    def _in_parts(network: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
+        return torch.cat([network(part) for part in pictures.split(250)])
+
+    def report(self) -> dict[str, Any]:
+        options, result, mask = self.options, self.result, self.result.mask
+        return {
+            **self.measures(),
+            "task": options.task,
+            "forget_class": options.forget_class,
+            "replacement": self.replacement,
+            "seed": options.seed,
+            "seconds": self.seconds,
+            "protocol": {
+                "sampler": "DDIM, eta 0, trailing timesteps",
+                "steps": STEPS,
+                "guidance": GUIDANCE,
+                "samples_per_digit": options.samples,
+                "size": SIZE,
+                "classifier": "trained on the 4,000 training digits",
+                "classifier_held_out_accuracy": self.judge_metadata.get("held_out_accuracy"),
+                "features": f"{Judge.FEATURES}, the classifier's last layer",
+                "frechet": "retained digits of the held-out 1,000 against samples of the retained labels",
+                "diversity": "mean pairwise Euclidean distance of samples of the forgotten label",
+            },
+            "method": {
+                "name": self.method.name,
+                "batch_size": BATCH_SIZE,
+                **self.method.settings(),
+                "task": task_settings(options.task),
+            },
+            "mask_density": mask.density if mask else None,
+            "history": result.history,
+            "counts": result.counts,
+            "backend": result.backend,
+            "device": options.device,
+            "mixed_precision": options.mixed_precision,
+            "threads": torch.get_num_threads(),
+            "pretrained": self.metadata,
+            "data_sha256": self.digits.sha256,
+        }
+
+    def write_grid(self, path: Path, columns: int = 3) -> None:
+        """Before and after, ``columns`` of each digit from the same noise."""
+        chosen = torch.cat([d * self.options.samples + torch.arange(columns) for d in range(CLASSES)])
+        rows = {when: pictures[chosen] for when, pictures in self.samples.items()}
+        write_grid(path, rows, [str(d) for d in range(CLASSES) for _ in range(columns)])
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``before-after.png``, the denoiser as diffusers' folder, and the mask."""
+        directory = writable_directory(directory)
+        self.write_grid(directory / "before-after.png")
+        for name, module in self.network.modules.items():
+            module.save_pretrained(directory / name)
+        noise_scheduler().save_pretrained(directory / "scheduler")
+        if self.network.tokenizer is not None:
+            self.network.tokenizer.save_pretrained(directory / "tokenizer")
+        if self.result.mask is not None:
+            self.result.mask.save(directory / "mask.safetensors")
+
+
+class _Clock:
+    """Adds the seconds of a block to a stage."""
+
+    def __init__(self, seconds: dict[str, float], stage: str):
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.started

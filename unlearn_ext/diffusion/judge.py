@@ -1,0 +1,91 @@
+"""An external classifier's word on generated pictures, from a transformers image-classification folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["Judge"]
+
+
+class Judge:
+    """Probabilities over the generator's classes.
+
+    Args:
+        folder: what ``save_pretrained`` of a transformers image-classification model and of its image processor wrote.
+        names: the generator's classes, index -> label text. The classifier's classes are matched to them by their
+            text; without texts on either side, by index, if there are as many.
+
+    Raises:
+        InputError: the folder is no such model, or classes cannot be matched.
+    """
+
+    def __init__(self, folder: Path, names: Mapping[int, str], device: torch.device | str = "cpu"):
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        if any((folder / name).exists() for name in ("pytorch_model.bin",)) and not any(folder.glob("*.safetensors")):
+            raise InputError(f"--classifier: {folder} holds weights as a pickle: save them as safetensors")
+        try:
+            self.model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise InputError(
+                f"--classifier: {folder} is no transformers image-classification folder: {_first_line(error)}"
+            ) from None
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        except Exception as error:
+            raise InputError(
+                f"--classifier: {folder} says nothing of how pictures are prepared (preprocessor_config.json): "
+                f"{_first_line(error)}"
+            ) from None
+        self.model.to(device).eval()
+        self.columns = _match(names, self.model.config)
+
+    @torch.no_grad()
+    def probabilities(self, pictures: Tensor, batch_size: int = 32) -> Tensor:
+        """[N, classes of the generator]; rows sum to 1 over all the classifier's classes.
+
+        Args:
+            pictures: [N, C, H, W] in [-1, 1].
+        """
+        device, parts = next(self.model.parameters()).device, []
+        channels = getattr(self.model.config, "num_channels", 3)
+        for part in pictures.split(batch_size):
+            pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+            if pixels.shape[1] != channels:
+                pixels = pixels.expand(-1, 3, -1, -1) if channels == 3 else pixels.float().mean(1, True).byte()
+            images = list(pixels.numpy())
+            inputs = self.processor(images=images, return_tensors="pt", input_data_format="channels_first")
+            logits = self.model(pixel_values=inputs["pixel_values"].to(device)).logits
+            parts.append(logits.float().softmax(dim=1).cpu())
+        return torch.cat(parts)[:, self.columns]
+
+
+def _match(names: Mapping[int, str], config: Any) -> list[int]:
+    """The classifier's class of each of the generator's."""
+    theirs = {_plain(text): int(index) for index, text in config.id2label.items()}
+    if all(_plain(text) in theirs for text in names.values()):
+        return [theirs[_plain(names[i])] for i in range(len(names))]
+    unnamed = all(_plain(text) == f"label_{index}" for index, text in config.id2label.items())
+    numbered = all(str(text) == str(index) for index, text in names.items())
+    if (unnamed or numbered) and config.num_labels == len(names):
+        return list(range(len(names)))
+    missing = next(text for text in names.values() if _plain(text) not in theirs)
+    raise InputError(
+        f"--classifier: none of its {config.num_labels} classes is called {missing!r} as the model's is: set id2label "
+        "in its config.json"
+    )
+
+
+def _plain(text: str) -> str:
+    return str(text).strip().lower()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,106 @@
+"""What ``unlearn-ext forget`` is asked for, checked before anything is opened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._arguments import check_count, check_finite, check_number
+from .._modes import PRECISIONS
+from ..errors import InputError
+
+__all__ = ["ForgetOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetOptions:
+    """``unlearn-ext forget --help`` explains each; None leaves a choice to the preset of the model's kind."""
+
+    pretrained_model_name_or_path: Path
+    data: Path
+    output_dir: Path
+    forget_class: str | None = None
+    class_map: Path | None = None
+    forget_prompt: str | None = None
+    replace_prompt: str | None = None
+    preset: str | None = None
+    max_train_steps: int | None = None
+    train_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    forget_alpha: float | None = None
+    gamma: float | None = None
+    mask_fraction: float | None = None
+    mask: Path | None = None
+    fisher_batches: int | None = None
+    trained_weights: str = "all"
+    ema_decay: float | None = None
+    save_weights: str = "last"
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    checkpointing_steps: int | None = None
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    classifier: Path | None = None
+    samples: int = 16
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+    strict: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("pretrained_model_name_or_path", "data"):
+            if not getattr(self, name).exists():
+                raise InputError(f"{_option(name)}: there is nothing at {getattr(self, name)}")
+        if self.class_map is not None and not self.class_map.is_file():
+            raise InputError(f"--class-map: there is no file {self.class_map}")
+        if (self.forget_class is None) == (self.forget_prompt is None):
+            raise InputError("say what to forget: either --forget-class, or --forget-prompt with --replace-prompt")
+        if (self.forget_prompt is None) != (self.replace_prompt is None):
+            raise InputError(
+                "--forget-prompt and --replace-prompt go together: what to forget, and what to show instead"
+            )
+        for name in ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps"):
+            if getattr(self, name) is not None:
+                check_count(_option(name), getattr(self, name))
+        for name in ("gradient_accumulation_steps", "samples", "num_inference_steps"):
+            check_count(_option(name), getattr(self, name))
+        for name in ("learning_rate", "forget_alpha", "gamma", "guidance_scale"):
+            if getattr(self, name) is not None:
+                check_finite(_option(name), getattr(self, name))
+        if self.ema_decay is not None:
+            check_number("--ema-decay", self.ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+        if self.mask_fraction is not None:
+            check_number("--mask-fraction", self.mask_fraction, "a fraction above 0, up to 1", lambda x: 0.0 < x <= 1.0)
+        if self.save_weights not in ("last", "ema"):
+            raise InputError(f"--save-weights: expected last or ema, got {self.save_weights!r}")
+        if self.mixed_precision not in PRECISIONS:
+            raise InputError(
+                f"--mixed-precision: expected one of {', '.join(PRECISIONS)}, got {self.mixed_precision!r}"
+            )
+        if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
+            raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
+        sources = [n for n in ("gamma", "mask_fraction", "mask") if getattr(self, n) is not None]
+        if len(sources) > 1:
+            raise InputError(f"{' and '.join(map(_option, sources))} each say which weights are masked: give only one")
+        if self.mask is not None and not self.mask.is_file():
+            raise InputError(f"--mask: there is no file {self.mask}")
+        if self.classifier is not None and not (self.classifier / "config.json").is_file():
+            raise InputError(
+                f"--classifier: expected a transformers image-classification folder with a config.json, got "
+                f"{self.classifier}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Of plain types, for the result."""
+        return json.loads(json.dumps(self.__dict__, default=str))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
