@@ -74,8 +74,12 @@ class Loop:
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
     def _generators(self) -> list[torch.Generator]:
-        found = _rng.generators_of(self.forget.data)
-        return found + [g for g in _rng.generators_of(self.retain.data) if all(g is not other for other in found)]
+        found: list[torch.Generator] = []
+        own = _rng.generators_of(self.forget.data) + _rng.generators_of(self.retain.data)
+        for generator in own + self.unlearner.task.generators():
+            if all(generator is not other for other in found):
+                found.append(generator)
+        return found
 
     def _fully_protected(self) -> bool:
         return self.result.mask is not None and self.method.protect and self.method.mask_scope == "all"
@@ -193,7 +197,7 @@ class Loop:
         """
         means, largest, total = [], None, 0.0
         for number in range(self.unlearner.gradient_accumulation_steps):
-            losses = self._losses(self.forget)
+            losses = self._losses(self.forget, self.method.replaces)
             forget = self.method.forget_loss(losses, t)
             means.append(losses.detach().mean())
             weight = len(losses) if forget.weight is None else forget.weight
@@ -244,14 +248,14 @@ class Loop:
         self.counts["forget_steps"] += 1
         self.counts["retain_steps"] += 1
 
-    def _losses(self, stream: BatchStream) -> Tensor:
+    def _losses(self, stream: BatchStream, replacement: bool = False) -> Tensor:
         task, batch = self.unlearner.task, stream.take()
         if not self.begun:
             state = _rng.capture()
             task.begin(self.model, batch)
             _rng.restore(state)
             self.begun = True
-        return self.unlearner.losses(task.prepare(batch, self.unlearner.device))
+        return self.unlearner.losses(task.prepare(batch, self.unlearner.device), replacement)
 
     def _backward(self, loss: Tensor, mean: Tensor, side: str) -> None:
         if self.unlearner.device.type == "cpu" and not bool(torch.isfinite(loss)):

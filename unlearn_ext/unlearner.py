@@ -101,6 +101,11 @@ class Unlearner:
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
+        if method.replaces and type(task).replacement_losses is Task.replacement_losses:
+            raise InputError(
+                f"{type(task).__name__} has no replacement for what is forgotten: set forget_term='ascent', or choose "
+                "a task that has one"
+            )
         self.model, self.task, self.method = model, task, method
         self._named = list(trainable(model).items())
         if not self._named:
@@ -210,9 +215,9 @@ class Unlearner:
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None)
 
-    def losses(self, batch: Any) -> Tensor:
+    def losses(self, batch: Any, replacement: bool = False) -> Tensor:
         with self.autocast():
-            return self.task.losses(self.model, batch)
+            return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
 
     # --- Before the loop ------------------------------------------------------------------------------------
 
@@ -250,7 +255,9 @@ class Unlearner:
 
             # Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask.
             with self.autocast() if self._half != torch.float16 else contextlib.nullcontext():
-                fisher = FisherDiagonal(self.model, self.task, batches=method.fisher_batches)
+                fisher = FisherDiagonal(
+                    self.model, self.task, batches=method.fisher_batches, max_norm=method.fisher_max_norm
+                )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()

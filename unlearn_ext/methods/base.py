@@ -123,6 +123,11 @@ class Method(StepConfig, ABC):
         """Whether the mask is to be made from two Fisher passes."""
         return False
 
+    @property
+    def replaces(self) -> bool:
+        """Whether :meth:`forget_loss` gets the task's replacement losses of a forget batch, not its own."""
+        return False
+
     @abstractmethod
     def strength(self, iteration: int) -> float:
         """The forget term's strength alpha at this iteration."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_count, check_finite, check_number
+from ..errors import InputError
 from . import schedules
 from .base import Default, ForgetLoss, Method
 
@@ -44,6 +45,8 @@ class SFRon(Method):
 
     Args:
         forget_alpha: strength at the start.
+        forget_term: ``ascent`` on the forget batch's losses, or ``replace``: descent of :math:`\alpha_t`
+            times the mean of the task's losses towards what shall stand in its place; lambd then does not apply.
         forget_schedule: its course over the run.
         lambd: exponent of the adaptive weights; 0 is plain gradient ascent.
         gamma: the Fisher ratio a weight must reach to be moved by forgetting, 1 unless ``mask_fraction`` or ``mask`` is
@@ -51,6 +54,7 @@ class SFRon(Method):
         mask_fraction: instead of gamma, the fraction of all weights to be moved: those of the largest Fisher ratio.
         adaptive_eps: eps of the adaptive weights.
         fisher_eps: eps of the ratio.
+        fisher_max_norm: each gradient is clipped to this norm before it is squared.
         fisher_batches: measure on at most this many batches of each set.
         mask: a ready mask, used instead of measuring; excludes gamma and mask_fraction.
 
@@ -58,7 +62,7 @@ class SFRon(Method):
     """
 
     name: ClassVar[str] = "sfron"
-    # Settings of the released code (K1nght/Unified-Unlearning-w-Remain-Geometry); batches of 128.
+    # Settings of the released code (K1nght/Unified-Unlearning-w-Remain-Geometry); classifiers: batches of 128.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10-resnet18": {
             "rule": "momentum",
@@ -87,6 +91,40 @@ class SFRon(Method):
             "gamma": 1.0,
             "max_norm": 7.0,
         },
+        # Diffusion; what the task and the run need beside these stands in domains.py.
+        "ddpm-cifar10": {
+            "rule": "adam",
+            "lr": 1e-4,
+            "iterations": 150,
+            "forget_alpha": 10.0,
+            "forget_schedule": "cosine",
+            "lambd": 0.5,
+            "adaptive_eps": 1e-8,
+            "gamma": 1.0,
+            "fisher_max_norm": 1.0,
+            "max_norm": 1.0,
+            "retain_max_norm": 1.0,
+        },
+        "dit-xl-2-256": {
+            "rule": "adamw",
+            "lr": 1e-4,
+            "iterations": 600,
+            "forget_alpha": 1e-3,
+            "forget_schedule": "constant",
+            "lambd": 0.0,
+            "gamma": 1.0,
+            "fisher_batches": 2000,
+            "max_norm": 1.0,
+        },
+        "sd-nudity": {
+            "rule": "adam",
+            "lr": 1e-5,
+            "iterations": 1000,
+            "forget_term": "replace",
+            "forget_alpha": 1.0,
+            "forget_schedule": "constant",
+            "gamma": 1.0,
+        },
     }
 
     forget_alpha: float = 1.0
@@ -96,6 +134,8 @@ class SFRon(Method):
     adaptive_eps: float = 1e-15
     fisher_eps: float = 1e-15
     fisher_batches: int | None = None
+    fisher_max_norm: float | None = None
+    forget_term: str = "ascent"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +145,10 @@ class SFRon(Method):
                 check_finite(name, getattr(self, name))
         for name in ("adaptive_eps", "fisher_eps"):
             check_number(name, getattr(self, name), "a finite number above 0", lambda x: 0.0 < x < math.inf)
+        if self.forget_term not in ("ascent", "replace"):
+            raise InputError(f"forget_term: expected ascent or replace, got {self.forget_term!r}")
+        if self.fisher_max_norm is not None:
+            check_number("fisher_max_norm", self.fisher_max_norm, "more than 0, or None", lambda x: x > 0.0)
         if self.fisher_batches is not None:
             check_count("fisher_batches", self.fisher_batches)
 
@@ -115,7 +159,13 @@ class SFRon(Method):
     def strength(self, iteration: int) -> float:
         return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)
 
+    @property
+    def replaces(self) -> bool:
+        return self.forget_term == "replace"
+
     def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
+        if self.replaces:
+            return ForgetLoss(self.strength(iteration) * losses.mean())
         weights = adaptive_weights(losses, self.lambd, self.adaptive_eps)
         total = weights.sum()
         shares = weights / total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count
+from .._arguments import check_count, check_number
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
@@ -35,6 +36,7 @@ class FisherDiagonal:
         per_sample: exact per-sample gradients; B/chunk times the work of one batch gradient.
         batches: use at most this many batches of each data set.
         chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
+        max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
 
     Attributes:
         sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
@@ -52,11 +54,15 @@ class FisherDiagonal:
         per_sample: bool = False,
         batches: int | None = None,
         chunk: int = 8,
+        max_norm: float | None = None,
     ):
         if batches is not None:
             check_count("Fisher batches", batches)
         check_count("chunk", chunk)
+        if max_norm is not None:
+            check_number("Fisher max_norm", max_norm, "more than 0, or None for no clipping", lambda x: x > 0.0)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
+        self.max_norm = max_norm
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
@@ -114,14 +120,14 @@ class FisherDiagonal:
     def _add_batch(self, batch: Any, where: str) -> None:
         for p in self._parameters.values():
             p.grad = None
-        loss = self.task.losses(self.model, batch).mean()
+        loss = self.task.fisher_losses(self.model, batch).mean()
         _check_finite(loss, where)
         if not loss.requires_grad:
             return
         loss.backward()
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         with torch.no_grad():
-            ops.accumulate_fisher_([self.sums[name] for name in found], list(found.values()))
+            self._accumulate([self.sums[name] for name in found], list(found.values()))
         self.seen |= found.keys()
         self.count += 1
         for p in self._parameters.values():
@@ -135,7 +141,7 @@ class FisherDiagonal:
             def model(*args, **kwargs):
                 return torch.func.functional_call(own, parameters, args, kwargs)
 
-            loss = self.task.losses(model, _map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
+            loss = self.task.fisher_losses(model, _map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
             return loss, loss
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
@@ -145,8 +151,16 @@ class FisherDiagonal:
             gradients, losses = gradients_of(values, part)
             _check_finite(losses.mean(), where)
             for i in range(losses.shape[0]):
-                ops.accumulate_fisher_(list(self.sums.values()), [g[i].detach() for g in gradients.values()])
+                self._accumulate(list(self.sums.values()), [g[i].detach() for g in gradients.values()])
         self.count += size
+
+    def _accumulate(self, sums: list[Tensor], gradients: list[Tensor]) -> None:
+        weight = 1.0
+        if self.max_norm is not None:
+            norm = math.sqrt(float(ops.gradient_products(gradients)[0]))
+            if math.isfinite(norm):  # else it is found at the end
+                weight = min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
+        ops.accumulate_fisher_(sums, gradients, weight)
 
 
 def _check_finite(loss: Tensor, where: str) -> None:

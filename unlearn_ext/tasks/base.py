@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 __all__ = ["Task"]
 
 
@@ -27,6 +29,20 @@ class Task(ABC):
     @abstractmethod
     def losses(self, model: Any, batch: Any) -> Tensor:
         """Per-sample losses, shape [N]. ``model`` is a module or a function of the same arguments."""
+
+    def fisher_losses(self, model: Any, batch: Any) -> Tensor:
+        """Per-sample losses whose squared gradients are the Fisher diagonal."""
+        return self.losses(model, batch)
+
+    def replacement_losses(self, model: Any, batch: Any) -> Tensor:
+        """Per-sample losses, shape [N], of a forget batch towards what shall stand in its place."""
+        raise InputError(
+            f"{type(self).__name__} has no replacement for what is forgotten: choose a method that needs none"
+        )
+
+    def generators(self) -> list[torch.Generator]:
+        """The task's own generators, whose states belong to a checkpoint."""
+        return []
 
     @abstractmethod
     def inputs(self, batch: Any) -> Tensor:

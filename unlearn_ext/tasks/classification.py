@@ -55,7 +55,7 @@ class Classification(Task):
             raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
         if self.loss is not None:  # it knows what its labels mean
             return
-        if not _are_indices(labels):
+        if not are_indices(labels):
             raise InputError(
                 f"labels: expected integers of shape [N], got {labels.dtype} of shape {list(labels.shape)}"
             )
@@ -66,7 +66,7 @@ class Classification(Task):
     def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         self.check(batch)
         inputs, labels = self._split(batch)
-        if _are_indices(labels):
+        if are_indices(labels):
             labels = labels.long()
         return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -105,7 +105,7 @@ class Classification(Task):
         return pair
 
 
-def _are_indices(labels: Tensor) -> bool:
+def are_indices(labels: Tensor) -> bool:
     return labels.dtype in _INTEGERS and labels.dim() == 1
 
 

@@ -1,0 +1,77 @@
+"""What a diffusion preset needs beside the method's own settings, and what was published with it.
+
+``DOMAINS[preset]`` has three parts: ``task``, keyword arguments of the task; ``run``, of the run around it (batch
+size, EMA decay, which weights are trained, whether a DiT's embedder copies are tied, sampling); and ``published``, the
+paper's figures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["DOMAINS"]
+
+_SOURCE = "arXiv 2409.19732 and K1nght/Unified-Unlearning-w-Remain-Geometry at 36bb7f6"
+
+DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
+    # 38.6 M weights, Adam with betas .9 and .999, network dropout .1. The paper's abstract says 50 iterations.
+    "ddpm-cifar10": {
+        "task": {
+            "label_dropout": 0.1,
+            "reduction": "sum",
+            "antithetic": True,
+            "guidance": 2.0,
+        },
+        "run": {"train_batch_size": 128, "ema_decay": None, "trained_weights": "all"},
+        # Means over five classes: accuracy of an external classifier on the forgotten class, and FID of the others.
+        "published": {
+            "source": _SOURCE,
+            "forget_accuracy": 0.0152,
+            "fid": 19.71,
+            "others": {
+                "Selective Amnesia": {"forget_accuracy": 0.0456, "fid": 23.25},
+                "SalUn": {"forget_accuracy": 0.0060, "fid": 20.57},
+                "SFR-on with dual state": {"forget_accuracy": 0.0024, "fid": 18.77},  # arXiv 2504.15827
+            },
+        },
+    },
+    # 675 M weights in the paper's layout, whose blocks share one embedder: diffusers' copies are tied.
+    "dit-xl-2-256": {
+        "task": {
+            "label_dropout": 0.1,
+            "reduction": "mean",
+            "variational_bound": True,
+            "guidance": None,
+        },
+        "run": {
+            "train_batch_size": 1,
+            "ema_decay": 0.9999,
+            "trained_weights": "all",
+            "tie_embeddings": True,
+            "advised_iterations": (500, 1000),
+            "sampling": {"guidance": 1.5, "steps": 250, "guidance_for_pictures": 4.0},
+        },
+        "published": {
+            "source": _SOURCE,
+            "forget_accuracy": 0.0,
+            "fid": 17.44,
+            "others": {
+                "Selective Amnesia": {"forget_accuracy": 0.0596, "fid": 281.75},
+                "SalUn": {"forget_accuracy": 0.5414, "fid": 97.33},
+                "SFR-on with dual state": {"forget_accuracy": 0.0, "fid": 15.25},  # arXiv 2504.15827
+            },
+        },
+    },
+    # Stable Diffusion 1.4. The strength and the prompt dropout are not in what was read: 1 and none.
+    "sd-nudity": {
+        "task": {"prompt_dropout": 0.0, "reduction": "mean", "guidance": 7.5},
+        "run": {
+            "train_batch_size": 8,
+            "ema_decay": None,
+            "trained_weights": "cross-attention",  # or all
+            "forget_prompt": "a photo of a nude person",
+            "replace_prompt": "a photo of a person wearing clothes",
+        },
+        "published": {"source": _SOURCE},  # pictures, and no figure in what was read
+    },
+}
