@@ -30,6 +30,8 @@ HASHED_BYTES = 256 << 20  # of content that goes into a hash; beyond it, an even
 KEPT_BYTES = 512 << 20  # of pictures that verify() has decoded and keeps
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")
 
+_KEYS = ("images", "latents", "latent_mean", "latent_std", "labels")
+_KINDS = {"images": "pixel_values", "latents": "latents", "latent_mean": "latent_moments"}
 _ROWS_LOOKED_AT = 64  # of a float array, when it is opened
 _LARGEST_PIXEL = 1.001  # float16 and resampling round
 _SIGNATURE = "unlearn_ext.data.1"
@@ -49,8 +51,8 @@ class _Source(Protocol):
 
     labels: Tensor
 
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The sample's tensors, float32."""
+    def read(self, index: int, keep: bool = False) -> dict[str, Tensor]:
+        """The sample's tensors, float32; ``keep`` what was decoded for the next time."""
 
     def name(self, index: int) -> str: ...
 
@@ -192,7 +194,7 @@ class ImageData(Dataset):
 
     def _problem(self, index: int) -> str | None:
         try:
-            self._source.read(index, keep=True) if isinstance(self._source, _Folders) else self._source.read(index)
+            self._source.read(index, keep=True)
         except _Unreadable as error:
             return str(error)
         return None
@@ -420,10 +422,12 @@ class _Folders:
         except Exception as error:  # a damaged file makes PIL's decoders raise nearly anything
             raise _Unreadable(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         height, width = self.size
-        scale = max(height / image.height, width / image.width)
-        if scale > 1:
+        if image.height < height or image.width < width:
             self.enlarged.add(index)
-        resized = max(width, int(image.width * scale)), max(height, int(image.height * scale))
+        if image.width * height >= image.height * width:
+            resized = image.width * height // image.height, height
+        else:
+            resized = width, image.height * width // image.width
         if resized != image.size:
             image = image.resize(resized, getattr(Image.Resampling, self.interpolation.upper()))
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -459,9 +463,7 @@ def _pil() -> tuple[Any, Any]:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise ImportError(
-            'Pictures are read by PIL, which is not installed: pip install "unlearn_ext[diffusion]"'
-        ) from None
+        raise ImportError('Pictures need PIL, which is not installed: pip install "unlearn_ext[diffusion]"') from None
     return Image, ImageOps
 
 
@@ -537,9 +539,7 @@ def _npz_arrays(path: Path) -> dict[str, _Array]:
                     shape, fortran, dtype = read_header(member)
                     start = member.tell()
                     if dtype.hasobject:
-                        raise InputError(
-                            f"{path}: {key} holds pickled objects, which are not opened: save plain numbers"
-                        )
+                        raise InputError(f"{path}: {key} holds pickled objects, which may run code: save plain numbers")
                     if dtype.kind not in "uif":
                         raise InputError(f"{path}: {key} has the dtype {dtype}: save plain numbers")
                     if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
@@ -558,7 +558,7 @@ def _npz_arrays(path: Path) -> dict[str, _Array]:
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header, whose extra field may differ from the directory's."""
+    """Where a stored member's bytes begin: after its local header, which is not as long as the directory's."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         name, extra = struct.unpack("<HH", file.read(30)[26:])
@@ -574,10 +574,6 @@ def _safetensors_arrays(path: Path) -> dict[str, _Array]:
         return {key: _SafetensorsArray(path, key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is not a safetensors file ({error})") from None
-
-
-_KEYS = ("images", "latents", "latent_mean", "latent_std", "labels")
-_KINDS = {"images": "pixel_values", "latents": "latents", "latent_mean": "latent_moments"}
 
 
 def _open_arrays(
@@ -671,7 +667,7 @@ class _Images(_ArrayFile):
     def preprocessing(self) -> dict[str, Any]:
         return {"scale": "2 x / 255 - 1" if self._bytes else "none", "order": self._order, "range": [-1, 1]}
 
-    def read(self, index: int) -> dict[str, Tensor]:
+    def read(self, index: int, keep: bool = False) -> dict[str, Tensor]:
         row = self._array.row(index)
         if self._order == "hwc":
             row = row.permute(2, 0, 1).contiguous()
@@ -701,7 +697,7 @@ class _Latents(_ArrayFile):
     def preprocessing(self) -> dict[str, Any]:
         return {"scale": "none: the VAE's scaling factor is not applied"}
 
-    def read(self, index: int) -> dict[str, Tensor]:
+    def read(self, index: int, keep: bool = False) -> dict[str, Tensor]:
         sample = {key: array.row(index).to(torch.float32) for key, array in self._parts.items()}
         for key, value in sample.items():
             if not bool(value.isfinite().all()):

@@ -69,9 +69,7 @@ def _class_of(part: str | int, classes: int, names: Mapping[str, list[int]]) -> 
     if found:
         raise InputError(f"{word!r} is the name of classes {' and '.join(map(str, found))}: give the index")
     if not names:
-        raise InputError(
-            f"{word!r} is no index, and the model has no label texts: give indices from 0 to {classes - 1}"
-        )
+        raise InputError(f"{word!r} is no index, and there are no label texts: give indices from 0 to {classes - 1}")
     close = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it knows {_some(names)}"
     raise InputError(f"the model has no class {word!r}: {advice}")

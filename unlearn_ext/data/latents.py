@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .._hashing import weights_hash
 from ..errors import InputError
 from .images import ImageData
 
-__all__ = ["Draw", "LatentData", "draw_indices", "draw_readable", "encode_latents"]
+__all__ = ["Draw", "LatentData", "draw_indices", "draw_readable", "encode_latents", "latents_size"]
 
 _FORMAT = "unlearn_ext.latents.1"
 _MANIFEST = "manifest.json"
@@ -246,28 +245,21 @@ def encode_latents(
     # First, so that every shard is accounted for by the manifest.
     _write_manifest(directory, {**manifest, "indices": chosen})
     encoder = _Encoder(dataset, vae, dtype)
-    done = 0
-    while missing:
-        batch, missing = missing[:batch_size], missing[batch_size:]
-        parts = [encoder(batch)]
-        done += len(batch)
+    pending: list[dict[str, Tensor]] = []
+    # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
+    for start in range(0, len(missing), batch_size):
+        part = encoder(missing[start : start + batch_size])
+        pending.append(part)
+        last = start + batch_size >= len(missing)
+        if last or _bytes(part) * (len(pending) + 1) > shard_bytes:
+            path = _next_shard(directory, shards)
+            tensors = {key: torch.cat([part[key] for part in pending]) for key in part}
+            _write_shard(path, tensors)
+            where.update((index, (len(shards), row)) for row, index in enumerate(tensors["indices"].tolist()))
+            shards.append(path)
+            pending = []
         if progress is not None:
-            progress(done, done + len(missing))
-        # Whole batches, so that a run that goes on after a kill encodes the same batches.
-        per_image = sum(parts[0][key][0].nbytes for key in ("latent_mean", "latent_std"))
-        room = shard_bytes // (per_image * batch_size) - 1
-        while missing and room > 0:
-            batch, missing, room = missing[:batch_size], missing[batch_size:], room - 1
-            parts.append(encoder(batch))
-            done += len(batch)
-            if progress is not None:
-                progress(done, done + len(missing))
-        path = directory / f"latents-{len(shards):05}.safetensors"
-        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        _write_shard(path, tensors)
-        for row, index in enumerate(tensors["indices"].tolist()):
-            where[index] = len(shards), row
-        shards.append(path)
+            progress(min(start + batch_size, len(missing)), len(missing))
     rows = torch.tensor([where[index] for index in wanted.tolist()], dtype=torch.int64)
     return LatentData(shards, rows, dataset.labels[wanted], wanted, {**manifest, "indices": chosen})
 
@@ -345,6 +337,15 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
         partial.write_text(json.dumps(manifest))
 
 
+def _bytes(part: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in part.values())
+
+
+def _next_shard(directory: Path, shards: Sequence[Path]) -> Path:
+    number = int(shards[-1].stem.removeprefix("latents-")) + 1 if shards else 0
+    return directory / f"latents-{number:05}.safetensors"
+
+
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
@@ -356,7 +357,9 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
     """Shards in order, and where each sample is."""
     from safetensors import SafetensorError, safe_open
 
-    shards = sorted(directory.glob("latents-*.safetensors"))
+    for left in directory.glob(".latents-*"):  # by processes that were killed in mid-writing
+        left.unlink(missing_ok=True)
+    shards = sorted(directory.glob("latents-[0-9]*.safetensors"))
     where: dict[int, tuple[int, int]] = {}
     for number, path in enumerate(shards):
         try:
@@ -365,8 +368,8 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
                 sizes = {file.get_slice(key).get_shape()[0] for key in ("latent_mean", "latent_std")}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is damaged ({error}): remove it, and it is made anew") from None
-        if path.name != f"latents-{number:05}.safetensors" or sizes != {len(indices)}:
-            raise InputError(f"{path} is out of place among the latents of {directory}: remove the directory")
+        if sizes != {len(indices)}:
+            raise InputError(f"{path} is damaged: remove it, and it is made anew")
         for row, index in enumerate(indices):
             where[index] = number, row
     return shards, where
@@ -378,8 +381,3 @@ def latents_size(shape: Sequence[int], count: int, dtype: str = "float32") -> in
     for n in shape:
         numbers *= n
     return numbers * _DTYPES[dtype].itemsize
-
-
-def indices_hash(indices: Tensor) -> str:
-    """A hash of a draw, for a run's record."""
-    return hashlib.sha256(indices.contiguous().numpy().tobytes()).hexdigest()
