@@ -1,0 +1,383 @@
+"""The samples a run will use, drawn first, and their latents, encoded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .._arguments import check_count
+from .._files import atomic_path, writable_directory
+from .._hashing import weights_hash
+from ..errors import InputError
+from .images import ImageData
+
+__all__ = ["Draw", "LatentData", "draw_indices", "draw_readable", "encode_latents", "latents_size"]
+
+_FORMAT = "unlearn_ext.latents.1"
+_MANIFEST = "manifest.json"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+# --- Drawing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The batches of a run, as indices into the data: int64 [batches, batch size] each."""
+
+    forget: Tensor
+    retain: Tensor
+
+    @property
+    def indices(self) -> Tensor:
+        """Every sample that is used, each once, sorted."""
+        return torch.cat([self.forget.flatten(), self.retain.flatten()]).unique()
+
+
+def draw_indices(
+    labels: Tensor,
+    forget_classes: Iterable[int],
+    batches: int,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    retain_batches: int | None = None,
+    exclude: Iterable[int] = (),
+) -> Draw:
+    """Draws a run's forget and retain batches.
+
+    Samples of each set come in random order; when all have been used, in a new one. So a set smaller than a batch
+    stands in it more than once. More batches of the same seed begin with the same ones, whatever the batch size, and
+    the two sets are drawn independently of each other.
+
+    Args:
+        labels: int64 [N].
+        forget_classes: all other classes are retained.
+        batches: forget batches; retain batches too, unless ``retain_batches`` is given.
+        exclude: samples that must not be used; the others keep their order.
+
+    Raises:
+        InputError: a class has no samples, or a set is empty.
+    """
+    for name, value in (("batches", batches), ("batch_size", batch_size)):
+        check_count(name, value)
+    if retain_batches is not None:
+        check_count("retain_batches", retain_batches)
+    wanted = torch.tensor(sorted(set(map(int, forget_classes))), dtype=torch.int64)
+    present = set(labels.unique().tolist())
+    for index in wanted.tolist():
+        if index not in present:
+            raise InputError(f"the data have no images of class {index}, which is to be forgotten")
+    usable = torch.ones(len(labels), dtype=torch.bool)
+    usable[torch.tensor(sorted(set(map(int, exclude))), dtype=torch.int64)] = False
+    forget = torch.isin(labels, wanted)
+    sets = []
+    for salt, (name, members, count) in enumerate(
+        (("forget", forget, batches), ("retain", ~forget, retain_batches or batches))
+    ):
+        if not bool((members & usable).any()):
+            reason = "every class is to be forgotten" if name == "retain" and not bool(members.any()) else "no samples"
+            raise InputError(f"the {name} set is empty ({reason}): name other classes, or give more data")
+        generator = torch.Generator().manual_seed((2 * int(seed) + salt) % (1 << 63))
+        sets.append(_stream(members.nonzero().flatten(), usable, count * batch_size, generator).view(count, batch_size))
+    return Draw(*sets)
+
+
+def _stream(members: Tensor, usable: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    drawn, parts = 0, []
+    while drawn < count:
+        order = members[torch.randperm(len(members), generator=generator)]
+        parts.append(order[usable[order]])
+        drawn += len(parts[-1])
+    return torch.cat(parts)[:count]
+
+
+def draw_readable(
+    data: ImageData,
+    forget_classes: Iterable[int],
+    batches: int,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    retain_batches: int | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Draw:
+    """:func:`draw_indices`, with every drawn image decoded: others take the place of unreadable ones.
+
+    ``data.unreadable`` names those. With ``strict`` the first of them is an error.
+    """
+    classes = list(forget_classes)
+    while True:
+        known = set(data.unreadable)
+        draw = draw_indices(
+            data.labels, classes, batches, batch_size, seed, retain_batches=retain_batches, exclude=known
+        )
+        data.verify(draw.indices.tolist(), strict=strict, progress=progress)
+        if set(data.unreadable) == known:
+            return draw
+
+
+# --- Encoding -----------------------------------------------------------------------------------------------
+
+
+class LatentData(Dataset):
+    """Latents on disk: ``latent_mean`` and ``latent_std`` float32 [C, h, w] and an int64 label for each sample.
+
+    A latent is mean + std * noise; the VAE's ``scaling_factor`` is not applied.
+
+    Attributes:
+        labels, indices: int64 [N]: classes, and where the samples stand in the data they were encoded from.
+        scaling_factor: of the VAE's configuration.
+        manifest: what ``manifest.json`` holds.
+    """
+
+    kind = "latent_moments"
+
+    def __init__(self, shards: Sequence[Path], rows: Tensor, labels: Tensor, indices: Tensor, manifest: dict[str, Any]):
+        self._shards, self._rows = list(shards), rows  # rows: [N, 2], shard and row in it
+        self.labels, self.indices, self.manifest = labels, indices, manifest
+        self._open: dict[int, tuple[Any, Any]] = {}
+        self._positions: dict[int, int] | None = None
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.manifest["scaling_factor"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        position = range(len(self))[int(position)]
+        shard, row = self._rows[position].tolist()
+        if shard not in self._open:
+            from safetensors import safe_open
+
+            file = safe_open(self._shards[shard], framework="pt")
+            self._open[shard] = file.get_slice("latent_mean"), file.get_slice("latent_std")
+        mean, std = (part[row : row + 1][0].to(torch.float32, copy=True) for part in self._open[shard])
+        return {"latent_mean": mean, "latent_std": std, "labels": self.labels[position]}
+
+    def positions(self, indices: Tensor) -> Tensor:
+        """Where samples stand here, by their indices in the data they were encoded from; any shape."""
+        if self._positions is None:
+            self._positions = {index: i for i, index in enumerate(self.indices.tolist())}
+        try:
+            found = [self._positions[index] for index in indices.flatten().tolist()]
+        except KeyError as error:
+            raise InputError(f"sample {error} has not been encoded: encode the indices that the run will use") from None
+        return torch.tensor(found, dtype=torch.int64).view(indices.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+def encode_latents(
+    dataset: ImageData,
+    indices: Iterable[int] | Tensor,
+    vae: nn.Module,
+    directory: str | Path,
+    *,
+    batch_size: int = 8,
+    shard_bytes: int = 256 << 20,
+    dtype: str | torch.dtype = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentData:
+    """Encodes the chosen images through the VAE, each once, into safetensors shards.
+
+    What stands in ``directory`` already is used, and only missing images are decoded and encoded: a run that was
+    killed goes on behind its last whole shard, and another run on the same data adds what it lacks. Encoding is in
+    evaluation mode, in the VAE's own dtype, and without autocast. One process writes at a time.
+
+    Args:
+        dataset: gives ``pixel_values``.
+        indices: into the dataset; one that is named twice is encoded once.
+        vae: ``encode(x).latent_dist`` with ``mean`` and ``std`` (AutoencoderKL), or ``encode(x).latents``.
+        directory: created; one directory holds one VAE and one data set.
+        batch_size: images encoded at once.
+        shard_bytes: at most so large is a file, unless a single image is larger.
+        dtype: of the files, ``float32`` or ``float16``.
+        progress: called with (done, all) after every batch.
+
+    Returns:
+        A data set in the order of ``indices``.
+
+    Raises:
+        InputError: the directory holds latents of another VAE, other data, another preprocessing or dtype; or the VAE
+            returns inf or NaN.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_bytes", shard_bytes)):
+        check_count(name, value)
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype: expected float32 or float16, got {dtype}")
+    if dataset.kind != "pixel_values":
+        raise InputError("the data are latents already: they need no VAE")
+    wanted = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64).flatten()
+    if not len(wanted):
+        raise InputError("no images were chosen to be encoded")
+    if int(wanted.min()) < 0 or int(wanted.max()) >= len(dataset):
+        raise InputError(f"indices: expected 0 to {len(dataset) - 1}, got {int(wanted.min())} to {int(wanted.max())}")
+    directory = writable_directory(directory)
+    manifest = {
+        "format": _FORMAT,
+        "vae_hash": weights_hash(vae.state_dict().items()),
+        "data_hash": dataset.sha256,
+        "data_hash_covers": dataset.sha256_covers,
+        "preprocessing": dataset.preprocessing,
+        "dtype": dtype,
+        "scaling_factor": float(getattr(getattr(vae, "config", None), "scaling_factor", None) or 1.0),
+    }
+    old = _read_manifest(directory)
+    if old is not None:
+        _check_manifest(directory, old, manifest)
+    shards, where = _read_shards(directory)
+    unique = list(dict.fromkeys(wanted.tolist()))
+    missing = [index for index in unique if index not in where]
+    chosen = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
+    # First, so that every shard is accounted for by the manifest.
+    _write_manifest(directory, {**manifest, "indices": chosen})
+    encoder = _Encoder(dataset, vae, dtype)
+    pending: list[dict[str, Tensor]] = []
+    # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
+    for start in range(0, len(missing), batch_size):
+        part = encoder(missing[start : start + batch_size])
+        pending.append(part)
+        last = start + batch_size >= len(missing)
+        if last or _bytes(part) * (len(pending) + 1) > shard_bytes:
+            path = _next_shard(directory, shards)
+            tensors = {key: torch.cat([part[key] for part in pending]) for key in part}
+            _write_shard(path, tensors)
+            where.update((index, (len(shards), row)) for row, index in enumerate(tensors["indices"].tolist()))
+            shards.append(path)
+            pending = []
+        if progress is not None:
+            progress(min(start + batch_size, len(missing)), len(missing))
+    rows = torch.tensor([where[index] for index in wanted.tolist()], dtype=torch.int64)
+    return LatentData(shards, rows, dataset.labels[wanted], wanted, {**manifest, "indices": chosen})
+
+
+class _Encoder:
+    def __init__(self, dataset: ImageData, vae: nn.Module, dtype: str):
+        self.dataset, self.vae, self.dtype = dataset, vae, _DTYPES[dtype]
+        self.first = next(vae.parameters())
+
+    @torch.no_grad()
+    def __call__(self, batch: list[int]) -> dict[str, Tensor]:
+        pixels = torch.stack([self.dataset[index]["pixel_values"] for index in batch])
+        training = self.vae.training
+        self.vae.eval()
+        try:
+            with torch.autocast(self.first.device.type, enabled=False):
+                encoded = self.vae.encode(pixels.to(self.first.device, self.first.dtype))
+        finally:
+            self.vae.train(training)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        mean, std = (part.to("cpu", torch.float32).to(self.dtype).contiguous() for part in (mean, std))
+        finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
+        if not bool(finite.all()):
+            index = batch[int((~finite).nonzero()[0])]
+            raise InputError(
+                f"the VAE returns inf or NaN for sample {index} of the data: load it in float32, and save float32"
+            )
+        return {"latent_mean": mean, "latent_std": std, "indices": torch.tensor(batch, dtype=torch.int64)}
+
+
+_WHAT = {
+    "vae_hash": "another VAE",
+    "data_hash": "other data",
+    "preprocessing": "another preprocessing",
+    "dtype": "another dtype",
+    "scaling_factor": "another scaling factor of the VAE",
+}
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    path = directory / _MANIFEST
+    if not path.exists():
+        if any(directory.glob("latents-*.safetensors")):
+            raise InputError(f"{directory} has latents without a {_MANIFEST}: choose another directory")
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        known = manifest.get("format") == _FORMAT and isinstance(manifest.get("indices"), list)
+    except (OSError, ValueError, AttributeError):
+        known = False
+    if not known:
+        raise InputError(f"{path} is no manifest of latents of this version: choose another directory")
+    return manifest
+
+
+def _check_manifest(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, what in _WHAT.items():
+        if old.get(key) != new[key]:
+            was, now = (_short(manifest.get(key)) for manifest in (old, new))
+            raise InputError(
+                f"{directory} holds latents of {what} ({was}, now {now}): choose another directory or remove it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 40 and text.isalnum() else text
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    with atomic_path(directory / _MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest))
+
+
+def _bytes(part: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in part.values())
+
+
+def _next_shard(directory: Path, shards: Sequence[Path]) -> Path:
+    number = int(shards[-1].stem.removeprefix("latents-")) + 1 if shards else 0
+    return directory / f"latents-{number:05}.safetensors"
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={"format": _FORMAT})
+
+
+def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]]]:
+    """Shards in order, and where each sample is."""
+    from safetensors import SafetensorError, safe_open
+
+    for left in directory.glob(".latents-*"):  # by processes that were killed in mid-writing
+        left.unlink(missing_ok=True)
+    shards = sorted(directory.glob("latents-[0-9]*.safetensors"))
+    where: dict[int, tuple[int, int]] = {}
+    for number, path in enumerate(shards):
+        try:
+            with safe_open(path, framework="pt") as file:
+                indices = file.get_tensor("indices").tolist()
+                sizes = {file.get_slice(key).get_shape()[0] for key in ("latent_mean", "latent_std")}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged ({error}): remove it, and it is made anew") from None
+        if sizes != {len(indices)}:
+            raise InputError(f"{path} is damaged: remove it, and it is made anew")
+        for row, index in enumerate(indices):
+            where[index] = number, row
+    return shards, where
+
+
+def latents_size(shape: Sequence[int], count: int, dtype: str = "float32") -> int:
+    """Bytes that ``count`` latents of this shape [C, h, w] take on disk, for a plan."""
+    numbers = 2 * count
+    for n in shape:
+        numbers *= n
+    return numbers * _DTYPES[dtype].itemsize
