@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError
-    from . import demo, profile
+    from . import demo, forget, profile
 
     app = typer.Typer(
         add_completion=False,
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pass
 
     app.command("demo")(demo.demo)
+    app.command("forget")(forget.forget)
     app.command("profile")(profile.profile)
     errors = Console(stderr=True, highlight=False)
     try:

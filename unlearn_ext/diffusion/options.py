@@ -37,7 +37,7 @@ class ForgetOptions:
     mask_fraction: float | None = None
     mask: Path | None = None
     fisher_batches: int | None = None
-    trained_weights: str = "all"
+    trained_weights: str | None = None
     ema_decay: float | None = None
     save_weights: str = "last"
     mixed_precision: str = "no"

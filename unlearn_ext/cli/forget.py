@@ -1,0 +1,200 @@
+"""``unlearn-ext forget``: a diffusers folder in, a diffusers folder that has forgotten out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..diffusion.estimate import Estimate
+    from ..diffusion.job import ForgetJob
+
+__all__ = ["forget"]
+
+_ROWS = 12  # of the mapping, beside the forgotten classes
+
+
+class Precision(str, Enum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Weights(str, Enum):
+    last = "last"
+    ema = "ema"
+
+
+def forget(
+    pretrained_model_name_or_path: Annotated[Path, typer.Option(help="A diffusers folder on this machine.")],
+    data: Annotated[Path, typer.Option(help="One folder per class, or .npz / .safetensors of images or latents.")],
+    output_dir: Annotated[Path, typer.Option(help="Becomes the diffusers folder that has forgotten.")],
+    forget_class: Annotated[
+        str | None, typer.Option(help="Index or label text; several with commas. For models that are told classes.")
+    ] = None,
+    class_map: Annotated[
+        Path | None, typer.Option(help="JSON: folder -> index or label text; folder -> prompt for text models.")
+    ] = None,
+    forget_prompt: Annotated[str | None, typer.Option(help="What to forget, for text models.")] = None,
+    replace_prompt: Annotated[str | None, typer.Option(help="What to show in its place.")] = None,
+    preset: Annotated[str | None, typer.Option(help="ddpm-cifar10, dit-xl-2-256 or sd-nudity; by the model.")] = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Iterations; the preset's.")] = None,
+    train_batch_size: Annotated[int | None, typer.Option(help="Of each set; the preset's.")] = None,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
+    learning_rate: Annotated[float | None, typer.Option(help="The preset's.")] = None,
+    forget_alpha: Annotated[float | None, typer.Option(help="Strength of forgetting; the preset's.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Fisher ratio from which weights may move; the preset's.")] = None,
+    mask_fraction: Annotated[float | None, typer.Option(help="Instead: the fraction of weights that may move.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Instead: a mask of an earlier run, not measured again.")] = None,
+    fisher_batches: Annotated[int | None, typer.Option(help="Of each set, for the mask; one pass.")] = None,
+    trained_weights: Annotated[
+        str | None, typer.Option(help="all, attention, cross-attention, or a name pattern; the preset's.")
+    ] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Keep moving averages of the weights.")] = None,
+    save_weights: Annotated[Weights, typer.Option(help="Which weights to save.")] = Weights.last,
+    mixed_precision: Annotated[Precision, typer.Option(help="Autocast of forward and backward.")] = Precision.no,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
+    checkpointing_steps: Annotated[int | None, typer.Option(help="Iterations between checkpoints.")] = None,
+    checkpoints_total_limit: Annotated[int | None, typer.Option(help="Keep the newest so many.")] = None,
+    resume_from_checkpoint: Annotated[str | None, typer.Option(help="latest, or a checkpoint's folder.")] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="A transformers image-classification folder that judges the result.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pictures of each class that it judges.")] = 16,
+    num_inference_steps: Annotated[int, typer.Option(help="Of DDIM.")] = 50,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of the pictures; the preset's.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="An unreadable image is an error.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it takes; write nothing.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the drawn images, noise and pictures.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+) -> int:
+    """Make a diffusion model forget a class or a concept, in diffusers' own format.
+
+    Opens a folder of DiTPipeline, DDPM (UNet2DModel) or Stable Diffusion,
+    measures which weights matter for what is to be forgotten, unlearns with
+    SFR-on, and writes a folder that diffusers opens. The denoiser's weights
+    are the only file that changes. unlearning/ in it holds the result, the
+    pictures before and after from the same noise, the mask and the history.
+    """
+    from .. import __version__, _native
+    from .._files import atomic_path, writable_directory
+    from ..diffusion.job import OWN_FOLDER, ForgetJob
+    from ..diffusion.options import ForgetOptions
+    from ..errors import InputError
+    from .demo import _checked_device, _versions
+    from .progress import stages
+
+    given = dict(locals())
+    names = ForgetOptions.__dataclass_fields__
+    chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
+    chosen["device"] = _checked_device(device)
+    options = ForgetOptions(**chosen)
+    if json_file is not None:
+        if not json_file.parent.is_dir() or json_file.is_dir():
+            raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
+        writable_directory(json_file.parent)
+    console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
+    errors = Console(stderr=True, highlight=False)
+    with errors.status("opening the model and the data"):
+        job = ForgetJob(options)
+    _show_plan(job, console)
+    if dry_run:
+        with errors.status("trying one batch"):
+            found = job.estimate()
+        _show_estimate(found, console)
+        return 0
+    with errors.status("building the native library, once"):
+        os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
+        try:
+            _native.load()
+        except ValueError as error:  # a variable of the environment
+            raise InputError(str(error)) from None
+    with stages(errors) as progress:
+        job.progress = progress
+        report: dict[str, Any] = {
+            "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
+            "versions": _versions(__version__),
+            **job.run(),
+        }
+    text = json.dumps(report, indent=2) + "\n"
+    for path in filter(None, (output_dir / OWN_FOLDER / "result.json", json_file)):
+        with atomic_path(path) as partial:
+            partial.write_text(text)
+    _show_verdict(report, console)
+    console.print(
+        f"model: {output_dir}\npictures before and after: {output_dir / OWN_FOLDER / 'before-after.png'}", style="dim"
+    )
+    return 0
+
+
+def _show_plan(job: ForgetJob, console: Console) -> None:
+    """Which folder is which class, and what will be used of it, before anything starts."""
+    table = Table(title="What is forgotten and what is kept")
+    for name, justify in (("", "left"), ("class", "right"), ("label", "left"), ("folder", "left"), ("images", "right")):
+        table.add_column(name, justify=justify, overflow="fold")
+    rows = sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes)
+    shown = len(job.forget_classes) + _ROWS
+    for row in rows[:shown]:
+        label = job.concepts.prompts[row.index] if job.concepts else row.text or ""
+        what = "forget" if row.index in job.forget_classes else "keep"
+        table.add_row(what, str(row.index), label, row.folder or "", str(row.count))
+    console.print(table)
+    if len(rows) > shown:
+        console.print(f"and {len(rows) - shown} more classes to keep, with {sum(r.count for r in rows[shown:])} images")
+    for path in job.data.unreadable.values():
+        console.print(f"skipped, unreadable: {path}")
+    if job.concepts is not None:
+        console.print(f"replaced by: {job.concepts.replacement}")
+    total = sum(p.numel() for p in job.model.parameters())
+    moved = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    console.print(
+        f"{type(job.model).__name__}, preset {job.preset}: trains {moved:,} of {total:,} weights, "
+        f"{job.method.iterations} iterations with batches of {job.batch_size}, from {len(job.draw.indices)} images"
+    )
+
+
+def _show_estimate(found: Estimate, console: Console) -> None:
+    parts = list(dict.fromkeys(part for stage in found.memory.values() for part in stage))
+    table = Table(title="Memory, MB (without the framework itself)")
+    table.add_column("part")
+    for stage in found.memory:
+        table.add_column(stage, justify="right")
+    for part in parts:
+        if any(stage.get(part) for stage in found.memory.values()):
+            table.add_row(part, *(f"{stage.get(part, 0) / 1e6:.1f}" for stage in found.memory.values()))
+    table.add_section()
+    table.add_row("all", *(f"{sum(stage.values()) / 1e6:.1f}" for stage in found.memory.values()))
+    console.print(table)
+    console.print(f"peak: {found.peak / 1e6:.1f} MB")
+    console.print("disk: " + ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in found.disk.items()))
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items())
+    console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from one batch that was tried")
+
+
+def _show_verdict(report: dict[str, Any], console: Console) -> None:
+    verdict = report["verdict"]
+    if isinstance(verdict, str):
+        console.print(verdict)
+        return
+    table = Table(title="What the classifier sees")
+    for name, justify in (("label", "left"), ("before %", "right"), ("after %", "right"), ("n", "right")):
+        table.add_column(name, justify=justify)
+    for part in ("forgotten", "retained"):
+        for label, score in verdict["before"].get(part, {}).items():
+            after = verdict["after"][part][label]
+            name = f"{label} (forgotten)" if part == "forgotten" else label
+            table.add_row(name, f"{100 * score['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}", str(after["count"]))
+    console.print(table)

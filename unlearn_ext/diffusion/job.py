@@ -1,0 +1,520 @@
+"""``unlearn-ext forget``: from a diffusers folder and data to a diffusers folder that has forgotten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .._files import writable_directory
+from .._loop import Progress
+from .._names import trainable
+from ..data.images import ImageData, open_data
+from ..data.latents import Draw, draw_indices, draw_readable, encode_latents, latents_size
+from ..errors import InputError
+from ..evaluation.generated import class_scores
+from ..methods import DOMAINS, SFRon
+from ..saliency import SaliencyMask
+from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
+from ..unlearner import Result, Unlearner
+from .estimate import Estimate, estimate, try_batch
+from .grid import write_grid
+from .judge import Judge
+from .options import ForgetOptions
+from .pretrained import Pretrained, open_pretrained, write_result
+from .prompts import Concepts, read_prompts
+from .sampling import decode, draw_noise, sample_classes, sample_prompts
+from .weights import select_trained, tie_embeddings, untie_embeddings
+
+__all__ = ["ForgetJob"]
+
+OWN_FOLDER = "unlearning"  # in the output folder: result.json, pictures, mask, history, checkpoints, latents
+RETAINED_IN_GRID = 8
+_PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
+
+
+@dataclass
+class Samples:
+    """Pictures [N, C, H, W] in [-1, 1] by time, and what each was asked to show."""
+
+    labels: Tensor
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ForgetJob:
+    """One run. The constructor opens and checks everything and draws what will be used; it writes nothing.
+
+    Attributes:
+        pretrained: the opened folder.
+        data: the opened data; ``data.mapping`` says which folder is which class, and how many images it has.
+        forget_classes: indices into the data's classes.
+        method, task, domain: the preset's, with what the options change.
+        trained: names of the weights that may move.
+        draw: indices of the images that will be used.
+    """
+
+    def __init__(self, options: ForgetOptions, progress: Progress | None = None):
+        self.options = options
+        self.progress = progress or (lambda stage, done, total: None)
+        self.seconds: dict[str, float] = {}
+        self.pretrained: Pretrained = open_pretrained(options.pretrained_model_name_or_path, device=options.device)
+        self.model: nn.Module = self.pretrained.denoiser
+        self._check_kind()
+        self.preset = options.preset or _PRESETS[type(self.model).__name__]
+        if self.preset not in DOMAINS:
+            raise InputError(f"--preset: expected one of {', '.join(DOMAINS)}, got {self.preset!r}")
+        self.domain = DOMAINS[self.preset]
+        self.batch_size = options.train_batch_size or self.domain["run"]["train_batch_size"]
+        self.data: ImageData = self._open_data()
+        self.concepts: Concepts | None = None
+        if self.pretrained.kind == "text":
+            self.concepts = read_prompts(self.data, options.class_map, options.forget_prompt, options.replace_prompt)
+            self.forget_classes = self.concepts.forget
+        else:
+            self.forget_classes = self.data.parse_classes(options.forget_class)
+        self.method = self._make_method()
+        self.task = self._make_task()
+        self.tied = bool(self.domain["run"].get("tie_embeddings")) and hasattr(self.model, "transformer_blocks")
+        if self.tied:
+            tie_embeddings(self.model)
+        self.trained = select_trained(
+            self.model, options.trained_weights or self.domain["run"].get("trained_weights", "all")
+        )
+        if options.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if options.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.judge = None if options.classifier is None else Judge(options.classifier, self._names(), options.device)
+        self.draw: Draw = self._draw(draw_indices)
+        if self.data.kind == "pixel_values" and self.pretrained.vae is None:
+            size = getattr(self.model.config, "sample_size", None)
+            if size is not None and self.data.preprocessing.get("size") not in (None, size, [size, size], (size, size)):
+                raise InputError(f"the images are {self.data.preprocessing['size']} and the model takes {size}")
+
+    # --- Opening --------------------------------------------------------------------------------------------
+
+    def _check_kind(self) -> None:
+        options, kind = self.options, self.pretrained.kind
+        name = type(self.model).__name__
+        if name not in _PRESETS:
+            raise InputError(f"the denoiser is a {name}, and {', '.join(_PRESETS)} are supported")
+        if kind == "text" and options.forget_prompt is None:
+            raise InputError("the model is told prompts: give --forget-prompt and --replace-prompt, not --forget-class")
+        if kind == "class" and options.forget_class is None:
+            raise InputError("the model is told classes: give --forget-class, not --forget-prompt")
+
+    def _open_data(self) -> ImageData:
+        pretrained, config = self.pretrained, self.model.config
+        latent = pretrained.vae is not None
+        size = config.sample_size
+        return open_data(
+            self.options.data,
+            size=pretrained.image_size,
+            channels=pretrained.image_channels,
+            classes=None if pretrained.kind == "text" else pretrained.classes,
+            id2label=pretrained.id2label,
+            class_map=None if pretrained.kind == "text" else self.options.class_map,
+            latent_size=size if latent else None,
+            latent_channels=config.in_channels if latent else None,
+        )
+
+    def _names(self) -> dict[int, str]:
+        """Class -> label text, or its number."""
+        if self.concepts is not None:
+            return dict(enumerate(self.concepts.prompts))
+        texts = self.pretrained.id2label or {}
+        return {i: texts.get(i, str(i)) for i in range(self.pretrained.classes)}
+
+    def _make_method(self) -> SFRon:
+        options = self.options
+        changes: dict[str, Any] = {
+            "iterations": options.max_train_steps,
+            "lr": options.learning_rate,
+            "forget_alpha": options.forget_alpha,
+            "gamma": options.gamma,
+            "mask_fraction": options.mask_fraction,
+            "fisher_batches": options.fisher_batches,
+            "mask": None if options.mask is None else SaliencyMask.load(options.mask),
+        }
+        return SFRon.preset(self.preset, **{name: value for name, value in changes.items() if value is not None})
+
+    def _make_task(self) -> Task:
+        pretrained, settings = self.pretrained, {**self.domain["task"], "seed": self.options.seed}
+        if pretrained.vae is not None:
+            settings["scaling_factor"] = float(pretrained.vae.config.scaling_factor)
+        if pretrained.kind == "text":
+            settings = {
+                key: value for key, value in settings.items() if key not in ("label_dropout", "variational_bound")
+            }
+            return TextConditionalDiffusion(
+                pretrained.scheduler, pretrained.text_encoder, pretrained.tokenizer, **settings
+            )
+        settings = {key: value for key, value in settings.items() if key != "prompt_dropout"}
+        if settings.get("variational_bound") and self.model.config.out_channels != 2 * self.model.config.in_channels:
+            settings["variational_bound"] = None  # a DiT that learns no variance has no such term
+        return ClassConditionalDiffusion(pretrained.scheduler, null_label=pretrained.null_label, **settings)
+
+    # --- What will be used ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _lengths(self) -> tuple[int, int]:
+        """Batches in the forget and in the retain loader: one pass over each set for the Fisher sums, or as many as
+        ``fisher_batches``, and at least the iterations'."""
+        steps = self.method.iterations * self.options.gradient_accumulation_steps
+        if not self.method.needs_fisher:
+            return steps, steps
+        forget = int(torch.isin(self.data.labels, torch.tensor(self.forget_classes)).sum())
+        whole = [-(-count // self.batch_size) for count in (forget, len(self.data) - forget)]
+        if self.method.fisher_batches is None:  # a small set is not measured again and again
+            self.method = replace(self.method, fisher_batches=max(whole))
+        limit = self.method.fisher_batches
+        return max(steps, min(whole[0], limit)), max(steps, min(whole[1], limit))
+
+    @property
+    def fisher_batches(self) -> int:
+        """Of both passes together."""
+        if not self.method.needs_fisher:
+            return 0
+        return sum(min(length, self.method.fisher_batches) for length in self._lengths)
+
+    def _draw(self, how: Callable[..., Draw], **arguments: Any) -> Draw:
+        forget, retain = self._lengths
+        return how(
+            self.data if how is draw_readable else self.data.labels,
+            self.forget_classes,
+            forget,
+            self.batch_size,
+            self.options.seed,
+            retain_batches=retain,
+            **arguments,
+        )
+
+    def estimate(self) -> Estimate:
+        """Memory by stage and part, time and disk: exact sizes, and one batch that is tried with made-up inputs."""
+        batch = self._made_up_batch()
+        self.task.begin(self.model, batch)
+        prepared = self.task.prepare(batch, self._device)
+
+        def loss() -> Tensor:
+            with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
+                return self.task.losses(self.model, prepared).mean()
+
+        self.model.train()
+        trial = try_batch(self.model, loss)
+        others = [m for m in (self.pretrained.vae, self.pretrained.text_encoder) if m is not None]
+        found = estimate(
+            self.model,
+            others,
+            self.method,
+            trial,
+            fisher_batches=self.fisher_batches,
+            fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
+            accumulation=self.options.gradient_accumulation_steps,
+            ema=self._ema_decay is not None,
+            checkpoints=self._checkpoints_at_once(),
+        )
+        passes = 2 * len(self._asked_for()) * (1 if self._guidance in (None, 1.0) else 2)
+        forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
+        found.seconds["sampling"] = forward * passes * self.options.num_inference_steps
+        if self.pretrained.vae is not None and self.data.kind == "pixel_values":
+            size = self.model.config.sample_size
+            shape = (self.model.config.in_channels, size, size)
+            found.disk["latents"] = latents_size(shape, len(self.draw.indices))
+        return found
+
+    def _checkpoints_at_once(self) -> int:
+        if self.options.checkpointing_steps is None:
+            return 0
+        made = self.method.iterations // self.options.checkpointing_steps
+        limit = self.options.checkpoints_total_limit
+        return made if limit is None else min(made, limit + 1)
+
+    def _made_up_batch(self) -> dict[str, Any]:
+        size, channels = self.model.config.sample_size, self.model.config.in_channels
+        kind = "pixel_values" if self.pretrained.vae is None else "latents"
+        batch: dict[str, Any] = {kind: torch.zeros(self.batch_size, channels, size, size)}
+        if self.concepts is not None:
+            batch["prompts"] = [self.concepts.prompts[0]] * self.batch_size
+        else:
+            batch["labels"] = torch.zeros(self.batch_size, dtype=torch.int64)
+        return batch
+
+    # --- The run --------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Everything, and the result that is written as ``unlearning/result.json``."""
+        options = self.options
+        output = self._claim_output()
+        own = writable_directory(output / OWN_FOLDER)
+        if self.data.kind == "pixel_values":
+            with self._timed("decoding"):
+                self.draw = self._draw(
+                    draw_readable,
+                    strict=options.strict,
+                    progress=lambda done, total: self.progress("looking at images", done, total),
+                )
+        if self.method.mask is not None:
+            self._check_mask(self.method.mask)
+        forget, retain = self._loaders(own)
+        samples = Samples(torch.tensor(self._asked_for()))
+        self._sample(samples, "before")
+        unlearner = Unlearner(
+            self.model,
+            self.task,
+            self.method,
+            device=options.device,
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            ema_decay=self._ema_decay,
+        )
+        result = unlearner.run(
+            forget,
+            retain,
+            output_dir=own,
+            checkpointing_steps=options.checkpointing_steps,
+            checkpoints_total_limit=options.checkpoints_total_limit,
+            resume_from_checkpoint=options.resume_from_checkpoint,
+            allow_duplicates=True,  # told apart by their labels: a data set may hold a picture twice
+            progress=self.progress,
+        )
+        self.seconds.update(result.timings)
+        if options.save_weights == "ema":
+            self._take_averages(result)
+        self._sample(samples, "after")
+        if result.mask is not None:
+            result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
+            result.mask.metadata.update(self._identity())
+            result.mask.save(own / "mask.safetensors")
+        self._write_grid(own / "before-after.png", samples)
+        verdict = self._verdict(samples)
+        self._write_folder(output)
+        return self._report(result, verdict)
+
+    def _claim_output(self) -> Path:
+        """The output folder may hold what an earlier, unfinished run left, and nothing else."""
+        output = self.options.output_dir
+        source = self.options.pretrained_model_name_or_path
+        if output.resolve() == source.resolve():
+            raise InputError(f"--output-dir: {output} is the model's own folder: choose another")
+        output = writable_directory(output)
+        others = [path.name for path in output.iterdir() if path.name != OWN_FOLDER]
+        if others:
+            raise InputError(f"--output-dir: {output} holds {sorted(others)[0]} already: choose an empty folder")
+        return output
+
+    def _timed(self, stage: str) -> _Clock:
+        return _Clock(self.seconds, stage)
+
+    def _loaders(self, own: Path) -> Iterator[DataLoader]:
+        data: Dataset = self.data
+        draw = self.draw
+        indices = {"forget": draw.forget, "retain": draw.retain}
+        if self.data.kind == "pixel_values" and self.pretrained.vae is not None:
+            with self._timed("encoding"):
+                latents = encode_latents(
+                    self.data,
+                    draw.indices,
+                    self.pretrained.vae,
+                    own / "latents",
+                    progress=lambda done, total: self.progress("encoding latents", done, total),
+                )
+            data, indices = latents, {name: latents.positions(chosen) for name, chosen in indices.items()}
+        for name, chosen in indices.items():
+            collate: Callable[..., Any] = default_collate
+            if self.concepts is not None:
+                collate = self.concepts.collate(name == "forget")
+            yield DataLoader(data, batch_sampler=_Fixed(chosen), collate_fn=collate)
+
+    def _identity(self) -> dict[str, str]:
+        """Of the forget set, for a mask's metadata."""
+        return {
+            "forget_classes": ",".join(map(str, sorted(self.forget_classes))),
+            "forget_data": self.data.sha256,
+        }
+
+    def _check_mask(self, mask: SaliencyMask) -> None:
+        for key, own in self._identity().items():
+            if mask.metadata.get(key, own) != own:
+                raise InputError(
+                    f"--mask: {self.options.mask} was made for another forget set ({key} differ): leave it out and a "
+                    "new one is measured"
+                )
+
+    def _take_averages(self, result: Result) -> None:
+        with torch.no_grad():
+            for name, p in trainable(self.model).items():
+                p.copy_(result.ema[name])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def _half(self) -> torch.dtype | None:
+        from .._modes import PRECISIONS
+
+        return PRECISIONS[self.options.mixed_precision]
+
+    @property
+    def _ema_decay(self) -> float | None:
+        if self.options.ema_decay is not None or self.options.save_weights == "last":
+            return self.options.ema_decay
+        decay = self.domain["run"]["ema_decay"]
+        if decay is None:
+            raise InputError(f"--save-weights ema needs --ema-decay: the preset {self.preset} keeps no averages")
+        return decay
+
+    # --- Pictures -------------------------------------------------------------------------------------------
+
+    @property
+    def _guidance(self) -> float | None:
+        if self.options.guidance_scale is not None:
+            return self.options.guidance_scale
+        return self.domain["run"].get("sampling", {}).get("guidance_for_pictures", self.domain["task"].get("guidance"))
+
+    def _retained(self) -> list[int]:
+        """Eight retained classes that have data, spread evenly."""
+        others = [i for i in self.data.counts if i not in self.forget_classes]
+        if len(others) <= RETAINED_IN_GRID:
+            return others
+        return [others[i * len(others) // RETAINED_IN_GRID] for i in range(RETAINED_IN_GRID)]
+
+    def _asked_for(self) -> list[int]:
+        """The label of every sample: one of each class for the grid, and as many as are asked for where a classifier
+        judges them."""
+        count = self.options.samples if self.judge is not None else 1
+        return [label for label in (*self.forget_classes, *self._retained()) for _ in range(count)]
+
+    def _sample(self, samples: Samples, when: str) -> None:
+        size, channels = self.model.config.sample_size, self.model.config.in_channels
+        noise = draw_noise(len(samples.labels), (channels, size, size), seed=self.options.seed)
+        arguments: dict[str, Any] = {
+            "steps": self.options.num_inference_steps,
+            "guidance": self._guidance,
+            "progress": lambda done, total: self.progress(f"sampling {when}", done, total),
+        }
+        with self._timed(f"sampling_{when}"):
+            if self.concepts is not None:
+                encode = self.task.encoder
+                states = encode([self.concepts.prompts[i] for i in samples.labels.tolist()])
+                found = sample_prompts(
+                    self.model, self.pretrained.scheduler, states, noise, null_embeds=encode([""])[0], **arguments
+                )
+            else:
+                found = sample_classes(
+                    self.model,
+                    self.pretrained.scheduler,
+                    samples.labels,
+                    noise,
+                    null_label=self.pretrained.null_label,
+                    **arguments,
+                )
+            if self.pretrained.vae is not None:
+                found = decode(self.pretrained.vae, found)
+        samples.pictures[when] = found
+
+    def _write_grid(self, path: Path, samples: Samples) -> None:
+        firsts = [samples.labels.tolist().index(label) for label in dict.fromkeys(samples.labels.tolist())]
+        names = self._names()
+        columns = [names[int(samples.labels[i])][:12] for i in firsts]
+        write_grid(path, {when: pictures[firsts] for when, pictures in samples.pictures.items()}, columns)
+
+    def _verdict(self, samples: Samples) -> dict[str, Any] | str:
+        if self.judge is None:
+            return "not verified: no classifier was given (--classifier)"
+        forgotten = torch.isin(samples.labels, torch.tensor(self.forget_classes))
+        found: dict[str, Any] = {}
+        names = self._names()
+        with self._timed("judging"):
+            for when, pictures in samples.pictures.items():
+                probabilities = self.judge.probabilities(pictures)
+                found[when] = {
+                    part: {
+                        names[label]: score
+                        for label, score in class_scores(probabilities[chosen], samples.labels[chosen]).items()
+                    }
+                    for part, chosen in (("forgotten", forgotten), ("retained", ~forgotten))
+                    if bool(chosen.any())
+                }
+        return found
+
+    # --- What is written ------------------------------------------------------------------------------------
+
+    def _write_folder(self, output: Path) -> None:
+        """The whole folder is made first, and moved in file by file, the index last."""
+        if self.tied:
+            untie_embeddings(self.model)
+        partial = Path(tempfile.mkdtemp(prefix=".folder-", dir=output))
+        try:
+            write_result(self.options.pretrained_model_name_or_path, self.pretrained, partial / "folder")
+            entries = sorted((partial / "folder").iterdir(), key=lambda path: path.name == "model_index.json")
+            for path in entries:
+                os.replace(path, output / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
+        mask = result.mask
+        return {
+            "forgotten": [self._names()[i] for i in self.forget_classes],
+            "verdict": verdict,
+            "weights": {"saved": self.options.save_weights, "ema_decay": self._ema_decay},
+            "trained_weights": sum(p.numel() for p in trainable(self.model).values()),
+            "mapping": [row._asdict() for row in self.data.mapping],
+            "unreadable": list(self.data.unreadable.values()),
+            "data_sha256": self.data.sha256,
+            "data_sha256_covers": self.data.sha256_covers,
+            "preprocessing": self.data.preprocessing,
+            "preset": self.preset,
+            "published": self.domain["published"],
+            "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
+            "task": self.domain["task"],
+            "sampling": {
+                "sampler": "DDIM, eta 0",
+                "steps": self.options.num_inference_steps,
+                "guidance": self._guidance,
+                "samples_per_class": self.options.samples if self.judge is not None else 1,
+            },
+            "mask_density": mask.density if mask else None,
+            "protection": result.protection,
+            "counts": result.counts,
+            "backend": result.backend,
+            "seconds": self.seconds,
+            "options": self.options.settings(),
+        }
+
+
+class _Fixed:
+    """Batches that were drawn before; the same at every pass."""
+
+    def __init__(self, batches: Tensor):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.batches.tolist())
+
+
+class _Clock:
+    """Adds the seconds of a block to a stage."""
+
+    def __init__(self, seconds: dict[str, float], stage: str):
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.started
