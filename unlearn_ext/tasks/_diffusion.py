@@ -265,7 +265,8 @@ def dtype_of(model: Any) -> torch.dtype | None:
 
 def configuration(model: nn.Module) -> Mapping[str, Any]:
     """diffusers' configuration of a model, empty for any other."""
-    config = getattr(unwrapped(model), "config", None)
+    model = unwrapped(model)
+    config = getattr(model, "config", None) if hasattr(model, "register_to_config") else None
     return config if isinstance(config, Mapping) else {}
 
 

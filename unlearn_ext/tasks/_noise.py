@@ -36,12 +36,8 @@ class NoiseSchedule:
                 f"scheduler: expected prediction_type of {', '.join(_PREDICTIONS)}, got {self.prediction_type!r}"
             )
         self.learned_range = getattr(config, "variance_type", None) != "learned"
-        # In float64: a step's coefficient is rounded once, to the dtype of the samples.
-        self.alphas_cumprod = torch.as_tensor(products).detach().cpu().double()
-        before = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
-        betas = getattr(scheduler, "betas", None)
-        self.betas = 1 - self.alphas_cumprod / before if betas is None else torch.as_tensor(betas).cpu().double()
-        self.alphas_cumprod_before = before
+        self.betas, self.alphas_cumprod = _in_double(products, getattr(scheduler, "betas", None))
+        self.alphas_cumprod_before = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
         self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
@@ -102,3 +98,14 @@ class NoiseSchedule:
         if name == "log_beta":
             return beta.log()
         raise ValueError(name)
+
+
+def _in_double(products: Any, betas: Any) -> tuple[Tensor, Tensor]:
+    """Betas and their products in float64. diffusers' float32 products leave few digits of 1 - product at small t."""
+    given = torch.as_tensor(products).detach().cpu().double()
+    if betas is not None:
+        betas = torch.as_tensor(betas).detach().cpu().double()
+        exact = torch.cumprod(1 - betas, 0)
+        if exact.shape == given.shape and torch.allclose(exact, given, rtol=0, atol=1e-5):
+            return betas, exact
+    return 1 - given / torch.cat([given.new_ones(1), given[:-1]]), given

@@ -156,8 +156,8 @@ class ClassConditionalDiffusion(Diffusion):
         lowest, highest = int(labels.min()), int(labels.max())
         if not null and self._null is not None and bool((labels == self._null).any()):
             raise InputError(
-                f"label {self._null} is the model's null label, and {known} classes (0 to {known - 1}) go before it: "
-                "check the labels, or set label_dropout=0 and guidance=None for a model without a null label"
+                f"label {self._null} is the null label of the model's {self._embeddings} label embeddings: check the "
+                "labels, or set label_dropout=0 and guidance=None for a model without a null label"
             )
         for label in (lowest, highest):
             if not 0 <= label < known:
