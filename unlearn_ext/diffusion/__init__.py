@@ -1,0 +1,1 @@
+"""What diffusion models need beside tasks and methods: diffusers' folders, trained weights, sampling, grids."""
