@@ -184,7 +184,8 @@ def held_out_loss(denoiser: Denoiser, samples: int = TEST_SIZE, seed: int = 1) -
     noise = torch.randn(images.shape, generator=generator)
     noisy = scheduler.add_noise(images, noise, timesteps)
     denoiser.eval()
-    predicted = torch.cat([denoiser(*part) for part in zip(*(x.split(250) for x in (noisy, timesteps, labels)))])
+    parts = zip(noisy.split(250), timesteps.split(250), labels.split(250), strict=True)
+    predicted = torch.cat([denoiser(*part) for part in parts])
     return F.mse_loss(predicted, noise).item()
 
 
