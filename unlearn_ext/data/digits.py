@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -54,6 +55,15 @@ class Digits:
         for tensor in (self.images, self.labels):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def pixels(self, size: int = 16) -> Tensor:
+        """The images in [−1, 1] at a smaller size, float32 ``[n, 1, size, size]``.
+
+        Two pixels of margin are cut off on every side first: they hold 0.3 % of the ink.
+        """
+        grey = self.images.mul(STD).add_(MEAN)[:, :, 2:-2, 2:-2]
+        grey = F.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
+        return grey.mul_(2).sub_(1).clamp_(-1, 1)
 
     def split(self, train_size: int, test_size: int = 1000, seed: int = 0) -> DigitSplit:
         """Draw disjoint training and test sets, each with the classes in equal parts (to within one sample).
