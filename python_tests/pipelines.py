@@ -31,11 +31,11 @@ def small_vae(channels: int = 3, seed: int = 0):
 
 
 def small_dit(classes: int = 10, seed: int = 0, *, in_channels: int = 4, sample_size: int = 8, layers: int = 2):
-    """A DiT with learned variance; its last layer is not zero, unlike diffusers' start."""
+    """A DiT with learned variance, whose embedder copies are equal."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(seed)
-    return DiTTransformer2DModel(
+    model = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=in_channels,
@@ -45,7 +45,11 @@ def small_dit(classes: int = 10, seed: int = 0, *, in_channels: int = 4, sample_
         patch_size=2,
         num_embeds_ada_norm=classes,
         attention_bias=True,
-    ).eval()
+    )
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:  # equal copies, as released weights have them
+        block.norm1.emb.load_state_dict(first)
+    return model.eval()
 
 
 def small_unet(classes: int | None = 10, seed: int = 0, *, channels: int = 1, sample_size: int = 16):

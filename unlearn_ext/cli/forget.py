@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +46,9 @@ def forget(
     class_map: Annotated[
         Path | None, typer.Option(help="JSON: folder -> index or label text; folder -> prompt for text models.")
     ] = None,
+    null_class: Annotated[
+        bool, typer.Option(help="Whether a UNet2DModel's last embedding stands for no class, as guidance needs.")
+    ] = True,
     forget_prompt: Annotated[str | None, typer.Option(help="What to forget, for text models.")] = None,
     replace_prompt: Annotated[str | None, typer.Option(help="What to show in its place.")] = None,
     preset: Annotated[str | None, typer.Option(help="ddpm-cifar10, dit-xl-2-256 or sd-nudity; by the model.")] = None,
@@ -58,6 +63,9 @@ def forget(
     fisher_batches: Annotated[int | None, typer.Option(help="Of each set, for the mask; one pass.")] = None,
     trained_weights: Annotated[
         str | None, typer.Option(help="all, attention, cross-attention, or a name pattern; the preset's.")
+    ] = None,
+    tie_embeddings: Annotated[
+        bool | None, typer.Option(help="Keep a DiT's embedder copies equal, as the paper's model; the preset's.")
     ] = None,
     ema_decay: Annotated[float | None, typer.Option(help="Keep moving averages of the weights.")] = None,
     save_weights: Annotated[Weights, typer.Option(help="Which weights to save.")] = Weights.last,
@@ -108,7 +116,7 @@ def forget(
         writable_directory(json_file.parent)
     console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
     errors = Console(stderr=True, highlight=False)
-    with errors.status("opening the model and the data"):
+    with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
     _show_plan(job, console)
     if dry_run:
@@ -133,11 +141,27 @@ def forget(
     for path in filter(None, (output_dir / OWN_FOLDER / "result.json", json_file)):
         with atomic_path(path) as partial:
             partial.write_text(text)
+    for image in report["unreadable"]:
+        console.print(f"skipped, unreadable: {image}")
     _show_verdict(report, console)
     console.print(
         f"model: {output_dir}\npictures before and after: {output_dir / OWN_FOLDER / 'before-after.png'}", style="dim"
     )
     return 0
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for every network it opens."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _show_plan(job: ForgetJob, console: Console) -> None:
@@ -154,8 +178,6 @@ def _show_plan(job: ForgetJob, console: Console) -> None:
     console.print(table)
     if len(rows) > shown:
         console.print(f"and {len(rows) - shown} more classes to keep, with {sum(r.count for r in rows[shown:])} images")
-    for path in job.data.unreadable.values():
-        console.print(f"skipped, unreadable: {path}")
     if job.concepts is not None:
         console.print(f"replaced by: {job.concepts.replacement}")
     total = sum(p.numel() for p in job.model.parameters())

@@ -67,7 +67,9 @@ class ForgetJob:
         self.options = options
         self.progress = progress or (lambda stage, done, total: None)
         self.seconds: dict[str, float] = {}
-        self.pretrained: Pretrained = open_pretrained(options.pretrained_model_name_or_path, device=options.device)
+        self.pretrained: Pretrained = open_pretrained(
+            options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
+        )
         self.model: nn.Module = self.pretrained.denoiser
         self._check_kind()
         self.preset = options.preset or _PRESETS[type(self.model).__name__]
@@ -84,9 +86,8 @@ class ForgetJob:
             self.forget_classes = self.data.parse_classes(options.forget_class)
         self.method = self._make_method()
         self.task = self._make_task()
-        self.tied = bool(self.domain["run"].get("tie_embeddings")) and hasattr(self.model, "transformer_blocks")
-        if self.tied:
-            tie_embeddings(self.model)
+        self.ema_decay = self._ema_decay()
+        self.tied = self._ties()
         self.trained = select_trained(
             self.model, options.trained_weights or self.domain["run"].get("trained_weights", "all")
         )
@@ -96,10 +97,6 @@ class ForgetJob:
             self.model.to(memory_format=torch.channels_last)
         self.judge = None if options.classifier is None else Judge(options.classifier, self._names(), options.device)
         self.draw: Draw = self._draw(draw_indices)
-        if self.data.kind == "pixel_values" and self.pretrained.vae is None:
-            size = getattr(self.model.config, "sample_size", None)
-            if size is not None and self.data.preprocessing.get("size") not in (None, size, [size, size], (size, size)):
-                raise InputError(f"the images are {self.data.preprocessing['size']} and the model takes {size}")
 
     # --- Opening --------------------------------------------------------------------------------------------
 
@@ -114,26 +111,33 @@ class ForgetJob:
             raise InputError("the model is told classes: give --forget-class, not --forget-prompt")
 
     def _open_data(self) -> ImageData:
-        pretrained, config = self.pretrained, self.model.config
-        latent = pretrained.vae is not None
-        size = config.sample_size
-        return open_data(
-            self.options.data,
-            size=pretrained.image_size,
-            channels=pretrained.image_channels,
-            classes=None if pretrained.kind == "text" else pretrained.classes,
-            id2label=pretrained.id2label,
-            class_map=None if pretrained.kind == "text" else self.options.class_map,
-            latent_size=size if latent else None,
-            latent_channels=config.in_channels if latent else None,
-        )
+        settings = self.pretrained.data_settings()
+        if self.pretrained.kind == "class":
+            settings["class_map"] = self.options.class_map
+        return open_data(self.options.data, **settings)
+
+    @property
+    def _null_label(self) -> int | None:
+        return self.pretrained.classes.null_label
+
+    def _ties(self) -> bool:
+        """Whether a DiT's embedder copies are one for the run; tied here."""
+        asked, can = self.options.tie_embeddings, hasattr(self.model, "transformer_blocks")
+        if asked and not can:
+            raise InputError(f"--tie-embeddings: a {type(self.model).__name__} has no embedder copies; leave it out")
+        if not can or asked is False or (asked is None and not self.domain["run"].get("tie_embeddings")):
+            return False
+        try:
+            tie_embeddings(self.model)
+        except InputError as error:
+            raise InputError(f"{error}: use --no-tie-embeddings to train them as copies") from None
+        return True
 
     def _names(self) -> dict[int, str]:
         """Class -> label text, or its number."""
         if self.concepts is not None:
             return dict(enumerate(self.concepts.prompts))
-        texts = self.pretrained.id2label or {}
-        return {i: texts.get(i, str(i)) for i in range(self.pretrained.classes)}
+        return {i: self.pretrained.id2label.get(i, str(i)) for i in range(self.pretrained.classes.count)}
 
     def _make_method(self) -> SFRon:
         options = self.options
@@ -149,20 +153,28 @@ class ForgetJob:
         return SFRon.preset(self.preset, **{name: value for name, value in changes.items() if value is not None})
 
     def _make_task(self) -> Task:
-        pretrained, settings = self.pretrained, {**self.domain["task"], "seed": self.options.seed}
-        if pretrained.vae is not None:
-            settings["scaling_factor"] = float(pretrained.vae.config.scaling_factor)
+        pretrained, given = self.pretrained, self.domain["task"]
+        settings: dict[str, Any] = {
+            "reduction": given["reduction"],
+            "guidance": given["guidance"],
+            "antithetic": given.get("antithetic", False),
+            "scaling_factor": pretrained.scaling_factor,
+            "seed": self.options.seed,
+        }
         if pretrained.kind == "text":
-            settings = {
-                key: value for key, value in settings.items() if key not in ("label_dropout", "variational_bound")
-            }
             return TextConditionalDiffusion(
-                pretrained.scheduler, pretrained.text_encoder, pretrained.tokenizer, **settings
+                pretrained.scheduler,
+                pretrained.text_encoder,
+                pretrained.tokenizer,
+                prompt_dropout=given.get("prompt_dropout", 0.0),
+                **settings,
             )
-        settings = {key: value for key, value in settings.items() if key != "prompt_dropout"}
-        if settings.get("variational_bound") and self.model.config.out_channels != 2 * self.model.config.in_channels:
-            settings["variational_bound"] = None  # a DiT that learns no variance has no such term
-        return ClassConditionalDiffusion(pretrained.scheduler, null_label=pretrained.null_label, **settings)
+        dropout = given.get("label_dropout", 0.0)
+        if not pretrained.classes.has_null:  # said to be so with --no-null-class
+            dropout, settings["guidance"] = 0.0, None
+        return ClassConditionalDiffusion(
+            pretrained.scheduler, null_label=self._null_label, label_dropout=dropout, **settings
+        )
 
     # --- What will be used ----------------------------------------------------------------------------------
 
@@ -220,16 +232,14 @@ class ForgetJob:
             fisher_batches=self.fisher_batches,
             fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
             accumulation=self.options.gradient_accumulation_steps,
-            ema=self._ema_decay is not None,
+            ema=self.ema_decay is not None,
             checkpoints=self._checkpoints_at_once(),
         )
         passes = 2 * len(self._asked_for()) * (1 if self._guidance in (None, 1.0) else 2)
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
         found.seconds["sampling"] = forward * passes * self.options.num_inference_steps
         if self.pretrained.vae is not None and self.data.kind == "pixel_values":
-            size = self.model.config.sample_size
-            shape = (self.model.config.in_channels, size, size)
-            found.disk["latents"] = latents_size(shape, len(self.draw.indices))
+            found.disk["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
         return found
 
     def _checkpoints_at_once(self) -> int:
@@ -240,9 +250,8 @@ class ForgetJob:
         return made if limit is None else min(made, limit + 1)
 
     def _made_up_batch(self) -> dict[str, Any]:
-        size, channels = self.model.config.sample_size, self.model.config.in_channels
         kind = "pixel_values" if self.pretrained.vae is None else "latents"
-        batch: dict[str, Any] = {kind: torch.zeros(self.batch_size, channels, size, size)}
+        batch: dict[str, Any] = {kind: torch.zeros(self.batch_size, *self.pretrained.latent_shape)}
         if self.concepts is not None:
             batch["prompts"] = [self.concepts.prompts[0]] * self.batch_size
         else:
@@ -275,7 +284,7 @@ class ForgetJob:
             device=options.device,
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
-            ema_decay=self._ema_decay,
+            ema_decay=self.ema_decay,
         )
         result = unlearner.run(
             forget,
@@ -365,7 +374,6 @@ class ForgetJob:
 
         return PRECISIONS[self.options.mixed_precision]
 
-    @property
     def _ema_decay(self) -> float | None:
         if self.options.ema_decay is not None or self.options.save_weights == "last":
             return self.options.ema_decay
@@ -380,6 +388,8 @@ class ForgetJob:
     def _guidance(self) -> float | None:
         if self.options.guidance_scale is not None:
             return self.options.guidance_scale
+        if self.pretrained.classes is not None and not self.pretrained.classes.has_null:
+            return None
         return self.domain["run"].get("sampling", {}).get("guidance_for_pictures", self.domain["task"].get("guidance"))
 
     def _retained(self) -> list[int]:
@@ -396,8 +406,7 @@ class ForgetJob:
         return [label for label in (*self.forget_classes, *self._retained()) for _ in range(count)]
 
     def _sample(self, samples: Samples, when: str) -> None:
-        size, channels = self.model.config.sample_size, self.model.config.in_channels
-        noise = draw_noise(len(samples.labels), (channels, size, size), seed=self.options.seed)
+        noise = draw_noise(len(samples.labels), self.pretrained.latent_shape, seed=self.options.seed)
         arguments: dict[str, Any] = {
             "steps": self.options.num_inference_steps,
             "guidance": self._guidance,
@@ -416,7 +425,7 @@ class ForgetJob:
                     self.pretrained.scheduler,
                     samples.labels,
                     noise,
-                    null_label=self.pretrained.null_label,
+                    null_label=self._null_label,
                     **arguments,
                 )
             if self.pretrained.vae is not None:
@@ -468,7 +477,7 @@ class ForgetJob:
         return {
             "forgotten": [self._names()[i] for i in self.forget_classes],
             "verdict": verdict,
-            "weights": {"saved": self.options.save_weights, "ema_decay": self._ema_decay},
+            "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
             "trained_weights": sum(p.numel() for p in trainable(self.model).values()),
             "mapping": [row._asdict() for row in self.data.mapping],
             "unreadable": list(self.data.unreadable.values()),

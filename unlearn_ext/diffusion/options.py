@@ -25,6 +25,7 @@ class ForgetOptions:
     output_dir: Path
     forget_class: str | None = None
     class_map: Path | None = None
+    null_class: bool = True
     forget_prompt: str | None = None
     replace_prompt: str | None = None
     preset: str | None = None
@@ -38,6 +39,7 @@ class ForgetOptions:
     mask: Path | None = None
     fisher_batches: int | None = None
     trained_weights: str | None = None
+    tie_embeddings: bool | None = None
     ema_decay: float | None = None
     save_weights: str = "last"
     mixed_precision: str = "no"
@@ -55,9 +57,8 @@ class ForgetOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("pretrained_model_name_or_path", "data"):
-            if not getattr(self, name).exists():
-                raise InputError(f"{_option(name)}: there is nothing at {getattr(self, name)}")
+        if not self.data.exists():
+            raise InputError(f"--data: there is nothing at {self.data}")
         if self.class_map is not None and not self.class_map.is_file():
             raise InputError(f"--class-map: there is no file {self.class_map}")
         if (self.forget_class is None) == (self.forget_prompt is None):

@@ -1,0 +1,339 @@
+"""``unlearn-ext forget`` from end to end, on small pipelines built from configurations and real digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from pipelines import (
+    NAMES,
+    save_ddpm_pipeline,
+    save_digit_folders,
+    save_dit_pipeline,
+    save_model_and_scheduler,
+    save_text_pipeline,
+)
+
+from unlearn_ext.cli import main
+
+SMALL = ["--max-train-steps", "2", "--train-batch-size", "4", "--fisher-batches", "1", "--num-inference-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("forget")
+    save_digit_folders(home / "digits", per_class=4)
+    save_digit_folders(home / "named", per_class=4, names=NAMES)
+    save_dit_pipeline(home / "dit")
+    save_ddpm_pipeline(home / "ddpm")
+    save_text_pipeline(home / "text")
+    save_model_and_scheduler(home / "bare")
+    return home
+
+
+def run(home: Path, model: str, output: Path, *arguments: str, data: str = "digits") -> int:
+    own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / data)]
+    return main(["forget", *own, "--output-dir", str(output), *SMALL, *arguments])
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of every file outside ``unlearning``."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "unlearning" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def result(output: Path) -> dict:
+    return json.loads((output / "unlearning" / "result.json").read_text())
+
+
+# --- Pipelines in, pipelines out ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "arguments"),
+    [
+        ("dit", "transformer/diffusion_pytorch_model.safetensors", ("--forget-class", "three")),
+        ("ddpm", "unet/diffusion_pytorch_model.safetensors", ("--forget-class", "3, 7")),
+        ("bare", "diffusion_pytorch_model.safetensors", ("--forget-class", "3")),
+        ("text", "unet/diffusion_pytorch_model.safetensors", ("--forget-prompt", "three", "--replace-prompt", "two")),
+    ],
+)
+def test_only_the_denoisers_weights_differ(home: Path, tmp_path: Path, capsys, model, weights, arguments) -> None:
+    data = "named" if model == "text" else "digits"
+    assert run(home, model, tmp_path / "out", *arguments, data=data) == 0
+    before, after = hashes(home / model), hashes(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == [weights]
+    old, new = load_file(home / model / weights), load_file(tmp_path / "out" / weights)
+    assert old.keys() == new.keys() and any(not torch.equal(old[name], new[name]) for name in old)
+    assert all(bool(torch.isfinite(value).all()) for value in new.values())
+    found = result(tmp_path / "out")
+    assert found["verdict"].startswith("not verified") and "not verified" in capsys.readouterr().out
+    assert found["counts"]["forget_steps"] == found["counts"]["retain_steps"] == 2
+    assert {path.name for path in (tmp_path / "out" / "unlearning").iterdir()} >= {
+        "before-after.png",
+        "mask.safetensors",
+        "history.jsonl",
+        "result.json",
+    }
+
+
+def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> None:
+    from diffusers import DiTPipeline, StableDiffusionPipeline, UNet2DModel
+
+    assert run(home, "dit", tmp_path / "dit", "--forget-class", "3") == 0
+    pipe = DiTPipeline.from_pretrained(tmp_path / "dit", local_files_only=True)
+    blocks = pipe.transformer.transformer_blocks
+    first, second = (block.norm1.emb.state_dict() for block in blocks)
+    assert all(torch.equal(first[name], second[name]) for name in first)  # tied while they were trained
+    original = load_file(home / "dit" / "transformer" / "diffusion_pytorch_model.safetensors")
+    key = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    assert not torch.equal(first["class_embedder.embedding_table.weight"], original[key])
+    prompts = ("--forget-prompt", "three", "--replace-prompt", "two")
+    assert run(home, "text", tmp_path / "text", *prompts, data="named") == 0
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "text", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    assert pipe("three", num_inference_steps=2, generator=generator, output_type="np").images.shape[0] == 1
+    assert run(home, "ddpm", tmp_path / "ddpm", "--forget-class", "3") == 0
+    UNet2DModel.from_pretrained(tmp_path / "ddpm" / "unet", local_files_only=True)
+
+
+def test_reloaded_outputs_are_those_of_the_model_in_memory(home: Path, tmp_path: Path, monkeypatch) -> None:
+    from unlearn_ext.diffusion import job
+    from unlearn_ext.diffusion.pretrained import open_pretrained
+
+    kept = {}
+    write = job.write_result
+
+    def keep(source, pretrained, *arguments, **options):
+        kept[str(source)] = pretrained
+        return write(source, pretrained, *arguments, **options)
+
+    monkeypatch.setattr(job, "write_result", keep)
+    for model in ("dit", "ddpm", "text"):
+        prompts = ("--forget-prompt", "three", "--replace-prompt", "two")
+        arguments = prompts if model == "text" else ("--forget-class", "3")
+        data = "named" if model == "text" else "digits"
+        assert run(home, model, tmp_path / model, *arguments, data=data) == 0
+        own, reloaded = kept[str(home / model)], open_pretrained(tmp_path / model)
+        x = torch.randn(2, *own.latent_shape, generator=torch.Generator().manual_seed(1))
+        t = torch.tensor([3, 40])
+        if model == "text":
+            conditions = {"encoder_hidden_states": torch.ones(2, 8, 16)}
+        else:
+            conditions = {"class_labels": torch.tensor([3, 10])}
+        with torch.no_grad():
+            a, b = (m.denoiser.eval()(x, t, **conditions).sample for m in (own, reloaded))
+        assert torch.equal(a, b)
+
+
+def test_latents_are_encoded_once_and_only_those_that_are_used(home: Path, tmp_path: Path) -> None:
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 0
+    manifest = json.loads((tmp_path / "out" / "unlearning" / "latents" / "manifest.json").read_text())
+    # Two batches of four from each set, of the four images of the forgotten digit and of the 36 others.
+    assert len(manifest["indices"]) == 4 + 8
+    assert result(tmp_path / "out")["seconds"]["encoding"] > 0
+
+
+def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat(3)
+    np.savez(tmp_path / "images.npz", images=np.zeros((30, 16, 16), np.uint8), labels=labels.numpy())
+    save_file({"latents": torch.randn(30, 4, 8, 8, generator=generator), "labels": labels}, tmp_path / "z.safetensors")
+    for model, data in (("ddpm", "images.npz"), ("dit", "z.safetensors")):
+        own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(tmp_path / data)]
+        out = tmp_path / model
+        assert main(["forget", *own, "--output-dir", str(out), *SMALL, "--forget-class", "3"]) == 0
+        assert not (out / "unlearning" / "latents").exists()
+
+
+# --- Options --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "three", "--dry-run", "--checkpointing-steps", "1") == 0
+    text = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for word in ("forget", "three", "keep", "nine", "trains", "peak:", "Fisher sums", "activations", "disk:", "time:"):
+        assert word in text
+    assert "checkpoints" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:
+    assert run(home, "ddpm", tmp_path / "first", "--forget-class", "3") == 0
+    mask = str(tmp_path / "first" / "unlearning" / "mask.safetensors")
+    assert run(home, "ddpm", tmp_path / "second", "--forget-class", "3", "--mask", mask) == 0
+    assert result(tmp_path / "second")["mask_density"] == result(tmp_path / "first")["mask_density"]
+    assert "fisher" not in result(tmp_path / "second")["seconds"]
+    capsys.readouterr()
+    assert run(home, "ddpm", tmp_path / "third", "--forget-class", "4", "--mask", mask) == 1
+    assert "was made for another forget set" in capsys.readouterr().err
+    other = tmp_path / "other"
+    save_ddpm_pipeline(other, seed=1)
+    own = ["--pretrained-model-name-or-path", str(other), "--data", str(home / "digits"), "--mask", mask]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "fourth"), *SMALL, "--forget-class", "3"]) == 1
+    assert "was made for other weights" in capsys.readouterr().err
+    assert not (tmp_path / "fourth" / "model_index.json").exists()
+
+
+def test_trained_weights_are_chosen(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prompts = ("--forget-prompt", "three", "--replace-prompt", "two")
+    assert run(home, "text", out, *prompts, "--trained-weights", "cross-attention", data="named") == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    old, new = load_file(home / "text" / weights), load_file(out / weights)
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert moved and all("attn2" in name for name in moved)
+
+
+def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path, monkeypatch) -> None:
+    steps = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "2", "--ema-decay", "0.5")
+    assert run(home, "dit", tmp_path / "whole", *steps) == 0
+    from unlearn_ext import _loop
+
+    class Killed(BaseException):
+        pass
+
+    iterate = _loop.Loop._iterate
+
+    def die(self, t):
+        if t == 3:
+            raise Killed
+        return iterate(self, t)
+
+    monkeypatch.setattr(_loop.Loop, "_iterate", die)
+    with pytest.raises(Killed):
+        run(home, "dit", tmp_path / "cut", *steps)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "model_index.json").exists()
+    assert run(home, "dit", tmp_path / "cut", *steps, "--resume-from-checkpoint", "latest") == 0
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
+
+
+def test_averages_are_saved_when_asked_for(home: Path, tmp_path: Path) -> None:
+    steps = ("--forget-class", "3", "--ema-decay", "0.5")
+    assert run(home, "ddpm", tmp_path / "last", *steps) == 0
+    assert run(home, "ddpm", tmp_path / "ema", *steps, "--save-weights", "ema") == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    old, last, ema = (load_file(folder / weights) for folder in (home / "ddpm", tmp_path / "last", tmp_path / "ema"))
+    name = "conv_in.weight"
+    assert float((ema[name] - old[name]).norm()) < float((last[name] - old[name]).norm())
+    assert result(tmp_path / "ema")["weights"] == {"saved": "ema", "ema_decay": 0.5}
+    assert result(tmp_path / "last")["weights"]["saved"] == "last"
+
+
+@pytest.mark.parametrize(
+    "options", [("--mixed-precision", "bf16"), ("--channels-last",), ("--gradient-checkpointing",)]
+)
+def test_ways_to_run(home: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    arguments = ("--forget-class", "3", "--gradient-accumulation-steps", "2", *options)
+    assert run(home, "ddpm", tmp_path / "out", *arguments) == 0
+    assert result(tmp_path / "out")["counts"]["forget_steps"] == 2
+
+
+def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    names = dict(enumerate(reversed(NAMES)))  # in another order than the model's
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+        num_channels=3, id2label=names, label2id={name: i for i, name in names.items()},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "judge")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "judge")
+    options = ("--forget-class", "3", "--classifier", str(tmp_path / "judge"), "--samples", "2")
+    assert run(home, "dit", tmp_path / "out", *options) == 0
+    verdict = result(tmp_path / "out")["verdict"]
+    for when in ("before", "after"):
+        assert list(verdict[when]["forgotten"]) == ["three"] and verdict[when]["forgotten"]["three"]["count"] == 2
+        assert len(verdict[when]["retained"]) == 8
+    out = capsys.readouterr().out
+    assert "three (forgotten)" in out and max(map(len, out.splitlines())) <= 80
+
+
+# --- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "sentence"),
+    [
+        ("dit", ("--forget-class", "11"), "11"),
+        ("dit", ("--forget-class", "thre"), "three"),
+        ("dit", (), "say what to forget"),
+        ("dit", ("--forget-prompt", "a"), "go together"),
+        ("dit", ("--forget-prompt", "a", "--replace-prompt", "b"), "give --forget-class"),
+        ("text", ("--forget-class", "3"), "give --forget-prompt"),
+        ("text", ("--forget-prompt", "eleven", "--replace-prompt", "b"), "no folder belongs to 'eleven'"),
+        ("dit", ("--forget-class", "3", "--gamma", "1", "--mask-fraction", "0.5"), "give only one"),
+        ("dit", ("--forget-class", "3", "--preset", "x"), "--preset: expected one of"),
+        ("dit", ("--forget-class", "3", "--mask", "nowhere"), "--mask: there is no file"),
+        ("dit", ("--forget-class", "3", "--classifier", "nowhere"), "--classifier: expected"),
+        ("dit", ("--forget-class", "3", "--mixed-precision", "fp16"), "fp16 needs a GPU"),
+        ("ddpm", ("--forget-class", "3", "--save-weights", "ema"), "needs --ema-decay"),
+        ("dit", ("--forget-class", "3", "--trained-weights", "nothing"), "trained weights"),
+        ("nowhere", ("--forget-class", "3"), "there is no folder"),
+        ("dit", ("--forget-class", "3", "--max-train-steps", "0"), "--max-train-steps"),
+        ("dit", ("--forget-class", "0,1,2,3,4,5,6,7,8,9"), "every class is to be forgotten"),
+    ],
+)
+def test_bad_input_is_one_sentence(home: Path, tmp_path: Path, capsys, model, arguments, sentence) -> None:
+    assert run(home, model, tmp_path / "out", *arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and sentence in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_not_empty_is_refused(home: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    assert run(home, "ddpm", tmp_path, "--forget-class", "3") == 1
+    assert "note.txt already" in capsys.readouterr().err
+    assert run(home, "ddpm", home / "ddpm", "--forget-class", "3") == 1
+    assert "choose another" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_unreadable_images_are_named_and_skipped_or_refused(home: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(home / "digits", tmp_path / "digits")
+    (tmp_path / "digits" / "3" / "000.png").write_bytes(b"no picture")
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(tmp_path / "digits")]
+    own += ["--forget-class", "3", *SMALL]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "strict"), "--strict"]) == 1
+    assert "000.png" in capsys.readouterr().err
+    assert not (tmp_path / "strict" / "model_index.json").exists()
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 0
+    assert len(result(tmp_path / "out")["unreadable"]) == 1
+    assert "000.png" in capsys.readouterr().out
+
+
+def test_the_number_of_folders_must_be_the_models_or_a_map_given(home: Path, tmp_path: Path, capsys) -> None:
+    save_digit_folders(tmp_path / "few", per_class=4, digits=(3, 5))
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(tmp_path / "few"), *SMALL]
+    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "2 class folders and the model 10 classes" in capsys.readouterr().err
+    (tmp_path / "map.json").write_text(json.dumps({"3": 3, "5": 5}))
+    own += ["--class-map", str(tmp_path / "map.json")]
+    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "out")]) == 0
+    assert [row["index"] for row in result(tmp_path / "out")["mapping"]] == [3, 5]
+
+
+def test_a_model_without_a_null_class(home: Path, tmp_path: Path) -> None:
+    save_ddpm_pipeline(tmp_path / "model", classes=9)  # ten embeddings, and none of them is for no class
+    own = ["--pretrained-model-name-or-path", str(tmp_path / "model"), "--data", str(home / "digits"), *SMALL]
+    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "a")]) == 1
+    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "b"), "--no-null-class"]) == 0
+    assert result(tmp_path / "b")["sampling"]["guidance"] is None
