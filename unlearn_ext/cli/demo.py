@@ -20,6 +20,9 @@ __all__ = ["demo"]
 
 class TaskName(str, Enum):
     classifier = "classifier"
+    ddpm = "ddpm"
+    dit = "dit"
+    text = "text"
 
 
 class Scenario(str, Enum):
@@ -41,14 +44,21 @@ class Precision(str, Enum):
 
 
 def demo(
+    context: typer.Context,
     task: Annotated[TaskName, typer.Argument(help="What forgets.")] = TaskName.classifier,
     scenario: Annotated[Scenario, typer.Option(help="Forget a whole class, or random samples.")] = Scenario.klass,
-    forget_class: Annotated[int, typer.Option(help="The digit to forget (scenario class).")] = 3,
+    forget_class: Annotated[int, typer.Option(help="The digit to forget.")] = 3,
     forget_fraction: Annotated[float, typer.Option(help="Of the training set (scenario random).")] = 0.1,
     train_size: Annotated[int, typer.Option(help="Training digits, at most 4,000.")] = 4000,
     update: Annotated[Update, typer.Option(help="Forget then retain, or both in one pass.")] = Update.sequential,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of split, training and unlearning.")] = 0,
-    output_dir: Annotated[Path, typer.Option(help="Gets weights, mask and result.json.")] = Path("unlearn-ext-demo"),
+    samples: Annotated[int, typer.Option(help="Pictures of each digit, before and after (diffusion).")] = 50,
+    pretrain: Annotated[
+        bool, typer.Option("--pretrain", help="Train the starting weights anew, into the cache (diffusion).")
+    ] = False,
+    output_dir: Annotated[Path, typer.Option(help="Gets weights, mask, pictures and result.json.")] = Path(
+        "unlearn-ext-demo"
+    ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     mixed_precision: Annotated[Precision, typer.Option(help="Autocast of forward and backward.")] = Precision.no,
@@ -56,13 +66,31 @@ def demo(
         bool, typer.Option("--allow-duplicates", help="Go on if a sample is in both sets.")
     ] = False,
 ) -> int:
-    """Make a small trained classifier forget real digits, and compare it to one retrained without them.
+    """Make a small network forget real digits, and judge what became of it.
 
-    Trains a residual network on 4,000 MNIST digits, retrains one without the
-    forget set, unlearns with SFR-on, and prints accuracy on the forget set
-    (FA), retain set (RA) and test set (TA), membership inference (MIA), the
-    average gap to the retrained model, and the seconds each took.
+    classifier: trains a residual network on 4,000 MNIST digits, retrains one
+    without the forget set, unlearns with SFR-on, and prints accuracy on the
+    forget set (FA), retain set (RA) and test set (TA), membership inference
+    (MIA), the average gap to the retrained model, and the seconds each took.
+
+    ddpm, dit, text: a class-conditional UNet, a DiT, and a UNet told captions
+    forget a digit in 50 iterations; pictures before and after from the same
+    noise, judged by a classifier.
     """
+    _check_options(context, task)
+    if task is not TaskName.classifier:
+        from ..demo.diffusion.run import DiffusionOptions
+        from . import demo_diffusion
+
+        options = DiffusionOptions(
+            task=task.value,
+            forget_class=forget_class,
+            samples=samples,
+            seed=seed,
+            device=_checked_device(device),
+            mixed_precision=mixed_precision.value,
+        )
+        return demo_diffusion.run(options, output_dir, json_file, pretrain)
     from .. import __version__, _native
     from .._files import atomic_path, writable_directory
     from ..demo.classifier import ClassifierDemo, DemoOptions
@@ -81,11 +109,7 @@ def demo(
         allow_duplicates=allow_duplicates,
     )
     run = ClassifierDemo(options)
-    if json_file is not None:
-        beside = json_file.parent.resolve() == output_dir.resolve()  # with the results, in a directory yet to be made
-        if not (beside or json_file.parent.is_dir()) or json_file.is_dir():
-            raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
-        writable_directory(json_file.parent)
+    check_json_file(json_file, output_dir)
     output_dir = writable_directory(output_dir)
     console = Console(stderr=True)
     with console.status("building the native library, once"):
@@ -101,7 +125,7 @@ def demo(
     with console.status("evaluating"):
         report: dict[str, Any] = {
             "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
-            "versions": _versions(__version__),
+            "versions": versions(__version__),
             **run.report(),
         }
     run.save(output_dir)
@@ -111,6 +135,35 @@ def demo(
             partial.write_text(text)
     _show(report, output_dir)
     return 0
+
+
+_OF_THE_CLASSIFIER = ("scenario", "forget_fraction", "train_size", "update", "allow_duplicates")
+_OF_DIFFUSION = ("samples", "pretrain")
+
+
+def _check_options(context: typer.Context, task: TaskName) -> None:
+    """An option that the task would not heed is an error."""
+    from click.core import ParameterSource
+
+    from ..errors import InputError
+
+    classifier = task is TaskName.classifier
+    for name in _OF_DIFFUSION if classifier else _OF_THE_CLASSIFIER:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            whose = "ddpm, dit and text" if classifier else "classifier"
+            raise InputError(f"--{name.replace('_', '-')} belongs to demo {whose}: leave it out with demo {task.value}")
+
+
+def check_json_file(json_file: Path | None, output_dir: Path) -> None:
+    from .._files import writable_directory
+    from ..errors import InputError
+
+    if json_file is None:
+        return
+    beside = json_file.parent.resolve() == output_dir.resolve()  # with the results, in a directory yet to be made
+    if not (beside or json_file.parent.is_dir()) or json_file.is_dir():
+        raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
+    writable_directory(json_file.parent)
 
 
 def _checked_device(name: str) -> str:
@@ -131,7 +184,7 @@ def _checked_device(name: str) -> str:
     return name
 
 
-def _versions(own: str) -> dict[str, str]:
+def versions(own: str) -> dict[str, str]:
     import numpy
     import torch
 

@@ -102,7 +102,7 @@ def forget(
     from ..diffusion.job import OWN_FOLDER, ForgetJob
     from ..diffusion.options import ForgetOptions
     from ..errors import InputError
-    from .demo import _checked_device, _versions
+    from .demo import _checked_device, versions
     from .progress import stages
 
     given = dict(locals())
@@ -134,7 +134,7 @@ def forget(
         job.progress = progress
         report: dict[str, Any] = {
             "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
-            "versions": _versions(__version__),
+            "versions": versions(__version__),
             **job.run(),
         }
     text = json.dumps(report, indent=2) + "\n"

@@ -24,13 +24,14 @@ from ...methods import SFRon
 from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ...unlearner import Result, Unlearner
 from ..batches import ShuffledBatches
-from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, noise_scheduler, sampling_scheduler
+from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, noise_scheduler, sampling_scheduler
+from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
 from .settings import BATCH_SIZE, GUIDANCE, STEPS, method_for, task_settings
-from .weights import load_judge, load_pretrained
+from .weights import load, load_samples
 
 __all__ = ["DiffusionDemo", "DiffusionOptions"]
 
-TRAIN_SIZE, TEST_SIZE = 4000, 1000  # of the split that the networks were trained on
+FEATURES = 64  # of the judge
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class DiffusionOptions:
             raise InputError(f"expected a task of {', '.join(DENOISERS)}, got {self.task!r}")
         if not 0 <= self.forget_class < CLASSES:
             raise InputError(f"--forget-class: expected a digit from 0 to 9, got {self.forget_class}")
-        least = Judge.FEATURES // (CLASSES - 1) + 1
+        least = FEATURES // (CLASSES - 1) + 1
         if self.samples < least:
             raise InputError(
-                f"--samples: expected at least {least} of each digit, for the Fréchet distance in {Judge.FEATURES} "
+                f"--samples: expected at least {least} of each digit, for the Fréchet distance in {FEATURES} "
                 f"features, got {self.samples}"
             )
         if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
@@ -82,13 +83,15 @@ class DiffusionDemo:
 
     Args:
         pretrained: a network to start from, instead of the one that comes with the package.
+        method: settings other than the demo's own.
     """
 
     def __init__(
         self,
         options: DiffusionOptions,
         progress: Progress | None = None,
-        pretrained: Denoiser | None = None,
+        *,
+        pretrained: Trained | None = None,
         method: SFRon | None = None,
     ):
         self.options = options
@@ -96,10 +99,7 @@ class DiffusionDemo:
         self.digits: Digits = load_digits()
         self.seconds: dict[str, float] = {}
         self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit
-        self.network = pretrained
-        self.judge: Judge | None = None
-        self.judge_metadata: dict[str, Any] = {}
-        self.metadata: dict[str, Any] = {}
+        self.pretrained, self.judge = pretrained, None
         self.result: Result | None = None
         self.method = method or method_for(options.task)
         self.labels = torch.arange(CLASSES).repeat_interleave(options.samples)
@@ -112,12 +112,9 @@ class DiffusionDemo:
     def run(self) -> DiffusionDemo:
         options = self.options
         with self._timed("loading"):
-            if self.network is None:
-                self.network, self.metadata = load_pretrained(
-                    options.task, progress=lambda done, total: self.progress("training once", done, total)
-                )
-            self.network = copy.deepcopy(self.network)
-            self.judge, self.judge_metadata = load_judge()
+            self.pretrained = self.pretrained or load(options.task, progress=self.progress)
+            self.judge = load("judge", progress=self.progress)
+            self.network = copy.deepcopy(self.pretrained.network)
             for module in self.network.modules.values():
                 module.to(options.device)
         # Noise of its own for each sample: the same pictures whatever the number of samples.
@@ -195,17 +192,24 @@ class DiffusionDemo:
         differ among themselves; before and after."""
         split = self.digits.split(TRAIN_SIZE, TEST_SIZE)
         real = self.digits.pixels(SIZE)[split.test_indices[split.test_labels != self.options.forget_class]]
-        real_features = self._in_parts(self.judge.features, real)
+        real_features = self._in_parts(self.judge.network.features, real)
         kept = self.labels != self.options.forget_class
         scores: dict[str, dict[int, dict[str, float]]] = {}
         found: dict[str, Any] = {"frechet": {}, "diversity": {}}
         for when, pictures in self.samples.items():
-            scores[when] = class_scores(self._in_parts(self.judge, pictures).softmax(dim=1), self.labels)
+            scores[when] = class_scores(self._in_parts(self.judge.network, pictures).softmax(dim=1), self.labels)
             found["frechet"][when] = frechet_distance(
-                real_features, self._in_parts(self.judge.features, pictures[kept])
+                real_features, self._in_parts(self.judge.network.features, pictures[kept])
             )
             found["diversity"][when] = pairwise_distance(pictures[~kept])
         found["digits"] = {str(d): {when: scores[when][d] for when in self.samples} for d in range(CLASSES)}
+        if self.replacement is not None:  # how often the forgotten caption shows what it shall show instead
+            found["replaced"] = {
+                when: float(
+                    (self._in_parts(self.judge.network, pictures[~kept]).argmax(1) == self.replacement).double().mean()
+                )
+                for when, pictures in self.samples.items()
+            }
         others = [d for d in range(CLASSES) if d != self.options.forget_class]
         found["forgotten"] = {when: scores[when][self.options.forget_class]["accuracy"] for when in self.samples}
         found["retained"] = {
@@ -233,8 +237,8 @@ class DiffusionDemo:
                 "samples_per_digit": options.samples,
                 "size": SIZE,
                 "classifier": "trained on the 4,000 training digits",
-                "classifier_held_out_accuracy": self.judge_metadata.get("held_out_accuracy"),
-                "features": f"{Judge.FEATURES}, the classifier's last layer",
+                "classifier_held_out_accuracy": self.judge.metadata["held_out_accuracy"],
+                "features": f"{FEATURES}, the classifier's last layer",
                 "frechet": "retained digits of the held-out 1,000 against samples of the retained labels",
                 "diversity": "mean pairwise Euclidean distance of samples of the forgotten label",
             },
@@ -251,14 +255,19 @@ class DiffusionDemo:
             "device": options.device,
             "mixed_precision": options.mixed_precision,
             "threads": torch.get_num_threads(),
-            "pretrained": self.metadata,
+            "pretrained": self.pretrained.metadata,
             "data_sha256": self.digits.sha256,
         }
 
     def write_grid(self, path: Path, columns: int = 3) -> None:
-        """Before and after, ``columns`` of each digit from the same noise."""
+        """Before and after, ``columns`` of each digit from the same noise; and, for the digit of which there are any,
+        pictures of a network that was trained without it."""
         chosen = torch.cat([d * self.options.samples + torch.arange(columns) for d in range(CLASSES)])
         rows = {when: pictures[chosen] for when, pictures in self.samples.items()}
+        retrained = load_samples(self.options.task, self.options.forget_class)
+        if retrained is not None:
+            images, labels, _ = retrained
+            rows["retrained"] = torch.cat([images[labels == d][:columns] for d in range(CLASSES)])
         write_grid(path, rows, [str(d) for d in range(CLASSES) for _ in range(columns)])
 
     def save(self, directory: str | Path) -> None:

@@ -1,0 +1,101 @@
+"""``unlearn-ext demo ddpm``, ``dit`` and ``text``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..demo.diffusion.run import DiffusionOptions
+
+__all__ = ["run"]
+
+
+def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pretrain: bool) -> int:
+    from .. import __version__, _native
+    from .._files import atomic_path, writable_directory
+    from ..demo.diffusion import weights
+    from ..demo.diffusion.run import DiffusionDemo
+    from ..errors import InputError
+    from .demo import check_json_file, versions
+    from .progress import stages
+
+    check_json_file(json_file, output_dir)
+    output_dir = writable_directory(output_dir)
+    console = Console(stderr=True, highlight=False)
+    with console.status("building the native library, once"):
+        os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
+        try:
+            backend = _native.load()
+        except ValueError as error:  # a variable of the environment
+            raise InputError(str(error)) from None
+    console.print(f"backend: {backend}", style="dim")
+    with stages(console) as progress:
+        pretrained = None
+        if pretrain:
+            pretrained = weights.load(options.task, seed=options.seed, retrain=True, progress=progress)
+        demo = DiffusionDemo(options, progress, pretrained=pretrained)
+        demo.run()
+    with console.status("judging the pictures"):
+        report: dict[str, Any] = {
+            "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
+            "versions": versions(__version__),
+            **demo.report(),
+        }
+    demo.save(output_dir)
+    text = json.dumps(report, indent=2) + "\n"
+    for path in filter(None, (output_dir / "result.json", json_file)):
+        with atomic_path(path) as partial:
+            partial.write_text(text)
+    _show(report, output_dir)
+    return 0
+
+
+def _show(report: dict[str, Any], output_dir: Path) -> None:
+    """One table of at most 80 columns, and some sentences."""
+    forgotten, protocol = report["forget_class"], report["protocol"]
+    names = {"ddpm": "a UNet told labels", "dit": "a DiT", "text": "a UNet told captions"}
+    table = Table(title=f"{names[report['task']].capitalize()} forgets the digit {forgotten}, seed {report['seed']}")
+    table.add_column("digit", justify="right")
+    for what in ("accuracy %", "probability %"):
+        for when in ("before", "after"):
+            table.add_column(f"{when}\n{what}", justify="right")
+    for digit, found in report["digits"].items():
+        cells = [
+            f"{100 * found[when][what]:.1f}" for what in ("accuracy", "probability") for when in ("before", "after")
+        ]
+        style = "bold" if digit == str(forgotten) else None
+        table.add_row(digit, *cells, style=style)
+    console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{protocol['samples_per_digit']} samples of each digit: DDIM, {protocol['steps']} steps, guidance "
+        f"{protocol['guidance']:g}. The classifier that judges them is right on "
+        f"{100 * protocol['classifier_held_out_accuracy']:.1f} % of 1,000 held-out digits.",
+        style="dim",
+    )
+    others = report["retained"]
+    console.print(
+        f"The digit {forgotten}: {100 * report['forgotten']['before']:.1f} % before, "
+        f"{100 * report['forgotten']['after']:.1f} % after {report['counts']['iterations']} iterations. The nine "
+        f"others: {100 * others['before']:.1f} % and {100 * others['after']:.1f} %; Fréchet distance to real ones "
+        f"{report['frechet']['before']:.2f} and {report['frechet']['after']:.2f}."
+    )
+    if report["replacement"] is not None:
+        console.print(
+            f"Asked for a {forgotten}, it shows a {report['replacement']} in {100 * report['replaced']['after']:.1f} %."
+        )
+    diversity = report["diversity"]
+    console.print(
+        f"Mean distance between two samples of the forgotten label: {diversity['before']:.1f} before, "
+        f"{diversity['after']:.1f} after."
+    )
+    console.print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()))
+    console.print(f"pictures, denoiser, mask and result.json: {output_dir}", style="dim")
