@@ -79,7 +79,8 @@ def judge_samples(judge: Judge, images: Tensor, labels: Tensor, without: int | N
             "probability": probabilities[own, digit].mean().item(),
             "distance": torch.pdist(images[own].flatten(1)).mean().item(),
         }
-    kept, real_kept = labels != without, split.test_labels != without
+    none = -1 if without is None else without
+    kept, real_kept = labels != none, split.test_labels != none
     report["frechet"] = frechet_distance(features[kept], judge.features(real[real_kept]))
     return report
 
