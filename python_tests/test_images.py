@@ -134,10 +134,9 @@ def test_folders_by_sorted_order_only_if_there_are_as_many_as_classes(digits):
 def test_sorted_order_that_contradicts_the_models_texts_is_refused(kept, tmp_path):
     for digit, name in enumerate(pipelines.NAMES):
         shutil.copytree(kept / str(digit), tmp_path / name)
-    refused(
-        "'eight' would be class 0 by sorted order, and the model calls class 8 so", tmp_path, **MODEL, id2label=ID2LABEL
-    )
-    mapped = open_data(tmp_path, **MODEL, id2label=ID2LABEL, class_map={n: i for i, n in ID2LABEL.items()})
+    named = {**MODEL, "id2label": ID2LABEL}
+    refused("'eight' would be class 0 by sorted order, and the model calls class 8 so", tmp_path, **named)
+    mapped = open_data(tmp_path, **named, class_map={n: i for i, n in ID2LABEL.items()})
     assert mapped.folders["eight"] == 8 and mapped.labels.tolist() == sorted(mapped.labels.tolist())
     assert torch.equal(mapped[32]["pixel_values"], open_data(kept, **MODEL)[32]["pixel_values"])
     assert mapped.parse_classes("Eight,3") == [8, 3]
@@ -203,9 +202,7 @@ def test_folders_that_are_refused(digits, tmp_path):
     shutil.copytree(digits / "3", flat)
     refused("has no class folders", flat, **MODEL)
     (tmp_path / "data.pt").write_bytes(b"x")
-    refused(
-        r"expected a folder with one folder per class, a .npz or a .safetensors file", tmp_path / "data.pt", **MODEL
-    )
+    refused("expected a folder with one folder per class", tmp_path / "data.pt", **MODEL)
 
 
 # --- Unreadable images --------------------------------------------------------------------------------------
@@ -384,9 +381,7 @@ def test_arrays_that_are_refused(tmp_path, pixels):
     bad("latent_mean needs latent_std", LATENTS, latent_mean=latents, labels=LABELS)
     bad(r"has latents of shape \[6, 2, 4, 3\]", LATENTS, latents=latents[..., :3], labels=LABELS)
     bad(r"expected floats", LATENTS, latents=latents.astype(np.uint8), labels=LABELS)
-    refused(
-        "a class map is for folders", save(tmp_path / "a.npz", images=pixels, labels=LABELS), **COLOUR, class_map={}
-    )
+    bad("a class map is for folders", {**COLOUR, "class_map": {}}, images=pixels, labels=LABELS)
 
 
 def test_bad_numbers_far_into_an_array_are_found_before_a_run(tmp_path):
@@ -395,11 +390,13 @@ def test_bad_numbers_far_into_an_array_are_found_before_a_run(tmp_path):
     labels = np.zeros(500, np.int64)
     data = open_data(save(tmp_path / "a.npz", images=floats, labels=labels), size=2, channels=1, classes=2)
     assert data.verify([1, 2]) == [1, 2]
-    with pytest.raises(InputError, match="sample 333 of .* has pixels from 7 to 7"):
+    with pytest.raises(InputError, match=r"sample 333 of .* has pixels from 7 to 7"):
         data.verify(range(500))
     std = np.ones((2, 2, 4, 4), np.float32)
     std[1, 0] = -1
-    data = open_data(save(tmp_path / "b.safetensors", latent_mean=std, latent_std=std, labels=labels[:2]), **LATENTS)
+    data = open_data(
+        save(tmp_path / "b.safetensors", latent_mean=std, latent_std=std.copy(), labels=labels[:2]), **LATENTS
+    )
     with pytest.raises(InputError, match="negative latent_std"):
         data.verify([0, 1])
 
@@ -436,7 +433,7 @@ def test_classes_by_index_and_by_text():
     for text, match in [
         ("crane", "'crane' is the name of classes 1 and 2: give the index"),
         ("tensh", "no class 'tensh': did you mean 'tench'"),
-        ("zzz", "it knows 'tench, tinca tinca'"),
+        ("zzz", "it knows 'tench, tinca tinca', 'tench', 'tinca tinca', 'crane', 'crane, machine' and 1 more"),
         ("4", "class 4 is no class of images"),
         ("5", r"class 5 is outside the model's 4 classes \(0 to 3\)"),
         ("-1", "class -1 is outside"),
@@ -455,6 +452,6 @@ def test_folder_names_are_texts_unless_they_are_numbers(kept, tmp_path):
         shutil.copytree(kept / str(digit), tmp_path / f"n0{digit}x")
     data = open_data(tmp_path, size=16, channels=1, classes=2)
     assert data.parse_classes("n01x") == [1]
-    with pytest.raises(InputError, match="did you mean 'n0.x' or"):
+    with pytest.raises(InputError, match=r"did you mean 'n0.x' or"):
         data.parse_classes("n02x")
     assert json.loads(json.dumps(data.preprocessing)) == data.preprocessing
