@@ -21,7 +21,7 @@ def label_names(id2label: Mapping[int, str] | None, folders: Mapping[str, int] |
     """
     named: dict[str, set[int]] = {}
     for index, text in (id2label or {}).items():
-        for synonym in {text, *text.split(",")}:
+        for synonym in dict.fromkeys([text, *text.split(",")]):
             if synonym.strip():
                 named.setdefault(synonym.strip().lower(), set()).add(int(index))
     for folder, index in (folders or {}).items():
@@ -107,9 +107,7 @@ def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = Non
         if folder in mapping:
             raise InputError(f"the class map {path} names the folder {folder!r} twice")
         if index in owner:
-            raise InputError(
-                f"the class map {path} gives class {index} to {owner[index]!r} and {folder!r}: give it one"
-            )
+            raise InputError(f"the class map {path} gives class {index} to both {owner[index]!r} and {folder!r}")
         mapping[folder], owner[index] = index, folder
     if not mapping:
         raise InputError(f"the class map {path} is empty: expected lines of a folder and its class")

@@ -199,7 +199,7 @@ def encode_latents(
     Args:
         dataset: gives ``pixel_values``.
         indices: into the dataset; one that is named twice is encoded once.
-        vae: ``encode(x).latent_dist`` with ``mean`` and ``std`` (AutoencoderKL), or ``encode(x).latents``.
+        vae: an ``AutoencoderKL``, or what else has ``encode(x).latent_dist`` with ``mean`` and ``std``.
         directory: created; one directory holds one VAE and one data set.
         batch_size: images encoded at once.
         shard_bytes: at most so large is a file, unless a single image is larger.
@@ -276,14 +276,12 @@ class _Encoder:
         self.vae.eval()
         try:
             with torch.autocast(self.first.device.type, enabled=False):
-                encoded = self.vae.encode(pixels.to(self.first.device, self.first.dtype))
+                posterior = self.vae.encode(pixels.to(self.first.device, self.first.dtype)).latent_dist
         finally:
             self.vae.train(training)
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:
-            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-        mean, std = (part.to("cpu", torch.float32).to(self.dtype).contiguous() for part in (mean, std))
+        mean, std = (
+            part.to("cpu", torch.float32).to(self.dtype).contiguous() for part in (posterior.mean, posterior.std)
+        )
         finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
         if not bool(finite.all()):
             index = batch[int((~finite).nonzero()[0])]
