@@ -215,7 +215,7 @@ class Diffusion(Task):
             target, _ = self._predict(model, replacement, timesteps, self._conditions(batch, "replace"))
         noisy = self.schedule.add(batch["inputs"], noise, timesteps)
         prediction, _ = self._predict(model, noisy, timesteps, self._conditions(batch, "full"))
-        return self._reduce((prediction - target.detach()) ** 2)
+        return self._reduce((prediction - target) ** 2)
 
     _NO_REPLACEMENT = "the batch has no replacement"
 

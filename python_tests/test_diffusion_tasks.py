@@ -1,0 +1,663 @@
+"""The diffusion tasks: what is drawn and when, losses against hand formulas, bad input, resuming, trained weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import warnings
+
+import denoisers
+import pytest
+import torch
+from denoisers import CLASSES, images, labels, normal, scheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusion_oracle import Diffusion, Draws
+from models import ConvNet, make
+from torch import Tensor, nn
+
+from unlearn_ext import FisherDiagonal, InputError, Unlearner
+from unlearn_ext.diffusion.weights import select_trained, tie_embeddings, untie_embeddings
+from unlearn_ext.methods import DOMAINS, SFRon
+from unlearn_ext.tasks import ClassConditionalDiffusion, Classification, Task, TextConditionalDiffusion
+from unlearn_ext.tasks._variational import variational_bound
+
+CPU = torch.device("cpu")
+
+
+class Denoiser(nn.Module):
+    """a x_t + b label + c t: whose losses can be computed by hand. It has no configuration."""
+
+    def __init__(self, outputs: int = 1):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+        self.outputs = outputs
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x, t, class_labels):
+        self.calls.append((x, t, class_labels))
+        value = self.a * x + self.b * class_labels.reshape(-1, 1, 1, 1) + 0.01 * t.double().reshape(-1, 1, 1, 1)
+        return torch.cat([value * (i + 1) for i in range(self.outputs)], 1)
+
+
+def class_task(**arguments) -> ClassConditionalDiffusion:
+    return ClassConditionalDiffusion(scheduler(arguments.pop("prediction_type", "epsilon")), **arguments)
+
+
+def begun(model: nn.Module, batch, **arguments) -> tuple[ClassConditionalDiffusion, dict[str, Tensor]]:
+    task = class_task(**arguments)
+    task.begin(model, batch)
+    return task, task.prepare(batch, CPU)
+
+
+# --- Draws ----------------------------------------------------------------------------------------------------
+
+
+def test_everything_random_is_drawn_once_in_the_documented_order() -> None:
+    mean, std = normal(5, 2, 4, 4), normal(5, 2, 4, 4, seed=1).abs()
+    batch = {"latent_mean": mean, "latent_std": std, "labels": labels(5)}
+    model = denoisers.dit().double().train()
+    everywhere = torch.get_rng_state()
+    task, prepared = begun(model, batch, label_dropout=0.5, scaling_factor=0.7, seed=3)
+
+    draws = Draws(3, 10)
+    x = 0.7 * (mean + std * draws.normal(mean))
+    t, noise = draws.timesteps(5), draws.normal(mean)
+    dropped = [CLASSES if drop else int(label) for drop, label in zip(draws.dropped(5, 0.5), labels(5), strict=True)]
+    assert (prepared["inputs"] - x).abs().max() < 1e-15
+    assert torch.equal(prepared["timesteps"], t) and torch.equal(prepared["noise"], noise)
+    assert prepared["dropped_labels"].tolist() == dropped and torch.equal(prepared["labels"], batch["labels"])
+    assert 0 < dropped.count(CLASSES) < 5
+
+    state = task.generator.get_state()
+    first = task.losses(model, prepared)
+    assert torch.equal(first, task.losses(copy.deepcopy(model), prepared)), "teacher and student see the same draw"
+    assert torch.equal(task.generator.get_state(), state) and torch.equal(torch.get_rng_state(), everywhere)
+    assert task.generators() == [task.generator]
+    again = task.prepare(batch, CPU)
+    assert not torch.equal(again["noise"], prepared["noise"])
+
+
+def test_the_draws_do_not_depend_on_the_precision() -> None:
+    batch = (images(4), labels(4))
+    _, wide = begun(denoisers.unet().double(), batch)
+    _, narrow = begun(denoisers.unet().bfloat16(), batch)
+    assert wide["noise"].dtype == torch.float64 and narrow["noise"].dtype == torch.float32
+    assert torch.equal(wide["noise"].float(), narrow["noise"])
+    assert torch.equal(wide["timesteps"], narrow["timesteps"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_block_of_a_dit_sees_the_label_that_was_drawn(checkpointing) -> None:
+    model = denoisers.dit(layers=4).train()
+    if checkpointing:  # the blocks run again in the backward pass
+        model.enable_gradient_checkpointing()
+    seen: list[Tensor] = []
+    for block in model.transformer_blocks:
+        table = block.norm1.emb.class_embedder.embedding_table
+        table.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))
+    batch = (normal(64, 2, 4, 4).float(), labels(64))
+    task, prepared = begun(model, batch, label_dropout=0.5)
+    for _ in range(2):  # a loop may switch the whole model to train mode in between
+        model.train()
+        task.losses(model, prepared).mean().backward()
+    assert len(seen) == 2 * (5 + checkpointing * 4)  # the output layer asks the first embedder again
+    assert all(torch.equal(told, prepared["dropped_labels"]) for told in seen)
+    assert 16 < (prepared["dropped_labels"] == CLASSES).sum() < 48
+
+
+def test_modes_are_as_before_after_a_run() -> None:
+    model = denoisers.dit().train()
+    batch = [(normal(4, 2, 4, 4).float(), labels(4))], [(normal(4, 2, 4, 4, seed=1).float(), labels(4))]
+    Unlearner(model, class_task(), SFRon.preset("dit-xl-2-256", iterations=1)).run(*batch)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_antithetic_timesteps(count) -> None:
+    batch = (images(count), labels(count))
+    _, prepared = begun(denoisers.unet(), batch, antithetic=True)
+    t = prepared["timesteps"].tolist()
+    assert len(t) == count and all(0 <= k < 10 for k in t)
+    half = count // 2 + 1
+    assert all(t[half + i] == 9 - t[i] for i in range(count - half))
+
+
+def test_timesteps_are_uniform() -> None:
+    task = class_task()
+    for antithetic in (False, True):
+        t = task.schedule.draw(10_000, task.generator, antithetic)
+        assert ((torch.bincount(t, minlength=10) - 1000).abs() < 150).all()
+
+
+def test_labels_are_dropped_as_often_as_asked() -> None:
+    batch = (torch.zeros(10_000, 1, 8, 8), labels(10_000))
+    _, prepared = begun(denoisers.unet(), batch, label_dropout=0.2)
+    assert abs((prepared["dropped_labels"] == CLASSES).float().mean() - 0.2) < 0.02
+    _, prepared = begun(denoisers.unet(), batch, label_dropout=0.0)
+    assert torch.equal(prepared["dropped_labels"], batch[1])
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_what_the_model_predicts(kind, reduction) -> None:
+    model = Denoiser()
+    batch = (images(6), labels(6))
+    task, prepared = begun(model, batch, prediction_type=kind, reduction=reduction, label_dropout=0.3, null_label=9)
+    losses = task.losses(model, prepared)
+    left = torch.cumprod(1 - scheduler().betas.double(), 0)
+    for i, k in enumerate(prepared["timesteps"].tolist()):
+        total = 0.0
+        signal, spread = math.sqrt(left[k]), math.sqrt(1 - left[k])
+        for x, n in zip(batch[0][i].flatten().tolist(), prepared["noise"][i].flatten().tolist(), strict=True):
+            told = prepared["dropped_labels"][i].item()
+            prediction = 0.3 * (signal * x + spread * n) + 0.1 * told + 0.01 * k
+            target = {"epsilon": n, "sample": x, "v_prediction": signal * n - spread * x}[kind]
+            total += (prediction - target) ** 2 / (64 if reduction == "mean" else 1)
+        assert losses[i].item() == pytest.approx(total, rel=1e-12)
+    assert losses.dtype == torch.float64 and losses.shape == (6,)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_diffusers_agrees_on_noise_and_on_what_a_prediction_implies(kind) -> None:
+    own, schedule = scheduler(kind), class_task(prediction_type=kind).schedule
+    x, noise, t = images(10), normal(10, 1, 8, 8, seed=1), torch.arange(10)
+    noisy = schedule.add(x, noise, t)
+    assert (noisy - own.add_noise(x, noise, t)).abs().max() < 1e-5, "diffusers has float32 products"
+    target = schedule.target(x, noise, t)
+    assert (schedule.sample(target, noisy, t) - x).abs().max() < 1e-12
+    if kind == "v_prediction":
+        assert (target - own.get_velocity(x, noise, t)).abs().max() < 1e-5
+
+
+def test_losses_of_half_models_are_float32() -> None:
+    model = denoisers.unet().bfloat16()
+    task, prepared = begun(model, (images(3), labels(3)))
+    assert task.losses(model, prepared).dtype == torch.float32
+    model = denoisers.unet()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert task.losses(model, prepared).dtype == torch.float32
+
+
+def test_variational_bound() -> None:
+    model = denoisers.dit().double().eval()
+    batch = (normal(40, 2, 4, 4).clamp(-1.2, 1.2), labels(40))
+    task, prepared = begun(model, batch, label_dropout=0.0)
+    x, noise, t = prepared["inputs"], prepared["noise"], prepared["timesteps"]
+    diffusion = Diffusion(scheduler().betas)
+    noisy = diffusion.noisy(x, noise, t)
+    assert set(t.tolist()) == set(range(10)) and (x.abs() > 0.999).any()
+    output = model(noisy, t, prepared["labels"]).sample
+    squares = ((noise - output[:, :2]) ** 2).mean((1, 2, 3))
+    bits = torch.stack(
+        [diffusion.bound(x[i], noisy[i], output[i, :2], output[i, 2:], k).mean() for i, k in enumerate(t.tolist())]
+    )
+    assert (task.losses(model, prepared) - squares - bits).abs().max() < 1e-10
+    assert bits.min() > 0
+
+    without = class_task(variational_bound=False, label_dropout=0.0)
+    assert (without.losses(model, prepared) - squares).abs().max() < 1e-12
+
+
+def test_the_bound_trains_the_variance_alone() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.variance = nn.Parameter(normal(20, 1, 8, 8)), nn.Parameter(normal(20, 1, 8, 8, seed=1))
+
+        def forward(self, x, t, class_labels):
+            return (torch.cat([self.mean, self.variance], 1),)
+
+    model = Split()
+    task, prepared = begun(model, (images(20), labels(20)), label_dropout=0.0)
+    task.losses(model, prepared).sum().backward()
+    target = prepared["noise"]
+    assert (model.mean.grad - 2 * (model.mean - target) / 64).abs().max() < 1e-12
+    assert (model.variance.grad.abs() > 0).any()
+
+
+def test_the_bound_is_zero_for_the_true_posterior() -> None:
+    """Where the prediction is exact and the variance that of the posterior, t > 0."""
+    schedule = class_task().schedule
+    x, noise, t = images(9), normal(9, 1, 8, 8), torch.arange(1, 10)
+    noisy = schedule.add(x, noise, t)
+    assert variational_bound(schedule, noise, -torch.ones_like(x), x, noisy, t).abs().max() < 1e-9
+    assert variational_bound(schedule, noise, torch.ones_like(x), x, noisy, t).min() > 1e-3
+
+
+@pytest.mark.parametrize("model", [denoisers.unet(channels=2), denoisers.dit()], ids=["unet", "dit"])
+def test_guidance_of_the_fisher_losses(model) -> None:
+    model = copy.deepcopy(model).double()
+    size = model.config.sample_size
+    batch = (normal(6, 2, size, size), labels(6))
+    task, prepared = begun(model, batch, label_dropout=0.9, variational_bound=False)
+    assert torch.equal(task.fisher_losses(model, prepared), task.losses(model, prepared))
+    noisy = task.schedule.add(prepared["inputs"], prepared["noise"], prepared["timesteps"])
+    with_it, without = (
+        model(noisy, prepared["timesteps"], told).sample[:, :2]
+        for told in (prepared["labels"], torch.full((6,), CLASSES))
+    )
+    for s in (0.0, 1.0, 2.0):
+        task.guidance = s
+        wanted = ((prepared["noise"] - ((1 - s) * without + s * with_it)) ** 2).mean((1, 2, 3))
+        assert (task.fisher_losses(model, prepared) - wanted).abs().max() < 1e-12
+    assert (with_it - without).abs().max() > 1e-3
+
+
+def test_latents_and_pixels() -> None:
+    model = denoisers.dit().double()
+    values = normal(3, 2, 4, 4)
+    for batch, factor in (
+        ({"latents": values, "labels": labels(3)}, 0.5),
+        ({"latent_mean": values, "latent_std": torch.zeros_like(values), "labels": labels(3)}, 0.5),
+        ({"pixel_values": values, "labels": labels(3)}, 1.0),
+        ((values, labels(3)), 1.0),
+    ):
+        task, prepared = begun(model, batch, scaling_factor=0.5)
+        assert torch.equal(prepared["inputs"], factor * values)
+        assert torch.equal(task.inputs(batch), values) and task.size(prepared) == task.size(batch) == 3
+
+
+def test_replacement_by_a_label() -> None:
+    model = denoisers.unet().double()
+    batch = {"pixel_values": images(4), "labels": labels(4)}
+    task, prepared = begun(model, batch, replace_label=3, label_dropout=0.9, reduction="sum")
+    t = prepared["timesteps"]
+    noisy = task.schedule.add(prepared["inputs"], prepared["noise"], t)
+    target = model(noisy, t, torch.full((4,), 3)).sample.detach()
+    wanted = ((model(noisy, t, batch["labels"]).sample - target) ** 2).sum((1, 2, 3))
+    got = task.replacement_losses(model, prepared)
+    assert (got - wanted).abs().max() < 1e-12
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(losses.sum(), parameters) for losses in (got, wanted))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+    _, other = begun(model, {**batch, "replace_labels": torch.tensor([0, 1, CLASSES, 2])}, replace_label=3)
+    assert other["replace_labels"].tolist() == [0, 1, CLASSES, 2]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention has no batching rule of its own
+def test_a_function_does_for_a_model() -> None:
+    """Exact per-sample Fisher diagonals call the task with a function; against one gradient at a time."""
+    model = denoisers.dit().double().train()
+    batch = (normal(5, 2, 4, 4), labels(5))
+    fisher = FisherDiagonal(model, class_task(guidance=2.0), per_sample=True, chunk=2, max_norm=0.5).measure([batch])
+    task, prepared = begun(model, batch, guidance=2.0)
+    model.eval()
+    total, clipped = {name: torch.zeros_like(p) for name, p in model.named_parameters()}, 0
+    for i in range(5):
+        model.zero_grad()
+        task.fisher_losses(model, {name: value[i : i + 1] for name, value in prepared.items()}).sum().backward()
+        clipped += int(nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5)
+        for name, p in model.named_parameters():
+            total[name] += p.grad**2 / 5
+    assert clipped > 0
+    assert all((total[name] - value).abs().max() < 1e-12 for name, value in fisher.means().items())
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, "much"])
+def test_fisher_clipping_needs_a_norm(max_norm) -> None:
+    with pytest.raises(InputError, match="Fisher max_norm: expected more than 0"):
+        FisherDiagonal(make(), Classification(), max_norm=max_norm)
+    with pytest.raises(InputError, match="fisher_max_norm: expected more than 0"):
+        SFRon(fisher_max_norm=max_norm)
+
+
+# --- Prompts --------------------------------------------------------------------------------------------------
+
+
+def text_task(**arguments) -> TextConditionalDiffusion:
+    return TextConditionalDiffusion(scheduler(), **arguments)
+
+
+def prompt_batch(count: int = 3, **more) -> dict:
+    return {"latents": normal(count, 2, 8, 8), "prompt_embeds": normal(count, 8, 8, seed=1), **more}
+
+
+def test_prompts_are_encoded_once_by_text(tmp_path) -> None:
+    encoder, tokenizer = denoisers.text_encoder(tmp_path)
+    calls: list[Tensor] = []
+    encoder.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
+    task = text_task(text_encoder=encoder, tokenizer=tokenizer, prompt_dropout=0.5)
+    model = denoisers.text_unet()
+    batch = {"latents": normal(4, 2, 8, 8), "prompts": ["one", "two", "one", "three"]}
+    task.begin(model, batch)
+    first, second = task.prepare(batch, CPU), task.prepare(batch, CPU)
+    assert sum(len(ids) for ids in calls) == 4  # three texts and the empty one
+    assert torch.equal(first["prompt_embeds"], second["prompt_embeds"])
+    assert not torch.equal(first["dropped"], second["dropped"])
+
+    encoder.eval()
+    tokens = tokenizer(batch["prompts"] + [""], padding="max_length", max_length=8, return_tensors="pt")
+    wanted = encoder(tokens.input_ids)[0].detach()
+    assert torch.equal(first["prompt_embeds"], wanted[:4]), "not in train mode, with its dropout"
+    noisy = task.schedule.add(first["inputs"], first["noise"], first["timesteps"])
+    told = torch.where(first["dropped"][:, None, None], wanted[4:], wanted[:4])
+    losses = ((model(noisy, first["timesteps"], told).sample - first["noise"]) ** 2).mean((1, 2, 3))
+    assert torch.allclose(task.losses(model, first), losses, rtol=1e-6)
+    assert 0 < first["dropped"].sum() < 4
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        task.prepare({**batch, "prompts": ["one"] * 3 + ["abcdefghijklm"]}, CPU)
+    assert ["'abcdefghijklm' is longer than 8 tokens" in str(w.message) for w in caught] == [True]
+
+
+def test_replacement_by_a_prompt_takes_the_same_samples_unless_told() -> None:
+    model = denoisers.text_unet().double()
+    replace = normal(3, 8, 8, seed=2)
+    task = text_task(prompt_dropout=0.0)
+    for more in ({}, {"replace_latents": normal(3, 2, 8, 8, seed=3)}):
+        batch = prompt_batch(replace_prompt_embeds=replace, **more)
+        task.begin(model, batch)
+        prepared = task.prepare(batch, CPU)
+        t, noise = prepared["timesteps"], prepared["noise"]
+        other = task.schedule.add(more.get("replace_latents", batch["latents"]), noise, t)
+        noisy = task.schedule.add(batch["latents"], noise, t)
+        wanted = model(noisy, t, batch["prompt_embeds"]).sample - model(other, t, replace).sample
+        losses = task.replacement_losses(model, prepared)
+        assert (losses - (wanted**2).mean((1, 2, 3))).abs().max() < 1e-12
+
+
+# --- Bad input ------------------------------------------------------------------------------------------------
+
+
+def refuse(match: str, task: Task, model: nn.Module, batch) -> None:
+    with pytest.raises(InputError, match=match):
+        task.begin(model, batch)
+        task.prepare(batch, CPU)
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        ((images(3), torch.tensor([0, 1, 7])), "label 7 is outside the model's 4 classes"),
+        ((images(3), torch.tensor([0, -1, 1])), "label -1 is outside the model's 4 classes"),
+        ((images(3), torch.tensor([0, 4, 1])), "label 4 is the null label of the model's 5 label embeddings"),
+        ((images(3), torch.tensor([0, 1])), "3 inputs and 2 labels"),
+        ((images(3), torch.tensor([0.0, 1.0, 2.0])), "labels: expected integers"),
+        ((images(3)[..., :7], labels(3)), "images are 8×7 and the model takes 8×8: resize"),
+        ((images(3, channels=3), labels(3)), "images have 3 channels and the model takes 1"),
+        ((images(3)[0], labels(1)), r"images: expected shape \[N, channels, height, width\]"),
+        ((images(0), labels(0)), "a batch is empty"),
+        (((images(3) + 1) * 127.5, labels(3)), r"image values go from 0 to 255: scale images to \[-1, 1\]"),
+        ((torch.zeros(3, 1, 8, 8, dtype=torch.uint8), labels(3)), r"images are torch.uint8: scale them to \[-1, 1\]"),
+        ({"pixel_values": images(3)}, "a batch has no labels"),
+        ({"labels": labels(3)}, "a batch is .* with one of pixel_values, latents, latent_mean and latent_std"),
+        ({"labels": labels(3), "latent_mean": images(3)}, "a batch is .* got a dict of labels, latent_mean"),
+        ({"labels": labels(3), "latents": images(3), "pixel_values": images(3)}, "pixel_values and latents: give one"),
+        (
+            {"labels": labels(3), "latent_mean": images(3), "latent_std": images(2)},
+            r"latent_std has shape \[2, 1, 8, 8\] and latent_mean \[3, 1, 8, 8\]",
+        ),
+        ({"labels": labels(1), "latents": images(1), "replace_labels": torch.tensor([5])}, "label 5 is outside"),
+        (images(3), "a batch is .* got Tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_batches_that_do_not_fit(batch, match) -> None:
+    refuse(match, class_task(), denoisers.unet(), batch)
+
+
+def test_classes_that_the_model_does_not_have() -> None:
+    good = (images(3), labels(3))
+    refuse("is not class-conditional: train one with num_class_embeds", class_task(), denoisers.unet(None), good)
+    refuse("is told prompts .* use TextConditionalDiffusion", class_task(), denoisers.text_unet(), good)
+    four = denoisers.unet(CLASSES)  # trained without a null label
+    last = (images(2), torch.tensor([3, 3]))
+    refuse("label 3 is the null label of the model's 4 label embeddings", class_task(), four, last)
+    task = class_task(label_dropout=0.0)
+    task.begin(four, last)
+    assert task.prepare(last, CPU)["dropped_labels"].tolist() == [3, 3]
+    refuse("label 4 is outside the model's 4 classes", task, four, (images(1), torch.tensor([4])))
+    refuse("the null label is 5 and the model has 5", class_task(null_label=5), denoisers.unet(), good)
+    refuse("the null label is 0 and the model has 1 label embeddings", class_task(), denoisers.unet(1), good)
+    refuse("replace_label 5 is outside the model's 5", class_task(replace_label=5), denoisers.unet(), good)
+    refuse("need a null label: give one", class_task(), Denoiser(), good)
+    dit = denoisers.dit()
+    for dropout in (0.0, 0.1):
+        task = class_task(label_dropout=dropout)
+        refuse("label 4 is the null label", task, dit, (normal(1, 2, 4, 4), torch.tensor([4])))
+    with pytest.raises(InputError, match="the null label is not known yet: call begin"):
+        class_task().prepare(good, CPU)
+
+
+def test_prompts_that_do_not_fit(tmp_path) -> None:
+    model, latents = denoisers.text_unet(), normal(3, 2, 8, 8)
+    task = text_task(prompt_dropout=0.0)
+    refuse("a batch has no prompts", task, model, {"latents": latents})
+    refuse("prompts need text_encoder and tokenizer", task, model, {"latents": latents, "prompts": ["a"] * 3})
+    refuse("width 7 and the model takes 8", task, model, {"latents": latents, "prompt_embeds": normal(3, 5, 7)})
+    refuse("3 samples and 2 prompts", task, model, {"latents": latents, "prompt_embeds": normal(2, 5, 8)})
+    refuse("expected floating-point numbers", task, model, {"latents": latents, "prompt_embeds": normal(3, 8)})
+    refuse("prompts and prompt_embeds: give one", task, model, prompt_batch(prompts=["a"] * 3))
+    refuse("expected a list of N texts, got str", task, model, {"latents": latents, "prompts": "abc"})
+    refuse("replacements without their prompts", task, model, prompt_batch(replace_latents=latents))
+    refuse(
+        r"replacement has shape \[2, 2, 8, 8\]",
+        task,
+        model,
+        prompt_batch(replace_latents=latents[:2], replace_prompt_embeds=normal(3, 8, 8)),
+    )
+    refuse("takes no prompts: use ClassConditionalDiffusion", task, denoisers.unet(channels=2), prompt_batch())
+    refuse(
+        r"the empty prompt has embeddings of shape \[4, 8\] and the batch's prompts \[8, 8\]",
+        text_task(null_embeds=normal(4, 8)),
+        model,
+        prompt_batch(),
+    )
+    with pytest.raises(InputError, match="need the empty prompt"):
+        text_task()
+    with pytest.raises(InputError, match="text_encoder and tokenizer belong together"):
+        text_task(text_encoder=nn.Linear(1, 1))
+    encoder, tokenizer = denoisers.text_encoder(tmp_path)
+    narrow = text_task(text_encoder=encoder, tokenizer=tokenizer)
+    narrow._width = 6
+    with pytest.raises(InputError, match="embeddings have width 8 and the model takes 6"):
+        narrow.prepare({"latents": latents, "prompts": ["a"] * 3}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"reduction": "max"}, "reduction: expected mean or sum"),
+        ({"label_dropout": 1.5}, r"label_dropout: expected a probability in \[0, 1\]"),
+        ({"guidance": -1.0}, "guidance: expected a finite number from 0"),
+        ({"scaling_factor": 0.0}, "scaling_factor: expected a finite number above 0"),
+        ({"null_label": -1}, "null_label: expected an integer from 0"),
+        ({"replace_label": "cat"}, "replace_label: expected an integer from 0"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, match) -> None:
+    with pytest.raises(InputError, match=match):
+        class_task(**arguments)
+
+
+def test_schedulers_that_are_none() -> None:
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        ClassConditionalDiffusion(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(InputError, match="has no alphas_cumprod: pass a diffusers scheduler"):
+        ClassConditionalDiffusion(10)
+    learned = DDPMScheduler(variance_type="learned")
+    with pytest.raises(InputError, match="only 'learned_range'"):
+        ClassConditionalDiffusion(learned)
+    ClassConditionalDiffusion(learned, variational_bound=False)
+
+
+def test_outputs_of_the_wrong_shape() -> None:
+    batch = (images(2), labels(2))
+    for outputs, bound, match in ((3, None, "expected 1 or 2 channels"), (1, True, "expected 2 channels")):
+        model = Denoiser(outputs)
+        task, prepared = begun(model, batch, label_dropout=0.0, variational_bound=bound)
+        with pytest.raises(InputError, match=match):
+            task.losses(model, prepared)
+
+
+def test_replacement_needs_a_task_and_a_batch_that_have_one() -> None:
+    method = SFRon(forget_term="replace", gamma=None, iterations=2)
+    with pytest.raises(InputError, match="Classification has no replacement"):
+        Unlearner(make(), Classification(), method)
+    with pytest.raises(InputError, match="Classification has no replacement"):
+        Classification().replacement_losses(make(), None)
+    model = denoisers.unet()
+    before = copy.deepcopy(model.state_dict())
+    data = [(images(2), labels(2))], [(images(2, seed=1), labels(2))]
+    with pytest.raises(InputError, match="give the task a replace_label or the batch replace_labels"):
+        Unlearner(model, class_task(), method).run(*data)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(InputError, match="add replace_prompts"):
+        Unlearner(denoisers.text_unet(), text_task(prompt_dropout=0.0), method).run(
+            [prompt_batch()], [prompt_batch()], allow_duplicates=True
+        )
+    with pytest.raises(InputError, match="forget_term: expected ascent or replace"):
+        SFRon(forget_term="descent")
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------
+
+
+def test_replacing_moves_the_prediction_towards_the_replacement() -> None:
+    model = denoisers.unet()
+    forget, retain = [(images(8), torch.full((8,), 2))], [(images(8, seed=1), labels(8) % 2)]
+    task = class_task(replace_label=3)
+    task.begin(model, forget[0])
+    probe = task.prepare(forget[0], CPU)
+    before = task.replacement_losses(model, probe).mean().item()
+    method = SFRon(rule="adam", lr=1e-3, forget_term="replace", forget_schedule="constant", gamma=None, iterations=30)
+    result = Unlearner(model, task, method).run(forget, retain)
+    assert task.replacement_losses(model, probe).mean().item() < before / 2
+    assert result.history[0]["largest_share"] is None and result.history[0]["alpha"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "dit", "text"])
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, kind) -> None:
+    def setting() -> tuple:
+        if kind == "text":
+            forget = [prompt_batch(replace_prompt_embeds=normal(3, 8, 8, seed=2)) for _ in range(2)]
+            retain = [{"latents": normal(3, 2, 8, 8, seed=4 + i), "prompt_embeds": normal(3, 8, 8)} for i in range(3)]
+            return denoisers.text_unet(), text_task(null_embeds=normal(8, 8)), "sd-nudity", forget, retain
+        preset = {"ddpm": "ddpm-cifar10", "dit": "dit-xl-2-256"}[kind]
+        model, shape = (denoisers.unet(dropout=0.1), (1, 8, 8)) if kind == "ddpm" else (denoisers.dit(), (2, 4, 4))
+
+        def batch(seed: int) -> dict[str, Tensor]:
+            return {
+                "latent_mean": normal(4, *shape, seed=seed),
+                "latent_std": torch.ones(4, *shape),
+                "labels": labels(4),
+            }
+
+        parts = [batch(i) for i in range(2)], [batch(10 + i) for i in range(3)]
+        return model, class_task(**DOMAINS[preset]["task"]), preset, *parts
+
+    def go(iterations_seen: list, **arguments) -> tuple[nn.Module, Task]:
+        model, task, preset, forget, retain = setting()
+        torch.manual_seed(5)
+        method = SFRon.preset(preset, iterations=6)
+        result = Unlearner(model, task, method).run(forget, retain, **arguments)
+        iterations_seen.extend(result.history)
+        return model, task
+
+    whole, parts = [], []
+    expected, task = go(whole, output_dir=tmp_path / "whole", checkpointing_steps=100)
+    go([], output_dir=tmp_path / "parts", checkpointing_steps=2)
+    for number in (6, 4):  # as if it had stopped after the second iteration
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{number}")
+    torch.manual_seed(77)
+    got, other = go(parts, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), got.parameters(), strict=True))
+    assert torch.equal(task.generator.get_state(), other.generator.get_state())
+    assert whole == parts and len(whole) == 6
+
+
+def test_looking_at_the_task_in_an_evaluation_does_not_change_the_run() -> None:
+    paths = []
+    for look in (False, True):
+        model, task = denoisers.unet(), class_task()
+        forget, retain = [(images(4), labels(4))], [(images(4, seed=1), labels(4))]
+
+        def evaluate(model, iteration, task=task, batch=forget[0], look=look):
+            if look:
+                task.losses(model, task.prepare(batch, CPU))
+
+        method = SFRon.preset("ddpm-cifar10", iterations=3)
+        Unlearner(model, task, method).run(forget, retain, evaluate=evaluate, evaluate_every=1)
+        paths.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True))
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_every_domain_has_a_preset_a_task_and_a_source(name) -> None:
+    domain = DOMAINS[name]
+    assert set(domain) == {"task", "run", "published"} and "arXiv" in domain["published"]["source"]
+    assert SFRon.preset(name).name == "sfron" and domain["run"]["train_batch_size"] >= 1
+    select_trained({"sd-nudity": denoisers.text_unet}.get(name, denoisers.unet)(), domain["run"]["trained_weights"])
+
+
+# --- Trained weights ------------------------------------------------------------------------------------------
+
+
+def test_select_trained() -> None:
+    model = denoisers.text_unet()
+    everything = [name for name, _ in model.named_parameters()]
+    assert select_trained(model) == everything
+    attention = select_trained(model, "attention")
+    assert attention == [name for name in everything if ".attn1." in name or ".attn2." in name or "mid_attn" in name]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == attention
+    cross = select_trained(model, "cross-attention")
+    assert cross == [name for name in everything if ".attn2." in name] and cross
+    assert select_trained(model, r"attn2\.to_[kv]") == [n for n in everything if "attn2.to_k" in n or "attn2.to_v" in n]
+    assert select_trained(model, "all") == everything and all(p.requires_grad for p in model.parameters())
+    assert select_trained(denoisers.dit(), "attention")[0].startswith("transformer_blocks.0.attn1.")
+    for which, match in (("nowhere", "the model has none for 'nowhere'"), ("(", "or a regular expression, got")):
+        select_trained(model, "cross-attention")
+        with pytest.raises(InputError, match=match):
+            select_trained(model, which)
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == cross
+    with pytest.raises(InputError, match="the model has none for 'cross-attention'"):
+        select_trained(denoisers.dit(), "cross-attention")
+
+
+def test_embedders_are_tied_and_untied(tmp_path) -> None:
+    model, copies = denoisers.dit(layers=3), denoisers.dit(layers=3)
+    one = sum(p.numel() for p in model.transformer_blocks[0].norm1.emb.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert tie_embeddings(model) == 2 * one and tie_embeddings(model) == 0
+    assert sum(p.numel() for p in model.parameters()) == total - 2 * one
+
+    batch = (normal(4, 2, 4, 4).float(), labels(4))
+    task, prepared = begun(model, batch)
+    for network in (model, copies):
+        task.losses(network, prepared).mean().backward()
+    named = dict(copies.named_parameters())
+    for name, p in model.transformer_blocks[0].norm1.emb.named_parameters():
+        parts = [named[f"transformer_blocks.{i}.norm1.emb.{name}"].grad for i in range(3)]
+        assert torch.allclose(p.grad, sum(parts), rtol=1e-4, atol=1e-7) and (parts[1] != 0).any()
+
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    model.transformer_blocks[0].norm1.emb.requires_grad_(False)
+    before = model(prepared["inputs"], prepared["timesteps"], prepared["labels"]).sample
+    assert untie_embeddings(model) == 2 * one and untie_embeddings(model) == 0
+    assert sum(p.numel() for p in model.parameters()) == total
+    states = [block.norm1.emb.state_dict() for block in model.transformer_blocks]
+    assert all(torch.equal(states[0][name], state[name]) for state in states[1:] for name in state)
+    assert not any(p.requires_grad for block in model.transformer_blocks for p in block.norm1.emb.parameters())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(prepared["inputs"], prepared["timesteps"], prepared["labels"]).sample, before)
+
+
+def test_embedders_that_differ_are_not_tied() -> None:
+    model = denoisers.dit()
+    with torch.no_grad():
+        model.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight[0, 0] += 1e-6
+    with pytest.raises(InputError, match=r"embedding_table\.weight of block 1 is not that of block 0"):
+        tie_embeddings(model)
+    assert untie_embeddings(model) == 0, "nothing was tied"
+    for other in (denoisers.unet(), ConvNet()):
+        with pytest.raises(InputError, match="has no embedders in its blocks"):
+            tie_embeddings(other)
