@@ -31,7 +31,7 @@ from .estimate import Estimate, estimate, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
-from .pretrained import Pretrained, open_pretrained, write_result
+from .pretrained import Plan, Pretrained, open_pretrained, plan_result, write_result
 from .prompts import Concepts, read_prompts
 from .sampling import decode, draw_noise, sample_classes, sample_prompts
 from .weights import select_trained, tie_embeddings, untie_embeddings
@@ -238,9 +238,14 @@ class ForgetJob:
         passes = 2 * len(self._asked_for()) * (1 if self._guidance in (None, 1.0) else 2)
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
         found.seconds["sampling"] = forward * passes * self.options.num_inference_steps
+        found.disk["other files"] = self._plan.copied_bytes
         if self.pretrained.vae is not None and self.data.kind == "pixel_values":
             found.disk["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
         return found
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return plan_result(self.pretrained.folder, self.pretrained)
 
     def _checkpoints_at_once(self) -> int:
         if self.options.checkpointing_steps is None:
@@ -312,10 +317,16 @@ class ForgetJob:
     def _claim_output(self) -> Path:
         """The output folder may hold what an earlier, unfinished run left, and nothing else."""
         output = self.options.output_dir
-        source = self.options.pretrained_model_name_or_path
+        source = self.pretrained.folder
         if output.resolve() == source.resolve():
             raise InputError(f"--output-dir: {output} is the model's own folder: choose another")
         output = writable_directory(output)
+        free = shutil.disk_usage(output).free
+        if free < self._plan.bytes:
+            raise InputError(
+                f"--output-dir: {output} has {free / 1e9:.1f} GB free and the result takes {self._plan.bytes / 1e9:.1f} "
+                "GB: choose another disk"
+            )
         others = [path.name for path in output.iterdir() if path.name != OWN_FOLDER]
         if others:
             raise InputError(f"--output-dir: {output} holds {sorted(others)[0]} already: choose an empty folder")
@@ -465,7 +476,7 @@ class ForgetJob:
             untie_embeddings(self.model)
         partial = Path(tempfile.mkdtemp(prefix=".folder-", dir=output))
         try:
-            write_result(self.options.pretrained_model_name_or_path, self.pretrained, partial / "folder")
+            write_result(self.pretrained.folder, self.pretrained, partial / "folder")
             entries = sorted((partial / "folder").iterdir(), key=lambda path: path.name == "model_index.json")
             for path in entries:
                 os.replace(path, output / path.name)
