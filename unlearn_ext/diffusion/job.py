@@ -324,8 +324,8 @@ class ForgetJob:
         free = shutil.disk_usage(output).free
         if free < self._plan.bytes:
             raise InputError(
-                f"--output-dir: {output} has {free / 1e9:.1f} GB free and the result takes {self._plan.bytes / 1e9:.1f} "
-                "GB: choose another disk"
+                f"--output-dir: {output} has {free / 1e9:.1f} GB free, and the result takes "
+                f"{self._plan.bytes / 1e9:.1f} GB: choose another disk"
             )
         others = [path.name for path in output.iterdir() if path.name != OWN_FOLDER]
         if others:
