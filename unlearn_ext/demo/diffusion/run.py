@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._files import writable_directory
 from ..._loop import Progress
+from ..._modes import PRECISIONS
 from ...data.digits import CLASSES, Digits, load_digits
 from ...diffusion.grid import write_grid
 from ...diffusion.sampling import draw_noise, sample_classes, sample_prompts
@@ -113,16 +114,23 @@ class DiffusionDemo:
         options = self.options
         with self._timed("loading"):
             self.pretrained = self.pretrained or load(options.task, progress=self.progress)
-            self.judge = load("judge", progress=self.progress)
+            self.judge = self.judge or load("judge", progress=self.progress)
             self.network = copy.deepcopy(self.pretrained.network)
             for module in self.network.modules.values():
                 module.to(options.device)
         # Noise of its own for each sample: the same pictures whatever the number of samples.
         noise = draw_noise(len(self.labels), (1, SIZE, SIZE), seed=1_000_003 * (options.seed + 1))
-        self._sample("before", noise)
+        if "before" not in self.samples:
+            self._sample("before", noise)
         self._unlearn()
         self._sample("after", noise)
         return self
+
+    def adopt(self, other: DiffusionDemo) -> None:
+        """Takes over the starting network and its samples from another run of the same task, seed and number."""
+        self.pretrained, self.judge = other.pretrained, other.judge
+        self.samples["before"] = other.samples["before"]
+        self.seconds["sampling_before"] = other.seconds["sampling_before"]
 
     # --- Stages ---------------------------------------------------------------------------------------------
 
@@ -132,7 +140,9 @@ class DiffusionDemo:
     def _sample(self, when: str, noise: Tensor) -> None:
         network, arguments = self.network, {"steps": STEPS, "guidance": GUIDANCE, "batch_size": 100}
         arguments["progress"] = lambda done, total: self.progress(f"sampling {when}", done, total)
-        with self._timed(f"sampling_{when}"):
+        half = PRECISIONS[self.options.mixed_precision]
+        autocast = torch.autocast(torch.device(self.options.device).type, dtype=half, enabled=half is not None)
+        with self._timed(f"sampling_{when}"), autocast:
             if network.name == "text":
                 states = network.embed(list(CAPTIONS)).detach()
                 self.samples[when] = sample_prompts(
@@ -221,6 +231,10 @@ class DiffusionDemo:
     def _in_parts(network: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
         return torch.cat([network(part) for part in pictures.split(250)])
 
+    def settings(self) -> dict[str, Any]:
+        own = {"name": self.method.name, "batch_size": BATCH_SIZE, **self.method.settings()}
+        return {**own, "task": task_settings(self.options.task), "steps": STEPS, "guidance": GUIDANCE}
+
     def report(self) -> dict[str, Any]:
         options, result, mask = self.options, self.result, self.result.mask
         return {
@@ -242,12 +256,7 @@ class DiffusionDemo:
                 "frechet": "retained digits of the held-out 1,000 against samples of the retained labels",
                 "diversity": "mean pairwise Euclidean distance of samples of the forgotten label",
             },
-            "method": {
-                "name": self.method.name,
-                "batch_size": BATCH_SIZE,
-                **self.method.settings(),
-                "task": task_settings(options.task),
-            },
+            "method": self.settings(),
             "mask_density": mask.density if mask else None,
             "history": result.history,
             "counts": result.counts,
