@@ -1,4 +1,4 @@
-"""Does a diffusion model really forget a digit in 50 iterations? The README's tables, written to results/diffusion.json.
+"""Does a diffusion model really forget a digit in 50 iterations? The README's tables, in results/diffusion.json.
 
     python benchmarks/diffusion.py --threads 2           # hours of sampling on two cores; what is there is kept
     python benchmarks/diffusion.py --tasks dit           # one demo
