@@ -192,11 +192,12 @@ class Diffusion(Task):
         return self._denoising(batch, noisy, *output)
 
     def fisher_losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        r"""With guidance s, of the prediction :math:`e_u + s (e_c - e_u)`, no condition being dropped."""
-        if self.guidance is None:
-            return self.losses(model, batch)
+        r"""No condition is dropped; with guidance s, of the prediction :math:`e_u + s (e_c - e_u)`."""
         timesteps = batch["timesteps"]
         noisy = self.schedule.add(batch["inputs"], batch["noise"], timesteps)
+        if self.guidance is None:
+            output = self._predict(model, noisy, timesteps, self._conditions(batch, "full"))
+            return self._denoising(batch, noisy, *output)
         conditions = torch.cat([self._conditions(batch, "full"), self._conditions(batch, "null")])
         prediction, values = self._predict(
             model, torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), conditions

@@ -35,7 +35,7 @@ class ClassConditionalDiffusion(Diffusion):
         variational_bound: whether the variance is learned as well, which takes an output of twice the input's channels;
             by default where the output has them.
         antithetic: draw timesteps for half of a batch, and take T - 1 - t for the other half.
-        guidance: scale of classifier-free guidance in the Fisher losses; None: no guidance.
+        guidance: scale of classifier-free guidance in the Fisher losses, s of e_u + s (e_c - e_u); None: no guidance.
         scaling_factor: of latents.
         replace_label: what a forgotten label shall be replaced by, where a method replaces; a batch's
             ``replace_labels`` go before it.
