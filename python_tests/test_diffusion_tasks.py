@@ -400,7 +400,7 @@ def refuse(match: str, task: Task, model: nn.Module, batch) -> None:
         (((images(3) + 1) * 127.5, labels(3)), r"image values go from 0 to 255: scale images to \[-1, 1\]"),
         (
             (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), labels(3)),
-            "images are torch.uint8: convert them to floating-point numbers and scale",
+            r"convert them to floating-point numbers and scale them to \[-1, 1\]",
         ),
         ({"pixel_values": images(3)}, "a batch has no labels"),
         ({"labels": labels(3)}, "a batch is .* with one of pixel_values, latents, latent_mean and latent_std"),
