@@ -231,18 +231,17 @@ def test_the_bound_is_zero_for_the_true_posterior() -> None:
 
 @pytest.mark.parametrize("model", [denoisers.unet(channels=2), denoisers.dit()], ids=["unet", "dit"])
 def test_guidance_of_the_fisher_losses(model) -> None:
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).double().eval()
     size = model.config.sample_size
     batch = (normal(6, 2, size, size), labels(6))
     task, prepared = begun(model, batch, label_dropout=0.9, variational_bound=False)
-    assert torch.equal(task.fisher_losses(model, prepared), task.losses(model, prepared))
     noisy = task.schedule.add(prepared["inputs"], prepared["noise"], prepared["timesteps"])
     with_it, without = (
         model(noisy, prepared["timesteps"], told).sample[:, :2]
         for told in (prepared["labels"], torch.full((6,), CLASSES))
     )
-    for s in (0.0, 1.0, 2.0):
-        task.guidance = s
+    for guidance in (0.0, 1.0, 2.0, None):  # None: no label is dropped either
+        task.guidance, s = guidance, 1.0 if guidance is None else guidance
         wanted = ((prepared["noise"] - ((1 - s) * without + s * with_it)) ** 2).mean((1, 2, 3))
         assert (task.fisher_losses(model, prepared) - wanted).abs().max() < 1e-12
     assert (with_it - without).abs().max() > 1e-3
@@ -279,10 +278,25 @@ def test_replacement_by_a_label() -> None:
     assert other["replace_labels"].tolist() == [0, 1, CLASSES, 2]
 
 
+def test_autocast_does_not_take_the_gradient_of_a_replacement() -> None:
+    """It keeps a weight's rounded copy, and one that was made without gradients would stay without."""
+    model = denoisers.unet()
+    batch = {"pixel_values": images(4), "labels": labels(4)}
+    task, prepared = begun(model, batch, replace_label=3)
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            task.replacement_losses(model, prepared).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention has no batching rule of its own
 def test_a_function_does_for_a_model() -> None:
     """Exact per-sample Fisher diagonals call the task with a function; against one gradient at a time."""
     model = denoisers.dit().double().train()
+    tie_embeddings(model)
     batch = (normal(5, 2, 4, 4), labels(5))
     fisher = FisherDiagonal(model, class_task(guidance=2.0), per_sample=True, chunk=2, max_norm=0.5).measure([batch])
     task, prepared = begun(model, batch, guidance=2.0)
@@ -384,7 +398,10 @@ def refuse(match: str, task: Task, model: nn.Module, batch) -> None:
         ((images(3)[0], labels(1)), r"images: expected shape \[N, channels, height, width\]"),
         ((images(0), labels(0)), "a batch is empty"),
         (((images(3) + 1) * 127.5, labels(3)), r"image values go from 0 to 255: scale images to \[-1, 1\]"),
-        ((torch.zeros(3, 1, 8, 8, dtype=torch.uint8), labels(3)), r"images are torch.uint8: scale them to \[-1, 1\]"),
+        (
+            (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), labels(3)),
+            r"convert them to floating-point numbers and scale them to \[-1, 1\]",
+        ),
         ({"pixel_values": images(3)}, "a batch has no labels"),
         ({"labels": labels(3)}, "a batch is .* with one of pixel_values, latents, latent_mean and latent_std"),
         ({"labels": labels(3), "latent_mean": images(3)}, "a batch is .* got a dict of labels, latent_mean"),

@@ -3,6 +3,9 @@
 ``DOMAINS[preset]`` has three parts: ``task``, keyword arguments of the task; ``run``, of the run around it (batch
 size, EMA decay, which weights are trained, whether a DiT's embedder copies are tied, sampling); and ``published``, the
 paper's figures.
+
+Guidance s is that of e_u + s (e_c - e_u), as diffusers counts it. The released code computes (1 + w) e_c - w e_u, with
+w = 2 for DDPM and 7.5 for Stable Diffusion: s = 1 + w.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ __all__ = ["DOMAINS"]
 _SOURCE = "arXiv 2409.19732 and K1nght/Unified-Unlearning-w-Remain-Geometry at 36bb7f6"
 
 DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
-    # 38.6 M weights, Adam with betas .9 and .999, network dropout .1. The paper's abstract says 50 iterations.
+    # 38.6 M weights, Adam with betas .9 and .999, network dropout .1. The paper's abstract says 50 iterations. The
+    # released moving average has decay 1e-4, which is the last weights.
     "ddpm-cifar10": {
         "task": {
             "label_dropout": 0.1,
             "reduction": "sum",
             "antithetic": True,
-            "guidance": 2.0,
+            "guidance": 3.0,
         },
         "run": {"train_batch_size": 128, "ema_decay": None, "trained_weights": "all"},
         # Means over five classes: accuracy of an external classifier on the forgotten class, and FID of the others.
@@ -62,13 +66,14 @@ DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
     },
-    # Stable Diffusion 1.4. The strength and the prompt dropout are not in what was read: 1 and none.
+    # Stable Diffusion 1.4. The replacement is the same image under the other prompt, its latents drawn once more: a
+    # forget batch says so with replace_latent_mean and replace_latent_std. gamma is left to the user there.
     "sd-nudity": {
-        "task": {"prompt_dropout": 0.0, "reduction": "mean", "guidance": 7.5},
+        "task": {"prompt_dropout": 0.0, "reduction": "mean", "guidance": 8.5},
         "run": {
             "train_batch_size": 8,
             "ema_decay": None,
-            "trained_weights": "cross-attention",  # or all
+            "trained_weights": "all",  # or cross-attention
             "forget_prompt": "a photo of a nude person",
             "replace_prompt": "a photo of a person wearing clothes",
         },

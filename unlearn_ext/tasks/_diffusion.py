@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class Diffusion(Task):
     generator, whatever the device and precision: the same seed gives the same batches everywhere. The order is: latent
     samples, timesteps, noise, dropped conditions; what a batch does not need is not drawn.
     """
+
+    _EXPECTED: ClassVar[str]  # what a raw batch is, up to its samples
+    _NO_REPLACEMENT: ClassVar[str]  # what is missing, and what to do
 
     def __init__(
         self,
@@ -103,8 +106,6 @@ class Diffusion(Task):
             raise InputError(f"a batch is {self._EXPECTED} with one of {names}, all tensors; got {got}")
         return found
 
-    _EXPECTED = "a dict"
-
     def _find_samples(self, batch: Any, prefix: str) -> Samples | None:
         if not isinstance(batch, Mapping):
             return None
@@ -127,7 +128,8 @@ class Diffusion(Task):
         if values.shape[0] == 0:
             raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
         if not values.is_floating_point():
-            raise InputError(f"{what} are {values.dtype}: scale them to [-1, 1] as floating-point numbers")
+            scale = " and scale them to [-1, 1]" if what == "images" else ""
+            raise InputError(f"{what} are {values.dtype}: convert them to floating-point numbers{scale}")
         if samples.std is not None and samples.std.shape != values.shape:
             raise InputError(
                 f"latent_std has shape {list(samples.std.shape)} and latent_mean {list(values.shape)}: they must match"
@@ -192,11 +194,12 @@ class Diffusion(Task):
         return self._denoising(batch, noisy, *output)
 
     def fisher_losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        r"""With guidance s, of the prediction :math:`e_u + s (e_c - e_u)`, no condition being dropped."""
-        if self.guidance is None:
-            return self.losses(model, batch)
+        r"""No condition is dropped; with guidance s, of the prediction :math:`e_u + s (e_c - e_u)`."""
         timesteps = batch["timesteps"]
         noisy = self.schedule.add(batch["inputs"], batch["noise"], timesteps)
+        if self.guidance is None:
+            output = self._predict(model, noisy, timesteps, self._conditions(batch, "full"))
+            return self._denoising(batch, noisy, *output)
         conditions = torch.cat([self._conditions(batch, "full"), self._conditions(batch, "null")])
         prediction, values = self._predict(
             model, torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), conditions
@@ -210,17 +213,17 @@ class Diffusion(Task):
         if not self._has_replacement(batch):
             raise InputError(self._NO_REPLACEMENT)
         timesteps, noise = batch["timesteps"], batch["noise"]
+        noisy = self.schedule.add(batch["inputs"], noise, timesteps)
+        # Before the target: autocast may keep weights that it has rounded, and must have their gradients.
+        prediction, _ = self._predict(model, noisy, timesteps, self._conditions(batch, "full"))
         replacement = self.schedule.add(batch.get("replace_inputs", batch["inputs"]), noise, timesteps)
         with torch.no_grad():
             target, _ = self._predict(model, replacement, timesteps, self._conditions(batch, "replace"))
-        noisy = self.schedule.add(batch["inputs"], noise, timesteps)
-        prediction, _ = self._predict(model, noisy, timesteps, self._conditions(batch, "full"))
         return self._reduce((prediction - target) ** 2)
 
-    _NO_REPLACEMENT = "the batch has no replacement"
-
     @abstractmethod
-    def _has_replacement(self, batch: Mapping[str, Tensor]) -> bool: ...
+    def _has_replacement(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether a prepared batch can be asked for replacement losses."""
 
     def _predict(self, model: Any, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and what tells the variance where the output has it; in float32 or wider."""

@@ -35,7 +35,7 @@ class ClassConditionalDiffusion(Diffusion):
         variational_bound: whether the variance is learned as well, which takes an output of twice the input's channels;
             by default where the output has them.
         antithetic: draw timesteps for half of a batch, and take T - 1 - t for the other half.
-        guidance: scale of classifier-free guidance in the Fisher losses; None: no guidance.
+        guidance: scale of classifier-free guidance in the Fisher losses, s of e_u + s (e_c - e_u); None: no guidance.
         scaling_factor: of latents.
         replace_label: what a forgotten label shall be replaced by, where a method replaces; a batch's
             ``replace_labels`` go before it.
@@ -97,16 +97,14 @@ class ClassConditionalDiffusion(Diffusion):
         return super()._find_samples(batch, prefix)
 
     def _begin(self, model: nn.Module, config: Mapping[str, Any]) -> None:
-        self._embedders = list(label_embedders(model))
-        self._null, self._embeddings = self.null_label, None
         kind = type(unwrapped(model)).__name__
         if config.get("cross_attention_dim") is not None:
             raise InputError(f"the model, a {kind}, is told prompts and not labels: use TextConditionalDiffusion")
-        classes = config.get("num_embeds_ada_norm")
-        if classes is not None:  # a DiT, whose null label comes after the classes
-            tables = [embedder.embedding_table.num_embeddings for embedder in self._embedders]
-            self._embeddings = min(tables, default=classes + 1)
-            null = self._null = classes if self._null is None else self._null
+        self._embedders = list(label_embedders(model))
+        self._null, self._embeddings = self.null_label, None
+        if (classes := config.get("num_embeds_ada_norm")) is not None:  # a DiT: the null label comes after the classes
+            self._embeddings = min((e.embedding_table.num_embeddings for e in self._embedders), default=classes + 1)
+            self._null = classes if self._null is None else self._null
         elif config:
             self._embeddings = config.get("num_class_embeds")
             if self._embeddings is None:
@@ -114,23 +112,22 @@ class ClassConditionalDiffusion(Diffusion):
                     f"the model, a {kind}, is not class-conditional: train one with num_class_embeds, its number of "
                     "classes and one more for the null label"
                 )
-            null = self._embeddings - 1
-        else:
-            null = None
-        if self._null is None and self._needs_null:
-            self._null = null
-        if not self._needs_null:
-            pass
-        elif self._null is None:
-            raise InputError("label_dropout and guidance need a null label: give one, or set label_dropout=0")
-        elif self._embeddings is not None and (self._null >= self._embeddings or self._embeddings < 2):
-            raise InputError(
-                f"the null label is {self._null} and the model has {self._embeddings} label embeddings: it was trained "
-                "without one; set label_dropout=0 and guidance=None"
-            )
+            if self._null is None and self._needs_null:  # else it may have none
+                self._null = self._embeddings - 1
+        if self._needs_null:
+            self._check_null()
         if self.replace_label is not None and self._embeddings is not None and self.replace_label >= self._embeddings:
             raise InputError(
                 f"replace_label {self.replace_label} is outside the model's {self._embeddings} label embeddings"
+            )
+
+    def _check_null(self) -> None:
+        if self._null is None:
+            raise InputError("label_dropout and guidance need a null label: give one, or set label_dropout=0")
+        if self._embeddings is not None and (self._null >= self._embeddings or self._embeddings < 2):
+            raise InputError(
+                f"the null label is {self._null} and the model has {self._embeddings} label embeddings: it was trained "
+                "without one; set label_dropout=0 and guidance=None"
             )
 
     def check(self, batch: Any) -> None:
@@ -148,18 +145,18 @@ class ClassConditionalDiffusion(Diffusion):
             )
         if labels.shape[0] != count:
             raise InputError(f"a batch has {count} inputs and {labels.shape[0]} {name}: they must match")
+        # Only on the CPU, where a loader leaves them: looking at labels on a device would wait for it.
         if self._embeddings is None or labels.device.type != "cpu":
             return
         known = self._embeddings
-        if not null and self._null is not None and self._null == known - 1:
-            known -= 1
-        lowest, highest = int(labels.min()), int(labels.max())
-        if not null and self._null is not None and bool((labels == self._null).any()):
-            raise InputError(
-                f"label {self._null} is the null label of the model's {self._embeddings} label embeddings: check the "
-                "labels, or set label_dropout=0 and guidance=None for a model without a null label"
-            )
-        for label in (lowest, highest):
+        if not null and self._null is not None:
+            known -= self._null == known - 1
+            if bool((labels == self._null).any()):
+                raise InputError(
+                    f"label {self._null} is the null label of the model's {self._embeddings} label embeddings: check "
+                    "the labels, or set label_dropout=0 and guidance=None for a model without a null label"
+                )
+        for label in (int(labels.min()), int(labels.max())):
             if not 0 <= label < known:
                 raise InputError(
                     f"label {label} is outside the model's {known} classes (0 to {known - 1}): check the labels or the "

@@ -31,7 +31,7 @@ class TextConditionalDiffusion(Diffusion):
         text_encoder, tokenizer: for prompts given as text; each text is encoded once.
         prompt_dropout: the probability of a prompt being replaced by the empty one.
         reduction: over a sample's dimensions, ``mean`` or ``sum``.
-        guidance: scale of classifier-free guidance in the Fisher losses; None: no guidance.
+        guidance: scale of classifier-free guidance in the Fisher losses, s of e_u + s (e_c - e_u); None: no guidance.
         scaling_factor: of latents.
         antithetic: draw timesteps for half of a batch, and take T - 1 - t for the other half.
         null_embeds: the empty prompt's embedding [L, D], where there is no text encoder to make it.
