@@ -616,10 +616,8 @@ def _state(pretrained: Pretrained, weights: Mapping[str, Tensor] | None) -> dict
     seen: set[int] = set()
     for name, own in named.items():
         value = given.get(id(own), own).detach().to(own.dtype).contiguous()
-        address = value.untyped_storage().data_ptr()
-        shared = address in seen or value.untyped_storage().nbytes() != value.numel() * value.element_size()
-        state[name] = value.clone() if shared else value
-        seen.add(address)
+        state[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
     return state
 
 
