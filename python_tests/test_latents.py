@@ -148,7 +148,9 @@ def test_what_is_there_is_not_encoded_again(data, vae, tmp_path, monkeypatch):
     before = (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns
     encoded = []
     call = module._Encoder.__call__
-    monkeypatch.setattr(module._Encoder, "__call__", lambda self, batch: encoded.extend(batch) or call(self, batch))
+    monkeypatch.setattr(
+        module._Encoder, "__call__", lambda self, batch, x: encoded.extend(batch) or call(self, batch, x)
+    )
     latents = encode_latents(data, [9, 3, 1], vae, tmp_path)
     assert encoded == [9] and (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns == before
     assert [latents[i]["labels"].item() for i in range(3)] == data.labels[[9, 3, 1]].tolist()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,14 +247,16 @@ def encode_latents(
     chosen = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
     # First, so that every shard is accounted for by the manifest.
     _write_manifest(directory, {**manifest, "indices": chosen})
-    encoder = _Encoder(dataset, vae, dtype)
-    pending: list[dict[str, Tensor]] = []
     # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
-    for start in range(0, len(missing), batch_size):
-        part = encoder(missing[start : start + batch_size])
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    encode = _Encoder(vae, dtype)
+    pending: list[dict[str, Tensor]] = []
+    done = 0
+    for batch, pixels in zip(batches, _decoded(dataset, batches), strict=True):
+        part = encode(batch, pixels)
         pending.append(part)
-        last = start + batch_size >= len(missing)
-        if last or _bytes(part) * (len(pending) + 1) > shard_bytes:
+        done += len(batch)
+        if done == len(missing) or _bytes(part) * (len(pending) + 1) > shard_bytes:
             path = _next_shard(directory, shards)
             tensors = {key: torch.cat([part[key] for part in pending]) for key in part}
             _write_shard(path, tensors)
@@ -259,19 +264,29 @@ def encode_latents(
             shards.append(path)
             pending = []
         if progress is not None:
-            progress(min(start + batch_size, len(missing)), len(missing))
+            progress(done, len(missing))
     rows = torch.tensor([where[index] for index in wanted.tolist()], dtype=torch.int64)
     return LatentData(shards, rows, dataset.labels[wanted], wanted, {**manifest, "indices": chosen})
 
 
+def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[Tensor]:
+    """Pixels [N, C, H, W] of each batch; threads decode the next one while the VAE is at work."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        ahead: deque[list[Future]] = deque()
+        for batch in [*batches, None]:
+            if batch is not None:
+                ahead.append([pool.submit(dataset.__getitem__, index) for index in batch])
+            if len(ahead) > 1 or (batch is None and ahead):
+                yield torch.stack([future.result()["pixel_values"] for future in ahead.popleft()])
+
+
 class _Encoder:
-    def __init__(self, dataset: ImageData, vae: nn.Module, dtype: str):
-        self.dataset, self.vae, self.dtype = dataset, vae, _DTYPES[dtype]
+    def __init__(self, vae: nn.Module, dtype: str):
+        self.vae, self.dtype = vae, _DTYPES[dtype]
         self.first = next(vae.parameters())
 
     @torch.no_grad()
-    def __call__(self, batch: list[int]) -> dict[str, Tensor]:
-        pixels = torch.stack([self.dataset[index]["pixel_values"] for index in batch])
+    def __call__(self, batch: list[int], pixels: Tensor) -> dict[str, Tensor]:
         training = self.vae.training
         self.vae.eval()
         try:

@@ -452,12 +452,11 @@ class Plan:
         return self.copied_bytes + self.denoiser_bytes
 
 
-def plan_result(source_folder: str | Path, pretrained: Pretrained) -> Plan:
+def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: Iterable[str] = ()) -> Plan:
     """What :func:`write_result` copies from the source, and what it leaves out."""
+    extra_files = set(extra_files)
     source, place = Path(source_folder), pretrained.denoiser_folder
-    index = _json(source / _INDEX) if (source / _INDEX).is_file() else None
-    others = _COMPONENTS if index is None else [key for key in index if _named(index, key)[1] is not None]
-    components = {key for key in others if key != place}
+    components = _components(source, pretrained)
     copied, left_out, size = [], {}, 0
     for name in _files(source):
         path = PurePosixPath(name)
@@ -467,9 +466,11 @@ def plan_result(source_folder: str | Path, pretrained: Pretrained) -> Plan:
                 left_out[name] = "the denoiser's weights as they were"
             else:
                 left_out[name] = "weights outside the pipeline's parts, which may hold what was forgotten"
-            continue
-        copied.append(name)
-        size += (source / name).stat().st_size
+        elif name in extra_files:
+            left_out[name] = "replaced by a file of this result"
+        else:
+            copied.append(name)
+            size += (source / name).stat().st_size
     denoiser = sum(t.numel() * t.element_size() for t in unwrapped(pretrained.denoiser).state_dict().values())
     return Plan(tuple(copied), left_out, size, denoiser)
 
@@ -532,7 +533,8 @@ def write_result(
 
     Args:
         weights: by parameter name: saved in place of the denoiser's own, such as a moving average.
-        extra_files: name -> content, or a file to be copied; a result's report, pictures, mask.
+        extra_files: name -> content, or a file to be copied: a result's report, pictures, mask. They replace those of
+            a source that is a result itself, but no file of the model.
 
     Returns:
         What was copied and what was left out.
@@ -542,12 +544,8 @@ def write_result(
     """
     source, model = Path(source_folder), unwrapped(pretrained.denoiser)
     output = check_output(output_folder, source)
-    plan = plan_result(source, pretrained)
-    extra = dict(extra_files or {})
-    for name in extra:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or name in plan.copied or _is_denoisers(path, pretrained):
-            raise InputError(f"the extra file {name!r} would stand in place of the model's own: give it another name")
+    extra = _checked_extra(source, pretrained, extra_files or {})
+    plan = plan_result(source, pretrained, extra)
     state = _state(pretrained, weights)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -576,8 +574,27 @@ def write_result(
     return plan
 
 
-def _is_denoisers(path: PurePosixPath, pretrained: Pretrained) -> bool:
-    return _is_weights(path) and str(path.parent) == (pretrained.denoiser_folder or ".")
+def _checked_extra(
+    source: Path, pretrained: Pretrained, extra: Mapping[str, bytes | str | Path]
+) -> dict[str, bytes | str | Path]:
+    own = {pretrained.denoiser_folder, *_components(source, pretrained)} - {""}
+    for name, content in extra.items():
+        path = PurePosixPath(name)
+        model = path.parts[:1] and path.parts[0] in own
+        model = model or path.name.startswith("diffusion_pytorch_model")
+        model = model or name in (_INDEX, "config.json", "scheduler_config.json")
+        if model or path.is_absolute() or ".." in path.parts or not path.parts:
+            raise InputError(f"the extra file {name!r} would stand in place of the model's own: give it another name")
+        if isinstance(content, Path) and not content.is_file():
+            raise InputError(f"there is no file {content} to be put into the result")
+    return dict(extra)
+
+
+def _components(source: Path, pretrained: Pretrained) -> set[str]:
+    """Folders of a pipeline's other parts."""
+    index = _json(source / _INDEX) if (source / _INDEX).is_file() else None
+    names = _COMPONENTS if index is None else [key for key in index if _named(index, key)[1] is not None]
+    return {name for name in names if name != pretrained.denoiser_folder}
 
 
 def _state(pretrained: Pretrained, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -599,10 +616,8 @@ def _state(pretrained: Pretrained, weights: Mapping[str, Tensor] | None) -> dict
     seen: set[int] = set()
     for name, own in named.items():
         value = given.get(id(own), own).detach().to(own.dtype).contiguous()
-        address = value.untyped_storage().data_ptr()
-        shared = address in seen or value.untyped_storage().nbytes() != value.numel() * value.element_size()
-        state[name] = value.clone() if shared else value
-        seen.add(address)
+        state[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
     return state
 
 
