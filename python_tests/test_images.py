@@ -262,8 +262,10 @@ def test_the_hash_is_of_names_labels_and_content_and_not_of_the_place(kept, digi
     first = open_data(kept, **MODEL)
     assert first.sha256 == open_data(digits, **{**MODEL, "size": 8}).sha256 and len(first.sha256) == 64
     assert first.sha256_covers == "names and sizes of 40 files, content of 40"
-    rotated = {str(i): (i + 1) % 10 for i in range(10)}
-    assert open_data(digits, **MODEL, class_map=rotated).sha256 != first.sha256
+    reordered = {str(i): (i + 1) % 10 for i in range(10)}
+    assert open_data(digits, **MODEL, class_map=reordered).sha256 != first.sha256
+    spread = {"size": 16, "channels": 1, "class_map": {str(i): 2 * i for i in range(10)}}  # the same order
+    assert open_data(digits, **spread).sha256 != first.sha256
     file = digits / "4" / "000.png"
     content = bytearray(file.read_bytes())
     content[-30] ^= 1
