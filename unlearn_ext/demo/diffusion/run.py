@@ -145,7 +145,7 @@ class DiffusionDemo:
         with self._timed(f"sampling_{when}"), autocast:
             if network.name == "text":
                 states = network.embed(list(CAPTIONS)).detach()
-                self.samples[when] = sample_prompts(
+                found = sample_prompts(
                     network.model,
                     sampling_scheduler(),
                     states[self.labels],
@@ -154,9 +154,10 @@ class DiffusionDemo:
                     **arguments,
                 )
             else:
-                self.samples[when] = sample_classes(
+                found = sample_classes(
                     network.model, sampling_scheduler(), self.labels, noise, null_label=NULL_LABEL, **arguments
                 )
+        self.samples[when] = found.clamp(-1, 1)
 
     def _unlearn(self) -> None:
         options, network = self.options, self.network
