@@ -33,7 +33,7 @@ class Recipe:
     new optimizer.
     """
 
-    steps: tuple[int, ...]
+    steps: int | tuple[int, ...]
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 100
@@ -103,6 +103,8 @@ def pretrain(
     if without is not None and not 0 <= without < CLASSES:
         raise InputError(f"without: expected a digit from 0 to 9, got {without}")
     recipe = replace(recipe or RECIPES[name], **changes)
+    if isinstance(recipe.steps, int):
+        recipe = replace(recipe, steps=(recipe.steps,))
     if recipe.mixed_precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision: expected no or bf16, got {recipe.mixed_precision!r}")
     if min(recipe.steps, default=0) < 1 or recipe.batch_size < 1:
