@@ -143,19 +143,6 @@ const Dtypes kStateDtypes{is_state_dtype, "dtype Float or Double"};
 const Dtypes kBool{[](ScalarType dtype) { return dtype == ScalarType::Bool; }, "dtype Bool"};
 const Dtypes kInt{[](ScalarType dtype) { return dtype == ScalarType::Int; }, "dtype Int"};
 
-ScalarType dtype_of(const Tensor& tensor) {
-  // The interface knows dtypes by numbers of its own, and its way back from them tries one after the other.
-  static const std::int32_t single = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
-                            half = aoti_torch_dtype_float16(), word = aoti_torch_dtype_int32();
-  std::int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  if (dtype == single) return ScalarType::Float;
-  if (dtype == bfloat16) return ScalarType::BFloat16;
-  if (dtype == half) return ScalarType::Half;
-  if (dtype == word) return ScalarType::Int;
-  return tensor.scalar_type();
-}
-
 TensorInfo::TensorInfo(const Tensor& tensor)
     : data(static_cast<char*>(tensor.data_ptr())), dim(tensor.dim()), numel(tensor.numel()), dtype(dtype_of(tensor)) {
   std::int64_t *own_sizes = nullptr, *own_strides = nullptr;

@@ -23,6 +23,19 @@ using TensorList = std::vector<Tensor>;
 // Throws what PyTorch shows as a RuntimeError with exactly this message.
 [[noreturn]] void fail(const std::string& message);
 
+inline ScalarType dtype_of(const Tensor& tensor) {
+  // The interface knows dtypes by numbers of its own, and its way back from them tries one after the other.
+  static const std::int32_t single = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                            half = aoti_torch_dtype_float16(), word = aoti_torch_dtype_int32();
+  std::int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == single) return ScalarType::Float;
+  if (dtype == bfloat16) return ScalarType::BFloat16;
+  if (dtype == half) return ScalarType::Half;
+  if (dtype == word) return ScalarType::Int;
+  return tensor.scalar_type();
+}
+
 // What a tensor is, read once: every question crosses the stable interface, and with hundreds of small tensors the
 // crossings cost more than the mathematics.
 struct TensorInfo {
@@ -34,8 +47,6 @@ struct TensorInfo {
   std::int32_t device_type, device_index;
   ScalarType dtype;
 };
-
-ScalarType dtype_of(const Tensor& tensor);
 
 // Every address of the tensor's range is used exactly once, in whatever order of dimensions.
 bool is_dense(const Tensor& tensor);
