@@ -251,7 +251,7 @@ def _show_passes(timed: list[dict[str, Any]], console: Console) -> None:
 
 
 def _show_memory(sizes: dict[str, int], taken: int | None, console: Console) -> None:
-    table = Table(title="Memory for the update: measured, and predicted from the shapes")
+    table = Table(title="Memory for the update")
     table.add_column("tensors")
     for name in ("measured MB", "predicted MB"):
         table.add_column(name, justify="right")
