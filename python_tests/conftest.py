@@ -8,6 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Options for this session are none for the sessions that tests start. Where sessions run side by side (pytest-xdist)
+# each has one thread, set before torch makes its pool: threads that wait for each other's cores take many times longer.
+os.environ.pop("PYTEST_ADDOPTS", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

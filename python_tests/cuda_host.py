@@ -28,5 +28,11 @@ def recipe(csrc: Path | None = None) -> _native.Recipe:
     )
 
 
+def loop_recipe() -> _native.Recipe:
+    """The same-traffic loop, in the same way."""
+    sources = ("benchmark/loop.cu", "tensors/operands.cpp", str(STAND_INS / "runtime.cpp"))
+    return dataclasses.replace(recipe(), file_name="libcuda_loop_on_host.so", sources=sources)
+
+
 def build(cache: Path, csrc: Path | None = None) -> Path:
     return _native._build_cached(recipe(csrc), cache)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import PYTHON_BACKEND
+from rich.console import Console
 from safetensors.torch import save_file
 
+from unlearn_ext.cli.profile import _show_memory
 from unlearn_ext.errors import InputError
-from unlearn_ext.profiling import report, saliency, shapes, steps
+from unlearn_ext.profiling import memory, report, saliency, shapes, steps
 from unlearn_ext.profiling.loop import Pass, loop, loop_holds
 from unlearn_ext.profiling.timing import interleaved, quantile
 from unlearn_ext.profiling.work import MismatchError
@@ -37,9 +41,11 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def check_document(path: Path, operators: Sequence[str], implementations: Sequence[str]) -> None:
+def check_document(
+    path: Path, operators: Sequence[str], implementations: Sequence[str], *further: str
+) -> dict[str, Any]:
     document = json.loads(path.read_text())
-    assert set(document) == {"device", "versions", "threads", "rows"}
+    assert set(document) == {"device", "versions", "threads", "rows", *further}
     assert document["device"] and {"torch", "unlearn_ext"} <= set(document["versions"]) and document["threads"] >= 1
     assert {row["operator"] for row in document["rows"]} == set(operators)
     assert {row["implementation"] for row in document["rows"]} == set(implementations)
@@ -49,6 +55,7 @@ def check_document(path: Path, operators: Sequence[str], implementations: Sequen
         for key in ("weights", "tensors", "bytes", "gb_per_s", "speedup_of_fused"):
             assert row[key] > 0
         assert row["fraction_of_loop"] is None or row["fraction_of_loop"] > 0
+    return document
 
 
 # --- Scripts ------------------------------------------------------------------------------------------------
@@ -117,7 +124,14 @@ def test_profile_of_a_users_network_with_a_trace(tmp_path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
     for word in ("620 weights in 2 tensors", "predicted ms", "measured ms", "mask bits", "peak", "moments"):
         assert word in done.stdout
-    check_document(tmp_path / "rows.json", ["sequential"], ["fused", "loop", "eager", "torch_fused"])
+    ways = ["fused", "loop", "eager", "torch_fused"]
+    document = check_document(tmp_path / "rows.json", ["sequential"], ways, "passes", "memory")
+    assert [row["pass"] for row in document["passes"]] == ["products", "forget_step", "products", "retain_step", "all"]
+    assert all(row["measured_ms"] > 0 and row["predicted_ms"] > 0 for row in document["passes"])
+    predicted = document["memory"]["predicted_bytes"]
+    assert predicted == {
+        "weights": 2480, "one gradient": 2480, "moments": 4960, "slow weights": 2480, "mask bits": 80, "peak": 12480
+    }  # fmt: skip
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     for name in ("products", "forget_step", "retain_step", "interpolate"):
@@ -133,6 +147,36 @@ def test_profile_of_a_file_and_of_a_known_network(tmp_path) -> None:
     assert done.returncode == 0 and "23 weights in 2 tensors (w.safetensors)" in done.stdout
     done = profile("--shapes=sd-unet", "--weights=20_000".replace("_", ""), "--dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0 and "of 859.5 M weights" in done.stdout.replace("\n", " ")
+
+
+MEMORY = r"""
+import torch
+from unlearn_ext.profiling import memory
+
+shapes, cpu = [(1000, 2000)] * 9 + [(1000,)] * 2000, torch.device("cpu")
+for rule, dtype in (("adamw", torch.float32), ("momentum", torch.bfloat16)):
+    print(sum(memory.predicted(shapes, rule, dtype).values()), memory.measured(shapes, rule, dtype, cpu))
+"""
+
+
+def test_the_memory_is_what_the_shapes_predict(tmp_path) -> None:
+    """20 M weights; the second measurement meets the memory that the first has freed."""
+    done = run("-c", MEMORY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line, floor in zip(done.stdout.splitlines(), (20.125, 12.125), strict=True):
+        predicted, taken = line.split()
+        assert int(predicted) == pytest.approx(20e6 * floor, rel=1e-3)
+        if taken == "None":
+            pytest.skip("this system does not tell a process its peak")
+        assert int(taken) == pytest.approx(int(predicted), rel=0.25)
+
+
+def test_memory_that_cannot_be_measured_is_called_so(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_forget_peak", lambda: False)
+    assert memory.measured(SMALL, "sgd", torch.float32, CPU) is None
+    console = Console(width=80, record=True, file=io.StringIO())
+    _show_memory(memory.predicted(SMALL, "sgd", torch.float32), None, console)
+    assert "not measured" in console.export_text()
 
 
 @pytest.mark.parametrize(

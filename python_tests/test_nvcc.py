@@ -14,7 +14,7 @@ import torch
 from unlearn_ext import _cuda, _native
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cu"))
 ARCHITECTURES = ("80", "90")
 
 
@@ -32,7 +32,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
     strict = ("-Werror", "all-warnings", "-Xptxas", "-v", "-I", str(CSRC), "-isystem", str(include))
 
     def compile_one(name: str) -> subprocess.CompletedProcess[str]:
-        command = [*compiler, *flags, *strict, "-c", str(CSRC / "cuda" / name), "-o", str(work / f"{name}.o")]
+        command = [*compiler, *flags, *strict, "-c", str(CSRC / name), "-o", str(work / f"{Path(name).stem}.o")]
         return subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(2) as pool:
@@ -55,5 +55,5 @@ def test_no_kernel_spills_or_has_a_stack(compiled: dict[str, subprocess.Complete
 
 def test_the_step_has_every_variant(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
     """4 rules, 3 choices of gradients, with and without interpolation, and interpolation alone; two opmath types."""
-    report = compiled["step.cu"].stdout + compiled["step.cu"].stderr
+    report = compiled["cuda/step.cu"].stdout + compiled["cuda/step.cu"].stderr
     assert len(re.findall(r"Compiling entry function", report)) == (4 * 3 * 2 + 1) * 2 * len(ARCHITECTURES)

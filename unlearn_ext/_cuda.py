@@ -16,13 +16,14 @@ import importlib.util
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ._native import BuildError, Recipe, ToolchainError, _find_compiler, _find_csrc, _run, torch_flags
 
-__all__ = ["architectures", "cuda_recipe", "find_nvcc", "nvcc_command"]
+__all__ = ["architectures", "cuda_loop_recipe", "cuda_recipe", "find_nvcc", "nvcc_command"]
 
 _LARGEST_SOURCE = "cuda/step.cu"
 # Ampere and Hopper, where neither a device nor the environment names one.
@@ -114,6 +115,12 @@ def cuda_recipe(csrc: Path | None = None) -> Recipe:
             "compiler": _run([compiler[2], "-v"]),
         },
     )
+
+
+def cuda_loop_recipe(csrc: Path | None = None) -> Recipe:
+    """``csrc/benchmark/loop.cu``: what the memory allows, compiled as the operators are. For measurements only."""
+    sources = ("benchmark/loop.cu", "tensors/operands.cpp")
+    return replace(cuda_recipe(csrc), file_name="libunlearn_ext_bench-cuda.so", sources=sources)
 
 
 def _toolkit_roots(nvcc: str) -> list[Path]:

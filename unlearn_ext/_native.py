@@ -491,6 +491,14 @@ def load_loop() -> None:
 
 
 @functools.cache
+def load_cuda_loop() -> None:
+    """The same for ``csrc/benchmark/loop.cu``."""
+    from ._cuda import cuda_loop_recipe
+
+    _load_library(_build_cached(cuda_loop_recipe(), None), cuda_loop_recipe)
+
+
+@functools.cache
 def build_reference(csrc: Path | None = None, cache: Path | None = None) -> ModuleType:
     """Build ``csrc/reference.cpp`` unless the cache has it, and import it (needs the ``test`` extra)."""
     path = _build_cached(reference_recipe(csrc), cache)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -353,7 +353,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         masked = self.mask_bits is not None and (forgets or self.mask_scope == "all")
         prefix = "forget_" if own_state else ""
         rule = self.forget_rule if own_state else self.rule
-        states = [self.state[p] for p in parameters]  # once: hashing a tensor is a call into Python
+        states = self._states(parameters)
         buckets = self._buckets(op, parameters, states, forget, retain, f"{prefix}step")
         self._make_slow_weights(states)
 
@@ -385,18 +385,20 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         buckets: list[_Bucket] = []
         start = 0
         for group in self.param_groups:
-            indices = range(start, start + len(group["params"]))
-            start = indices.stop
-            kinds = [
-                (forget[i] is not None, retain[i] is not None, states[i].get(counter, 0) + 1, parameters[i].device)
-                for i in indices
-            ]
+            stop = start + len(group["params"])
+            kinds = (
+                [gradient is not None for gradient in forget[start:stop]],
+                [gradient is not None for gradient in retain[start:stop]],
+                [state.get(counter, 0) + 1 for state in states[start:stop]],
+                list(map(_DEVICE, parameters[start:stop])),
+            )
             members: dict[tuple, list[int]] = {}
-            if kinds and kinds.count(kinds[0]) == len(kinds):
-                members[kinds[0]] = list(indices)
+            if start < stop and all(values.count(values[0]) == len(values) for values in kinds):
+                members[tuple(values[0] for values in kinds)] = list(range(start, stop))
             else:
-                for i, kind in zip(indices, kinds, strict=True):
+                for i, kind in enumerate(zip(*kinds, strict=True), start):
                     members.setdefault(kind, []).append(i)
+            start = stop
             buckets += [_Bucket(group, found, *kind[:3]) for kind, found in members.items() if kind[0] or kind[1]]
         if not buckets:
             raise InputError(f"{op}: every gradient is None; call backward() on a loss of these parameters first")
@@ -502,8 +504,18 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 rounding_seed=self._next_rounding_seed(group),
             )
 
+    def _states(self, parameters: list[Tensor]) -> list[dict[str, Any]]:
+        """Each parameter's state. Hashing a tensor is a call into Python, and the states mostly stand in order."""
+        if len(self.state) == len(parameters) and all(map(is_, self.state, parameters)):
+            return list(self.state.values())
+        return [self.state[p] for p in parameters]
+
     @staticmethod
     def _moments(weights: list[Tensor], states: list[dict[str, Any]], name: str) -> list[Tensor]:
+        try:
+            return [state[name] for state in states]
+        except KeyError:  # the first step of some
+            pass
         for p, state in zip(weights, states, strict=True):
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
@@ -593,13 +605,14 @@ def _at_most_one(factor: float | Tensor) -> float | Tensor:
 
 def _fit_as_they_are(grads: list[Tensor | None], parameters: list[Tensor]) -> bool:
     """Whether all is as it mostly is. With hundreds of small tensors, looking at each in Python costs more than moving
-    their weights, so the loops here are the interpreter's own. No says nothing: a closer look decides."""
+    their weights, so the loops here are the interpreter's own, and keep no shapes, which would wake the garbage
+    collector. No says nothing: a closer look decides."""
     try:
         return (
             all(map(Tensor.is_contiguous, grads))
             and all(map(Tensor.is_contiguous, parameters))
-            and list(map(Tensor.size, grads)) == list(map(Tensor.size, parameters))
-            and list(map(_DEVICE, grads)) == list(map(_DEVICE, parameters))
+            and all(map(eq, map(Tensor.size, grads), map(Tensor.size, parameters)))
+            and all(map(eq, map(_DEVICE, grads), map(_DEVICE, parameters)))
             and (dtypes := set(map(_DTYPE, grads)))
             and all(dtype.is_floating_point for dtype in dtypes)
             and (torch.float64 not in dtypes or set(map(_DTYPE, parameters)) == {torch.float64})

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <deque>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -21,6 +22,31 @@ using TensorList = std::vector<Tensor>;
 
 // Throws what PyTorch shows as a RuntimeError with exactly this message.
 [[noreturn]] void fail(const std::string& message);
+
+inline ScalarType dtype_of(const Tensor& tensor) {
+  // The interface knows dtypes by numbers of its own, and its way back from them tries one after the other.
+  static const std::int32_t single = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                            half = aoti_torch_dtype_float16(), word = aoti_torch_dtype_int32();
+  std::int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == single) return ScalarType::Float;
+  if (dtype == bfloat16) return ScalarType::BFloat16;
+  if (dtype == half) return ScalarType::Half;
+  if (dtype == word) return ScalarType::Int;
+  return tensor.scalar_type();
+}
+
+// What a tensor is, read once: every question crosses the stable interface, and with hundreds of small tensors the
+// crossings cost more than the mathematics.
+struct TensorInfo {
+  explicit TensorInfo(const Tensor& tensor);
+
+  char* data;
+  const std::int64_t *sizes, *strides; // the tensor's own
+  std::int64_t dim, numel;
+  std::int32_t device_type, device_index;
+  ScalarType dtype;
+};
 
 // Every address of the tensor's range is used exactly once, in whatever order of dimensions.
 bool is_dense(const Tensor& tensor);
@@ -53,7 +79,7 @@ struct RawList {
     dtype.reserve(list.size());
     for (const Tensor& tensor : list) {
       data.push_back(static_cast<char*>(tensor.data_ptr()));
-      dtype.push_back(tensor.scalar_type());
+      dtype.push_back(dtype_of(tensor));
     }
   }
   bool empty() const {
@@ -88,19 +114,19 @@ using NamedList = std::pair<const char*, TensorList*>;
 class Operands {
  public:
   // The reference list gives shapes and memory order to all others.
-  Operands(const char* op, const char* name, TensorList& reference) : op_(op), name_(name), reference_(reference) {}
+  Operands(const char* op, const char* name, TensorList& reference);
 
   // One tensor of equal shape on the same device for each of the reference list; or none, if that is allowed.
-  void check_list(NamedList list, Dtypes dtypes, bool may_be_absent = true) const;
+  void check_list(NamedList list, Dtypes dtypes, bool may_be_absent = true);
 
   // Moments and slow weights: float64 for float64 weights, float32 for all others.
-  void check_state(NamedList list, bool required) const;
+  void check_state(NamedList list, bool required);
 
   // One contiguous int32 tensor of ceil(n / 32) words each, or none.
-  void check_bits(NamedList bits, bool may_be_absent = true) const;
+  void check_bits(NamedList bits, bool may_be_absent = true);
 
   // No element may be reachable through two of the tensors that will be written.
-  void check_writable(std::initializer_list<NamedList> lists) const;
+  void check_writable(std::initializer_list<NamedList> lists);
 
   // After the checks: makes the reference list dense. Copies stand in for views with gaps until write_back().
   void make_reference_dense(bool written);
@@ -114,12 +140,15 @@ class Operands {
   [[noreturn]] void fail_at(const char* argument, size_t index, const std::string& expected, const std::string& got)
       const;
   void check_length(NamedList list, bool may_be_absent) const;
-  void check_device(NamedList list) const;
-  void replace(Tensor& tensor, const std::vector<std::int64_t>& strides, bool written);
+  void check_device(NamedList list);
+  std::vector<TensorInfo>& infos_of(const TensorList& list);
+  void replace(TensorList& list, size_t index, const std::vector<std::int64_t>& strides, bool written);
 
   const char* op_;
   const char* name_;
   TensorList& reference_;
+  std::vector<TensorInfo> reference_infos_;
+  std::deque<std::pair<const TensorList*, std::vector<TensorInfo>>> infos_; // of the other lists
   std::vector<std::pair<Tensor, Tensor>> written_copies_; // original, copy
 };
 

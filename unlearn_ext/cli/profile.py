@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,11 +54,12 @@ def profile(
 
     Made-up weights and gradients of the given shapes go through the masked
     norm, the forget step, the retain step and the slow weights. Predicted is
-    the time that memory alone would take: bytes over the triad's bandwidth.
+    the time that memory alone would take, bytes over the triad's bandwidth,
+    and the memory that the tensors take; both stand beside what is measured.
     """
     import torch
 
-    from ..profiling import steps
+    from ..profiling import memory, steps
     from ..profiling.report import device_name, document, in_words, measure, show, write
     from ..profiling.shapes import count, cut
     from ..profiling.timing import repeats_for
@@ -80,21 +81,24 @@ def profile(
     names = _implementations(implementations)
     errors = Console(stderr=True)
     with errors.status("measuring"):
+        taken = memory.measured(kept, rule.value, kind, place)
         work = steps.sequential(kept, rule.value, kind, place)
         measurement = measure(label, work, names, repeats or repeats_for(count(kept)))
         del work
         passes = _time_passes(kept, rule.value, kind, place, repeats or 11)
     console = Console(width=80, highlight=False)
     show([measurement], console)
-    _show_passes(measurement, passes, console)
-    _show_memory(kept, rule.value, kind, console)
+    timed, sizes = _predict(measurement, passes), memory.predicted(kept, rule.value, kind)
+    _show_passes(timed, console)
+    _show_memory(sizes, taken, console)
     if count(kept) < count(whole):
         console.print(
             f"Measured on the first {in_words(count(kept))} of {in_words(count(whole))} weights; the whole network "
             f"takes {count(whole) / count(kept):.1f} times as long and as much.",
         )
     if json_file is not None:
-        write(json_file, document([measurement], place))
+        in_memory = {"predicted_bytes": {**sizes, "peak": sum(sizes.values())}, "measured_peak_bytes": taken}
+        write(json_file, {**document([measurement], place), "passes": timed, "memory": in_memory})
     if plot_file is not None:
         plot(plot_file, [measurement], device_name(place), torch.get_num_threads())
     if trace is not None:
@@ -220,35 +224,39 @@ def _write_trace(path: Path, shapes: list[Shape], rule: str, dtype: torch.dtype,
 # --- Showing ------------------------------------------------------------------------------------------------
 
 
-def _show_passes(measurement: Measurement, passes: list[tuple[str, int, float]], console: Console) -> None:
+def _predict(measurement: Measurement, passes: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    """Each pass, and all of them by the optimizer, with the time that its bytes take at the speed of the triad."""
+    fused = measurement.rows[0]
+    return [
+        {
+            "pass": name,
+            "bytes": moved,
+            "measured_ms": 1e3 * seconds,
+            "predicted_ms": moved / measurement.triad_gb_per_s / 1e6,
+        }
+        for name, moved, seconds in [*passes, ("all", fused["bytes"], fused["p50_ms"] / 1e3)]
+    ]
+
+
+def _show_passes(timed: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="Our passes over memory: measured, and predicted from the triad")
     for name, justify in (("pass", "left"), ("MB", "right"), ("measured ms", "right"), ("predicted ms", "right")):
         table.add_column(name, justify=justify)
     what = {"products": "norms, finite?", "forget_step": "forget step", "retain_step": "retain step, slow weights"}
-    rows = [(what[name], moved, seconds) for name, moved, seconds in passes]
-    fused = measurement.rows[0]
-    rows.append(("all, by UnlearnOptimizer", fused["bytes"], fused["p50_ms"] / 1e3))
-    for name, moved, seconds in rows:
-        predicted = moved / measurement.triad_gb_per_s / 1e9
-        table.add_row(name, f"{moved / 1e6:.1f}", f"{1e3 * seconds:.2f}", f"{1e3 * predicted:.2f}")
+    what["all"] = "all, by UnlearnOptimizer"
+    for row in timed:
+        cells = f"{row['bytes'] / 1e6:.1f}", f"{row['measured_ms']:.2f}", f"{row['predicted_ms']:.2f}"
+        table.add_row(what[row["pass"]], *cells)
     console.print(table)
 
 
-def _show_memory(shapes: list[Shape], rule: str, dtype: torch.dtype, console: Console) -> None:
-    from ..profiling.shapes import count
-
-    total, width = count(shapes), dtype.itemsize
-    moments = {"sgd": 0, "momentum": 1}.get(rule, 2)
-    parts = {
-        "weights": width * total,
-        "one gradient": width * total,
-        "moments": 4 * moments * total,
-        "slow weights": 4 * total,
-        "mask bits": sum(4 * -(-count([shape]) // 32) for shape in shapes),
-    }
-    table = Table(title="Memory for the update, MB")
-    for name in (*parts, "peak"):
+def _show_memory(sizes: dict[str, int], taken: int | None, console: Console) -> None:
+    table = Table(title="Memory for the update")
+    table.add_column("tensors")
+    for name in ("measured MB", "predicted MB"):
         table.add_column(name, justify="right")
-    sizes = [*parts.values(), sum(parts.values())]
-    table.add_row(*(f"{size / 1e6:.1f}" for size in sizes))
+    for name, size in sizes.items():
+        table.add_row(name, "", f"{size / 1e6:.1f}")
+    peak = "not measured" if taken is None else f"{taken / 1e6:.1f}"
+    table.add_row("peak, all at once", peak, f"{sum(sizes.values()) / 1e6:.1f}")
     console.print(table)

@@ -1,7 +1,8 @@
 """The same-traffic loop and the triad: what the memory allows, measured beside the operators.
 
 An operator is judged by the fraction of the loop's speed that it reaches; csrc/benchmark/loop.cpp says what the loop
-does. The loop is judged by the triad, and where it falls short no comparison to it is made.
+does, and loop.cu is the same for CUDA. The loop is judged by the triad, and where it falls short no comparison to it is
+made.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, ops
 
 __all__ = ["LOOP_OF_TRIAD", "Pass", "loop", "loop_holds", "triad", "triad_bytes"]
 
@@ -45,16 +47,27 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 @functools.cache
-def _kernels():
-    """Schemas and library, once. The library object must live as long as its operators."""
+def _schemas() -> torch.library.Library:
+    """Once. The library object must live as long as its operators."""
     library = torch.library.Library("unlearn_ext_bench", "DEF")
     library.define(
         "same_traffic_(Tensor(a!)[] updated, Tensor[] read, Tensor[] words_read, Tensor(b!)[] words_written, "
         "int tensors, int mask) -> int"
     )
     library.define("triad_(Tensor(a!)[] a, Tensor[] b, Tensor[] c, float scale) -> ()")
-    _native.load_loop()
-    return library, torch.ops.unlearn_ext_bench
+    return library
+
+
+def _kernels(device: torch.device) -> Any:
+    """The kernels for a device, or None where the operators have none either, as on CUDA without nvcc."""
+    if device.type != "cpu" and ops.backend(device) != "native":
+        return None
+    _schemas()
+    if device.type == "cuda":
+        _native.load_cuda_loop()
+    else:
+        _native.load_loop()
+    return torch.ops.unlearn_ext_bench
 
 
 def _flat(streams: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -62,11 +75,11 @@ def _flat(streams: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def loop(passes: Sequence[Pass]) -> Callable[[], None]:
-    """Runs over the operator's own tensors and leaves them as they are. On other devices than the CPU, where there is
-    no kernel yet, PyTorch's own triad moves as many bytes."""
-    if _device(passes).type != "cpu":
+    """Runs over the operator's own tensors and leaves them as they are. Where there is no kernel PyTorch's own triad
+    moves as many bytes."""
+    kernels = _kernels(_device(passes))
+    if kernels is None:
         return _stand_in(sum(p.bytes for p in passes), _device(passes))
-    _, ops = _kernels()
     calls = []
     for p in passes:
         tensors = len((*p.updated, *p.read)[0])
@@ -74,18 +87,18 @@ def loop(passes: Sequence[Pass]) -> Callable[[], None]:
 
     def run() -> None:
         for call in calls:
-            ops.same_traffic_(*call)
+            kernels.same_traffic_(*call)
 
     return run
 
 
 def triad(a: Sequence[Tensor], c: Sequence[Tensor]) -> Callable[[], None]:
     """a = a + 0 · c over lists of float32 tensors: every byte that moves is one that counts, and a stays as it is."""
-    if a[0].device.type != "cpu":
+    kernels = _kernels(a[0].device)
+    if kernels is None:
         return _stand_in(triad_bytes(a), a[0].device)
-    _, ops = _kernels()
     a, c = list(a), list(c)
-    return lambda: ops.triad_(a, a, c, 0.0)
+    return lambda: kernels.triad_(a, a, c, 0.0)
 
 
 def triad_bytes(a: Sequence[Tensor]) -> int:
