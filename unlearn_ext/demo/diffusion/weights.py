@@ -124,7 +124,7 @@ def load_samples(name: str, without: int = 3) -> tuple[Tensor, Tensor, dict[str,
     """Shipped pictures of a network that was trained without one digit: images in [−1, 1], labels, metadata.
 
     Args:
-        name: ``"ddpm"`` or ``"dit"``.
+        name: ``"ddpm"``, the one that ships.
         without: the digit; 3 is the one that ships.
 
     Raises:
