@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from unlearn_ext.demo.diffusion import judging, networks, pretraining, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_3 = ("ddpm", "dit")
+WITHOUT_3 = ("ddpm",)
 ALL = (*networks.DENOISERS, "judge")
 
 

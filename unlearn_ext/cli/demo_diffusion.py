@@ -88,10 +88,10 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         f"others: {100 * others['before']:.1f} % and {100 * others['after']:.1f} %; Fréchet distance to real ones "
         f"{report['frechet']['before']:.2f} and {report['frechet']['after']:.2f}."
     )
-    if report["replacement"] is not None:
-        console.print(
-            f"Asked for a {forgotten}, it shows a {report['replacement']} in {100 * report['replaced']['after']:.1f} %."
-        )
+    if report["replacements"] is not None:
+        what = report["replacements"]
+        shown = f"a {what[0]}" if len(what) == 1 else "another digit"
+        console.print(f"Asked for a {forgotten}, it shows {shown} in {100 * report['replaced']['after']:.1f} %.")
     diversity = report["diversity"]
     console.print(
         f"Mean distance between two samples of the forgotten label: {diversity['before']:.1f} before, "

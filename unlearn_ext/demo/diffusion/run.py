@@ -61,11 +61,11 @@ class DiffusionOptions:
             raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
-class _Captioned:
-    """Batches of images with captions in place of labels; forget batches say what shall be shown instead."""
+class _Replacing:
+    """Forget batches that say what shall be shown instead: for each sample one of the other digits, drawn anew."""
 
-    def __init__(self, batches: ShuffledBatches, replacement: int | None = None):
-        self.batches, self.replacement = batches, replacement
+    def __init__(self, batches: ShuffledBatches, others: list[int]):
+        self.batches, self.others = batches, torch.tensor(others)
         self.generator = batches.generator
 
     def __len__(self) -> int:
@@ -73,10 +73,26 @@ class _Captioned:
 
     def __iter__(self):
         for images, labels in self.batches:
-            batch = {"pixel_values": images, "prompts": [CAPTIONS[label] for label in labels]}
-            if self.replacement is not None:
-                batch["replace_prompts"] = [CAPTIONS[self.replacement]] * len(labels)
-            yield batch
+            drawn = torch.randint(len(self.others), (len(labels),), generator=self.generator)
+            yield {"pixel_values": images, "labels": labels, "replace_labels": self.others[drawn]}
+
+
+class _Captioned:
+    """Batches with captions in place of labels."""
+
+    def __init__(self, batches: ShuffledBatches | _Replacing):
+        self.batches, self.generator = batches, batches.generator
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            if isinstance(batch, tuple):
+                yield {"pixel_values": batch[0], "prompts": [CAPTIONS[label] for label in batch[1]]}
+                continue
+            prompts = {"prompts": batch.pop("labels"), "replace_prompts": batch.pop("replace_labels")}
+            yield {**batch, **{name: [CAPTIONS[label] for label in labels] for name, labels in prompts.items()}}
 
 
 class DiffusionDemo:
@@ -106,9 +122,12 @@ class DiffusionDemo:
         self.labels = torch.arange(CLASSES).repeat_interleave(options.samples)
 
     @property
-    def replacement(self) -> int | None:
-        """What a forgotten caption is taken to show: the digit before it."""
-        return (self.options.forget_class - 1) % CLASSES if self.options.task == "text" else None
+    def replacements(self) -> list[int]:
+        """What a method that replaces shows in place of the forgotten digit: the digit before it where captions are
+        told, as in "three" to "two", else any of the others."""
+        if self.options.task == "text":
+            return [(self.options.forget_class - 1) % CLASSES]
+        return [digit for digit in range(CLASSES) if digit != self.options.forget_class]
 
     def run(self) -> DiffusionDemo:
         options = self.options
@@ -168,9 +187,10 @@ class DiffusionDemo:
             name: ShuffledBatches(images[chosen], labels[chosen], BATCH_SIZE, options.seed + offset)
             for name, chosen, offset in (("forget", forgotten, 17), ("retain", ~forgotten, 29))
         }
+        if self.method.replaces:
+            sets["forget"] = _Replacing(sets["forget"], self.replacements)
         if network.name == "text":
-            replacements = {"forget": self.replacement, "retain": None}
-            sets = {name: _Captioned(batches, replacements[name]) for name, batches in sets.items()}
+            sets = {name: _Captioned(batches) for name, batches in sets.items()}
         if network.name == "dit":
             tie_embeddings(network.model)
         task = self._task()
@@ -214,10 +234,11 @@ class DiffusionDemo:
             )
             found["diversity"][when] = pairwise_distance(pictures[~kept])
         found["digits"] = {str(d): {when: scores[when][d] for when in self.samples} for d in range(CLASSES)}
-        if self.replacement is not None:  # how often the forgotten caption shows what it shall show instead
+        if self.method.replaces:  # how often the forgotten label shows what it shall show instead
+            wanted = torch.tensor(self.replacements)
             found["replaced"] = {
                 when: float(
-                    (self._in_parts(self.judge.network, pictures[~kept]).argmax(1) == self.replacement).double().mean()
+                    torch.isin(self._in_parts(self.judge.network, pictures[~kept]).argmax(1), wanted).double().mean()
                 )
                 for when, pictures in self.samples.items()
             }
@@ -242,7 +263,7 @@ class DiffusionDemo:
             **self.measures(),
             "task": options.task,
             "forget_class": options.forget_class,
-            "replacement": self.replacement,
+            "replacements": self.replacements if self.method.replaces else None,
             "seed": options.seed,
             "seconds": self.seconds,
             "protocol": {
