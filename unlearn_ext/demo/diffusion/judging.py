@@ -19,7 +19,8 @@ from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
 
 __all__ = ["GUIDANCE", "STEPS", "comparison_samples", "frechet_distance", "judge_samples", "sample"]
 
-STEPS, GUIDANCE = 25, 3.0
+STEPS = 25
+GUIDANCE = {"ddpm": 2.0, "dit": 3.0, "text": 2.0}
 
 
 @torch.no_grad()
@@ -29,15 +30,16 @@ def sample(
     *,
     seed: int = 0,
     steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    guidance: float | None = None,
     batch_size: int = 128,
     mixed_precision: str = "no",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Pictures ``[N, 1, 16, 16]`` in [−1, 1] by DDIM, from noise that ``seed`` alone decides.
 
-    The prediction is e_u + guidance · (e_c − e_u), e_u that without a label.
+    The prediction is e_u + guidance · (e_c − e_u), e_u that without a label; ``GUIDANCE`` says how much by default.
     """
+    guidance = GUIDANCE[denoiser.name] if guidance is None else guidance
     noise = torch.randn(len(labels), 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     scheduler = sampling_scheduler()
     scheduler.set_timesteps(steps)
@@ -89,7 +91,7 @@ def comparison_samples(trained: Trained, per_digit: int = 32, seed: int = 0) -> 
     """What ``weights.save_samples`` takes: pictures of a trained denoiser, as the package ships them of one that never
     saw a digit. That digit's label is asked for as well."""
     labels = torch.arange(CLASSES).repeat(per_digit)
-    sampling = {"sampler": "DDIM", "steps": STEPS, "guidance": GUIDANCE, "seed": seed}
+    sampling = {"sampler": "DDIM", "steps": STEPS, "guidance": GUIDANCE[trained.name], "seed": seed}
     return sample(trained.network, labels, seed=seed), labels, {**trained.metadata, "sampling": sampling}
 
 
@@ -119,7 +121,7 @@ def _main() -> None:
     parser.add_argument("network", help=f"{', '.join(DENOISERS)}, or a file of weights")
     parser.add_argument("--samples", type=int, default=200, help="pictures of each digit")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--judge", type=Path, default=SHIPPED / "judge.safetensors")
