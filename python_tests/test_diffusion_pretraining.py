@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from unlearn_ext.demo.diffusion import judging, networks, pretraining, weights
+from unlearn_ext.diffusion.sampling import draw_noise
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_3 = ("ddpm",)
@@ -250,8 +251,7 @@ def test_files_that_are_not_ours_are_refused(tmp_path):
         weights.load_file(path)
     with pytest.raises(InputError, match="got 'gan'"):
         weights.load("gan")
-    with pytest.raises(InputError, match="without the digit 4"):
-        weights.load_samples("ddpm", 4)
+    assert weights.load_samples("ddpm", 4) is None
 
 
 def test_what_is_not_shipped_is_trained_once_and_cached(tmp_path, monkeypatch):
@@ -310,7 +310,7 @@ def test_the_shipped_networks_draw_the_digit_that_they_are_asked_for(name):
     "name", [n for n in ("ddpm", "dit") if (weights.SHIPPED / f"{n}-without-3.safetensors").is_file()]
 )
 def test_the_shipped_pictures_of_a_network_without_the_digit_3(name):
-    images, labels, metadata = weights.load_samples(name)
+    images, labels, metadata = weights.load_samples(name, 3)
     assert images.shape == (320, 1, 16, 16) and images.min() >= -1 and images.max() <= 1
     assert torch.bincount(labels).tolist() == [32] * 10
     assert metadata["without"] == 3 and metadata["train_size"] == 3600
@@ -351,7 +351,7 @@ def test_sampling_is_ddim_with_guidance_by_hand():
     labels = torch.tensor([1, 7, 3])
     found = judging.sample(denoiser, labels, seed=4, steps=4, guidance=3.0, batch_size=2)
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(4))
+    x = draw_noise(3, (1, 16, 16), seed=4)
     for t in (999, 749, 499, 249):
         times = torch.full((3,), t)
         with torch.no_grad():
@@ -361,16 +361,6 @@ def test_sampling_is_ddim_with_guidance_by_hand():
         clean = (x.double() - (1 - a).sqrt() * noise) / a.sqrt()
         x = (b.sqrt() * clean + (1 - b).sqrt() * noise).float()
     assert torch.allclose(found, x.clamp(-1, 1), atol=1e-3)
-
-
-def test_frechet_distance_of_known_normals():
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(200, 3, dtype=torch.float64, generator=generator) - 0)[0]
-    basis = torch.linalg.qr(basis - basis.mean(0))[0] * 199**0.5  # mean 0, covariance the identity
-    first, second = basis * torch.tensor([1.0, 2.0, 3.0]), basis * torch.tensor([2.0, 2.0, 1.0]) + 1
-    # commuting covariances: |shift|² + Σ (σ1 − σ2)² = 3 + 1 + 0 + 4
-    assert judging.frechet_distance(first, second) == pytest.approx(8, rel=1e-9)
-    assert judging.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_judges_report_by_hand(mnist):

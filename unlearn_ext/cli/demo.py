@@ -143,13 +143,12 @@ _OF_DIFFUSION = ("samples", "pretrain")
 
 def _check_options(context: typer.Context, task: TaskName) -> None:
     """An option that the task would not heed is an error."""
-    from click.core import ParameterSource
-
     from ..errors import InputError
 
     classifier = task is TaskName.classifier
     for name in _OF_DIFFUSION if classifier else _OF_THE_CLASSIFIER:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
             whose = "ddpm, dit and text" if classifier else "classifier"
             raise InputError(f"--{name.replace('_', '-')} belongs to demo {whose}: leave it out with demo {task.value}")
 

@@ -12,51 +12,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._modes import PRECISIONS
 from ...data import load_digits
 from ...data.digits import CLASSES
-from .networks import DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, sampling_scheduler
+from ...diffusion.grid import write_grid
+from ...diffusion.sampling import draw_noise, sample_classes, sample_prompts
+from ...evaluation.generated import class_scores, frechet_distance, pairwise_distance
+from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, sampling_scheduler
 from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
 
-__all__ = ["GUIDANCE", "STEPS", "comparison_samples", "frechet_distance", "judge_samples", "sample"]
+__all__ = ["GUIDANCE", "STEPS", "comparison_samples", "judge_samples", "sample"]
 
 STEPS = 25
 GUIDANCE = {"ddpm": 2.0, "dit": 3.0, "text": 2.0}
 
 
-@torch.no_grad()
 def sample(
     denoiser: Denoiser,
     labels: Tensor,
+    noise: Tensor | None = None,
     *,
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int | None = None,
     guidance: float | None = None,
-    batch_size: int = 128,
+    batch_size: int = 100,
     mixed_precision: str = "no",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Pictures ``[N, 1, 16, 16]`` in [−1, 1] by DDIM, from noise that ``seed`` alone decides.
+    """Pictures ``[N, 1, 16, 16]`` in [−1, 1], by DDIM with guidance (:mod:`unlearn_ext.diffusion.sampling`).
 
-    The prediction is e_u + guidance · (e_c − e_u), e_u that without a label; ``GUIDANCE`` says how much by default.
+    Args:
+        labels: ``[N]``; of the text-conditional network, their captions.
+        noise: ``[N, 1, 16, 16]``; drawn from ``seed`` unless given.
+        steps, guidance: ``STEPS`` and ``GUIDANCE`` unless given.
     """
-    guidance = GUIDANCE[denoiser.name] if guidance is None else guidance
-    noise = torch.randn(len(labels), 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    scheduler = sampling_scheduler()
-    scheduler.set_timesteps(steps)
+    noise = draw_noise(len(labels), (1, SIZE, SIZE), seed) if noise is None else noise
+    dtype = PRECISIONS[mixed_precision]
+    settings = {"steps": steps or STEPS, "guidance": GUIDANCE[denoiser.name] if guidance is None else guidance}
+    settings.update(batch_size=batch_size, progress=progress)
     denoiser.eval()
-    parts = []
-    for images, wanted in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
-        both = torch.cat([wanted, torch.full_like(wanted, NULL_LABEL)])
-        for timestep in scheduler.timesteps:
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
-                predicted = denoiser(images.repeat(2, 1, 1, 1), timestep.expand(len(both)), both).float()
-            conditional, unconditional = predicted.chunk(2)
-            predicted = unconditional + guidance * (conditional - unconditional)
-            images = scheduler.step(predicted, timestep, images).prev_sample
-        parts.append(images.clamp(-1, 1))
-        if progress is not None:
-            progress(sum(map(len, parts)), len(labels))
-    return torch.cat(parts)
+    device = next(denoiser.parameters()).device.type
+    with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        if denoiser.name == "text":
+            states = denoiser.embed(list(CAPTIONS))
+            pictures = sample_prompts(
+                denoiser.model, sampling_scheduler(), states[labels], noise, null_embeds=states[NULL_LABEL], **settings
+            )
+        else:
+            pictures = sample_classes(
+                denoiser.model, sampling_scheduler(), labels, noise, null_label=NULL_LABEL, **settings
+            )
+    return pictures.clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -66,24 +72,19 @@ def judge_samples(judge: Judge, images: Tensor, labels: Tensor, without: int | N
     Returns:
         ``digits.<d>``: ``accuracy``, mean ``probability`` of the digit asked for, and ``distance``, the mean Euclidean
         distance between two of its pictures; ``frechet``: between the judge's 64 features of the pictures and of the
-        1,000 held-out real digits, both without the digit ``without``.
+        1,000 held-out real digits, both without the digit ``without``; ``found``: what it takes each picture for.
     """
     digits = load_digits()
     split = digits.split(TRAIN_SIZE, TEST_SIZE)
     real = digits.pixels(SIZE)[split.test_indices]
-    features = judge.eval().features(images)
+    judge.eval()
+    features, real_features = (torch.cat([judge.features(p) for p in group.split(250)]) for group in (images, real))
     probabilities = judge.head(features).softmax(1)
-    report: dict[str, Any] = {"digits": {}}
-    for digit in labels.unique().tolist():
-        own = labels == digit
-        report["digits"][digit] = {
-            "accuracy": (probabilities[own].argmax(1) == digit).float().mean().item(),
-            "probability": probabilities[own, digit].mean().item(),
-            "distance": torch.pdist(images[own].flatten(1)).mean().item(),
-        }
+    report: dict[str, Any] = {"digits": class_scores(probabilities, labels), "found": probabilities.argmax(1)}
+    for digit, scores in report["digits"].items():
+        scores["distance"] = pairwise_distance(images[labels == digit])
     none = -1 if without is None else without
-    kept, real_kept = labels != none, split.test_labels != none
-    report["frechet"] = frechet_distance(features[kept], judge.features(real[real_kept]))
+    report["frechet"] = frechet_distance(real_features[split.test_labels != none], features[labels != none])
     return report
 
 
@@ -95,26 +96,7 @@ def comparison_samples(trained: Trained, per_digit: int = 32, seed: int = 0) -> 
     return sample(trained.network, labels, seed=seed), labels, {**trained.metadata, "sampling": sampling}
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Between normal distributions of the features' means and covariances (arXiv 1706.08500), in float64."""
-    first, second = first.double(), second.double()
-    shift = (first.mean(0) - second.mean(0)).square().sum()
-    a, b = torch.cov(first.T), torch.cov(second.T)
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
-    return (shift + a.trace() + b.trace() - 2 * overlap).item()
-
-
-def picture(images: Tensor, labels: Tensor, columns: int = 16) -> Tensor:
-    """A grid of bytes ``[rows · 16, columns · 16]``, a row for each digit."""
-    rows = [torch.cat(list(images[labels == digit][:columns, 0]), 1) for digit in labels.unique().tolist()]
-    return ((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8)
-
-
 def _main() -> None:
-    from PIL import Image
-
     from .weights import SHIPPED, load, load_file
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -143,11 +125,10 @@ def _main() -> None:
     report = judge_samples(judge, images, labels, trained.metadata.get("without"))
     print(json.dumps(trained.metadata))
     for digit, found in report["digits"].items():
-        print(f"{digit}  " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+        print(f"{digit}  " + "  ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "probability", "distance")))
     print(f"Fréchet distance {report['frechet']:.3f}; {len(labels)} pictures in {seconds:.0f} s")
     if options.grid:
-        grid = picture(images, labels).numpy()
-        Image.fromarray(grid).resize((3 * grid.shape[1], 3 * grid.shape[0]), 0).save(options.grid)
+        write_grid(options.grid, {str(d): images[labels == d][:16] for d in range(CLASSES)})
 
 
 if __name__ == "__main__":

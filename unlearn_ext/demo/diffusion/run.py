@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,19 @@ from torch import Tensor
 
 from ..._files import writable_directory
 from ..._loop import Progress
-from ..._modes import PRECISIONS
 from ...data.digits import CLASSES, Digits, load_digits
 from ...diffusion.grid import write_grid
-from ...diffusion.sampling import draw_noise, sample_classes, sample_prompts
+from ...diffusion.sampling import draw_noise
 from ...diffusion.weights import tie_embeddings, untie_embeddings
 from ...errors import InputError
-from ...evaluation.generated import class_scores, frechet_distance, pairwise_distance
 from ...methods import SFRon
 from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ...unlearner import Result, Unlearner
 from ..batches import ShuffledBatches
-from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, noise_scheduler, sampling_scheduler
+from .judging import GUIDANCE, STEPS, judge_samples, sample
+from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, noise_scheduler
 from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
-from .settings import BATCH_SIZE, GUIDANCE, STEPS, method_for, task_settings
+from .settings import BATCH_SIZE, method_for, task_settings
 from .weights import load, load_samples
 
 __all__ = ["DiffusionDemo", "DiffusionOptions"]
@@ -157,26 +156,14 @@ class DiffusionDemo:
         return _Clock(self.seconds, stage)
 
     def _sample(self, when: str, noise: Tensor) -> None:
-        network, arguments = self.network, {"steps": STEPS, "guidance": GUIDANCE, "batch_size": 100}
-        arguments["progress"] = lambda done, total: self.progress(f"sampling {when}", done, total)
-        half = PRECISIONS[self.options.mixed_precision]
-        autocast = torch.autocast(torch.device(self.options.device).type, dtype=half, enabled=half is not None)
-        with self._timed(f"sampling_{when}"), autocast:
-            if network.name == "text":
-                states = network.embed(list(CAPTIONS)).detach()
-                found = sample_prompts(
-                    network.model,
-                    sampling_scheduler(),
-                    states[self.labels],
-                    noise,
-                    null_embeds=states[NULL_LABEL],
-                    **arguments,
-                )
-            else:
-                found = sample_classes(
-                    network.model, sampling_scheduler(), self.labels, noise, null_label=NULL_LABEL, **arguments
-                )
-        self.samples[when] = found.clamp(-1, 1)
+        with self._timed(f"sampling_{when}"):
+            self.samples[when] = sample(
+                self.network,
+                self.labels,
+                noise,
+                mixed_precision=self.options.mixed_precision,
+                progress=lambda done, total: self.progress(f"sampling {when}", done, total),
+            )
 
     def _unlearn(self) -> None:
         options, network = self.options, self.network
@@ -217,45 +204,40 @@ class DiffusionDemo:
 
     # --- What became of it ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def measures(self) -> dict[str, Any]:
         """Scores of every digit, Fréchet distance of the retained ones, and how much the forgotten label's samples
         differ among themselves; before and after."""
-        split = self.digits.split(TRAIN_SIZE, TEST_SIZE)
-        real = self.digits.pixels(SIZE)[split.test_indices[split.test_labels != self.options.forget_class]]
-        real_features = self._in_parts(self.judge.network.features, real)
-        kept = self.labels != self.options.forget_class
-        scores: dict[str, dict[int, dict[str, float]]] = {}
-        found: dict[str, Any] = {"frechet": {}, "diversity": {}}
-        for when, pictures in self.samples.items():
-            scores[when] = class_scores(self._in_parts(self.judge.network, pictures).softmax(dim=1), self.labels)
-            found["frechet"][when] = frechet_distance(
-                real_features, self._in_parts(self.judge.network.features, pictures[kept])
-            )
-            found["diversity"][when] = pairwise_distance(pictures[~kept])
-        found["digits"] = {str(d): {when: scores[when][d] for when in self.samples} for d in range(CLASSES)}
+        forgotten = self.options.forget_class
+        judged = {
+            when: judge_samples(self.judge.network, pictures, self.labels, without=forgotten)
+            for when, pictures in self.samples.items()
+        }
+        found: dict[str, Any] = {
+            "digits": {str(d): {when: report["digits"][d] for when, report in judged.items()} for d in range(CLASSES)},
+            "frechet": {when: report["frechet"] for when, report in judged.items()},
+            "diversity": {when: report["digits"][forgotten]["distance"] for when, report in judged.items()},
+            "forgotten": {when: report["digits"][forgotten]["accuracy"] for when, report in judged.items()},
+        }
+        others = [d for d in range(CLASSES) if d != forgotten]
+        found["retained"] = {
+            when: statistics.mean(report["digits"][d]["accuracy"] for d in others) for when, report in judged.items()
+        }
         if self.method.replaces:  # how often the forgotten label shows what it shall show instead
             wanted = torch.tensor(self.replacements)
             found["replaced"] = {
-                when: float(
-                    torch.isin(self._in_parts(self.judge.network, pictures[~kept]).argmax(1), wanted).double().mean()
-                )
-                for when, pictures in self.samples.items()
+                when: float(torch.isin(report["found"][self.labels == forgotten], wanted).double().mean())
+                for when, report in judged.items()
             }
-        others = [d for d in range(CLASSES) if d != self.options.forget_class]
-        found["forgotten"] = {when: scores[when][self.options.forget_class]["accuracy"] for when in self.samples}
-        found["retained"] = {
-            when: sum(scores[when][d]["accuracy"] for d in others) / len(others) for when in self.samples
-        }
         return found
-
-    @staticmethod
-    def _in_parts(network: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
-        return torch.cat([network(part) for part in pictures.split(250)])
 
     def settings(self) -> dict[str, Any]:
         own = {"name": self.method.name, "batch_size": BATCH_SIZE, **self.method.settings()}
-        return {**own, "task": task_settings(self.options.task), "steps": STEPS, "guidance": GUIDANCE}
+        return {
+            **own,
+            "task": task_settings(self.options.task),
+            "steps": STEPS,
+            "guidance": GUIDANCE[self.options.task],
+        }
 
     def report(self) -> dict[str, Any]:
         options, result, mask = self.options, self.result, self.result.mask
@@ -269,7 +251,7 @@ class DiffusionDemo:
             "protocol": {
                 "sampler": "DDIM, eta 0, trailing timesteps",
                 "steps": STEPS,
-                "guidance": GUIDANCE,
+                "guidance": GUIDANCE[options.task],
                 "samples_per_digit": options.samples,
                 "size": SIZE,
                 "classifier": "trained on the 4,000 training digits",

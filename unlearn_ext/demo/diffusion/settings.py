@@ -6,10 +6,9 @@ from typing import Any
 
 from ...methods import SFRon
 
-__all__ = ["BATCH_SIZE", "GUIDANCE", "STEPS", "method_for", "task_settings"]
+__all__ = ["BATCH_SIZE", "method_for", "task_settings"]
 
 BATCH_SIZE = 64
-STEPS, GUIDANCE = 25, 2.0  # of sampling
 
 _COMMON = {"rule": "adam", "iterations": 50, "forget_schedule": "cosine", "gamma": 1.0, "max_norm": 1.0}
 _METHODS: dict[str, dict[str, Any]] = {
