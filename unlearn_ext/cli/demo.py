@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -91,10 +90,10 @@ def demo(
             mixed_precision=mixed_precision.value,
         )
         return demo_diffusion.run(options, output_dir, json_file, pretrain)
-    from .. import __version__, _native
+    from .. import __version__
     from .._files import atomic_path, writable_directory
     from ..demo.classifier import ClassifierDemo, DemoOptions
-    from ..errors import InputError
+    from .backend import load_backend
     from .progress import stages
 
     options = DemoOptions(
@@ -112,12 +111,7 @@ def demo(
     check_json_file(json_file, output_dir)
     output_dir = writable_directory(output_dir)
     console = Console(stderr=True)
-    with console.status("building the native library, once"):
-        os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
-        try:
-            backend = _native.load()
-        except ValueError as error:  # a variable of the environment
-            raise InputError(str(error)) from None
+    backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
         run.progress = progress

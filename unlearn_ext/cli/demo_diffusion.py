@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -19,23 +18,18 @@ __all__ = ["run"]
 
 
 def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pretrain: bool) -> int:
-    from .. import __version__, _native
+    from .. import __version__
     from .._files import atomic_path, writable_directory
     from ..demo.diffusion import weights
     from ..demo.diffusion.run import DiffusionDemo
-    from ..errors import InputError
+    from .backend import load_backend
     from .demo import check_json_file, versions
     from .progress import stages
 
     check_json_file(json_file, output_dir)
     output_dir = writable_directory(output_dir)
     console = Console(stderr=True, highlight=False)
-    with console.status("building the native library, once"):
-        os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
-        try:
-            backend = _native.load()
-        except ValueError as error:  # a variable of the environment
-            raise InputError(str(error)) from None
+    backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
         pretrained = None

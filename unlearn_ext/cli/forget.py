@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -97,11 +96,12 @@ def forget(
     are the only file that changes. unlearning/ in it holds the result, the
     pictures before and after from the same noise, the mask and the history.
     """
-    from .. import __version__, _native
+    from .. import __version__
     from .._files import atomic_path, writable_directory
     from ..diffusion.job import OWN_FOLDER, ForgetJob
     from ..diffusion.options import ForgetOptions
     from ..errors import InputError
+    from .backend import load_backend
     from .demo import _checked_device, versions
     from .progress import stages
 
@@ -124,12 +124,7 @@ def forget(
             found = job.estimate()
         _show_estimate(found, console)
         return 0
-    with errors.status("building the native library, once"):
-        os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
-        try:
-            _native.load()
-        except ValueError as error:  # a variable of the environment
-            raise InputError(str(error)) from None
+    load_backend(errors)
     with stages(errors) as progress:
         job.progress = progress
         report: dict[str, Any] = {
