@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,8 @@ def judge_samples(judge: Judge, images: Tensor, labels: Tensor, without: int | N
     Returns:
         ``digits.<d>``: ``accuracy``, mean ``probability`` of the digit asked for, and ``distance``, the mean Euclidean
         distance between two of its pictures; ``frechet``: between the judge's 64 features of the pictures and of the
-        1,000 held-out real digits, both without the digit ``without``; ``found``: what it takes each picture for.
+        1,000 held-out real digits, both without the digit ``without``, if there are more pictures than features;
+        ``found``: what it takes each picture for.
     """
     digits = load_digits()
     split = digits.split(TRAIN_SIZE, TEST_SIZE)
@@ -84,7 +86,9 @@ def judge_samples(judge: Judge, images: Tensor, labels: Tensor, without: int | N
     for digit, scores in report["digits"].items():
         scores["distance"] = pairwise_distance(images[labels == digit])
     none = -1 if without is None else without
-    report["frechet"] = frechet_distance(real_features[split.test_labels != none], features[labels != none])
+    kept = features[labels != none]
+    if len(kept) > kept.shape[1]:
+        report["frechet"] = frechet_distance(real_features[split.test_labels != none], kept)
     return report
 
 
@@ -126,7 +130,7 @@ def _main() -> None:
     print(json.dumps(trained.metadata))
     for digit, found in report["digits"].items():
         print(f"{digit}  " + "  ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "probability", "distance")))
-    print(f"Fréchet distance {report['frechet']:.3f}; {len(labels)} pictures in {seconds:.0f} s")
+    print(f"Fréchet distance {report.get('frechet', math.nan):.3f}; {len(labels)} pictures in {seconds:.0f} s")
     if options.grid:
         write_grid(options.grid, {str(d): images[labels == d][:16] for d in range(CLASSES)})
 
