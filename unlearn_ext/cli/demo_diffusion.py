@@ -55,8 +55,8 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
 def _show(report: dict[str, Any], output_dir: Path) -> None:
     """One table of at most 80 columns, and some sentences."""
     forgotten, protocol = report["forget_class"], report["protocol"]
-    names = {"ddpm": "a UNet told labels", "dit": "a DiT", "text": "a UNet told captions"}
-    table = Table(title=f"{names[report['task']].capitalize()} forgets the digit {forgotten}, seed {report['seed']}")
+    names = {"ddpm": "A UNet told labels", "dit": "A DiT", "text": "A UNet told captions"}
+    table = Table(title=f"{names[report['task']]} forgets the digit {forgotten}, seed {report['seed']}")
     table.add_column("digit", justify="right")
     for what in ("accuracy %", "probability %"):
         for when in ("before", "after"):
