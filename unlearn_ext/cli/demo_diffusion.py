@@ -85,7 +85,10 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     if report["replacements"] is not None:
         what = report["replacements"]
         shown = f"a {what[0]}" if len(what) == 1 else "another digit"
-        console.print(f"Asked for a {forgotten}, it shows {shown} in {100 * report['replaced']['after']:.1f} %.")
+        console.print(
+            f"Asked for a {forgotten}, it shows what the classifier takes for {shown} in "
+            f"{100 * report['replaced']['after']:.1f} %."
+        )
     diversity = report["diversity"]
     console.print(
         f"Mean distance between two samples of the forgotten label: {diversity['before']:.1f} before, "
