@@ -224,6 +224,17 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
 
 
+def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:
+    steps = ("--max-train-steps", "2", "--checkpointing-steps", "1")
+    assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *steps) == 0
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "unlearning":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    capsys.readouterr()
+    assert run(home, "ddpm", tmp_path / "out", "--forget-class", "4", *steps, "--resume-from-checkpoint", "latest") == 1
+    assert "forget_classes='3'" in capsys.readouterr().err
+
+
 def test_averages_are_saved_when_asked_for(home: Path, tmp_path: Path) -> None:
     steps = ("--forget-class", "3", "--ema-decay", "0.5")
     assert run(home, "ddpm", tmp_path / "last", *steps) == 0
@@ -281,6 +292,9 @@ def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
         ("text", ("--forget-prompt", "eleven", "--replace-prompt", "b"), "no folder belongs to 'eleven'"),
         ("dit", ("--forget-class", "3", "--gamma", "1", "--mask-fraction", "0.5"), "give only one"),
         ("dit", ("--forget-class", "3", "--preset", "x"), "--preset: expected one of"),
+        ("dit", ("--forget-class", "3", "--preset", "sd-nudity"), "--preset sd-nudity is for other models"),
+        ("text", ("--forget-prompt", "a", "--replace-prompt", "a"), "expected another prompt"),
+        ("dit", ("--forget-class", "3", "--checkpoints-total-limit", "0"), "--checkpoints-total-limit"),
         ("dit", ("--forget-class", "3", "--mask", "nowhere"), "--mask: there is no file"),
         ("dit", ("--forget-class", "3", "--classifier", "nowhere"), "--classifier: expected"),
         ("dit", ("--forget-class", "3", "--mixed-precision", "fp16"), "fp16 needs a GPU"),
@@ -302,8 +316,10 @@ def test_an_output_folder_that_is_not_empty_is_refused(home: Path, tmp_path: Pat
     (tmp_path / "note.txt").write_text("mine")
     assert run(home, "ddpm", tmp_path, "--forget-class", "3") == 1
     assert "note.txt already" in capsys.readouterr().err
-    assert run(home, "ddpm", home / "ddpm", "--forget-class", "3") == 1
-    assert "choose another" in capsys.readouterr().err
+    for inside in (home / "ddpm", home / "ddpm" / "forgotten"):
+        assert run(home, "ddpm", inside, "--forget-class", "3") == 1
+        assert "lies in the model's own folder" in capsys.readouterr().err
+    assert not (home / "ddpm" / "forgotten").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 

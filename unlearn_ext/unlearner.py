@@ -80,6 +80,7 @@ class Unlearner:
             weights, so that it equals the step of one large batch; a retain step counts all batches alike.
         ema_decay: also keep moving averages of the trained weights, ``decay · average + (1 − decay) · weight`` after
             every iteration: :attr:`Result.ema`.
+        identity: what else a run must have in common with the one that it resumes, such as a hash of its data.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Unlearner:
         mixed_precision: str = "no",
         gradient_accumulation_steps: int = 1,
         ema_decay: float | None = None,
+        identity: dict[str, str] | None = None,
     ):
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
@@ -100,6 +102,7 @@ class Unlearner:
         check_count("gradient_accumulation_steps", gradient_accumulation_steps)
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+        self.identity = dict(identity or {})
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
         if method.replaces and type(task).replacement_losses is Task.replacement_losses:
             raise InputError(
@@ -210,6 +213,7 @@ class Unlearner:
             "mixed_precision": self.mixed_precision,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "ema_decay": self.ema_decay,
+            **self.identity,
         }
 
     def autocast(self):

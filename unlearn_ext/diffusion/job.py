@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -85,6 +86,9 @@ class ForgetJob:
         else:
             self.forget_classes = self.data.parse_classes(options.forget_class)
         self.method = self._make_method()
+        if self.method.replaces != (self.pretrained.kind == "text"):
+            told = "prompts" if self.pretrained.kind == "text" else "classes"
+            raise InputError(f"--preset {self.preset} is for other models than those that are told {told}")
         self.task = self._make_task()
         self.ema_decay = self._ema_decay()
         self.tied = self._ties()
@@ -95,6 +99,11 @@ class ForgetJob:
             self.model.enable_gradient_checkpointing()
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        if self.pretrained.image_shape is None:
+            raise InputError(
+                f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
+                "pipeline's folder"
+            )
         self.judge = None if options.classifier is None else Judge(options.classifier, self._names(), options.device)
         self.draw: Draw = self._draw(draw_indices)
 
@@ -161,20 +170,16 @@ class ForgetJob:
             "scaling_factor": pretrained.scaling_factor,
             "seed": self.options.seed,
         }
+        self.task_settings = settings  # as they are in the end, for the result
         if pretrained.kind == "text":
+            settings["prompt_dropout"] = given.get("prompt_dropout", 0.0)
             return TextConditionalDiffusion(
-                pretrained.scheduler,
-                pretrained.text_encoder,
-                pretrained.tokenizer,
-                prompt_dropout=given.get("prompt_dropout", 0.0),
-                **settings,
+                pretrained.scheduler, pretrained.text_encoder, pretrained.tokenizer, **settings
             )
-        dropout = given.get("label_dropout", 0.0)
+        settings["label_dropout"] = given.get("label_dropout", 0.0)
         if not pretrained.classes.has_null:  # said to be so with --no-null-class
-            dropout, settings["guidance"] = 0.0, None
-        return ClassConditionalDiffusion(
-            pretrained.scheduler, null_label=self._null_label, label_dropout=dropout, **settings
-        )
+            settings.update(label_dropout=0.0, guidance=None)
+        return ClassConditionalDiffusion(pretrained.scheduler, null_label=self._null_label, **settings)
 
     # --- What will be used ----------------------------------------------------------------------------------
 
@@ -290,6 +295,8 @@ class ForgetJob:
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             ema_decay=self.ema_decay,
+            identity=self._identity()
+            | {"seed": str(options.seed), "batch_size": str(self.batch_size), "task": json.dumps(self.task_settings)},
         )
         result = unlearner.run(
             forget,
@@ -309,18 +316,19 @@ class ForgetJob:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
             result.mask.metadata.update(self._identity())
             result.mask.save(own / "mask.safetensors")
+        self._write_folder(output)  # before anything that may go wrong with the pictures
         self._write_grid(own / "before-after.png", samples)
-        verdict = self._verdict(samples)
-        self._write_folder(output)
-        return self._report(result, verdict)
+        return self._report(result, self._verdict(samples))
 
     def _claim_output(self) -> Path:
         """The output folder may hold what an earlier, unfinished run left, and nothing else."""
         output = self.options.output_dir
         source = self.pretrained.folder
-        if output.resolve() == source.resolve():
-            raise InputError(f"--output-dir: {output} is the model's own folder: choose another")
+        if source.resolve() in (output.resolve(), *output.resolve().parents):
+            raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
         output = writable_directory(output)
+        for left in output.glob(".folder-*"):  # by a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(output).free
         if free < self._plan.bytes:
             raise InputError(
@@ -357,10 +365,14 @@ class ForgetJob:
 
     def _identity(self) -> dict[str, str]:
         """Of the forget set, for a mask's metadata."""
-        return {
+        found = {
             "forget_classes": ",".join(map(str, sorted(self.forget_classes))),
             "forget_data": self.data.sha256,
         }
+        if self.concepts is not None:
+            prompts = [*(self.concepts.prompts[i] for i in self.forget_classes), self.concepts.replacement]
+            found["forget_prompts"] = json.dumps(prompts)
+        return found
 
     def _check_mask(self, mask: SaliencyMask) -> None:
         for key, own in self._identity().items():
@@ -498,7 +510,8 @@ class ForgetJob:
             "preset": self.preset,
             "published": self.domain["published"],
             "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
-            "task": self.domain["task"],
+            "task": self.task_settings,
+            "left_out": self._plan.left_out,
             "sampling": {
                 "sampler": "DDIM, eta 0",
                 "steps": self.options.num_inference_steps,

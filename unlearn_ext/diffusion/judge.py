@@ -29,14 +29,18 @@ class Judge:
     def __init__(self, folder: Path, names: Mapping[int, str], device: torch.device | str = "cpu"):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        if any((folder / name).exists() for name in ("pytorch_model.bin",)) and not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
             raise InputError(f"--classifier: {folder} holds weights as a pickle: save them as safetensors")
         try:
-            self.model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+            self.model, loaded = AutoModelForImageClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
         except Exception as error:
             raise InputError(
                 f"--classifier: {folder} is no transformers image-classification folder: {_first_line(error)}"
             ) from None
+        if loaded["missing_keys"]:  # which would have random numbers in their place
+            raise InputError(f"--classifier: the weights in {folder} lack {sorted(loaded['missing_keys'])[0]}")
         try:
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
         except Exception as error:

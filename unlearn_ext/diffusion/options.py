@@ -67,7 +67,10 @@ class ForgetOptions:
             raise InputError(
                 "--forget-prompt and --replace-prompt go together: what to forget, and what to show instead"
             )
-        for name in ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps"):
+        if self.forget_prompt is not None and self.forget_prompt == self.replace_prompt:
+            raise InputError("--replace-prompt: expected another prompt than the one to forget")
+        optional = ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps")
+        for name in (*optional, "checkpoints_total_limit"):
             if getattr(self, name) is not None:
                 check_count(_option(name), getattr(self, name))
         for name in ("gradient_accumulation_steps", "samples", "num_inference_steps"):

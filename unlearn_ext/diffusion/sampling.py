@@ -21,9 +21,11 @@ _Progress = Callable[[int, int], None]
 
 def draw_noise(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
     """Standard normal noise [count, *shape] on the CPU. Each sample has a generator of its own: sample i is the same
-    whatever ``count`` is."""
-    generator = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=generator.manual_seed(seed + i)) for i in range(count)])
+    whatever ``count`` is, and seeds share none up to a million samples."""
+    generator, first = torch.Generator(), 1_000_003 * (seed + 1)
+    return torch.stack(
+        [torch.randn(shape, generator=generator.manual_seed((first + i) % (1 << 63))) for i in range(count)]
+    )
 
 
 @torch.no_grad()
@@ -147,7 +149,8 @@ def _sample(
     check_count("steps", steps)
     check_count("batch_size", batch_size)
     weight = next(model.parameters())
-    ddim = DDIMScheduler.from_config(scheduler.config)
+    # Clipped only where the scheduler says so: DDIM's own default would cut latents to [-1, 1].
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=bool(scheduler.config.get("clip_sample", False)))
     if steps > ddim.config.num_train_timesteps:
         raise InputError(f"steps: expected at most {ddim.config.num_train_timesteps}, as in training, got {steps}")
     ddim.set_timesteps(steps)
@@ -159,7 +162,8 @@ def _sample(
             for t in ddim.timesteps:
                 times = torch.full((len(x),), int(t), device=x.device)
                 predicted = predict(x.to(weight.dtype), times, chosen)[:, : x.shape[1]].float()
-                x = ddim.step(predicted, int(t), x).prev_sample
+                # Where the sample is clipped the noise must follow it, or the error grows under guidance.
+                x = ddim.step(predicted, int(t), x, use_clipped_model_output=True).prev_sample
             parts.append(x.cpu())
             progress(min(start + batch_size, len(noise)), len(noise))
     return torch.cat(parts)

@@ -136,8 +136,7 @@ class DiffusionDemo:
             self.network = copy.deepcopy(self.pretrained.network)
             for module in self.network.modules.values():
                 module.to(options.device)
-        # Noise of its own for each sample: the same pictures whatever the number of samples.
-        noise = draw_noise(len(self.labels), (1, SIZE, SIZE), seed=1_000_003 * (options.seed + 1))
+        noise = draw_noise(len(self.labels), (1, SIZE, SIZE), options.seed)
         if "before" not in self.samples:
             self._sample("before", noise)
         self._unlearn()
