@@ -21,6 +21,7 @@ from unlearn_ext.cli.profile import _show_memory
 from unlearn_ext.errors import InputError
 from unlearn_ext.profiling import memory, report, saliency, shapes, steps
 from unlearn_ext.profiling.loop import Pass, loop, loop_holds
+from unlearn_ext.profiling.tensors import Tensors
 from unlearn_ext.profiling.timing import interleaved, quantile
 from unlearn_ext.profiling.work import MismatchError
 
@@ -339,3 +340,13 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
 def test_the_check_of_a_gpu_says_when_there_is_none(tmp_path: Path) -> None:
     done = run(ROOT / "benchmarks" / "gpu_check.py", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: this torch sees no GPU")
+
+
+def test_torchs_fused_optimizers_find_their_counts_on_the_weights_device() -> None:
+    """On a GPU they read them there; the other ways read them on the host."""
+    tensors = Tensors([(4, 3), (5,)], "adamw", torch.float32, torch.device("cpu"))
+    fused, plain = tensors.optimizer(fused=True), tensors.optimizer(foreach=False)
+    assert all(fused.state[w]["step"] is step for w, step in zip(tensors.weights, tensors.fused_steps, strict=True))
+    assert all(plain.state[w]["step"] is step for w, step in zip(tensors.weights, tensors.steps, strict=True))
+    assert {step.device for step in tensors.fused_steps} == {w.device for w in tensors.weights}
+    assert not any(a is b for a in tensors.steps for b in tensors.fused_steps)

@@ -471,3 +471,22 @@ print(sorted(set(sys.modules) - before & set({HEAVY!r})))
         assert heavy == "[]"
         seconds.append(float(took))
     assert min(seconds) <= 0.5, seconds
+
+
+def test_cuda_tensors_without_nvcc_take_the_slower_path_and_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from unlearn_ext import _cuda
+
+    def missing() -> str:
+        raise _native.ToolchainError(f"nvcc was not found: {_cuda._install()}")
+
+    monkeypatch.setattr(_cuda, "find_nvcc", missing)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("UNLEARN_EXT_CUDA", raising=False)
+    monkeypatch.delenv("UNLEARN_EXT_BACKEND", raising=False)
+    with pytest.warns(RuntimeWarning, match=r'slower pure-PyTorch .*pip install "cuda-toolkit\[nvcc,cccl\]==13\.0'):
+        assert _native._find_or_build_cuda() is None
+    monkeypatch.setenv("UNLEARN_EXT_CUDA", "1")
+    with pytest.raises(_native.ToolchainError, match="the CUDA kernels were asked for, but nvcc was not found"):
+        _native._find_or_build_cuda()

@@ -36,7 +36,12 @@ def options(description: str, weights: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, help="PyTorch's own choice unless given")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--repeats", type=_positive, help="as many as take some seconds, unless given")
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, help="which to time; all by default")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        help="which to time; all by default, torch.compile up to 128 tensors",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed-ups and a roofline")
     return parser

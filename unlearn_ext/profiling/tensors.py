@@ -47,7 +47,9 @@ class Tensors:
         self.slow = [w.float().clone() for w in self.weights]
         self.first = zeros() if rule != "sgd" else []
         self.second = zeros() if rule in ("adam", "adamw") else []
+        # torch's fused optimizers read the count on the weights' device, the others on the host.
         self.steps = [torch.zeros(()) for _ in shapes] if self.second else []
+        self.fused_steps = [torch.zeros((), device=device) for _ in shapes] if self.second else []
         self.count = 0
 
     @property
@@ -62,7 +64,7 @@ class Tensors:
     @property
     def all(self) -> list[Tensor]:
         """What an update may write to; PyTorch's ways mask and clip the gradients in place."""
-        return [*self.moved, *self.forget, *self.retain, *self.steps]
+        return [*self.moved, *self.forget, *self.retain, *self.steps, *self.fused_steps]
 
     @property
     def triad(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -92,9 +94,10 @@ class Tensors:
             names = ("exp_avg", "exp_avg_sq")
             kind = torch.optim.AdamW if self.rule == "adamw" else torch.optim.Adam
             optimizer = kind(self.weights, betas=BETAS, eps=EPS, **options)
+        steps = self.fused_steps if options.get("fused") else self.steps
         for i, w in enumerate(self.weights):
             state: dict[str, Any] = {name: moment[i] for name, moment in zip(names, self.moments, strict=False)}
-            optimizer.state[w] = {"step": self.steps[i], **state} if self.steps else state
+            optimizer.state[w] = {"step": steps[i], **state} if steps else state
         return optimizer
 
     def give(self, gradients: Sequence[Tensor]) -> None:
