@@ -277,6 +277,47 @@ def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
     assert "three (forgotten)" in out and max(map(len, out.splitlines())) <= 80
 
 
+def test_a_picture_may_be_taken_for_what_the_generator_does_not_know(tmp_path: Path) -> None:
+    """Or two prompts judged by a thousand classes would get half of any noise right."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    from unlearn_ext.diffusion.judge import Judge
+    from unlearn_ext.evaluation.generated import class_scores
+
+    names = {0: "a cat", 1: "noise", 2: "a dog"}
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+        num_channels=3, id2label=names, label2id={name: i for i, name in names.items()},
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 5.0, 1.0]))
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    judge = Judge(tmp_path, {0: "A dog", 1: "a cat"})
+    assert judge.columns.tolist() == [2, 0]
+    probabilities = judge.probabilities(torch.zeros(4, 3, 16, 16))
+    scores = class_scores(probabilities, judge.columns[torch.tensor([0, 0, 1, 1])])
+    assert {label: score["accuracy"] for label, score in scores.items()} == {0: 0.0, 2: 0.0}
+    with torch.no_grad():
+        judge.model.classifier.bias.copy_(torch.tensor([0.0, 0.5, 1.0]))
+    scores = class_scores(judge.probabilities(torch.zeros(4, 3, 16, 16)), judge.columns[torch.tensor([0, 0, 1, 1])])
+    assert {label: score["accuracy"] for label, score in scores.items()} == {0: 0.0, 2: 1.0}
+
+
+def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
+    from types import SimpleNamespace
+
+    from unlearn_ext.diffusion.judge import _match
+    from unlearn_ext.errors import InputError
+
+    config = SimpleNamespace(id2label={0: "crane", 1: "cat", 2: "crane"}, num_labels=3)
+    assert _match({0: "crane", 1: "cat", 2: "crane"}, config) == [0, 1, 2]
+    with pytest.raises(InputError, match="more than one class is called 'crane'"):
+        _match({0: "cat", 1: "crane"}, config)
+
+
 # --- Bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from .._clock import timed
 from .._files import writable_directory
 from .._loop import Progress
 from .._names import trainable
@@ -185,14 +185,14 @@ class ForgetJob:
 
     @cached_property
     def _lengths(self) -> tuple[int, int]:
-        """Batches in the forget and in the retain loader: one pass over each set for the Fisher sums, or as many as
-        ``fisher_batches``, and at least the iterations'."""
+        """Batches in the forget and in the retain loader: enough for one pass over each set, or for ``fisher_batches``, and
+        at least the iterations'. One limit holds for both Fisher passes, so that the smaller set may be passed again."""
         steps = self.method.iterations * self.options.gradient_accumulation_steps
         if not self.method.needs_fisher:
             return steps, steps
         forget = int(torch.isin(self.data.labels, torch.tensor(self.forget_classes)).sum())
         whole = [-(-count // self.batch_size) for count in (forget, len(self.data) - forget)]
-        if self.method.fisher_batches is None:  # a small set is not measured again and again
+        if self.method.fisher_batches is None:  # else a loader that the iterations made long would be measured whole
             self.method = replace(self.method, fisher_batches=max(whole))
         limit = self.method.fisher_batches
         return max(steps, min(whole[0], limit)), max(steps, min(whole[1], limit))
@@ -276,7 +276,7 @@ class ForgetJob:
         output = self._claim_output()
         own = writable_directory(output / OWN_FOLDER)
         if self.data.kind == "pixel_values":
-            with self._timed("decoding"):
+            with timed(self.seconds, "decoding"):
                 self.draw = self._draw(
                     draw_readable,
                     strict=options.strict,
@@ -340,15 +340,12 @@ class ForgetJob:
             raise InputError(f"--output-dir: {output} holds {sorted(others)[0]} already: choose an empty folder")
         return output
 
-    def _timed(self, stage: str) -> _Clock:
-        return _Clock(self.seconds, stage)
-
     def _loaders(self, own: Path) -> Iterator[DataLoader]:
         data: Dataset = self.data
         draw = self.draw
         indices = {"forget": draw.forget, "retain": draw.retain}
         if self.data.kind == "pixel_values" and self.pretrained.vae is not None:
-            with self._timed("encoding"):
+            with timed(self.seconds, "encoding"):
                 latents = encode_latents(
                     self.data,
                     draw.indices,
@@ -435,7 +432,7 @@ class ForgetJob:
             "guidance": self._guidance,
             "progress": lambda done, total: self.progress(f"sampling {when}", done, total),
         }
-        with self._timed(f"sampling_{when}"):
+        with timed(self.seconds, f"sampling_{when}"):
             if self.concepts is not None:
                 encode = self.task.encoder
                 states = encode([self.concepts.prompts[i] for i in samples.labels.tolist()])
@@ -467,13 +464,14 @@ class ForgetJob:
         forgotten = torch.isin(samples.labels, torch.tensor(self.forget_classes))
         found: dict[str, Any] = {}
         names = self._names()
-        with self._timed("judging"):
+        with timed(self.seconds, "judging"):
             for when, pictures in samples.pictures.items():
                 probabilities = self.judge.probabilities(pictures)
+                scores = class_scores(probabilities, self.judge.columns[samples.labels])
                 found[when] = {
                     part: {
-                        names[label]: score
-                        for label, score in class_scores(probabilities[chosen], samples.labels[chosen]).items()
+                        names[label]: scores[int(self.judge.columns[label])]
+                        for label in dict.fromkeys(samples.labels[chosen].tolist())
                     }
                     for part, chosen in (("forgotten", forgotten), ("retained", ~forgotten))
                     if bool(chosen.any())
@@ -538,16 +536,3 @@ class _Fixed:
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         return iter(self.batches.tolist())
-
-
-class _Clock:
-    """Adds the seconds of a block to a stage."""
-
-    def __init__(self, seconds: dict[str, float], stage: str):
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.started

@@ -15,7 +15,7 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Probabilities over the generator's classes.
+    """Probabilities over the classifier's own classes, so that a picture may be taken for something else altogether.
 
     Args:
         folder: what ``save_pretrained`` of a transformers image-classification model and of its image processor wrote.
@@ -49,11 +49,11 @@ class Judge:
                 f"{_first_line(error)}"
             ) from None
         self.model.to(device).eval()
-        self.columns = _match(names, self.model.config)
+        self.columns = torch.tensor(_match(names, self.model.config))
 
     @torch.no_grad()
     def probabilities(self, pictures: Tensor, batch_size: int = 32) -> Tensor:
-        """[N, classes of the generator]; rows sum to 1 over all the classifier's classes.
+        """[N, classes of the classifier]; ``columns`` says which of them is each of the generator's.
 
         Args:
             pictures: [N, C, H, W] in [-1, 1].
@@ -68,12 +68,19 @@ class Judge:
             inputs = self.processor(images=images, return_tensors="pt", input_data_format="channels_first")
             logits = self.model(pixel_values=inputs["pixel_values"].to(device)).logits
             parts.append(logits.float().softmax(dim=1).cpu())
-        return torch.cat(parts)[:, self.columns]
+        return torch.cat(parts)
 
 
 def _match(names: Mapping[int, str], config: Any) -> list[int]:
     """The classifier's class of each of the generator's."""
-    theirs = {_plain(text): int(index) for index, text in config.id2label.items()}
+    own = {int(index): _plain(text) for index, text in config.id2label.items()}
+    if all(own.get(index) == _plain(text) for index, text in names.items()):  # also where two classes share a text
+        return [int(index) for index in names]
+    theirs = {text: index for index, text in own.items()}
+    texts = [_plain(text) for text in names.values()]
+    twice = next((text for text in texts if text in theirs and (texts + list(own.values())).count(text) > 2), None)
+    if twice is not None:
+        raise InputError(f"--classifier: more than one class is called {twice!r}: give them different texts")
     if all(_plain(text) in theirs for text in names.values()):
         return [theirs[_plain(names[i])] for i in range(len(names))]
     unnamed = all(_plain(text) == f"label_{index}" for index, text in config.id2label.items())

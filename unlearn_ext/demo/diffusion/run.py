@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._clock import timed
 from ..._files import writable_directory
 from ..._loop import Progress
 from ...data.digits import CLASSES, Digits, load_digits
@@ -130,7 +130,7 @@ class DiffusionDemo:
 
     def run(self) -> DiffusionDemo:
         options = self.options
-        with self._timed("loading"):
+        with timed(self.seconds, "loading"):
             self.pretrained = self.pretrained or load(options.task, progress=self.progress)
             self.judge = self.judge or load("judge", progress=self.progress)
             self.network = copy.deepcopy(self.pretrained.network)
@@ -151,11 +151,8 @@ class DiffusionDemo:
 
     # --- Stages ---------------------------------------------------------------------------------------------
 
-    def _timed(self, stage: str) -> _Clock:
-        return _Clock(self.seconds, stage)
-
     def _sample(self, when: str, noise: Tensor) -> None:
-        with self._timed(f"sampling_{when}"):
+        with timed(self.seconds, f"sampling_{when}"):
             self.samples[when] = sample(
                 self.network,
                 self.labels,
@@ -293,16 +290,3 @@ class DiffusionDemo:
             self.network.tokenizer.save_pretrained(directory / "tokenizer")
         if self.result.mask is not None:
             self.result.mask.save(directory / "mask.safetensors")
-
-
-class _Clock:
-    """Adds the seconds of a block to a stage."""
-
-    def __init__(self, seconds: dict[str, float], stage: str):
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.started
