@@ -185,8 +185,9 @@ class ForgetJob:
 
     @cached_property
     def _lengths(self) -> tuple[int, int]:
-        """Batches in the forget and in the retain loader: enough for one pass over each set, or for ``fisher_batches``, and
-        at least the iterations'. One limit holds for both Fisher passes, so that the smaller set may be passed again."""
+        """Batches in the forget and in the retain loader: a pass over each set, or ``fisher_batches``, and at least the
+        iterations'. One limit holds for both Fisher passes, so that the smaller set may be passed again.
+        """
         steps = self.method.iterations * self.options.gradient_accumulation_steps
         if not self.method.needs_fisher:
             return steps, steps
