@@ -628,6 +628,58 @@ def test_a_mask_of_part_of_the_data_names_no_forget_set() -> None:
         run(make(), changes={"mask": part})
 
 
+# --- Groups ---------------------------------------------------------------------------------------------------
+
+
+def test_a_group_of_weights_takes_forget_steps_of_its_own_length() -> None:
+    same = {
+        "rule": "sgd",
+        "momentum": 0.0,
+        "lr": 0.0,
+        "forget_lr": 0.01,
+        "iterations": 1,
+        "max_norm": None,
+        "gamma": None,
+    }
+    start, moved = weights(make()), []
+    for groups in (None, {"head.weight": {"forget_lr": 0.05}, "head*": {"forget_lr": 0.02}}):
+        model = make()
+        run(model, changes={**same, "param_groups": groups})
+        moved.append({name: p.detach() - start[name] for name, p in model.named_parameters()})
+    for name, plain in moved[0].items():
+        factor = {"head.weight": 5.0, "head.bias": 2.0}.get(name, 1.0)
+        assert plain.abs().max() > 0 or name == "conv.bias"  # which normalisation takes away again
+        torch.testing.assert_close(moved[1][name], factor * plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"update": "joint"}, {"mask_scope": "all", "protect": True}], ids=str)
+def test_groups_of_the_same_settings_change_nothing(changes) -> None:
+    plain, grouped = make().double(), make().double()
+    data = {"forget": batches(3, 6, seed=1, dtype=torch.float64), "retain": batches(5, 6, seed=2, dtype=torch.float64)}
+    expected = run(plain, data, changes)
+    # The first weights of the model go last: masks, gradients and hashes must follow.
+    result = run(grouped, data, {**changes, "param_groups": {"conv*": {"lr": 0.02}}})
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(grouped.state_dict()[name], value, rtol=0, atol=1e-12)
+    assert result.mask == expected.mask and result.moved_protected == expected.moved_protected
+
+
+def test_groups_that_cannot_be() -> None:
+    with pytest.raises(InputError, match=r"param_groups: embed\* fits no trained weight"):
+        run(make(), changes={"param_groups": {"embed*": {"lr": 0.1}}})
+    with pytest.raises(InputError, match=r"fits no trained weight that an earlier pattern left"):
+        run(make(), changes={"param_groups": {"*": {"lr": 0.1}, "conv*": {"lr": 0.2}}})
+    with pytest.raises(InputError, match="rule is no setting of a parameter group"):
+        run(make(), changes={"param_groups": {"conv*": {"rule": "adam"}}})
+    with pytest.raises(InputError, match="expected name patterns with a dict of settings each"):
+        method(param_groups={"conv*": 0.1})
+    with pytest.raises(InputError, match=r"forget_lr does not apply to update='joint'"):
+        method(update="joint", param_groups={"conv*": {"forget_lr": 0.1}})
+
+
+# --- Protection -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("rule", ["momentum", "adamw"])
 def test_protection_of_the_whole_run_is_proven(rule) -> None:
     model = make()
@@ -771,6 +823,7 @@ RESUMABLE = {
     "adamw, slow": {"rule": "adamw", "lr": 1e-3, "slow_rate": 0.5, "slow_freq": 5},
     "dual": {"rule": "momentum", "dual_state": True, "forget_rule": "adam", "forget_lr": 1e-3},
     "joint, protected": {"update": "joint", "mask_scope": "all", "protect": True},
+    "groups, protected": {"mask_scope": "all", "protect": True, "param_groups": {"conv*": {"lr": 0.01}}},
 }
 
 

@@ -49,7 +49,8 @@ class Loop:
         self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
         self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
         self.forget, self.retain = streams
-        self.parameters = [p for _, p in unlearner._named]
+        self.named = optimizer.named_parameters()
+        self.parameters = [p for _, p in self.named]
         self.buffers = [(name, buffer, buffer._version) for name, buffer in self.model.named_buffers()]
         self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they held before the step at hand
         self.history = History(directory, result.history)
@@ -343,7 +344,7 @@ class Loop:
             changed = [
                 name
                 for (name, _), before, after in zip(
-                    self.unlearner._named, self.protected, protected_hashes(self.parameters, bits), strict=True
+                    self.named, self.protected, protected_hashes(self.parameters, bits), strict=True
                 )
                 if before != after
             ]

@@ -66,9 +66,9 @@ class StepConfig:
                 check_number(name, value, "more than 0, or None for no clipping", lambda x: x > 0.0)
         _check_rates(self.rule, self.forget_rule or self.rule, **{name: getattr(self, name) for name in _PER_GROUP})
 
-    def make_optimizer(self, named_parameters: Iterable[tuple[str, Tensor]], mask: SaliencyMask | None):
+    def make_optimizer(self, params_or_named_params: Iterable[Any], mask: SaliencyMask | None) -> UnlearnOptimizer:
         arguments = {field.name: getattr(self, field.name) for field in fields(StepConfig)}
-        return UnlearnOptimizer(list(named_parameters), mask=mask, **arguments)
+        return UnlearnOptimizer(list(params_or_named_params), mask=mask, **arguments)
 
 
 def _check_rates(*rules: str, **values: Any) -> None:
@@ -211,7 +211,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if mask is not None:
             if not all("param_names" in group for group in self.param_groups):
                 raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
-            self.mask_bits = mask.bind(zip(self._names(), self._parameters(), strict=True))
+            self.mask_bits = mask.bind(self.named_parameters())
 
     # --- The parameters as one list -------------------------------------------------------------------------
 
@@ -237,6 +237,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         # behind, as they do there.
         kept = {name: value for name, value in self.__dict__.items() if not callable(value)}
         return {name: value for name, value in kept.items() if not name.startswith("_optimizer_")}
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """Group by group, as gradients and ``mask_bits`` are aligned."""
+        return list(zip(self._names(), self._parameters(), strict=True))
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
