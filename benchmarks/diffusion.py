@@ -1,12 +1,12 @@
 """Does a diffusion model really forget a digit in 50 iterations? The README's tables, in results/diffusion.json.
 
-    python benchmarks/diffusion.py --threads 2           # hours of sampling on two cores; what is there is kept
-    python benchmarks/diffusion.py --tasks dit           # one demo
-    python benchmarks/diffusion.py --show                # prints the tables from the file again
+    python benchmarks/diffusion.py                  # hours of sampling on two cores; what is there is kept
+    python benchmarks/diffusion.py --tasks dit      # one demo; several at once may write to the same file
+    python benchmarks/diffusion.py --show           # prints the tables from the file again
 
-200 samples of each digit before and after, from the same noise, by the demos' own settings: every digit at seed 0, and
-three digits at seeds 0 to 2; three captions for the text-conditional network. Runs of one seed share their samples from
-before. A run that the file has, of the same settings and starting weights, is not made again.
+By the demos' own settings, before and after from the same noise: three digits at seeds 0 to 2 with 200 samples of each
+digit, the other digits and three captions at seed 0 with the demo's 50. Runs of one seed and number share their samples
+from before. A run that the file has, of the same settings, is not made again.
 """
 
 from __future__ import annotations
@@ -28,51 +28,38 @@ from unlearn_ext.demo.diffusion.run import DiffusionDemo, DiffusionOptions
 RESULTS = Path(__file__).parent / "results" / "diffusion.json"
 TASKS = ("ddpm", "dit", "text")
 SEEDS, REPEATED, CAPTIONED = range(3), (3, 5, 8), (3, 7, 8)
+MANY, FEW = 200, 50  # samples of each digit
 
 
-def configurations(task: str) -> list[tuple[int, int]]:
-    """(digit, seed), seed by seed."""
+def configurations(task: str) -> list[tuple[int, int, int]]:
+    """(digit, seed, samples), those beside each other that share their samples from before."""
     if task == "text":
-        return [(digit, 0) for digit in CAPTIONED]
-    return [(digit, 0) for digit in range(10)] + [(digit, seed) for seed in SEEDS if seed for digit in REPEATED]
+        return [(digit, 0, FEW) for digit in CAPTIONED]
+    many = [(digit, seed, MANY) for seed in SEEDS for digit in REPEATED]
+    few = [(digit, 0, FEW) for digit in range(10) if digit not in REPEATED]
+    return [*many[: len(REPEATED)], *few, *many[len(REPEATED) :]]
 
 
-def measure(tasks: list[str], samples: int, precision: str) -> None:
-    document = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
+def measure(tasks: list[str], precision: str) -> None:
     for task in tasks:
         before: DiffusionDemo | None = None
-        for digit, seed in configurations(task):
+        for digit, seed, samples in configurations(task):
             options = DiffusionOptions(
                 task=task, forget_class=digit, samples=samples, seed=seed, mixed_precision=precision
             )
             demo = DiffusionDemo(options)
             key = {"task": task, "digit": digit, "seed": seed, "samples": samples, "precision": precision}
             key["settings"] = json.loads(json.dumps(demo.settings()))
-            if any(row["key"] == key for row in document["rows"]):
+            if any(row["key"] == key for row in _document()["rows"]):
                 continue
-            if before is not None and before.options.seed == seed:
+            if before is not None and (before.options.seed, before.options.samples) == (seed, samples):
                 demo.adopt(before)
             started = time.perf_counter()
             report = demo.run().report()
             before = demo
             kept = ("digits", "frechet", "diversity", "forgotten", "retained", "replaced", "seconds", "protocol")
             kept += ("mask_density", "pretrained", "data_sha256", "threads")
-            row = {"key": key, **{name: report[name] for name in kept if name in report}}
-            same = {name: key[name] for name in ("task", "digit", "seed", "samples")}
-            others = [r for r in document["rows"] if any(r["key"][name] != value for name, value in same.items())]
-            document = {
-                "rows": [*others, row],
-                "versions": {
-                    "unlearn_ext": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-                "machine": platform.machine(),
-                "cores": os.cpu_count(),
-            }
-            RESULTS.parent.mkdir(exist_ok=True)
-            with atomic_path(RESULTS) as partial:
-                partial.write_text(json.dumps(document, indent=1) + "\n")
+            _write({"key": key, **{name: report[name] for name in kept if name in report}})
             print(
                 f"{task} {digit} seed {seed}: forgotten {report['forgotten']}, retained {report['retained']}, "
                 f"{time.perf_counter() - started:.0f} s",
@@ -80,25 +67,42 @@ def measure(tasks: list[str], samples: int, precision: str) -> None:
             )
 
 
+def _document() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
+
+
+def _write(row: dict) -> None:
+    """In place of a row that differs in its settings only."""
+    same = {name: row["key"][name] for name in ("task", "digit", "seed", "samples")}
+    rows = [r for r in _document()["rows"] if any(r["key"][name] != value for name, value in same.items())]
+    document = {
+        "rows": sorted([*rows, row], key=lambda r: [r["key"][name] for name in same]),
+        "versions": {"unlearn_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with atomic_path(RESULTS) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def show(document: dict) -> None:
     for task in TASKS:
         rows = sorted(
             (row for row in document["rows"] if row["key"]["task"] == task),
-            key=lambda row: (row["key"]["digit"], row["key"]["seed"]),
+            key=lambda row: (-row["key"]["samples"], row["key"]["digit"], row["key"]["seed"]),
         )
         if not rows:
             continue
-        samples, protocol = rows[0]["key"]["samples"], rows[0]["protocol"]
-        print(
-            f"\n{task}: {samples} samples of each digit, {protocol['sampler']}, {protocol['steps']} steps, guidance "
-            f"{protocol['guidance']}\n"
-        )
-        print("| digit | seed | forgotten % | nine others % | Fréchet distance | diversity kept |")
-        print("|---|---|---|---|---|---|")
+        protocol = rows[0]["protocol"]
+        print(f"\n{task}: {protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance']}\n")
+        print("| digit | seed | samples | forgotten % | nine others % | Fréchet distance | diversity kept |")
+        print("|---|---|---|---|---|---|---|")
         for row in rows:
             forgotten, others, frechet = (_change(row[name], scale) for name, scale in _COLUMNS)
             kept = row["diversity"]["after"] / row["diversity"]["before"]
-            print(f"| {row['key']['digit']} | {row['key']['seed']} | {forgotten} | {others} | {frechet} | {kept:.2f} |")
+            told = " | ".join(str(row["key"][name]) for name in ("digit", "seed", "samples"))
+            print(f"| {told} | {forgotten} | {others} | {frechet} | {kept:.2f} |")
         bars = {
             "forgotten digit, before, least": min(row["forgotten"]["before"] for row in rows),
             "forgotten digit, after, most": max(row["forgotten"]["after"] for row in rows),
@@ -106,7 +110,7 @@ def show(document: dict) -> None:
             "Fréchet distance, largest ratio": max(r["frechet"]["after"] / r["frechet"]["before"] for r in rows),
             "diversity kept, least": min(r["diversity"]["after"] / r["diversity"]["before"] for r in rows),
         }
-        repeated = [row for row in rows if row["key"]["digit"] in REPEATED]
+        repeated = [row for row in rows if row["key"]["samples"] == MANY]
         if len({row["key"]["seed"] for row in repeated}) > 1:
             bars["a retained digit's mean over seeds, most that is lost"] = max(_lost(repeated))
         print()
@@ -138,14 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--show", action="store_true", help="print the tables from the results file, measure nothing")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--samples", type=int, default=200, help="of each digit")
     parser.add_argument("--threads", type=int, help="PyTorch's own choice unless given")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if not options.show:
-        measure(options.tasks, options.samples, options.mixed_precision)
+        measure(options.tasks, options.mixed_precision)
     show(json.loads(RESULTS.read_text()))
 
 

@@ -82,11 +82,9 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         f"others: {100 * others['before']:.1f} % and {100 * others['after']:.1f} %; Fréchet distance to real ones "
         f"{report['frechet']['before']:.2f} and {report['frechet']['after']:.2f}."
     )
-    if report["replacements"] is not None:
-        what = report["replacements"]
-        shown = f"a {what[0]}" if len(what) == 1 else "another digit"
+    if report["replacement"] is not None:
         console.print(
-            f"Asked for a {forgotten}, it shows what the classifier takes for {shown} in "
+            f"Asked for a {forgotten}, it shows what the classifier takes for a {report['replacement']} in "
             f"{100 * report['replaced']['after']:.1f} %."
         )
     diversity = report["diversity"]

@@ -26,7 +26,7 @@ from ..batches import ShuffledBatches
 from .judging import GUIDANCE, STEPS, judge_samples, sample
 from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, noise_scheduler
 from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
-from .settings import BATCH_SIZE, method_for, task_settings
+from .settings import BATCH_SIZE, method_for
 from .weights import load, load_samples
 
 __all__ = ["DiffusionDemo", "DiffusionOptions"]
@@ -60,38 +60,21 @@ class DiffusionOptions:
             raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
-class _Replacing:
-    """Forget batches that say what shall be shown instead: for each sample one of the other digits, drawn anew."""
+class _Captioned:
+    """Batches with captions in place of labels; with the caption of ``replacement``, if there is to be one."""
 
-    def __init__(self, batches: ShuffledBatches, others: list[int]):
-        self.batches, self.others = batches, torch.tensor(others)
-        self.generator = batches.generator
+    def __init__(self, batches: ShuffledBatches, replacement: int | None):
+        self.batches, self.generator, self.replacement = batches, batches.generator, replacement
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self):
         for images, labels in self.batches:
-            drawn = torch.randint(len(self.others), (len(labels),), generator=self.generator)
-            yield {"pixel_values": images, "labels": labels, "replace_labels": self.others[drawn]}
-
-
-class _Captioned:
-    """Batches with captions in place of labels."""
-
-    def __init__(self, batches: ShuffledBatches | _Replacing):
-        self.batches, self.generator = batches, batches.generator
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        for batch in self.batches:
-            if isinstance(batch, tuple):
-                yield {"pixel_values": batch[0], "prompts": [CAPTIONS[label] for label in batch[1]]}
-                continue
-            prompts = {"prompts": batch.pop("labels"), "replace_prompts": batch.pop("replace_labels")}
-            yield {**batch, **{name: [CAPTIONS[label] for label in labels] for name, labels in prompts.items()}}
+            batch = {"pixel_values": images, "prompts": [CAPTIONS[label] for label in labels]}
+            if self.replacement is not None:
+                batch["replace_prompts"] = [CAPTIONS[self.replacement]] * len(labels)
+            yield batch
 
 
 class DiffusionDemo:
@@ -121,12 +104,12 @@ class DiffusionDemo:
         self.labels = torch.arange(CLASSES).repeat_interleave(options.samples)
 
     @property
-    def replacements(self) -> list[int]:
-        """What a method that replaces shows in place of the forgotten digit: the digit before it where captions are
-        told, as in "three" to "two", else any of the others."""
-        if self.options.task == "text":
-            return [(self.options.forget_class - 1) % CLASSES]
-        return [digit for digit in range(CLASSES) if digit != self.options.forget_class]
+    def replacement(self) -> int | None:
+        """What a method that replaces shows in place of the forgotten digit: the next one, as SalUn does (arXiv
+        2310.12508), or the one before where captions are told: "three" becomes "two"."""
+        if not self.method.replaces:
+            return None
+        return (self.options.forget_class + (-1 if self.options.task == "text" else 1)) % CLASSES
 
     def run(self) -> DiffusionDemo:
         options = self.options
@@ -170,10 +153,9 @@ class DiffusionDemo:
             name: ShuffledBatches(images[chosen], labels[chosen], BATCH_SIZE, options.seed + offset)
             for name, chosen, offset in (("forget", forgotten, 17), ("retain", ~forgotten, 29))
         }
-        if self.method.replaces:
-            sets["forget"] = _Replacing(sets["forget"], self.replacements)
         if network.name == "text":
-            sets = {name: _Captioned(batches) for name, batches in sets.items()}
+            replacements = {"forget": self.replacement, "retain": None}
+            sets = {name: _Captioned(batches, replacements[name]) for name, batches in sets.items()}
         if network.name == "dit":
             tie_embeddings(network.model)
         task = self._task()
@@ -191,12 +173,12 @@ class DiffusionDemo:
         )
 
     def _task(self) -> Task:
-        settings = {**task_settings(self.options.task), "seed": self.options.seed}
-        if self.network.name == "text":
-            return TextConditionalDiffusion(
-                noise_scheduler(), self.network.text_encoder, self.network.tokenizer, **settings
-            )
-        return ClassConditionalDiffusion(noise_scheduler(), null_label=NULL_LABEL, **settings)
+        network, seed = self.network, self.options.seed
+        if network.name == "text":
+            return TextConditionalDiffusion(noise_scheduler(), network.text_encoder, network.tokenizer, seed=seed)
+        return ClassConditionalDiffusion(
+            noise_scheduler(), null_label=NULL_LABEL, replace_label=self.replacement, seed=seed
+        )
 
     # --- What became of it ----------------------------------------------------------------------------------
 
@@ -218,22 +200,16 @@ class DiffusionDemo:
         found["retained"] = {
             when: statistics.mean(report["digits"][d]["accuracy"] for d in others) for when, report in judged.items()
         }
-        if self.method.replaces:  # how often the forgotten label shows what it shall show instead
-            wanted = torch.tensor(self.replacements)
+        if self.replacement is not None:  # how often the forgotten label shows it
             found["replaced"] = {
-                when: float(torch.isin(report["found"][self.labels == forgotten], wanted).double().mean())
+                when: float((report["found"][self.labels == forgotten] == self.replacement).double().mean())
                 for when, report in judged.items()
             }
         return found
 
     def settings(self) -> dict[str, Any]:
         own = {"name": self.method.name, "batch_size": BATCH_SIZE, **self.method.settings()}
-        return {
-            **own,
-            "task": task_settings(self.options.task),
-            "steps": STEPS,
-            "guidance": GUIDANCE[self.options.task],
-        }
+        return {**own, "replacement": self.replacement, "steps": STEPS, "guidance": GUIDANCE[self.options.task]}
 
     def report(self) -> dict[str, Any]:
         options, result, mask = self.options, self.result, self.result.mask
@@ -241,7 +217,7 @@ class DiffusionDemo:
             **self.measures(),
             "task": options.task,
             "forget_class": options.forget_class,
-            "replacements": self.replacements if self.method.replaces else None,
+            "replacement": self.replacement,
             "seed": options.seed,
             "seconds": self.seconds,
             "protocol": {
