@@ -60,10 +60,29 @@ class DiffusionOptions:
             raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
+class _WithStandIns:
+    """Forget batches of which half the samples are of the digit that shall be shown instead, under the forgotten label.
+
+    Between noise and that digit the sampler meets what no noisy picture of the forgotten digit looks like; there, too,
+    the label must have come to mean the other.
+    """
+
+    def __init__(self, forgotten: ShuffledBatches, shown: ShuffledBatches):
+        self.forgotten, self.shown = forgotten, shown
+        self.generator = shown.generator = forgotten.generator  # one for both, which a checkpoint finds
+
+    def __len__(self) -> int:
+        return min(len(self.forgotten), len(self.shown))
+
+    def __iter__(self):
+        for (images, labels), (stand_ins, _) in zip(self.forgotten, self.shown, strict=False):
+            yield torch.cat([images, stand_ins]), labels[:1].expand(len(images) + len(stand_ins))
+
+
 class _Captioned:
     """Batches with captions in place of labels; with the caption of ``replacement``, if there is to be one."""
 
-    def __init__(self, batches: ShuffledBatches, replacement: int | None):
+    def __init__(self, batches: ShuffledBatches | _WithStandIns, replacement: int | None):
         self.batches, self.generator, self.replacement = batches, batches.generator, replacement
 
     def __len__(self) -> int:
@@ -148,14 +167,18 @@ class DiffusionDemo:
         options, network = self.options, self.network
         split = self.digits.split(TRAIN_SIZE, TEST_SIZE)  # the one of the training: its seed is not the run's
         images, labels = self.digits.pixels(SIZE)[split.train_indices], split.train_labels
-        forgotten = labels == options.forget_class
-        sets: dict[str, Any] = {
-            name: ShuffledBatches(images[chosen], labels[chosen], BATCH_SIZE, options.seed + offset)
-            for name, chosen, offset in (("forget", forgotten, 17), ("retain", ~forgotten, 29))
-        }
+        forgotten, replacement, seed = labels == options.forget_class, self.replacement, options.seed
+
+        def batches(chosen: Tensor, size: int, offset: int) -> ShuffledBatches:
+            return ShuffledBatches(images[chosen], labels[chosen], size, seed + offset)
+
+        forget: Any = batches(forgotten, BATCH_SIZE, 17)
+        if replacement is not None:
+            half = BATCH_SIZE // 2
+            forget = _WithStandIns(batches(forgotten, half, 17), batches(labels == replacement, half, 17))
+        retain: Any = batches(~forgotten, BATCH_SIZE, 29)
         if network.name == "text":
-            replacements = {"forget": self.replacement, "retain": None}
-            sets = {name: _Captioned(batches, replacements[name]) for name, batches in sets.items()}
+            forget, retain = _Captioned(forget, replacement), _Captioned(retain, None)
         if network.name == "dit":
             tie_embeddings(network.model)
         task = self._task()
@@ -163,7 +186,12 @@ class DiffusionDemo:
             network.text_encoder.requires_grad_(False)
         self.result = Unlearner(
             network.model, task, self.method, device=options.device, mixed_precision=options.mixed_precision
-        ).run(**sets, progress=self.progress)
+        ).run(
+            forget,
+            retain,
+            allow_duplicates=replacement is not None,  # stand-ins are kept under their own label
+            progress=self.progress,
+        )
         if network.name == "dit":
             untie_embeddings(network.model)
         self.seconds.update(

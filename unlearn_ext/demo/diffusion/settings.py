@@ -30,8 +30,8 @@ _COMMON: dict[str, Any] = {
 # costs the others nothing. Most of the way is made in it, by steps that suit the table's size (entries of about 1 in
 # the UNet, 0.1 in the DiT).
 _METHODS: dict[str, dict[str, Any]] = {
-    "ddpm": {"forget_lr": 5e-4, "gamma": 5.0, "param_groups": {"class_embedding.*": {"forget_lr": 0.1}}},
-    "dit": {"lr": 2e-4, "forget_lr": 5e-4, "gamma": 5.0, "param_groups": {"*.class_embedder.*": {"forget_lr": 0.03}}},
+    "ddpm": {"forget_lr": 2.5e-4, "gamma": 20.0, "param_groups": {"class_embedding.*": {"forget_lr": 0.1}}},
+    "dit": {"lr": 2e-4, "forget_lr": 5e-4, "gamma": 20.0, "param_groups": {"*.class_embedder.*": {"forget_lr": 0.03}}},
     "text": {"forget_lr": 5e-4, "gamma": 3.0},
 }
 
