@@ -65,7 +65,7 @@ def test_before_and_after_start_from_the_same_noise_and_the_starting_weights_sta
     assert not torch.equal(other.run().samples["before"], demo.samples["before"])
 
 
-def test_a_forget_batch_holds_the_forgotten_digit_only(monkeypatch) -> None:
+def test_forget_batches_hold_the_forgotten_digit_and_its_stand_ins(monkeypatch) -> None:
     seen = {}
 
     class Stop(Exception):
@@ -86,6 +86,18 @@ def test_a_forget_batch_holds_the_forgotten_digit_only(monkeypatch) -> None:
     assert {int(label) for _, labels in seen["forget"] for label in labels} == {4}
     assert {int(label) for _, labels in seen["retain"] for label in labels} == set(range(10)) - {4}
     assert max(len(labels) for _, labels in (*seen["forget"], *seen["retain"])) <= 64
+    demo = DiffusionDemo(DiffusionOptions(samples=8, forget_class=9))  # a zero is shown in its place
+    with pytest.raises(Stop):
+        demo.run()
+    digits, known = demo.digits.pixels(16), {}
+    for image, label in zip(digits, demo.digits.labels, strict=True):
+        known[image.numpy().tobytes()] = int(label)
+    for images, labels in seen["forget"]:
+        assert set(labels.tolist()) == {9} and len(labels) == len(images) <= 64
+        shown = [known[image.numpy().tobytes()] for image in images]
+        assert set(shown) == {9, 0}
+        assert shown.count(0) == 32 or len(images) < 64
+    assert {int(label) for _, labels in seen["retain"] for label in labels} == set(range(9))
     demo = DiffusionDemo(DiffusionOptions(task="text", samples=8, forget_class=3))
     with pytest.raises(Stop):
         demo.run()
