@@ -47,6 +47,7 @@ def test_a_demo_says_and_writes_what_became_of_every_digit(task: str, tmp_path: 
     assert report["protocol"]["samples_per_digit"] == 8
     assert report["protocol"]["classifier_held_out_accuracy"] >= 0.98
     assert report["counts"]["iterations"] == report["counts"]["forget_steps"] == 2
+    assert ("row_put_back" in report["forgotten"]) == (task != "text")
     text = capsys.readouterr().out
     assert "forgets the digit 7" in text and max(map(len, text.splitlines())) <= 80
     assert {"before-after.png", "mask.safetensors", "scheduler"} <= {path.name for path in out.iterdir()}
@@ -58,6 +59,7 @@ def test_before_and_after_start_from_the_same_noise_and_the_starting_weights_sta
     start = {k: v.clone() for k, v in demo_run.load("ddpm").network.model.state_dict().items()}
     demo.run()
     assert torch.equal(demo.samples["before"], demo.samples["after"])
+    torch.testing.assert_close(demo.samples["row put back"], demo.samples["before"][demo.labels == 3])
     kept = demo.pretrained.network.model.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in start.items())
     other = DiffusionDemo(DiffusionOptions(samples=8, seed=1))

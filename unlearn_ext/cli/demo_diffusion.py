@@ -87,6 +87,11 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
             f"Asked for a {forgotten}, it shows what the classifier takes for a {report['replacement']} in "
             f"{100 * report['replaced']['after']:.1f} %."
         )
+    if "row_put_back" in report["forgotten"]:
+        console.print(
+            f"With the forgotten label's old row of the embedding table put back it shows a {forgotten} in "
+            f"{100 * report['forgotten']['row_put_back']:.1f} %: so much is left in the other weights."
+        )
     diversity = report["diversity"]
     console.print(
         f"Mean distance between two samples of the forgotten label: {diversity['before']:.1f} before, "

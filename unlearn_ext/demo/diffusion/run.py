@@ -116,7 +116,7 @@ class DiffusionDemo:
         self.progress = progress or (lambda stage, done, total: None)
         self.digits: Digits = load_digits()
         self.seconds: dict[str, float] = {}
-        self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit
+        self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit; row put back
         self.pretrained, self.judge = pretrained, None
         self.result: Result | None = None
         self.method = method or method_for(options.task)
@@ -143,6 +143,8 @@ class DiffusionDemo:
             self._sample("before", noise)
         self._unlearn()
         self._sample("after", noise)
+        if options.task != "text":
+            self._sample_with_the_old_row(noise)
         return self
 
     def adopt(self, other: DiffusionDemo) -> None:
@@ -161,6 +163,20 @@ class DiffusionDemo:
                 noise,
                 mixed_precision=self.options.mixed_precision,
                 progress=lambda done, total: self.progress(f"sampling {when}", done, total),
+            )
+
+    def _sample_with_the_old_row(self, noise: Tensor) -> None:
+        """The forgotten label once more, its row of the embedding table put back: was anything else forgotten?"""
+        network, forgotten = copy.deepcopy(self.network), self.options.forget_class
+        before = self.pretrained.network.model.state_dict()
+        with torch.no_grad():
+            for name, p in network.model.named_parameters():
+                if "class_embed" in name:  # diffusers' names: class_embedding, class_embedder
+                    p[forgotten] = before[name][forgotten].to(p)
+        asked = self.labels == forgotten
+        with timed(self.seconds, "sampling_with_the_old_row"):
+            self.samples["row put back"] = sample(
+                network, self.labels[asked], noise[asked], mixed_precision=self.options.mixed_precision
             )
 
     def _unlearn(self) -> None:
@@ -214,9 +230,10 @@ class DiffusionDemo:
         """Scores of every digit, Fréchet distance of the retained ones, and how much the forgotten label's samples
         differ among themselves; before and after."""
         forgotten = self.options.forget_class
+        judge, asked = self.judge.network, self.labels[self.labels == forgotten]
         judged = {
-            when: judge_samples(self.judge.network, pictures, self.labels, without=forgotten)
-            for when, pictures in self.samples.items()
+            when: judge_samples(judge, self.samples[when], self.labels, without=forgotten)
+            for when in ("before", "after")
         }
         found: dict[str, Any] = {
             "digits": {str(d): {when: report["digits"][d] for when, report in judged.items()} for d in range(CLASSES)},
@@ -224,6 +241,9 @@ class DiffusionDemo:
             "diversity": {when: report["digits"][forgotten]["distance"] for when, report in judged.items()},
             "forgotten": {when: report["digits"][forgotten]["accuracy"] for when, report in judged.items()},
         }
+        if "row put back" in self.samples:
+            restored = judge_samples(judge, self.samples["row put back"], asked)
+            found["forgotten"]["row_put_back"] = restored["digits"][forgotten]["accuracy"]
         others = [d for d in range(CLASSES) if d != forgotten]
         found["retained"] = {
             when: statistics.mean(report["digits"][d]["accuracy"] for d in others) for when, report in judged.items()
@@ -276,7 +296,7 @@ class DiffusionDemo:
         """Before and after, ``columns`` of each digit from the same noise; and, for the digit of which there are any,
         pictures of a network that was trained without it."""
         chosen = torch.cat([d * self.options.samples + torch.arange(columns) for d in range(CLASSES)])
-        rows = {when: pictures[chosen] for when, pictures in self.samples.items()}
+        rows = {when: self.samples[when][chosen] for when in ("before", "after")}
         retrained = load_samples(self.options.task, self.options.forget_class)
         if retrained is not None:
             images, labels, _ = retrained
