@@ -164,7 +164,8 @@ def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:
-    assert run(home, "dit", tmp_path / "out", "--forget-class", "three", "--dry-run", "--checkpointing-steps", "1") == 0
+    options = ("--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "out" / "copy.json"))
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "three", *options) == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for word in ("forget", "three", "keep", "nine", "trains", "peak:", "Fisher sums", "activations", "disk:", "time:"):
@@ -344,6 +345,7 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("nowhere", ("--forget-class", "3"), "there is no folder"),
         ("dit", ("--forget-class", "3", "--max-train-steps", "0"), "--max-train-steps"),
         ("dit", ("--forget-class", "0,1,2,3,4,5,6,7,8,9"), "every class is to be forgotten"),
+        ("dit", ("--forget-class", "3", "--json", "missing/x.json"), "--json: expected a file in a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(home: Path, tmp_path: Path, capsys, model, arguments, sentence) -> None:

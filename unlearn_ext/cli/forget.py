@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shlex
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -15,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .device import Precision, checked_device
+from .report import check_file, write_report
+
 if TYPE_CHECKING:
     from ..diffusion.estimate import Estimate
     from ..diffusion.job import ForgetJob
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["forget"]
 
 _ROWS = 12  # of the mapping, beside the forgotten classes
-
-
-class Precision(str, Enum):
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Weights(str, Enum):
@@ -98,24 +93,17 @@ def forget(
     are the only file that changes. unlearning/ in it holds the result, the
     pictures before and after from the same noise, the mask and the history.
     """
-    from .. import __version__
-    from .._files import atomic_path, writable_directory
     from ..diffusion.job import OWN_FOLDER, ForgetJob
     from ..diffusion.options import ForgetOptions
-    from ..errors import InputError
     from .backend import load_backend
-    from .demo import _checked_device, versions
     from .progress import stages
 
     given = dict(locals())
     names = ForgetOptions.__dataclass_fields__
     chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
-    chosen["device"] = _checked_device(device)
+    chosen["device"] = checked_device(device)
     options = ForgetOptions(**chosen)
-    if json_file is not None:
-        if not json_file.parent.is_dir() or json_file.is_dir():
-            raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
-        writable_directory(json_file.parent)
+    check_file("--json", json_file, output_dir)
     console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
     errors = Console(stderr=True, highlight=False)
     with errors.status("opening the model and the data"), _without_bars():
@@ -129,15 +117,8 @@ def forget(
     load_backend(errors)
     with stages(errors) as progress:
         job.progress = progress
-        report: dict[str, Any] = {
-            "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
-            "versions": versions(__version__),
-            **job.run(),
-        }
-    text = json.dumps(report, indent=2) + "\n"
-    for path in filter(None, (output_dir / OWN_FOLDER / "result.json", json_file)):
-        with atomic_path(path) as partial:
-            partial.write_text(text)
+        found = job.run()
+    report = write_report(found, output_dir / OWN_FOLDER / "result.json", json_file)
     for image in report["unreadable"]:
         console.print(f"skipped, unreadable: {image}")
     _show_verdict(report, console)

@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .device import checked_device
+from .report import check_file
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,11 +66,10 @@ def profile(
     from ..profiling.report import device_name, document, in_words, measure, show, write
     from ..profiling.shapes import count, cut
     from ..profiling.timing import repeats_for
-    from .demo import _checked_device
 
-    place = torch.device(_checked_device(device))
+    place = torch.device(checked_device(device))
     for option, path in (("--json", json_file), ("--plot", plot_file), ("--trace", trace)):
-        _check_file(option, path)
+        check_file(option, path)
     if plot_file is not None:
         from ..profiling.plot import check_plot, plot
 
@@ -108,17 +110,6 @@ def profile(
 
 
 # --- Input --------------------------------------------------------------------------------------------------
-
-
-def _check_file(option: str, path: Path | None) -> None:
-    from .._files import writable_directory
-    from ..errors import InputError
-
-    if path is None:
-        return
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{option}: expected a file in a directory that exists, got {path}")
-    writable_directory(path.parent)
 
 
 def _implementations(text: str) -> list[str]:
