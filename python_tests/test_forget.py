@@ -173,6 +173,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path
     assert "checkpoints" in text and max(map(len, text.splitlines())) <= 80
 
 
+def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path, capsys) -> None:
+    odd = "[bold]x:cat:"  # markup and an emoji to rich
+    save_digit_folders(tmp_path / "few", per_class=4, digits=(3, 5))
+    (tmp_path / "few" / "3").rename(tmp_path / "few" / odd)
+    (tmp_path / "map.json").write_text(json.dumps({odd: 3, "5": 5}))
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(tmp_path / "few"), *SMALL]
+    own += ["--class-map", str(tmp_path / "map.json"), "--forget-class", "3"]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 0
+    text = capsys.readouterr().out
+    table, _, end = text.replace("\n", "").partition("model: ")
+    assert odd in table and end.count(odd) == 2
+    assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 1
+    assert f"{tmp_path / odd} holds" in capsys.readouterr().err
+
+
 def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, "ddpm", tmp_path / "first", "--forget-class", "3") == 0
     mask = str(tmp_path / "first" / "unlearning" / "mask.safetensors")

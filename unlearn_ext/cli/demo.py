@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .device import Precision, checked_device
-from .report import check_file, write_report
+from .report import check_file, plain_console, write_report
 
 __all__ = ["demo"]
 
@@ -103,7 +101,7 @@ def demo(
     run = ClassifierDemo(options)
     check_file("--json", json_file, output_dir)
     output_dir = writable_directory(output_dir)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
@@ -145,7 +143,7 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     for name, values in report["models"].items():
         cells = [f"{100 * values[key]:.2f}" for key in ("FA", "RA", test, "MIA_entropy", "gap")]
         table.add_row(name, *cells, f"{values['seconds']:.1f}")
-    console = Console(width=80, soft_wrap=False) if not sys.stdout.isatty() else Console()
+    console = plain_console()
     console.print(table)
     if classes:
         console.print("TA, MIA and gap: over the nine retained classes.", style="dim")
@@ -154,7 +152,6 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     seconds, retraining = (models[name]["seconds"] for name in ("unlearned", "retrained"))
     console.print(
         f"SFR-on ({report['update']}) came within {own:.2f} points of retraining on average (doing nothing: "
-        f"{nothing:.2f}) in {seconds:.1f} s; retraining took {retraining:.1f} s.",
-        highlight=False,
+        f"{nothing:.2f}) in {seconds:.1f} s; retraining took {retraining:.1f} s."
     )
-    console.print(f"weights, mask and result.json: {output_dir}", style="dim", highlight=False)
+    console.print(f"weights, mask and result.json: {output_dir}", style="dim")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from .report import check_file, write_report
+from .report import check_file, plain_console, write_report
 
 if TYPE_CHECKING:
     from ..demo.diffusion.run import DiffusionOptions
@@ -26,7 +24,7 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
 
     check_file("--json", json_file, output_dir)
     output_dir = writable_directory(output_dir)
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
@@ -57,7 +55,7 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         ]
         style = "bold" if digit == str(forgotten) else None
         table.add_row(digit, *cells, style=style)
-    console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
+    console = plain_console()
     console.print(table)
     console.print(
         f"{protocol['samples_per_digit']} samples of each digit: DDIM, {protocol['steps']} steps, guidance "

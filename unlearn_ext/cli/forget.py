@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .device import Precision, checked_device
-from .report import check_file, write_report
+from .report import check_file, plain_console, write_report
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..diffusion.estimate import Estimate
     from ..diffusion.job import ForgetJob
 
@@ -104,8 +104,7 @@ def forget(
     chosen["device"] = checked_device(device)
     options = ForgetOptions(**chosen)
     check_file("--json", json_file, output_dir)
-    console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
-    errors = Console(stderr=True, highlight=False)
+    console, errors = plain_console(), plain_console(stderr=True)
     with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
     _show_plan(job, console)

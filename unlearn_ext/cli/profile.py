@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .device import checked_device
-from .report import check_file
+from .report import check_file, plain_console
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from ..profiling.report import Measurement
     from ..profiling.shapes import Shape
@@ -81,14 +81,13 @@ def profile(
         torch.set_num_threads(threads)
     kind = getattr(torch, dtype.value)
     names = _implementations(implementations)
-    errors = Console(stderr=True)
-    with errors.status("measuring"):
+    with plain_console(stderr=True).status("measuring"):
         taken = memory.measured(kept, rule.value, kind, place)
         work = steps.sequential(kept, rule.value, kind, place)
         measurement = measure(label, work, names, repeats or repeats_for(count(kept)))
         del work
         passes = _time_passes(kept, rule.value, kind, place, repeats or 11)
-    console = Console(width=80, highlight=False)
+    console = plain_console()
     show([measurement], console)
     timed, sizes = _predict(measurement, passes), memory.predicted(kept, rule.value, kind)
     _show_passes(timed, console)

@@ -1,4 +1,4 @@
-"""What every command writes: its result with the command line and versions, as JSON."""
+"""How every command prints, and what it writes: its result with the command line and versions, as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_file", "versions", "write_report"]
+from rich.console import Console
+
+__all__ = ["check_file", "plain_console", "versions", "write_report"]
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """80 columns wide where the output is no terminal. Text is printed as it is: a path may hold brackets, which rich
+    would take for markup, or a name between colons, which it would take for an emoji."""
+    width = None if stderr or sys.stdout.isatty() else 80
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def check_file(option: str, file: Path | None, output_dir: Path | None = None) -> None:
