@@ -24,6 +24,8 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.diffusion.job import ForgetJob
+from unlearn_ext.diffusion.options import ForgetOptions
 
 SMALL = ["--max-train-steps", "2", "--train-batch-size", "4", "--fisher-batches", "1", "--num-inference-steps", "2"]
 
@@ -143,6 +145,25 @@ def test_latents_are_encoded_once_and_only_those_that_are_used(home: Path, tmp_p
     # Two batches of four from each set, of the four images of the forgotten digit and of the 36 others.
     assert len(manifest["indices"]) == 4 + 8
     assert result(tmp_path / "out")["seconds"]["encoding"] > 0
+
+
+def test_a_small_forget_set_is_measured_once(home: Path, tmp_path: Path) -> None:
+    """However long the iterations and the other set are."""
+    seen: dict[str, tuple[int, int | None]] = {}
+    options = {"max_train_steps": 3, "train_batch_size": 4, "num_inference_steps": 2, "forget_class": "3"}
+    for given, measured in ((None, (1, 9)), (5, (1, 5))):  # of four images and of 36
+        job = ForgetJob(
+            ForgetOptions(
+                pretrained_model_name_or_path=home / "ddpm",
+                data=home / "digits",
+                output_dir=tmp_path / str(given),
+                fisher_batches=given,
+                **options,
+            ),
+            lambda stage, done, total: seen.update({stage: (done, total)}),
+        )
+        assert job.run()["method"]["fisher_batches"] == measured == job.fisher_batches
+        assert seen["Fisher, forget set"] == (1, 1) and seen["Fisher, retain set"] == (measured[1],) * 2
 
 
 def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:

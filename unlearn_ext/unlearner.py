@@ -241,14 +241,14 @@ class Unlearner:
                     stacklevel=3,
                 )
             return mask
-        whole = not allow_duplicates or method.fisher_batches is None
+        whole = not allow_duplicates or method.fisher_batches is None  # all batches are to be seen
         diagonals: dict[str, FisherDiagonal] = {}
         started = time.perf_counter()
-        for name, data in passes.items():
+        for (name, data), limit in zip(passes.items(), method.fisher_limits, strict=True):
             total = length(data)
-            if not whole:  # no need to see the rest
-                data = itertools.islice(iter(data), method.fisher_batches)
-                total = method.fisher_batches if total is None else min(total, method.fisher_batches)
+            if not whole:
+                data = itertools.islice(iter(data), limit)
+                total = limit if total is None else min(total, limit)
             done = 0
 
             def watch(batch: Any, name: str = name, total: int | None = total) -> None:
@@ -259,9 +259,7 @@ class Unlearner:
 
             # Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask.
             with self.autocast() if self._half != torch.float16 else contextlib.nullcontext():
-                fisher = FisherDiagonal(
-                    self.model, self.task, batches=method.fisher_batches, max_norm=method.fisher_max_norm
-                )
+                fisher = FisherDiagonal(self.model, self.task, batches=limit, max_norm=method.fisher_max_norm)
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()

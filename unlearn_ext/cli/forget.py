@@ -55,7 +55,7 @@ def forget(
     mask_fraction: Annotated[float | None, typer.Option(help="Instead: the fraction of weights that may move.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Instead: a mask of an earlier run, not measured again.")] = None,
     fisher_batches: Annotated[
-        int | None, typer.Option(help="Of each set, for the mask; a pass over the larger.")
+        int | None, typer.Option(help="Of each set, for the mask; at most a pass over it.")
     ] = None,
     trained_weights: Annotated[
         str | None, typer.Option(help="all, attention, cross-attention, or a name pattern; the preset's.")

@@ -60,6 +60,7 @@ class ForgetJob:
         data: the opened data; ``data.mapping`` says which folder is which class, and how many images it has.
         forget_classes: indices into the data's classes.
         method, task, domain: the preset's, with what the options change.
+        fisher_batches: of the forget and of the retain set, that are measured for the mask.
         trained: names of the weights that may move.
         draw: indices of the images that will be used.
     """
@@ -89,6 +90,9 @@ class ForgetJob:
         if self.method.replaces != (self.pretrained.kind == "text"):
             told = "prompts" if self.pretrained.kind == "text" else "classes"
             raise InputError(f"--preset {self.preset} is for other models than those that are told {told}")
+        self.fisher_batches = self._limit_fisher()
+        if self.method.needs_fisher:  # else loaders that the iterations made long would be measured whole
+            self.method = replace(self.method, fisher_batches=self.fisher_batches)
         self.task = self._make_task()
         self.ema_decay = self._ema_decay()
         self.tied = self._ties()
@@ -183,27 +187,20 @@ class ForgetJob:
 
     # --- What will be used ----------------------------------------------------------------------------------
 
-    @cached_property
-    def _lengths(self) -> tuple[int, int]:
-        """Batches in the forget and in the retain loader: a pass over each set, or ``fisher_batches``, and at least the
-        iterations'. One limit holds for both Fisher passes, so that the smaller set may be passed again.
-        """
-        steps = self.method.iterations * self.options.gradient_accumulation_steps
+    def _limit_fisher(self) -> tuple[int, int]:
+        """Batches of the forget and of the retain set that are measured: at most a pass over each."""
         if not self.method.needs_fisher:
-            return steps, steps
+            return 0, 0
         forget = int(torch.isin(self.data.labels, torch.tensor(self.forget_classes)).sum())
         whole = [-(-count // self.batch_size) for count in (forget, len(self.data) - forget)]
-        if self.method.fisher_batches is None:  # else a loader that the iterations made long would be measured whole
-            self.method = replace(self.method, fisher_batches=max(whole))
-        limit = self.method.fisher_batches
-        return max(steps, min(whole[0], limit)), max(steps, min(whole[1], limit))
+        forget, retain = (min(n, limit or n) for n, limit in zip(whole, self.method.fisher_limits, strict=True))
+        return max(1, forget), max(1, retain)  # a set without images is refused when batches are drawn
 
     @property
-    def fisher_batches(self) -> int:
-        """Of both passes together."""
-        if not self.method.needs_fisher:
-            return 0
-        return sum(min(length, self.method.fisher_batches) for length in self._lengths)
+    def _lengths(self) -> tuple[int, int]:
+        """Batches in the forget and in the retain loader: those of the iterations or of the Fisher pass."""
+        steps = self.method.iterations * self.options.gradient_accumulation_steps
+        return max(steps, self.fisher_batches[0]), max(steps, self.fisher_batches[1])
 
     def _draw(self, how: Callable[..., Draw], **arguments: Any) -> Draw:
         forget, retain = self._lengths
@@ -235,7 +232,7 @@ class ForgetJob:
             others,
             self.method,
             trial,
-            fisher_batches=self.fisher_batches,
+            fisher_batches=sum(self.fisher_batches),
             fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
             accumulation=self.options.gradient_accumulation_steps,
             ema=self.ema_decay is not None,
