@@ -237,7 +237,8 @@ def test_trained_weights_are_chosen(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path, monkeypatch) -> None:
-    steps = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "2", "--ema-decay", "0.5")
+    steps = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "2")
+    steps += ("--save-weights", "ema", "--ema-decay", "0.5")
     assert run(home, "dit", tmp_path / "whole", *steps) == 0
     from unlearn_ext import _loop
 
@@ -273,15 +274,15 @@ def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path:
 
 
 def test_averages_are_saved_when_asked_for(home: Path, tmp_path: Path) -> None:
-    steps = ("--forget-class", "3", "--ema-decay", "0.5")
-    assert run(home, "ddpm", tmp_path / "last", *steps) == 0
-    assert run(home, "ddpm", tmp_path / "ema", *steps, "--save-weights", "ema") == 0
+    assert run(home, "ddpm", tmp_path / "last", "--forget-class", "3") == 0
+    averages = ("--save-weights", "ema", "--ema-decay", "0.5")
+    assert run(home, "ddpm", tmp_path / "ema", "--forget-class", "3", *averages) == 0
     weights = "unet/diffusion_pytorch_model.safetensors"
     old, last, ema = (load_file(folder / weights) for folder in (home / "ddpm", tmp_path / "last", tmp_path / "ema"))
     name = "conv_in.weight"
     assert float((ema[name] - old[name]).norm()) < float((last[name] - old[name]).norm())
     assert result(tmp_path / "ema")["weights"] == {"saved": "ema", "ema_decay": 0.5}
-    assert result(tmp_path / "last")["weights"]["saved"] == "last"
+    assert result(tmp_path / "last")["weights"] == {"saved": "last", "ema_decay": None}
 
 
 @pytest.mark.parametrize(
@@ -373,6 +374,9 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("dit", ("--forget-class", "3", "--preset", "sd-nudity"), "--preset sd-nudity is for other models"),
         ("text", ("--forget-prompt", "a", "--replace-prompt", "a"), "expected another prompt"),
         ("dit", ("--forget-class", "3", "--checkpoints-total-limit", "0"), "--checkpoints-total-limit"),
+        ("dit", ("--forget-class", "3", "--checkpoints-total-limit", "2"), "add --checkpointing-steps"),
+        ("dit", ("--forget-class", "3", "--ema-decay", "0.9"), "add --save-weights ema"),
+        ("dit", ("--forget-class", "3", "--samples", "16"), "add --classifier"),
         ("dit", ("--forget-class", "3", "--mask", "nowhere"), "--mask: there is no file"),
         ("dit", ("--forget-class", "3", "--classifier", "nowhere"), "--classifier: expected"),
         ("dit", ("--forget-class", "3", "--mixed-precision", "fp16"), "fp16 needs a GPU"),

@@ -63,8 +63,10 @@ def forget(
     tie_embeddings: Annotated[
         bool | None, typer.Option(help="Keep a DiT's embedder copies equal, as the paper's model; the preset's.")
     ] = None,
-    ema_decay: Annotated[float | None, typer.Option(help="Keep moving averages of the weights.")] = None,
-    save_weights: Annotated[Weights, typer.Option(help="Which weights to save.")] = Weights.last,
+    ema_decay: Annotated[float | None, typer.Option(help="Of the averages that are saved; the preset's.")] = None,
+    save_weights: Annotated[
+        Weights, typer.Option(help="The last iteration's, or moving averages over all of them.")
+    ] = Weights.last,
     mixed_precision: Annotated[Precision, typer.Option(help="Autocast of forward and backward.")] = Precision.no,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
@@ -74,7 +76,7 @@ def forget(
     classifier: Annotated[
         Path | None, typer.Option(help="A transformers image-classification folder that judges the result.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Pictures of each class that it judges.")] = 16,
+    samples: Annotated[int | None, typer.Option(help="Pictures of each class that it judges; 16.")] = None,
     num_inference_steps: Annotated[int, typer.Option(help="Of DDIM.")] = 50,
     guidance_scale: Annotated[float | None, typer.Option(help="Of the pictures; the preset's.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="An unreadable image is an error.")] = False,

@@ -41,6 +41,7 @@ __all__ = ["ForgetJob"]
 
 OWN_FOLDER = "unlearning"  # in the output folder: result.json, pictures, mask, history, checkpoints, latents
 RETAINED_IN_GRID = 8
+JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
 
 
@@ -393,9 +394,9 @@ class ForgetJob:
         return PRECISIONS[self.options.mixed_precision]
 
     def _ema_decay(self) -> float | None:
-        if self.options.ema_decay is not None or self.options.save_weights == "last":
-            return self.options.ema_decay
-        decay = self.domain["run"]["ema_decay"]
+        if self.options.save_weights == "last":
+            return None
+        decay = self.domain["run"]["ema_decay"] if self.options.ema_decay is None else self.options.ema_decay
         if decay is None:
             raise InputError(f"--save-weights ema needs --ema-decay: the preset {self.preset} keeps no averages")
         return decay
@@ -417,11 +418,14 @@ class ForgetJob:
             return others
         return [others[i * len(others) // RETAINED_IN_GRID] for i in range(RETAINED_IN_GRID)]
 
+    @property
+    def _samples_per_class(self) -> int:
+        """One for the grid, and more where a classifier judges them."""
+        return 1 if self.judge is None else self.options.samples or JUDGED_SAMPLES
+
     def _asked_for(self) -> list[int]:
-        """The label of every sample: one of each class for the grid, and as many as are asked for where a classifier
-        judges them."""
-        count = self.options.samples if self.judge is not None else 1
-        return [label for label in (*self.forget_classes, *self._retained()) for _ in range(count)]
+        """The label of every sample."""
+        return [label for label in (*self.forget_classes, *self._retained()) for _ in range(self._samples_per_class)]
 
     def _sample(self, samples: Samples, when: str) -> None:
         noise = draw_noise(len(samples.labels), self.pretrained.latent_shape, seed=self.options.seed)
@@ -512,7 +516,7 @@ class ForgetJob:
                 "sampler": "DDIM, eta 0",
                 "steps": self.options.num_inference_steps,
                 "guidance": self._guidance,
-                "samples_per_class": self.options.samples if self.judge is not None else 1,
+                "samples_per_class": self._samples_per_class,
             },
             "mask_density": mask.density if mask else None,
             "protection": result.protection,
