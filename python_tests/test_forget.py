@@ -216,14 +216,19 @@ def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_p
     assert result(tmp_path / "second")["mask_density"] == result(tmp_path / "first")["mask_density"]
     assert "fisher" not in result(tmp_path / "second")["seconds"]
     capsys.readouterr()
-    assert run(home, "ddpm", tmp_path / "third", "--forget-class", "4", "--mask", mask) == 1
-    assert "was made for another forget set" in capsys.readouterr().err
-    other = tmp_path / "other"
-    save_ddpm_pipeline(other, seed=1)
-    own = ["--pretrained-model-name-or-path", str(other), "--data", str(home / "digits"), "--mask", mask]
-    assert main(["forget", *own, "--output-dir", str(tmp_path / "fourth"), *SMALL, "--forget-class", "3"]) == 1
-    assert "was made for other weights" in capsys.readouterr().err
-    assert not (tmp_path / "fourth" / "model_index.json").exists()
+    save_ddpm_pipeline(tmp_path / "other", seed=1)
+    shutil.copytree(home / "digits", tmp_path / "more")
+    shutil.copy(tmp_path / "more" / "3" / "000.png", tmp_path / "more" / "3" / "more.png")
+    for model, data, forgotten, words in (
+        (home / "ddpm", home / "digits", "4", "was made for another forget set (forget_classes"),
+        (home / "ddpm", tmp_path / "more", "3", "was made for another forget set (forget_data"),
+        (tmp_path / "other", home / "digits", "3", "was made for other weights"),
+    ):
+        own = ["--pretrained-model-name-or-path", str(model), "--data", str(data), "--mask", mask, *SMALL]
+        for more in ([], ["--dry-run"]):
+            assert main(["forget", *own, "--output-dir", str(tmp_path / "x"), "--forget-class", forgotten, *more]) == 1
+            assert words in capsys.readouterr().err
+            assert not (tmp_path / "x").exists()
 
 
 def test_trained_weights_are_chosen(home: Path, tmp_path: Path) -> None:
@@ -378,6 +383,9 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("dit", ("--forget-class", "3", "--ema-decay", "0.9"), "add --save-weights ema"),
         ("dit", ("--forget-class", "3", "--samples", "16"), "add --classifier"),
         ("dit", ("--forget-class", "3", "--mask", "nowhere"), "--mask: there is no file"),
+        ("dit", ("--forget-class", "3", "--resume-from-checkpoint", "latest"), "there is no checkpoint in"),
+        ("dit", ("--forget-class", "3", "--resume-from-checkpoint", "nowhere"), "there is no checkpoint at nowhere"),
+        ("dit", ("--forget-class", "3", "--num-inference-steps", "51"), "--num-inference-steps: expected at most 50"),
         ("dit", ("--forget-class", "3", "--classifier", "nowhere"), "--classifier: expected"),
         ("dit", ("--forget-class", "3", "--mixed-precision", "fp16"), "fp16 needs a GPU"),
         ("ddpm", ("--forget-class", "3", "--save-weights", "ema"), "needs --ema-decay"),

@@ -195,7 +195,7 @@ class Unlearner:
         result = Result(update=self.method.update, backend=ops.backend(self.device))
         if checkpoint is None:
             if self.method.mask is not None:
-                self._check_fit(self.method.mask)
+                self.method.mask.check_model(self._named)
             result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
         else:
             result.mask = checkpoint.mask
@@ -277,13 +277,3 @@ class Unlearner:
             **({"forget_hash": check.forget_hash} if whole else {}),
         )
         return mask
-
-    def _check_fit(self, mask: SaliencyMask) -> None:
-        """Whether a ready mask is one of this model, before a pass over the data."""
-        mask.bind(self._named)
-        own = weights_hash(self._named)
-        if mask.metadata.get("weights_hash", own) != own:
-            raise InputError(
-                "the mask was made for other weights: measure a new one, or delete mask.metadata['weights_hash'] to "
-                "use it all the same"
-            )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from .. import _checkpoint
 from .._clock import timed
 from .._files import writable_directory
 from .._loop import Progress
@@ -34,7 +35,7 @@ from .judge import Judge
 from .options import ForgetOptions
 from .pretrained import Plan, Pretrained, open_pretrained, plan_result, write_result
 from .prompts import Concepts, read_prompts
-from .sampling import decode, draw_noise, sample_classes, sample_prompts
+from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
 from .weights import select_trained, tie_embeddings, untie_embeddings
 
 __all__ = ["ForgetJob"]
@@ -111,6 +112,14 @@ class ForgetJob:
             )
         self.judge = None if options.classifier is None else Judge(options.classifier, self._names(), options.device)
         self.draw: Draw = self._draw(draw_indices)
+        check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
+        if options.resume_from_checkpoint is not None:
+            try:
+                _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+            except InputError as error:
+                raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
+        if self.method.mask is not None:
+            self._check_mask(self.method.mask)
 
     # --- Opening --------------------------------------------------------------------------------------------
 
@@ -281,8 +290,6 @@ class ForgetJob:
                     strict=options.strict,
                     progress=lambda done, total: self.progress("looking at images", done, total),
                 )
-        if self.method.mask is not None:
-            self._check_mask(self.method.mask)
         forget, retain = self._loaders(own)
         samples = Samples(torch.tensor(self._asked_for()))
         self._sample(samples, "before")
@@ -377,6 +384,10 @@ class ForgetJob:
                     f"--mask: {self.options.mask} was made for another forget set ({key} differ): leave it out and a "
                     "new one is measured"
                 )
+        try:
+            mask.check_model(trainable(self.model).items())
+        except InputError as error:
+            raise InputError(f"--mask: {error}") from None
 
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():
