@@ -89,6 +89,14 @@ def test_only_the_denoisers_weights_differ(home: Path, tmp_path: Path, capsys, m
     }
 
 
+def test_a_model_that_has_forgotten_forgets_again(home: Path, tmp_path: Path) -> None:
+    """The record of the first time is no part of the model."""
+    assert run(home, "dit", tmp_path / "once", "--forget-class", "3", "--checkpointing-steps", "2") == 0
+    assert run(tmp_path, "once", tmp_path / "twice", "--forget-class", "5", data=str(home / "digits")) == 0
+    assert hashes(tmp_path / "twice").keys() == hashes(home / "dit").keys()
+    assert result(tmp_path / "twice")["forgotten"] == ["five"]
+
+
 def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> None:
     from diffusers import DiTPipeline, StableDiffusionPipeline, UNet2DModel
 

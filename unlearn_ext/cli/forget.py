@@ -95,8 +95,9 @@ def forget(
     are the only file that changes. unlearning/ in it holds the result, the
     pictures before and after from the same noise, the mask and the history.
     """
-    from ..diffusion.job import OWN_FOLDER, ForgetJob
+    from ..diffusion.job import ForgetJob
     from ..diffusion.options import ForgetOptions
+    from ..diffusion.pretrained import OWN_FOLDER
     from .backend import load_backend
     from .progress import stages
 

@@ -33,14 +33,13 @@ from .estimate import Estimate, estimate, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
-from .pretrained import Plan, Pretrained, open_pretrained, plan_result, write_result
+from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result, write_result
 from .prompts import Concepts, read_prompts
 from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
 from .weights import select_trained, tie_embeddings, untie_embeddings
 
 __all__ = ["ForgetJob"]
 
-OWN_FOLDER = "unlearning"  # in the output folder: result.json, pictures, mask, history, checkpoints, latents
 RETAINED_IN_GRID = 8
 JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
