@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -119,17 +120,17 @@ def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> No
 
 
 def test_reloaded_outputs_are_those_of_the_model_in_memory(home: Path, tmp_path: Path, monkeypatch) -> None:
-    from unlearn_ext.diffusion import job
+    from unlearn_ext.diffusion import output
     from unlearn_ext.diffusion.pretrained import open_pretrained
 
     kept = {}
-    write = job.write_result
+    write = output.write_result
 
     def keep(source, pretrained, *arguments, **options):
         kept[str(source)] = pretrained
         return write(source, pretrained, *arguments, **options)
 
-    monkeypatch.setattr(job, "write_result", keep)
+    monkeypatch.setattr(output, "write_result", keep)
     for model in ("dit", "ddpm", "text"):
         prompts = ("--forget-prompt", "three", "--replace-prompt", "two")
         arguments = prompts if model == "text" else ("--forget-class", "3")
@@ -273,6 +274,38 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert run(home, "dit", tmp_path / "cut", *steps, "--resume-from-checkpoint", "latest") == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
+
+
+def test_a_run_killed_while_it_moves_its_result_is_mended_by_the_next(home: Path, tmp_path: Path, monkeypatch) -> None:
+    steps = ("--forget-class", "3", "--checkpointing-steps", "2")
+    assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+
+    class Killed(BaseException):
+        pass
+
+    out, moved, replace = tmp_path / "cut", [], os.replace
+
+    def die(source, target):
+        if Path(target).parent == out:
+            moved.append(Path(target).name)
+            if len(moved) == 2:
+                raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(Killed):
+        run(home, "ddpm", out, *steps)
+    monkeypatch.undo()
+    assert sorted(path.name for path in out.iterdir()) == sorted([moved[0], "unlearning"])
+    (out / "note.txt").write_text("mine")
+    assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 1
+    assert sorted(path.name for path in out.iterdir()) == ["note.txt", "unlearning"], (
+        "only what it had moved is removed"
+    )
+    (out / "note.txt").unlink()
+    assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 0
+    assert hashes(out) == hashes(tmp_path / "whole")
+    assert not (out / "unlearning" / "moving.json").exists()
 
 
 def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,7 +30,8 @@ from .estimate import Estimate, estimate, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
-from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result, write_result
+from .output import claim_output, write_output
+from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, read_prompts
 from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
 from .weights import select_trained, tie_embeddings, untie_embeddings
@@ -280,7 +278,7 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        output = self._claim_output()
+        output = claim_output(options.output_dir, self.pretrained.folder, {"result": self._plan.bytes})
         own = writable_directory(output / OWN_FOLDER)
         if self.data.kind == "pixel_values":
             with timed(self.seconds, "decoding"):
@@ -321,29 +319,11 @@ class ForgetJob:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
             result.mask.metadata.update(self._identity())
             result.mask.save(own / "mask.safetensors")
-        self._write_folder(output)  # before anything that may go wrong with the pictures
+        if self.tied:
+            untie_embeddings(self.model)
+        write_output(self.pretrained, output)  # before anything that may go wrong with the pictures
         self._write_grid(own / "before-after.png", samples)
         return self._report(result, self._verdict(samples))
-
-    def _claim_output(self) -> Path:
-        """The output folder may hold what an earlier, unfinished run left, and nothing else."""
-        output = self.options.output_dir
-        source = self.pretrained.folder
-        if source.resolve() in (output.resolve(), *output.resolve().parents):
-            raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
-        output = writable_directory(output)
-        for left in output.glob(".folder-*"):  # by a process that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
-        free = shutil.disk_usage(output).free
-        if free < self._plan.bytes:
-            raise InputError(
-                f"--output-dir: {output} has {free / 1e9:.1f} GB free, and the result takes "
-                f"{self._plan.bytes / 1e9:.1f} GB: choose another disk"
-            )
-        others = [path.name for path in output.iterdir() if path.name != OWN_FOLDER]
-        if others:
-            raise InputError(f"--output-dir: {output} holds {sorted(others)[0]} already: choose an empty folder")
-        return output
 
     def _loaders(self, own: Path) -> Iterator[DataLoader]:
         data: Dataset = self.data
@@ -491,19 +471,6 @@ class ForgetJob:
         return found
 
     # --- What is written ------------------------------------------------------------------------------------
-
-    def _write_folder(self, output: Path) -> None:
-        """The whole folder is made first, and moved in file by file, the index last."""
-        if self.tied:
-            untie_embeddings(self.model)
-        partial = Path(tempfile.mkdtemp(prefix=".folder-", dir=output))
-        try:
-            write_result(self.pretrained.folder, self.pretrained, partial / "folder")
-            entries = sorted((partial / "folder").iterdir(), key=lambda path: path.name == "model_index.json")
-            for path in entries:
-                os.replace(path, output / path.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
         mask = result.mask
