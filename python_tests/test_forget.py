@@ -27,6 +27,7 @@ from pipelines import (
 from unlearn_ext.cli import main
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.options import ForgetOptions
+from unlearn_ext.errors import InputError
 
 SMALL = ["--max-train-steps", "2", "--train-batch-size", "4", "--fisher-batches", "1", "--num-inference-steps", "2"]
 
@@ -46,6 +47,12 @@ def home(tmp_path_factory) -> Path:
 def run(home: Path, model: str, output: Path, *arguments: str, data: str = "digits") -> int:
     own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / data)]
     return main(["forget", *own, "--output-dir", str(output), *SMALL, *arguments])
+
+
+def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
+    small = {"max_train_steps": 2, "train_batch_size": 4, "fisher_batches": 1, "num_inference_steps": 2}
+    paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
+    return ForgetJob(ForgetOptions(forget_class="3", **paths, **{**small, **options}))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -159,18 +166,9 @@ def test_latents_are_encoded_once_and_only_those_that_are_used(home: Path, tmp_p
 def test_a_small_forget_set_is_measured_once(home: Path, tmp_path: Path) -> None:
     """However long the iterations and the other set are."""
     seen: dict[str, tuple[int, int | None]] = {}
-    options = {"max_train_steps": 3, "train_batch_size": 4, "num_inference_steps": 2, "forget_class": "3"}
     for given, measured in ((None, (1, 9)), (5, (1, 5))):  # of four images and of 36
-        job = ForgetJob(
-            ForgetOptions(
-                pretrained_model_name_or_path=home / "ddpm",
-                data=home / "digits",
-                output_dir=tmp_path / str(given),
-                fisher_batches=given,
-                **options,
-            ),
-            lambda stage, done, total: seen.update({stage: (done, total)}),
-        )
+        job = job_of(home, "ddpm", tmp_path / str(given), max_train_steps=3, fisher_batches=given)
+        job.progress = lambda stage, done, total: seen.update({stage: (done, total)})
         assert job.run()["method"]["fisher_batches"] == measured == job.fisher_batches
         assert seen["Fisher, forget set"] == (1, 1) and seen["Fisher, retain set"] == (measured[1],) * 2
 
@@ -216,6 +214,50 @@ def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path,
     assert odd in table and end.count(odd) == 2
     assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 1
     assert f"{tmp_path / odd} holds" in capsys.readouterr().err
+
+
+def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path) -> None:
+    job = job_of(home, "dit", tmp_path / "out")
+    job.model.transformer_blocks[0].train()
+    modes = [module.training for module in job.model.modules()]
+    states = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    job.estimate()
+    assert modes == [module.training for module in job.model.modules()] and len(set(modes)) == 2
+    after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    assert len(states) == 2 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+    assert all(p.grad is None for p in job.model.parameters()) and not (tmp_path / "out").exists()
+
+
+def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = job_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5)
+    assert job.tied
+    disk = job.estimate().disk
+    job.run()
+
+    def tensors(*patterns: str) -> int:
+        files = [path for pattern in patterns for path in out.glob(pattern)]
+        return sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+
+    assert disk["denoiser"] == tensors("transformer/*.safetensors")
+    assert disk["mask"] == tensors("unlearning/mask.safetensors")
+    assert disk["checkpoints"] == pytest.approx(tensors("unlearning/checkpoint-*/*.safetensors"), rel=0.01)
+    assert disk["latents"] == pytest.approx(tensors("unlearning/latents/*.safetensors"), rel=0.05)  # and their indices
+
+
+def test_a_disk_too_small_for_all_that_is_written_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    job = job_of(home, "dit", tmp_path / "out", **options)
+    needed = sum(job.estimate().disk.values())
+    assert needed > 2 * job._plan.bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            job.run()
+        else:
+            with pytest.raises(InputError, match="GB free, and the run writes"):
+                job.run()
 
 
 def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:

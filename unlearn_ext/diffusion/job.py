@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint
+from .. import _checkpoint, _rng
 from .._clock import timed
 from .._files import writable_directory
 from .._loop import Progress
+from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
 from ..data.images import ImageData, open_data
 from ..data.latents import Draw, draw_indices, draw_readable, encode_latents, latents_size
@@ -26,7 +27,7 @@ from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
-from .estimate import Estimate, estimate, try_batch
+from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
@@ -223,16 +224,7 @@ class ForgetJob:
 
     def estimate(self) -> Estimate:
         """Memory by stage and part, time and disk: exact sizes, and one batch that is tried with made-up inputs."""
-        batch = self._made_up_batch()
-        self.task.begin(self.model, batch)
-        prepared = self.task.prepare(batch, self._device)
-
-        def loss() -> Tensor:
-            with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
-                return self.task.losses(self.model, prepared).mean()
-
-        self.model.train()
-        trial = try_batch(self.model, loss)
+        trial = self._try_batch()
         others = [m for m in (self.pretrained.vae, self.pretrained.text_encoder) if m is not None]
         found = estimate(
             self.model,
@@ -243,15 +235,38 @@ class ForgetJob:
             fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
             accumulation=self.options.gradient_accumulation_steps,
             ema=self.ema_decay is not None,
-            checkpoints=self._checkpoints_at_once(),
         )
         passes = 2 * len(self._asked_for()) * (1 if self._guidance in (None, 1.0) else 2)
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
         found.seconds["sampling"] = forward * passes * self.options.num_inference_steps
-        found.disk["other files"] = self._plan.copied_bytes
-        if self.pretrained.vae is not None and self.data.kind == "pixel_values":
-            found.disk["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
+        found.disk = self._disk
         return found
+
+    def _try_batch(self) -> Trial:
+        """With made-up inputs; the run that may follow is not disturbed."""
+        batch = self._made_up_batch()
+        state = _rng.capture(self.task.generators())
+        with keeping_modes(self.model):
+            self.model.train()
+            self.task.begin(self.model, batch)
+            prepared = self.task.prepare(batch, self._device)
+
+            def loss() -> Tensor:
+                with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
+                    return self.task.losses(self.model, prepared).mean()
+
+            trial = try_batch(self.model, loss)
+        _rng.restore(state, self.task.generators())
+        return trial
+
+    @property
+    def _disk(self) -> dict[str, int]:
+        """Bytes that the run will write: what -> bytes."""
+        sizes = {"denoiser": self._plan.denoiser_bytes, "other files": self._plan.copied_bytes}
+        if self.pretrained.vae is not None and self.data.kind == "pixel_values":
+            sizes["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
+        ema, checkpoints = self.ema_decay is not None, self._checkpoints_at_once()
+        return sizes | sizes_on_disk(self.model, self.method, ema=ema, checkpoints=checkpoints)
 
     @cached_property
     def _plan(self) -> Plan:
@@ -278,7 +293,7 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        output = claim_output(options.output_dir, self.pretrained.folder, {"result": self._plan.bytes})
+        output = claim_output(options.output_dir, self.pretrained.folder, self._disk)
         own = writable_directory(output / OWN_FOLDER)
         if self.data.kind == "pixel_values":
             with timed(self.seconds, "decoding"):
@@ -379,8 +394,6 @@ class ForgetJob:
 
     @property
     def _half(self) -> torch.dtype | None:
-        from .._modes import PRECISIONS
-
         return PRECISIONS[self.options.mixed_precision]
 
     def _ema_decay(self) -> float | None:
