@@ -105,6 +105,18 @@ def test_a_model_that_has_forgotten_forgets_again(home: Path, tmp_path: Path) ->
     assert result(tmp_path / "twice")["forgotten"] == ["five"]
 
 
+def test_files_that_are_left_out_are_named(home: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(home / "ddpm", tmp_path / "ddpm")
+    (tmp_path / "ddpm" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old")
+    (tmp_path / "ddpm" / "all.ckpt").write_bytes(b"old")
+    assert run(tmp_path, "ddpm", tmp_path / "out", "--forget-class", "3", data=str(home / "digits")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out of the model's folder: all.ckpt, unet/diffusion_pytorch_model.bin" in lines
+    assert set(result(tmp_path / "out")["left_out"]) == {"all.ckpt", "unet/diffusion_pytorch_model.bin"}
+    assert run(home, "ddpm", tmp_path / "none", "--forget-class", "3") == 0
+    assert "left out" not in capsys.readouterr().out and not result(tmp_path / "none")["left_out"]
+
+
 def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> None:
     from diffusers import DiTPipeline, StableDiffusionPipeline, UNet2DModel
 

@@ -485,6 +485,11 @@ class ForgetJob:
 
     # --- What is written ------------------------------------------------------------------------------------
 
+    def _left_out(self) -> dict[str, str]:
+        """Files of the source that the written folder has not, and why."""
+        output = self.options.output_dir
+        return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
+
     def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
         mask = result.mask
         return {
@@ -501,7 +506,7 @@ class ForgetJob:
             "published": self.domain["published"],
             "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
             "task": self.task_settings,
-            "left_out": self._plan.left_out,
+            "left_out": self._left_out(),
             "sampling": {
                 "sampler": "DDIM, eta 0",
                 "steps": self.options.num_inference_steps,
