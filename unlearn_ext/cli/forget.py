@@ -122,7 +122,7 @@ def forget(
         found = job.run()
     report = write_report(found, output_dir / OWN_FOLDER / "result.json", json_file)
     if report["left_out"]:
-        console.print(f"left out of the model's folder: {', '.join(report['left_out'])}")
+        console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
     for image in report["unreadable"]:
         console.print(f"skipped, unreadable: {image}")
     _show_verdict(report, console)
