@@ -227,7 +227,8 @@ class Unlearner:
 
     def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress):
         """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case."""
-        method, check = self.method, DataCheck(self.model, self.task, allow_duplicates)
+        method = self.method
+        check = DataCheck(self.model, self.task, allow_duplicates, method.replaces)
         passes = {"forget": forget, "retain": retain}
         mask = method.mask
         if not method.needs_fisher:
