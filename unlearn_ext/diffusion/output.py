@@ -69,12 +69,12 @@ def _undo_move(output: Path) -> None:
     moving = output / OWN_FOLDER / _MOVING
     if not moving.exists():
         return
-    for name in json.loads(moving.read_text()):
-        path = output / name
+    names = set(json.loads(moving.read_text())) - {OWN_FOLDER}
+    for path in [path for path in output.iterdir() if path.name in names]:  # nothing outside, whatever the file says
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
     moving.unlink()
 
 
