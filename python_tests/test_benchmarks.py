@@ -120,8 +120,9 @@ def profile(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_profile_of_a_users_network_with_a_trace(tmp_path) -> None:
     (tmp_path / "nets.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(30, 20)\n")
-    done = profile("--model", "nets:make", "--trace=trace.json", "--json=rows.json", cwd=tmp_path)
+    done = profile("--model", "nets:make", "--trace=[bold]x.json", "--json=rows.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("[bold]x.json")
     assert max(map(len, done.stdout.splitlines())) <= 80
     for word in ("620 weights in 2 tensors", "predicted ms", "measured ms", "mask bits", "peak", "moments"):
         assert word in done.stdout
@@ -133,7 +134,7 @@ def test_profile_of_a_users_network_with_a_trace(tmp_path) -> None:
     assert predicted == {
         "weights": 2480, "one gradient": 2480, "moments": 4960, "slow weights": 2480, "mask bits": 80, "peak": 12480
     }  # fmt: skip
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "[bold]x.json").read_text())["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     for name in ("products", "forget_step", "retain_step", "interpolate"):
         assert name in ranges

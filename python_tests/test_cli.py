@@ -83,10 +83,11 @@ def test_a_random_subset_with_underscores(update, tmp_path) -> None:
     """diffusers spells options with underscores; both are taken."""
     done = command(
         "demo", "classifier", "--scenario=random", "--train_size", 200, "--forget_fraction", 0.25, "--update", update,
-        "--output_dir", tmp_path / "out", "--seed", 100, cwd=tmp_path,
+        "--output_dir", "[bold]x", "--seed", 100, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert done.stdout.rstrip().endswith("result.json: [bold]x")
+    report = json.loads((tmp_path / "[bold]x" / "result.json").read_text())
     assert report["forget_size"] == 50 and report["train_size"] == 200 and report["update"] == update
     assert report["models"]["original"]["TA_retained"] == report["models"]["original"]["TA"]
 

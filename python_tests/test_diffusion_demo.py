@@ -32,7 +32,7 @@ def short(monkeypatch) -> None:
 
 @pytest.mark.parametrize("task", ["ddpm", "dit", "text"])
 def test_a_demo_says_and_writes_what_became_of_every_digit(task: str, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "[bold]x"
     arguments = ["--samples", "8", "--forget-class", "7", "--output-dir", str(out), "--json", str(tmp_path / "r.json")]
     assert main(["demo", task, *arguments]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
@@ -49,6 +49,7 @@ def test_a_demo_says_and_writes_what_became_of_every_digit(task: str, tmp_path: 
     assert report["counts"]["iterations"] == report["counts"]["forget_steps"] == 2
     assert ("row_put_back" in report["forgotten"]) == (task != "text")
     text = capsys.readouterr().out
+    assert "[bold]x" in text.replace("\n", "")
     assert "forgets the digit 7" in text and max(map(len, text.splitlines())) <= 80
     assert {"before-after.png", "mask.safetensors", "scheduler"} <= {path.name for path in out.iterdir()}
 

@@ -533,6 +533,19 @@ def test_replacement_needs_a_task_and_a_batch_that_have_one() -> None:
         SFRon(forget_term="descent")
 
 
+@pytest.mark.parametrize("gamma", [None, 1.0])
+def test_a_forget_batch_without_a_replacement_is_refused_at_once(monkeypatch, gamma) -> None:
+    """Before a Fisher pass that would be for nothing, and before any step."""
+    method = SFRon(forget_term="replace", gamma=gamma, iterations=2)
+    for task, model, forget, retain in (
+        (class_task(), denoisers.unet(), (images(2), labels(2)), (images(2, seed=1), labels(2))),
+        (text_task(prompt_dropout=0.0), denoisers.text_unet(), prompt_batch(), prompt_batch()),
+    ):
+        monkeypatch.setattr(task, "prepare", lambda *arguments: pytest.fail("a batch was used"))
+        with pytest.raises(InputError, match="a forget batch has no replacement"):
+            Unlearner(model, task, method).run([forget], [retain], allow_duplicates=True)
+
+
 # --- Runs -----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.diffusion.job import ForgetJob
+from unlearn_ext.diffusion.options import ForgetOptions
+from unlearn_ext.errors import InputError
 
 SMALL = ["--max-train-steps", "2", "--train-batch-size", "4", "--fisher-batches", "1", "--num-inference-steps", "2"]
 
@@ -43,6 +47,12 @@ def home(tmp_path_factory) -> Path:
 def run(home: Path, model: str, output: Path, *arguments: str, data: str = "digits") -> int:
     own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / data)]
     return main(["forget", *own, "--output-dir", str(output), *SMALL, *arguments])
+
+
+def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
+    small = {"max_train_steps": 2, "train_batch_size": 4, "fisher_batches": 1, "num_inference_steps": 2}
+    paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
+    return ForgetJob(ForgetOptions(forget_class="3", **paths, **{**small, **options}))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -87,6 +97,26 @@ def test_only_the_denoisers_weights_differ(home: Path, tmp_path: Path, capsys, m
     }
 
 
+def test_a_model_that_has_forgotten_forgets_again(home: Path, tmp_path: Path) -> None:
+    """The record of the first time is no part of the model."""
+    assert run(home, "dit", tmp_path / "once", "--forget-class", "3", "--checkpointing-steps", "2") == 0
+    assert run(tmp_path, "once", tmp_path / "twice", "--forget-class", "5", data=str(home / "digits")) == 0
+    assert hashes(tmp_path / "twice").keys() == hashes(home / "dit").keys()
+    assert result(tmp_path / "twice")["forgotten"] == ["five"]
+
+
+def test_files_that_are_left_out_are_named(home: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(home / "ddpm", tmp_path / "ddpm")
+    (tmp_path / "ddpm" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old")
+    (tmp_path / "ddpm" / "all.ckpt").write_bytes(b"old")
+    assert run(tmp_path, "ddpm", tmp_path / "out", "--forget-class", "3", data=str(home / "digits")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out of the model's folder: all.ckpt, unet/diffusion_pytorch_model.bin" in lines
+    assert set(result(tmp_path / "out")["left_out"]) == {"all.ckpt", "unet/diffusion_pytorch_model.bin"}
+    assert run(home, "ddpm", tmp_path / "none", "--forget-class", "3") == 0
+    assert "left out" not in capsys.readouterr().out and not result(tmp_path / "none")["left_out"]
+
+
 def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> None:
     from diffusers import DiTPipeline, StableDiffusionPipeline, UNet2DModel
 
@@ -109,17 +139,17 @@ def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> No
 
 
 def test_reloaded_outputs_are_those_of_the_model_in_memory(home: Path, tmp_path: Path, monkeypatch) -> None:
-    from unlearn_ext.diffusion import job
+    from unlearn_ext.diffusion import output
     from unlearn_ext.diffusion.pretrained import open_pretrained
 
     kept = {}
-    write = job.write_result
+    write = output.write_result
 
     def keep(source, pretrained, *arguments, **options):
         kept[str(source)] = pretrained
         return write(source, pretrained, *arguments, **options)
 
-    monkeypatch.setattr(job, "write_result", keep)
+    monkeypatch.setattr(output, "write_result", keep)
     for model in ("dit", "ddpm", "text"):
         prompts = ("--forget-prompt", "three", "--replace-prompt", "two")
         arguments = prompts if model == "text" else ("--forget-class", "3")
@@ -145,6 +175,16 @@ def test_latents_are_encoded_once_and_only_those_that_are_used(home: Path, tmp_p
     assert result(tmp_path / "out")["seconds"]["encoding"] > 0
 
 
+def test_a_small_forget_set_is_measured_once(home: Path, tmp_path: Path) -> None:
+    """However long the iterations and the other set are."""
+    seen: dict[str, tuple[int, int | None]] = {}
+    for given, measured in ((None, (1, 9)), (5, (1, 5))):  # of four images and of 36
+        job = job_of(home, "ddpm", tmp_path / str(given), max_train_steps=3, fisher_batches=given)
+        job.progress = lambda stage, done, total: seen.update({stage: (done, total)})
+        assert job.run()["method"]["fisher_batches"] == measured == job.fisher_batches
+        assert seen["Fisher, forget set"] == (1, 1) and seen["Fisher, retain set"] == (measured[1],) * 2
+
+
 def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
     import numpy as np
     from safetensors.torch import save_file
@@ -164,12 +204,72 @@ def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:
-    assert run(home, "dit", tmp_path / "out", "--forget-class", "three", "--dry-run", "--checkpointing-steps", "1") == 0
+    options = ("--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "out" / "copy.json"))
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "three", *options) == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for word in ("forget", "three", "keep", "nine", "trains", "peak:", "Fisher sums", "activations", "disk:", "time:"):
         assert word in text
     assert "checkpoints" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path, capsys) -> None:
+    odd = "[bold]x:cat:"  # markup and an emoji to rich
+    save_digit_folders(tmp_path / "few", per_class=4, digits=(3, 5))
+    (tmp_path / "few" / "3").rename(tmp_path / "few" / odd)
+    (tmp_path / "map.json").write_text(json.dumps({odd: 3, "5": 5}))
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(tmp_path / "few"), *SMALL]
+    own += ["--class-map", str(tmp_path / "map.json"), "--forget-class", "3"]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 0
+    text = capsys.readouterr().out
+    table, _, end = text.replace("\n", "").partition("model: ")
+    assert odd in table and end.count(odd) == 2
+    assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 1
+    assert f"{tmp_path / odd} holds" in capsys.readouterr().err
+
+
+def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path) -> None:
+    job = job_of(home, "dit", tmp_path / "out")
+    job.model.transformer_blocks[0].train()
+    modes = [module.training for module in job.model.modules()]
+    states = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    job.estimate()
+    assert modes == [module.training for module in job.model.modules()] and len(set(modes)) == 2
+    after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    assert len(states) == 2 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+    assert all(p.grad is None for p in job.model.parameters()) and not (tmp_path / "out").exists()
+
+
+def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = job_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5)
+    assert job.tied
+    disk = job.estimate().disk
+    job.run()
+
+    def tensors(*patterns: str) -> int:
+        files = [path for pattern in patterns for path in out.glob(pattern)]
+        return sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+
+    assert disk["denoiser"] == tensors("transformer/*.safetensors")
+    assert disk["mask"] == tensors("unlearning/mask.safetensors")
+    assert disk["checkpoints"] == pytest.approx(tensors("unlearning/checkpoint-*/*.safetensors"), rel=0.01)
+    assert disk["latents"] == pytest.approx(tensors("unlearning/latents/*.safetensors"), rel=0.05)  # and their indices
+
+
+def test_a_disk_too_small_for_all_that_is_written_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    job = job_of(home, "dit", tmp_path / "out", **options)
+    needed = sum(job.estimate().disk.values())
+    assert needed > 2 * job._plan.bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            job.run()
+        else:
+            with pytest.raises(InputError, match="GB free, and the run writes"):
+                job.run()
 
 
 def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:
@@ -179,14 +279,19 @@ def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_p
     assert result(tmp_path / "second")["mask_density"] == result(tmp_path / "first")["mask_density"]
     assert "fisher" not in result(tmp_path / "second")["seconds"]
     capsys.readouterr()
-    assert run(home, "ddpm", tmp_path / "third", "--forget-class", "4", "--mask", mask) == 1
-    assert "was made for another forget set" in capsys.readouterr().err
-    other = tmp_path / "other"
-    save_ddpm_pipeline(other, seed=1)
-    own = ["--pretrained-model-name-or-path", str(other), "--data", str(home / "digits"), "--mask", mask]
-    assert main(["forget", *own, "--output-dir", str(tmp_path / "fourth"), *SMALL, "--forget-class", "3"]) == 1
-    assert "was made for other weights" in capsys.readouterr().err
-    assert not (tmp_path / "fourth" / "model_index.json").exists()
+    save_ddpm_pipeline(tmp_path / "other", seed=1)
+    shutil.copytree(home / "digits", tmp_path / "more")
+    shutil.copy(tmp_path / "more" / "3" / "000.png", tmp_path / "more" / "3" / "more.png")
+    for model, data, forgotten, words in (
+        (home / "ddpm", home / "digits", "4", "was made for another forget set (forget_classes"),
+        (home / "ddpm", tmp_path / "more", "3", "was made for another forget set (forget_data"),
+        (tmp_path / "other", home / "digits", "3", "was made for other weights"),
+    ):
+        own = ["--pretrained-model-name-or-path", str(model), "--data", str(data), "--mask", mask, *SMALL]
+        for more in ([], ["--dry-run"]):
+            assert main(["forget", *own, "--output-dir", str(tmp_path / "x"), "--forget-class", forgotten, *more]) == 1
+            assert words in capsys.readouterr().err
+            assert not (tmp_path / "x").exists()
 
 
 def test_trained_weights_are_chosen(home: Path, tmp_path: Path) -> None:
@@ -200,7 +305,8 @@ def test_trained_weights_are_chosen(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path, monkeypatch) -> None:
-    steps = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "2", "--ema-decay", "0.5")
+    steps = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "2")
+    steps += ("--save-weights", "ema", "--ema-decay", "0.5")
     assert run(home, "dit", tmp_path / "whole", *steps) == 0
     from unlearn_ext import _loop
 
@@ -224,6 +330,38 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
 
 
+def test_a_run_killed_while_it_moves_its_result_is_mended_by_the_next(home: Path, tmp_path: Path, monkeypatch) -> None:
+    steps = ("--forget-class", "3", "--checkpointing-steps", "2")
+    assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+
+    class Killed(BaseException):
+        pass
+
+    out, moved, replace = tmp_path / "cut", [], os.replace
+
+    def die(source, target):
+        if Path(target).parent == out:
+            moved.append(Path(target).name)
+            if len(moved) == 2:
+                raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(Killed):
+        run(home, "ddpm", out, *steps)
+    monkeypatch.undo()
+    assert sorted(path.name for path in out.iterdir()) == sorted([moved[0], "unlearning"])
+    (out / "note.txt").write_text("mine")
+    assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 1
+    assert sorted(path.name for path in out.iterdir()) == ["note.txt", "unlearning"], (
+        "only what it had moved is removed"
+    )
+    (out / "note.txt").unlink()
+    assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 0
+    assert hashes(out) == hashes(tmp_path / "whole")
+    assert not (out / "unlearning" / "moving.json").exists()
+
+
 def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:
     steps = ("--max-train-steps", "2", "--checkpointing-steps", "1")
     assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *steps) == 0
@@ -236,15 +374,15 @@ def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path:
 
 
 def test_averages_are_saved_when_asked_for(home: Path, tmp_path: Path) -> None:
-    steps = ("--forget-class", "3", "--ema-decay", "0.5")
-    assert run(home, "ddpm", tmp_path / "last", *steps) == 0
-    assert run(home, "ddpm", tmp_path / "ema", *steps, "--save-weights", "ema") == 0
+    assert run(home, "ddpm", tmp_path / "last", "--forget-class", "3") == 0
+    averages = ("--save-weights", "ema", "--ema-decay", "0.5")
+    assert run(home, "ddpm", tmp_path / "ema", "--forget-class", "3", *averages) == 0
     weights = "unet/diffusion_pytorch_model.safetensors"
     old, last, ema = (load_file(folder / weights) for folder in (home / "ddpm", tmp_path / "last", tmp_path / "ema"))
     name = "conv_in.weight"
     assert float((ema[name] - old[name]).norm()) < float((last[name] - old[name]).norm())
     assert result(tmp_path / "ema")["weights"] == {"saved": "ema", "ema_decay": 0.5}
-    assert result(tmp_path / "last")["weights"]["saved"] == "last"
+    assert result(tmp_path / "last")["weights"] == {"saved": "last", "ema_decay": None}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +474,13 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("dit", ("--forget-class", "3", "--preset", "sd-nudity"), "--preset sd-nudity is for other models"),
         ("text", ("--forget-prompt", "a", "--replace-prompt", "a"), "expected another prompt"),
         ("dit", ("--forget-class", "3", "--checkpoints-total-limit", "0"), "--checkpoints-total-limit"),
+        ("dit", ("--forget-class", "3", "--checkpoints-total-limit", "2"), "add --checkpointing-steps"),
+        ("dit", ("--forget-class", "3", "--ema-decay", "0.9"), "add --save-weights ema"),
+        ("dit", ("--forget-class", "3", "--samples", "16"), "add --classifier"),
         ("dit", ("--forget-class", "3", "--mask", "nowhere"), "--mask: there is no file"),
+        ("dit", ("--forget-class", "3", "--resume-from-checkpoint", "latest"), "there is no checkpoint in"),
+        ("dit", ("--forget-class", "3", "--resume-from-checkpoint", "nowhere"), "there is no checkpoint at nowhere"),
+        ("dit", ("--forget-class", "3", "--num-inference-steps", "51"), "--num-inference-steps: expected at most 50"),
         ("dit", ("--forget-class", "3", "--classifier", "nowhere"), "--classifier: expected"),
         ("dit", ("--forget-class", "3", "--mixed-precision", "fp16"), "fp16 needs a GPU"),
         ("ddpm", ("--forget-class", "3", "--save-weights", "ema"), "needs --ema-decay"),
@@ -344,6 +488,7 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("nowhere", ("--forget-class", "3"), "there is no folder"),
         ("dit", ("--forget-class", "3", "--max-train-steps", "0"), "--max-train-steps"),
         ("dit", ("--forget-class", "0,1,2,3,4,5,6,7,8,9"), "every class is to be forgotten"),
+        ("dit", ("--forget-class", "3", "--json", "missing/x.json"), "--json: expected a file in a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(home: Path, tmp_path: Path, capsys, model, arguments, sentence) -> None:

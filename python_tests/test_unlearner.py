@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import (
+    FisherDiagonal,
     InputError,
     NonFiniteError,
     ProtectionError,
@@ -620,6 +621,31 @@ def test_a_mask_may_be_used_on_other_views_of_its_data() -> None:
         assert run(make(), data, {"mask": made}).counts["iterations"] == 12
 
 
+@pytest.mark.parametrize("allow", [False, True])
+def test_each_set_may_have_its_own_number_of_fisher_batches(allow: bool) -> None:
+    seen: dict[str, list[tuple[int, int | None]]] = {}
+    mask = run(
+        make(),
+        changes={"fisher_batches": (1, 4)},
+        allow_duplicates=allow,
+        progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
+    ).mask
+    lengths = (1, 4) if allow else (3, 5)  # else all are looked at, for duplicates
+    assert seen["Fisher, forget set"][-1] == (lengths[0],) * 2
+    assert seen["Fisher, retain set"][-1] == (lengths[1],) * 2
+    forget, retain = (FisherDiagonal(make(), Classification(), batches=count) for count in (1, 4))
+    expected = SaliencyMask.from_fisher(
+        forget.measure(batches(3, 6, seed=1)), retain.measure(batches(5, 6, seed=2)), gamma=method().gamma
+    )
+    assert mask == expected
+
+
+def test_a_pair_of_fisher_batches_survives_json() -> None:
+    pair = method(fisher_batches=(1, 4))
+    assert method(**json.loads(json.dumps(pair.settings()))).fisher_batches == pair.fisher_batches == (1, 4)
+    assert pair.fisher_limits == (1, 4) and method(fisher_batches=3).fisher_limits == (3, 3)
+
+
 def test_a_mask_of_part_of_the_data_names_no_forget_set() -> None:
     whole, part = (run(make(), changes={"fisher_batches": 2}, allow_duplicates=allow).mask for allow in (False, True))
     assert "forget_hash" in whole.metadata and "forget_hash" not in part.metadata
@@ -788,6 +814,8 @@ def test_bad_settings_of_the_method() -> None:
         ({"forget_freq": 1.5}, "forget_freq: expected an integer from 1, got 1.5"),
         ({"slow_freq": 1.5}, "slow_freq: expected an integer from 1, got 1.5"),
         ({"fisher_batches": 0}, "fisher_batches: expected an integer from 1, got 0"),
+        ({"fisher_batches": (2, 0)}, "fisher_batches: expected an integer from 1, got 0"),
+        ({"fisher_batches": [2, 3, 4]}, r"fisher_batches: expected a number or a pair.*got \[2, 3, 4\]"),
         ({"forget_alpha": "a"}, "forget_alpha: expected a finite number from 0, got 'a'"),
         ({"fisher_eps": 0.0}, "fisher_eps: expected a finite number above 0, got 0.0"),
         ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\), got 1.5"),

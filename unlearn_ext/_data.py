@@ -15,15 +15,20 @@ __all__ = ["DataCheck"]
 
 
 class DataCheck:
-    """Finds samples that stand in both sets, by content hash: one cannot forget what one is told to keep."""
+    """Finds samples that stand in both sets, by content hash: one cannot forget what one is told to keep.
 
-    def __init__(self, model: nn.Module, task: Task, allow_duplicates: bool):
-        self.model, self.task, self.allow_duplicates = model, task, allow_duplicates
+    Also, where ``replaces``, forget batches that do not say what shall stand in their place.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, allow_duplicates: bool, replaces: bool = False):
+        self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
         self._forget: set[bytes] = set()
         self._seen = {"forget": 0, "retain": 0}
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
+        if name == "forget" and self.replaces:
+            self.task.check_replacement(batch)
         if name == "retain" and self.allow_duplicates:
             return
         hashes = sample_hashes(self.task.inputs(batch))

@@ -195,7 +195,7 @@ class Unlearner:
         result = Result(update=self.method.update, backend=ops.backend(self.device))
         if checkpoint is None:
             if self.method.mask is not None:
-                self._check_fit(self.method.mask)
+                self.method.mask.check_model(self._named)
             result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
         else:
             result.mask = checkpoint.mask
@@ -227,7 +227,8 @@ class Unlearner:
 
     def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress):
         """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case."""
-        method, check = self.method, DataCheck(self.model, self.task, allow_duplicates)
+        method = self.method
+        check = DataCheck(self.model, self.task, allow_duplicates, method.replaces)
         passes = {"forget": forget, "retain": retain}
         mask = method.mask
         if not method.needs_fisher:
@@ -241,14 +242,14 @@ class Unlearner:
                     stacklevel=3,
                 )
             return mask
-        whole = not allow_duplicates or method.fisher_batches is None
+        whole = not allow_duplicates or method.fisher_batches is None  # all batches are to be seen
         diagonals: dict[str, FisherDiagonal] = {}
         started = time.perf_counter()
-        for name, data in passes.items():
+        for (name, data), limit in zip(passes.items(), method.fisher_limits, strict=True):
             total = length(data)
-            if not whole:  # no need to see the rest
-                data = itertools.islice(iter(data), method.fisher_batches)
-                total = method.fisher_batches if total is None else min(total, method.fisher_batches)
+            if not whole:
+                data = itertools.islice(iter(data), limit)
+                total = limit if total is None else min(total, limit)
             done = 0
 
             def watch(batch: Any, name: str = name, total: int | None = total) -> None:
@@ -259,9 +260,7 @@ class Unlearner:
 
             # Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask.
             with self.autocast() if self._half != torch.float16 else contextlib.nullcontext():
-                fisher = FisherDiagonal(
-                    self.model, self.task, batches=method.fisher_batches, max_norm=method.fisher_max_norm
-                )
+                fisher = FisherDiagonal(self.model, self.task, batches=limit, max_norm=method.fisher_max_norm)
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()
@@ -279,13 +278,3 @@ class Unlearner:
             **({"forget_hash": check.forget_hash} if whole else {}),
         )
         return mask
-
-    def _check_fit(self, mask: SaliencyMask) -> None:
-        """Whether a ready mask is one of this model, before a pass over the data."""
-        mask.bind(self._named)
-        own = weights_hash(self._named)
-        if mask.metadata.get("weights_hash", own) != own:
-            raise InputError(
-                "the mask was made for other weights: measure a new one, or delete mask.metadata['weights_hash'] to "
-                "use it all the same"
-            )

@@ -28,13 +28,13 @@ def _version(asked: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
     import typer
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
     from safetensors import SafetensorError
 
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError
     from . import demo, forget, profile
+    from .report import plain_console
 
     app = typer.Typer(
         add_completion=False,
@@ -52,16 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app.command("demo")(demo.demo)
     app.command("forget")(forget.forget)
     app.command("profile")(profile.profile)
-    errors = Console(stderr=True, highlight=False)
+    errors, label = plain_console(stderr=True), Text("error:", "red")
     try:
         app(_hyphens(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as end:  # how typer ends, also after a usage error, which it has printed
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except (UnlearnError, BuildError, ToolchainError, ImportError) as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(label, str(error), soft_wrap=True)
         return 1
     except (OSError, SafetensorError) as error:  # a full disk, say
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-        errors.print(f"[red]error:[/] {escape(what)}; check the disk's space and permissions", soft_wrap=True)
+        errors.print(label, f"{what}; check the disk's space and permissions", soft_wrap=True)
         return 1
     return 0

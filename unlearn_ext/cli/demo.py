@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .device import Precision, checked_device
+from .report import check_file, plain_console, write_report
 
 __all__ = ["demo"]
 
@@ -34,12 +32,6 @@ class Scenario(str, Enum):
 class Update(str, Enum):
     sequential = "sequential"
     joint = "joint"
-
-
-class Precision(str, Enum):
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 def demo(
@@ -86,12 +78,11 @@ def demo(
             forget_class=forget_class,
             samples=samples,
             seed=seed,
-            device=_checked_device(device),
+            device=checked_device(device),
             mixed_precision=mixed_precision.value,
         )
         return demo_diffusion.run(options, output_dir, json_file, pretrain)
-    from .. import __version__
-    from .._files import atomic_path, writable_directory
+    from .._files import writable_directory
     from ..demo.classifier import ClassifierDemo, DemoOptions
     from .backend import load_backend
     from .progress import stages
@@ -103,31 +94,23 @@ def demo(
         train_size=train_size,
         update=update.value,
         seed=seed,
-        device=_checked_device(device),
+        device=checked_device(device),
         mixed_precision=mixed_precision.value,
         allow_duplicates=allow_duplicates,
     )
     run = ClassifierDemo(options)
-    check_json_file(json_file, output_dir)
+    check_file("--json", json_file, output_dir)
     output_dir = writable_directory(output_dir)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
         run.progress = progress
         run.run()
     with console.status("evaluating"):
-        report: dict[str, Any] = {
-            "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
-            "versions": versions(__version__),
-            **run.report(),
-        }
+        found = run.report()
     run.save(output_dir)
-    text = json.dumps(report, indent=2) + "\n"
-    for path in filter(None, (output_dir / "result.json", json_file)):
-        with atomic_path(path) as partial:
-            partial.write_text(text)
-    _show(report, output_dir)
+    _show(write_report(found, output_dir / "result.json", json_file), output_dir)
     return 0
 
 
@@ -147,48 +130,6 @@ def _check_options(context: typer.Context, task: TaskName) -> None:
             raise InputError(f"--{name.replace('_', '-')} belongs to demo {whose}: leave it out with demo {task.value}")
 
 
-def check_json_file(json_file: Path | None, output_dir: Path) -> None:
-    from .._files import writable_directory
-    from ..errors import InputError
-
-    if json_file is None:
-        return
-    beside = json_file.parent.resolve() == output_dir.resolve()  # with the results, in a directory yet to be made
-    if not (beside or json_file.parent.is_dir()) or json_file.is_dir():
-        raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
-    writable_directory(json_file.parent)
-
-
-def _checked_device(name: str) -> str:
-    import torch
-
-    from ..errors import InputError
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"--device {name}: expected an index below {count}, the number of GPUs that torch sees")
-    return name
-
-
-def versions(own: str) -> dict[str, str]:
-    import numpy
-    import torch
-
-    return {
-        "unlearn_ext": own,
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def _show(report: dict[str, Any], output_dir: Path) -> None:
     """One table of at most 80 columns, and a sentence."""
     classes = report["scenario"] == "class"
@@ -202,7 +143,7 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     for name, values in report["models"].items():
         cells = [f"{100 * values[key]:.2f}" for key in ("FA", "RA", test, "MIA_entropy", "gap")]
         table.add_row(name, *cells, f"{values['seconds']:.1f}")
-    console = Console(width=80, soft_wrap=False) if not sys.stdout.isatty() else Console()
+    console = plain_console()
     console.print(table)
     if classes:
         console.print("TA, MIA and gap: over the nine retained classes.", style="dim")
@@ -211,7 +152,6 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     seconds, retraining = (models[name]["seconds"] for name in ("unlearned", "retrained"))
     console.print(
         f"SFR-on ({report['update']}) came within {own:.2f} points of retraining on average (doing nothing: "
-        f"{nothing:.2f}) in {seconds:.1f} s; retraining took {retraining:.1f} s.",
-        highlight=False,
+        f"{nothing:.2f}) in {seconds:.1f} s; retraining took {retraining:.1f} s."
     )
-    console.print(f"weights, mask and result.json: {output_dir}", style="dim", highlight=False)
+    console.print(f"weights, mask and result.json: {output_dir}", style="dim")

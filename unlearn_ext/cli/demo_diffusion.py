@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+
+from .report import check_file, plain_console, write_report
 
 if TYPE_CHECKING:
     from ..demo.diffusion.run import DiffusionOptions
@@ -18,17 +16,15 @@ __all__ = ["run"]
 
 
 def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pretrain: bool) -> int:
-    from .. import __version__
-    from .._files import atomic_path, writable_directory
+    from .._files import writable_directory
     from ..demo.diffusion import weights
     from ..demo.diffusion.run import DiffusionDemo
     from .backend import load_backend
-    from .demo import check_json_file, versions
     from .progress import stages
 
-    check_json_file(json_file, output_dir)
+    check_file("--json", json_file, output_dir)
     output_dir = writable_directory(output_dir)
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
@@ -38,17 +34,9 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
         demo = DiffusionDemo(options, progress, pretrained=pretrained)
         demo.run()
     with console.status("judging the pictures"):
-        report: dict[str, Any] = {
-            "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
-            "versions": versions(__version__),
-            **demo.report(),
-        }
+        found = demo.report()
     demo.save(output_dir)
-    text = json.dumps(report, indent=2) + "\n"
-    for path in filter(None, (output_dir / "result.json", json_file)):
-        with atomic_path(path) as partial:
-            partial.write_text(text)
-    _show(report, output_dir)
+    _show(write_report(found, output_dir / "result.json", json_file), output_dir)
     return 0
 
 
@@ -67,7 +55,7 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         ]
         style = "bold" if digit == str(forgotten) else None
         table.add_row(digit, *cells, style=style)
-    console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
+    console = plain_console()
     console.print(table)
     console.print(
         f"{protocol['samples_per_digit']} samples of each digit: DDIM, {protocol['steps']} steps, guidance "

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shlex
-import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .device import Precision, checked_device
+from .report import check_file, plain_console, write_report
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..diffusion.estimate import Estimate
     from ..diffusion.job import ForgetJob
 
 __all__ = ["forget"]
 
 _ROWS = 12  # of the mapping, beside the forgotten classes
-
-
-class Precision(str, Enum):
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Weights(str, Enum):
@@ -60,7 +55,7 @@ def forget(
     mask_fraction: Annotated[float | None, typer.Option(help="Instead: the fraction of weights that may move.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Instead: a mask of an earlier run, not measured again.")] = None,
     fisher_batches: Annotated[
-        int | None, typer.Option(help="Of each set, for the mask; a pass over the larger.")
+        int | None, typer.Option(help="Of each set, for the mask; at most a pass over it.")
     ] = None,
     trained_weights: Annotated[
         str | None, typer.Option(help="all, attention, cross-attention, or a name pattern; the preset's.")
@@ -68,8 +63,10 @@ def forget(
     tie_embeddings: Annotated[
         bool | None, typer.Option(help="Keep a DiT's embedder copies equal, as the paper's model; the preset's.")
     ] = None,
-    ema_decay: Annotated[float | None, typer.Option(help="Keep moving averages of the weights.")] = None,
-    save_weights: Annotated[Weights, typer.Option(help="Which weights to save.")] = Weights.last,
+    ema_decay: Annotated[float | None, typer.Option(help="Of the averages that are saved; the preset's.")] = None,
+    save_weights: Annotated[
+        Weights, typer.Option(help="The last iteration's, or moving averages over all of them.")
+    ] = Weights.last,
     mixed_precision: Annotated[Precision, typer.Option(help="Autocast of forward and backward.")] = Precision.no,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
@@ -79,7 +76,7 @@ def forget(
     classifier: Annotated[
         Path | None, typer.Option(help="A transformers image-classification folder that judges the result.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Pictures of each class that it judges.")] = 16,
+    samples: Annotated[int | None, typer.Option(help="Pictures of each class that it judges; 16.")] = None,
     num_inference_steps: Annotated[int, typer.Option(help="Of DDIM.")] = 50,
     guidance_scale: Annotated[float | None, typer.Option(help="Of the pictures; the preset's.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="An unreadable image is an error.")] = False,
@@ -98,26 +95,19 @@ def forget(
     are the only file that changes. unlearning/ in it holds the result, the
     pictures before and after from the same noise, the mask and the history.
     """
-    from .. import __version__
-    from .._files import atomic_path, writable_directory
-    from ..diffusion.job import OWN_FOLDER, ForgetJob
+    from ..diffusion.job import ForgetJob
     from ..diffusion.options import ForgetOptions
-    from ..errors import InputError
+    from ..diffusion.pretrained import OWN_FOLDER
     from .backend import load_backend
-    from .demo import _checked_device, versions
     from .progress import stages
 
     given = dict(locals())
     names = ForgetOptions.__dataclass_fields__
     chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
-    chosen["device"] = _checked_device(device)
+    chosen["device"] = checked_device(device)
     options = ForgetOptions(**chosen)
-    if json_file is not None:
-        if not json_file.parent.is_dir() or json_file.is_dir():
-            raise InputError(f"--json: expected a file in a directory that exists, got {json_file}")
-        writable_directory(json_file.parent)
-    console = Console(width=80, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
-    errors = Console(stderr=True, highlight=False)
+    check_file("--json", json_file, output_dir)
+    console, errors = plain_console(), plain_console(stderr=True)
     with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
     _show_plan(job, console)
@@ -129,15 +119,10 @@ def forget(
     load_backend(errors)
     with stages(errors) as progress:
         job.progress = progress
-        report: dict[str, Any] = {
-            "command": shlex.join(["unlearn-ext", *sys.argv[1:]]),
-            "versions": versions(__version__),
-            **job.run(),
-        }
-    text = json.dumps(report, indent=2) + "\n"
-    for path in filter(None, (output_dir / OWN_FOLDER / "result.json", json_file)):
-        with atomic_path(path) as partial:
-            partial.write_text(text)
+        found = job.run()
+    report = write_report(found, output_dir / OWN_FOLDER / "result.json", json_file)
+    if report["left_out"]:
+        console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
     for image in report["unreadable"]:
         console.print(f"skipped, unreadable: {image}")
     _show_verdict(report, console)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .device import checked_device
+from .report import check_file, plain_console
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from ..profiling.report import Measurement
     from ..profiling.shapes import Shape
@@ -63,11 +66,10 @@ def profile(
     from ..profiling.report import device_name, document, in_words, measure, show, write
     from ..profiling.shapes import count, cut
     from ..profiling.timing import repeats_for
-    from .demo import _checked_device
 
-    place = torch.device(_checked_device(device))
+    place = torch.device(checked_device(device))
     for option, path in (("--json", json_file), ("--plot", plot_file), ("--trace", trace)):
-        _check_file(option, path)
+        check_file(option, path)
     if plot_file is not None:
         from ..profiling.plot import check_plot, plot
 
@@ -79,14 +81,13 @@ def profile(
         torch.set_num_threads(threads)
     kind = getattr(torch, dtype.value)
     names = _implementations(implementations)
-    errors = Console(stderr=True)
-    with errors.status("measuring"):
+    with plain_console(stderr=True).status("measuring"):
         taken = memory.measured(kept, rule.value, kind, place)
         work = steps.sequential(kept, rule.value, kind, place)
         measurement = measure(label, work, names, repeats or repeats_for(count(kept)))
         del work
         passes = _time_passes(kept, rule.value, kind, place, repeats or 11)
-    console = Console(width=80, highlight=False)
+    console = plain_console()
     show([measurement], console)
     timed, sizes = _predict(measurement, passes), memory.predicted(kept, rule.value, kind)
     _show_passes(timed, console)
@@ -108,17 +109,6 @@ def profile(
 
 
 # --- Input --------------------------------------------------------------------------------------------------
-
-
-def _check_file(option: str, path: Path | None) -> None:
-    from .._files import writable_directory
-    from ..errors import InputError
-
-    if path is None:
-        return
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{option}: expected a file in a directory that exists, got {path}")
-    writable_directory(path.parent)
 
 
 def _implementations(text: str) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from .._checkpoint import model_tensors
 from .._names import trainable
 from ..methods import Method
 
-__all__ = ["Estimate", "Trial", "estimate", "try_batch"]
+__all__ = ["Estimate", "Trial", "estimate", "sizes_on_disk", "try_batch"]
 
 _MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 
@@ -83,7 +84,6 @@ def estimate(
     fisher_passes: int = 1,
     accumulation: int = 1,
     ema: bool = False,
-    checkpoints: int = 0,
 ) -> Estimate:
     """Memory and time of the Fisher passes and of the iterations.
 
@@ -93,25 +93,17 @@ def estimate(
         fisher_batches: of both sets together.
         fisher_passes: forward passes in a Fisher batch, 2 with guidance.
         accumulation: batches in a step.
-        checkpoints: how many stand on the disk at once.
+        ema: whether moving averages are kept.
     """
     trained = list(trainable(model).values())
-    gradients = sum(map(_bytes, trained))
-    words = sum(4 * -(-p.numel() // 32) for p in trained)
-    state = sum(p.numel() * (8 if p.dtype == torch.float64 else 4) for p in trained)
-    sets = 2 if method.dual_state else 1
-    moments = state * (_MOMENTS[method.rule] + (_MOMENTS[method.forget_rule or method.rule] if sets == 2 else 0))
+    gradients, state, words = sum(map(_bytes, trained)), _state_bytes(trained), _words_bytes(trained)
     network = {
         "weights": sum(map(_bytes, model.parameters())) + sum(map(_bytes, model.buffers())),
         "other networks": sum(_bytes(p) for other in others for p in other.parameters()),
     }
-    masked = method.needs_fisher or method.mask is not None
     own = {
         "gradients": gradients * (2 if method.update == "joint" else 1),
-        "moments": moments,
-        "slow weights": state if method.slow_rate != 1.0 else 0,
-        "mask bits": words if masked else 0,
-        "averages": state if ema else 0,
+        **_kept(trained, method, ema),
         "activations": trial.activations,
     }
     result = Estimate()
@@ -127,13 +119,36 @@ def estimate(
     result.memory["iterations"] = {**network, **own}
     forgets = -(-method.iterations // method.forget_freq)
     result.seconds["iterations"] = trial.seconds * accumulation * (forgets + method.iterations)
-    result.disk["denoiser"] = network["weights"]
-    if masked:
-        result.disk["mask"] = words
-    if checkpoints:
-        part = network["weights"] + moments + own["slow weights"] + own["averages"] + own["mask bits"]
-        result.disk["checkpoints"] = checkpoints * part
     return result
+
+
+def sizes_on_disk(model: nn.Module, method: Method, *, ema: bool = False, checkpoints: int = 0) -> dict[str, int]:
+    """Bytes of the mask and of ``checkpoints`` checkpoints, where there are any: what -> bytes."""
+    kept = _kept(list(trainable(model).values()), method, ema)
+    each = sum(map(_bytes, model_tensors(model).values())) + sum(kept.values())
+    found = {"mask": kept["mask bits"], "checkpoints": checkpoints * each}
+    return {what: size for what, size in found.items() if size}
+
+
+def _kept(trained: Sequence[Tensor], method: Method, ema: bool) -> dict[str, int]:
+    """Bytes that the iterations keep beside the network, and checkpoints with it: part -> bytes."""
+    state = _state_bytes(trained)
+    moments = _MOMENTS[method.rule] + (_MOMENTS[method.forget_rule or method.rule] if method.dual_state else 0)
+    return {
+        "moments": state * moments,
+        "slow weights": state if method.slow_rate != 1.0 else 0,
+        "mask bits": _words_bytes(trained) if method.needs_fisher or method.mask is not None else 0,
+        "averages": state if ema else 0,
+    }
+
+
+def _state_bytes(trained: Iterable[Tensor]) -> int:
+    """Of one number for each weight, as the optimizer keeps it."""
+    return sum(p.numel() * (8 if p.dtype == torch.float64 else 4) for p in trained)
+
+
+def _words_bytes(trained: Iterable[Tensor]) -> int:
+    return sum(4 * -(-p.numel() // 32) for p in trained)
 
 
 def _bytes(tensor: Tensor) -> int:

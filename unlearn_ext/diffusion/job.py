@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from .. import _checkpoint, _rng
 from .._clock import timed
 from .._files import writable_directory
 from .._loop import Progress
+from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
 from ..data.images import ImageData, open_data
 from ..data.latents import Draw, draw_indices, draw_readable, encode_latents, latents_size
@@ -28,19 +27,20 @@ from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
-from .estimate import Estimate, estimate, try_batch
+from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
-from .pretrained import Plan, Pretrained, open_pretrained, plan_result, write_result
+from .output import claim_output, write_output
+from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, read_prompts
-from .sampling import decode, draw_noise, sample_classes, sample_prompts
+from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
 from .weights import select_trained, tie_embeddings, untie_embeddings
 
 __all__ = ["ForgetJob"]
 
-OWN_FOLDER = "unlearning"  # in the output folder: result.json, pictures, mask, history, checkpoints, latents
 RETAINED_IN_GRID = 8
+JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
 
 
@@ -60,6 +60,7 @@ class ForgetJob:
         data: the opened data; ``data.mapping`` says which folder is which class, and how many images it has.
         forget_classes: indices into the data's classes.
         method, task, domain: the preset's, with what the options change.
+        fisher_batches: of the forget and of the retain set, that are measured for the mask.
         trained: names of the weights that may move.
         draw: indices of the images that will be used.
     """
@@ -89,6 +90,9 @@ class ForgetJob:
         if self.method.replaces != (self.pretrained.kind == "text"):
             told = "prompts" if self.pretrained.kind == "text" else "classes"
             raise InputError(f"--preset {self.preset} is for other models than those that are told {told}")
+        self.fisher_batches = self._limit_fisher()
+        if self.method.needs_fisher:  # else loaders that the iterations made long would be measured whole
+            self.method = replace(self.method, fisher_batches=self.fisher_batches)
         self.task = self._make_task()
         self.ema_decay = self._ema_decay()
         self.tied = self._ties()
@@ -106,6 +110,14 @@ class ForgetJob:
             )
         self.judge = None if options.classifier is None else Judge(options.classifier, self._names(), options.device)
         self.draw: Draw = self._draw(draw_indices)
+        check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
+        if options.resume_from_checkpoint is not None:
+            try:
+                _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+            except InputError as error:
+                raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
+        if self.method.mask is not None:
+            self._check_mask(self.method.mask)
 
     # --- Opening --------------------------------------------------------------------------------------------
 
@@ -183,27 +195,20 @@ class ForgetJob:
 
     # --- What will be used ----------------------------------------------------------------------------------
 
-    @cached_property
-    def _lengths(self) -> tuple[int, int]:
-        """Batches in the forget and in the retain loader: a pass over each set, or ``fisher_batches``, and at least the
-        iterations'. One limit holds for both Fisher passes, so that the smaller set may be passed again.
-        """
-        steps = self.method.iterations * self.options.gradient_accumulation_steps
+    def _limit_fisher(self) -> tuple[int, int]:
+        """Batches of the forget and of the retain set that are measured: at most a pass over each."""
         if not self.method.needs_fisher:
-            return steps, steps
+            return 0, 0
         forget = int(torch.isin(self.data.labels, torch.tensor(self.forget_classes)).sum())
         whole = [-(-count // self.batch_size) for count in (forget, len(self.data) - forget)]
-        if self.method.fisher_batches is None:  # else a loader that the iterations made long would be measured whole
-            self.method = replace(self.method, fisher_batches=max(whole))
-        limit = self.method.fisher_batches
-        return max(steps, min(whole[0], limit)), max(steps, min(whole[1], limit))
+        forget, retain = (min(n, limit or n) for n, limit in zip(whole, self.method.fisher_limits, strict=True))
+        return max(1, forget), max(1, retain)  # a set without images is refused when batches are drawn
 
     @property
-    def fisher_batches(self) -> int:
-        """Of both passes together."""
-        if not self.method.needs_fisher:
-            return 0
-        return sum(min(length, self.method.fisher_batches) for length in self._lengths)
+    def _lengths(self) -> tuple[int, int]:
+        """Batches in the forget and in the retain loader: those of the iterations or of the Fisher pass."""
+        steps = self.method.iterations * self.options.gradient_accumulation_steps
+        return max(steps, self.fisher_batches[0]), max(steps, self.fisher_batches[1])
 
     def _draw(self, how: Callable[..., Draw], **arguments: Any) -> Draw:
         forget, retain = self._lengths
@@ -219,35 +224,49 @@ class ForgetJob:
 
     def estimate(self) -> Estimate:
         """Memory by stage and part, time and disk: exact sizes, and one batch that is tried with made-up inputs."""
-        batch = self._made_up_batch()
-        self.task.begin(self.model, batch)
-        prepared = self.task.prepare(batch, self._device)
-
-        def loss() -> Tensor:
-            with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
-                return self.task.losses(self.model, prepared).mean()
-
-        self.model.train()
-        trial = try_batch(self.model, loss)
+        trial = self._try_batch()
         others = [m for m in (self.pretrained.vae, self.pretrained.text_encoder) if m is not None]
         found = estimate(
             self.model,
             others,
             self.method,
             trial,
-            fisher_batches=self.fisher_batches,
+            fisher_batches=sum(self.fisher_batches),
             fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
             accumulation=self.options.gradient_accumulation_steps,
             ema=self.ema_decay is not None,
-            checkpoints=self._checkpoints_at_once(),
         )
         passes = 2 * len(self._asked_for()) * (1 if self._guidance in (None, 1.0) else 2)
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
         found.seconds["sampling"] = forward * passes * self.options.num_inference_steps
-        found.disk["other files"] = self._plan.copied_bytes
-        if self.pretrained.vae is not None and self.data.kind == "pixel_values":
-            found.disk["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
+        found.disk = self._disk
         return found
+
+    def _try_batch(self) -> Trial:
+        """With made-up inputs; the run that may follow is not disturbed."""
+        batch = self._made_up_batch()
+        state = _rng.capture(self.task.generators())
+        with keeping_modes(self.model):
+            self.model.train()
+            self.task.begin(self.model, batch)
+            prepared = self.task.prepare(batch, self._device)
+
+            def loss() -> Tensor:
+                with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
+                    return self.task.losses(self.model, prepared).mean()
+
+            trial = try_batch(self.model, loss)
+        _rng.restore(state, self.task.generators())
+        return trial
+
+    @property
+    def _disk(self) -> dict[str, int]:
+        """Bytes that the run will write: what -> bytes."""
+        sizes = {"denoiser": self._plan.denoiser_bytes, "other files": self._plan.copied_bytes}
+        if self.pretrained.vae is not None and self.data.kind == "pixel_values":
+            sizes["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
+        ema, checkpoints = self.ema_decay is not None, self._checkpoints_at_once()
+        return sizes | sizes_on_disk(self.model, self.method, ema=ema, checkpoints=checkpoints)
 
     @cached_property
     def _plan(self) -> Plan:
@@ -274,7 +293,7 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        output = self._claim_output()
+        output = claim_output(options.output_dir, self.pretrained.folder, self._disk)
         own = writable_directory(output / OWN_FOLDER)
         if self.data.kind == "pixel_values":
             with timed(self.seconds, "decoding"):
@@ -283,8 +302,6 @@ class ForgetJob:
                     strict=options.strict,
                     progress=lambda done, total: self.progress("looking at images", done, total),
                 )
-        if self.method.mask is not None:
-            self._check_mask(self.method.mask)
         forget, retain = self._loaders(own)
         samples = Samples(torch.tensor(self._asked_for()))
         self._sample(samples, "before")
@@ -317,29 +334,11 @@ class ForgetJob:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
             result.mask.metadata.update(self._identity())
             result.mask.save(own / "mask.safetensors")
-        self._write_folder(output)  # before anything that may go wrong with the pictures
+        if self.tied:
+            untie_embeddings(self.model)
+        write_output(self.pretrained, output)  # before anything that may go wrong with the pictures
         self._write_grid(own / "before-after.png", samples)
         return self._report(result, self._verdict(samples))
-
-    def _claim_output(self) -> Path:
-        """The output folder may hold what an earlier, unfinished run left, and nothing else."""
-        output = self.options.output_dir
-        source = self.pretrained.folder
-        if source.resolve() in (output.resolve(), *output.resolve().parents):
-            raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
-        output = writable_directory(output)
-        for left in output.glob(".folder-*"):  # by a process that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
-        free = shutil.disk_usage(output).free
-        if free < self._plan.bytes:
-            raise InputError(
-                f"--output-dir: {output} has {free / 1e9:.1f} GB free, and the result takes "
-                f"{self._plan.bytes / 1e9:.1f} GB: choose another disk"
-            )
-        others = [path.name for path in output.iterdir() if path.name != OWN_FOLDER]
-        if others:
-            raise InputError(f"--output-dir: {output} holds {sorted(others)[0]} already: choose an empty folder")
-        return output
 
     def _loaders(self, own: Path) -> Iterator[DataLoader]:
         data: Dataset = self.data
@@ -379,6 +378,10 @@ class ForgetJob:
                     f"--mask: {self.options.mask} was made for another forget set ({key} differ): leave it out and a "
                     "new one is measured"
                 )
+        try:
+            mask.check_model(trainable(self.model).items())
+        except InputError as error:
+            raise InputError(f"--mask: {error}") from None
 
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():
@@ -391,14 +394,12 @@ class ForgetJob:
 
     @property
     def _half(self) -> torch.dtype | None:
-        from .._modes import PRECISIONS
-
         return PRECISIONS[self.options.mixed_precision]
 
     def _ema_decay(self) -> float | None:
-        if self.options.ema_decay is not None or self.options.save_weights == "last":
-            return self.options.ema_decay
-        decay = self.domain["run"]["ema_decay"]
+        if self.options.save_weights == "last":
+            return None
+        decay = self.domain["run"]["ema_decay"] if self.options.ema_decay is None else self.options.ema_decay
         if decay is None:
             raise InputError(f"--save-weights ema needs --ema-decay: the preset {self.preset} keeps no averages")
         return decay
@@ -420,11 +421,14 @@ class ForgetJob:
             return others
         return [others[i * len(others) // RETAINED_IN_GRID] for i in range(RETAINED_IN_GRID)]
 
+    @property
+    def _samples_per_class(self) -> int:
+        """One for the grid, and more where a classifier judges them."""
+        return 1 if self.judge is None else self.options.samples or JUDGED_SAMPLES
+
     def _asked_for(self) -> list[int]:
-        """The label of every sample: one of each class for the grid, and as many as are asked for where a classifier
-        judges them."""
-        count = self.options.samples if self.judge is not None else 1
-        return [label for label in (*self.forget_classes, *self._retained()) for _ in range(count)]
+        """The label of every sample."""
+        return [label for label in (*self.forget_classes, *self._retained()) for _ in range(self._samples_per_class)]
 
     def _sample(self, samples: Samples, when: str) -> None:
         noise = draw_noise(len(samples.labels), self.pretrained.latent_shape, seed=self.options.seed)
@@ -481,18 +485,10 @@ class ForgetJob:
 
     # --- What is written ------------------------------------------------------------------------------------
 
-    def _write_folder(self, output: Path) -> None:
-        """The whole folder is made first, and moved in file by file, the index last."""
-        if self.tied:
-            untie_embeddings(self.model)
-        partial = Path(tempfile.mkdtemp(prefix=".folder-", dir=output))
-        try:
-            write_result(self.pretrained.folder, self.pretrained, partial / "folder")
-            entries = sorted((partial / "folder").iterdir(), key=lambda path: path.name == "model_index.json")
-            for path in entries:
-                os.replace(path, output / path.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    def _left_out(self) -> dict[str, str]:
+        """Files of the source that the written folder has not, and why."""
+        output = self.options.output_dir
+        return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
 
     def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
         mask = result.mask
@@ -510,12 +506,12 @@ class ForgetJob:
             "published": self.domain["published"],
             "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
             "task": self.task_settings,
-            "left_out": self._plan.left_out,
+            "left_out": self._left_out(),
             "sampling": {
                 "sampler": "DDIM, eta 0",
                 "steps": self.options.num_inference_steps,
                 "guidance": self._guidance,
-                "samples_per_class": self.options.samples if self.judge is not None else 1,
+                "samples_per_class": self._samples_per_class,
             },
             "mask_density": mask.density if mask else None,
             "protection": result.protection,

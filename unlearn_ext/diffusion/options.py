@@ -49,7 +49,7 @@ class ForgetOptions:
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
     classifier: Path | None = None
-    samples: int = 16
+    samples: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float | None = None
     strict: bool = False
@@ -70,10 +70,10 @@ class ForgetOptions:
         if self.forget_prompt is not None and self.forget_prompt == self.replace_prompt:
             raise InputError("--replace-prompt: expected another prompt than the one to forget")
         optional = ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps")
-        for name in (*optional, "checkpoints_total_limit"):
+        for name in (*optional, "checkpoints_total_limit", "samples"):
             if getattr(self, name) is not None:
                 check_count(_option(name), getattr(self, name))
-        for name in ("gradient_accumulation_steps", "samples", "num_inference_steps"):
+        for name in ("gradient_accumulation_steps", "num_inference_steps"):
             check_count(_option(name), getattr(self, name))
         for name in ("learning_rate", "forget_alpha", "gamma", "guidance_scale"):
             if getattr(self, name) is not None:
@@ -84,6 +84,13 @@ class ForgetOptions:
             check_number("--mask-fraction", self.mask_fraction, "a fraction above 0, up to 1", lambda x: 0.0 < x <= 1.0)
         if self.save_weights not in ("last", "ema"):
             raise InputError(f"--save-weights: expected last or ema, got {self.save_weights!r}")
+        for name, needed in (  # each would do nothing
+            ("ema_decay", None if self.save_weights == "ema" else "--save-weights ema"),
+            ("samples", "--classifier, which judges them" if self.classifier is None else None),
+            ("checkpoints_total_limit", "--checkpointing-steps" if self.checkpointing_steps is None else None),
+        ):
+            if getattr(self, name) is not None and needed is not None:
+                raise InputError(f"{_option(name)} does nothing by itself: add {needed}, or leave it out")
         if self.mixed_precision not in PRECISIONS:
             raise InputError(
                 f"--mixed-precision: expected one of {', '.join(PRECISIONS)}, got {self.mixed_precision!r}"

@@ -20,7 +20,16 @@ from .._names import own_names, unwrapped
 from ..data.labels import label_names, parse_classes
 from ..errors import InputError
 
-__all__ = ["Classes", "Plan", "Pretrained", "check_output", "open_pretrained", "plan_result", "write_result"]
+__all__ = [
+    "OWN_FOLDER",
+    "Classes",
+    "Plan",
+    "Pretrained",
+    "check_output",
+    "open_pretrained",
+    "plan_result",
+    "write_result",
+]
 
 _INDEX = "model_index.json"
 _DENOISERS = {  # a class of diffusers -> the class that loads it, and how it is conditioned
@@ -32,7 +41,9 @@ _DENOISERS = {  # a class of diffusers -> the class that loads it, and how it is
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 _WEIGHTS_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
-_NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__")  # what a clone or a download leaves in a folder
+OWN_FOLDER = "unlearning"  # in a result: result.json, pictures, mask, history, checkpoints, latents
+# What a clone or a download leaves in a folder, and the record of an earlier run.
+_NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__", OWN_FOLDER)
 _COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor", "safety_checker", "image_encoder")
 
 

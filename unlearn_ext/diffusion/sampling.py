@@ -12,11 +12,19 @@ from .._arguments import check_count, check_finite
 from .._modes import evaluating
 from ..errors import InputError
 
-__all__ = ["decode", "draw_noise", "sample_classes", "sample_prompts"]
+__all__ = ["check_steps", "decode", "draw_noise", "sample_classes", "sample_prompts"]
 
 # x_t, timesteps [n], which of the samples these are -> the model's prediction
 _Predict = Callable[[Tensor, Tensor, slice], Tensor]
 _Progress = Callable[[int, int], None]
+
+
+def check_steps(name: str, steps: int, scheduler: Any) -> None:
+    """Whether the scheduler's training has so many timesteps; ``name`` is the argument's."""
+    check_count(name, steps)
+    timesteps = scheduler.config.num_train_timesteps
+    if steps > timesteps:
+        raise InputError(f"{name}: expected at most {timesteps}, as in training, got {steps}")
 
 
 def draw_noise(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -146,13 +154,11 @@ def _sample(
 ) -> Tensor:
     from diffusers import DDIMScheduler
 
-    check_count("steps", steps)
+    check_steps("steps", steps, scheduler)
     check_count("batch_size", batch_size)
     weight = next(model.parameters())
     # Clipped only where the scheduler says so: DDIM's own default would cut latents to [-1, 1].
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=bool(scheduler.config.get("clip_sample", False)))
-    if steps > ddim.config.num_train_timesteps:
-        raise InputError(f"steps: expected at most {ddim.config.num_train_timesteps}, as in training, got {steps}")
     ddim.set_timesteps(steps)
     parts = []
     with evaluating(model):

@@ -55,7 +55,8 @@ class SFRon(Method):
         adaptive_eps: eps of the adaptive weights.
         fisher_eps: eps of the ratio.
         fisher_max_norm: each gradient is clipped to this norm before it is squared.
-        fisher_batches: measure on at most this many batches of each set.
+        fisher_batches: measure on at most this many batches of each set, or a pair: of the forget set and of the
+            retain set.
         mask: a ready mask, used instead of measuring; excludes gamma and mask_fraction.
 
     The remaining arguments are those of :class:`Method` and of the optimizer.
@@ -133,7 +134,7 @@ class SFRon(Method):
     gamma: float | None = Default(1.0)
     adaptive_eps: float = 1e-15
     fisher_eps: float = 1e-15
-    fisher_batches: int | None = None
+    fisher_batches: int | tuple[int, int] | None = None
     fisher_max_norm: float | None = None
     forget_term: str = "ascent"
 
@@ -149,8 +150,22 @@ class SFRon(Method):
             raise InputError(f"forget_term: expected ascent or replace, got {self.forget_term!r}")
         if self.fisher_max_norm is not None:
             check_number("fisher_max_norm", self.fisher_max_norm, "more than 0, or None", lambda x: x > 0.0)
-        if self.fisher_batches is not None:
-            check_count("fisher_batches", self.fisher_batches)
+        if isinstance(self.fisher_batches, (tuple, list)):  # a list, as JSON has it
+            if len(self.fisher_batches) != 2:
+                raise InputError(
+                    f"fisher_batches: expected a number or a pair, of the forget and the retain set, got "
+                    f"{self.fisher_batches!r}"
+                )
+            self.fisher_batches = tuple(self.fisher_batches)
+        for count in self.fisher_limits:
+            if count is not None:
+                check_count("fisher_batches", count)
+
+    @property
+    def fisher_limits(self) -> tuple[int | None, int | None]:
+        """At most so many batches of the forget set and of the retain set are measured; None: all of them."""
+        given = self.fisher_batches
+        return given if isinstance(given, tuple) else (given, given)
 
     @property
     def needs_fisher(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from .._files import atomic_path, writable_directory
+from .._hashing import weights_hash
 from .._names import by_plain_name
 from ..errors import InputError
 from . import foreign
@@ -264,6 +265,21 @@ class SaliencyMask:
                 bits = ops.pack_bits([torch.empty_like(p, dtype=torch.bool, device="cpu").copy_(logical)])[0]
             bound.append(bits.to(p.device))
         return bound
+
+    def check_model(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Whether it was made for these trainable parameters, and for their values where its metadata say.
+
+        Raises:
+            InputError: it was made for other names, shapes or values.
+        """
+        named = list(named_parameters)
+        self.bind(named)
+        own = weights_hash(named) if "weights_hash" in self.metadata else None
+        if self.metadata.get("weights_hash") != own:
+            raise InputError(
+                "the mask was made for other weights: measure a new one, or delete mask.metadata['weights_hash'] to "
+                "use it all the same"
+            )
 
     # --- Files ----------------------------------------------------------------------------------------------
 

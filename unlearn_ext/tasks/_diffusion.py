@@ -149,6 +149,14 @@ class Diffusion(Task):
             if max(-low, high) > _FAR_OUTSIDE:
                 raise InputError(f"image values go from {low:g} to {high:g}: scale images to [-1, 1]")
 
+    def check_replacement(self, batch: Any) -> None:
+        if not self._has_replacement(batch):
+            raise InputError(self._NO_REPLACEMENT)
+
+    @abstractmethod
+    def _has_replacement(self, batch: Any) -> bool:
+        """Whether a batch, raw or prepared, can be asked for replacement losses."""
+
     # --- Prepared batches -----------------------------------------------------------------------------------
 
     def _draw_inputs(self, samples: Samples, device: torch.device) -> Tensor:
@@ -210,8 +218,7 @@ class Diffusion(Task):
 
     def replacement_losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The distance to what the model itself, held fixed, predicts for the replacement at the same t and noise."""
-        if not self._has_replacement(batch):
-            raise InputError(self._NO_REPLACEMENT)
+        self.check_replacement(batch)
         timesteps, noise = batch["timesteps"], batch["noise"]
         noisy = self.schedule.add(batch["inputs"], noise, timesteps)
         # Before the target: autocast may keep weights that it has rounded, and must have their gradients.
@@ -220,10 +227,6 @@ class Diffusion(Task):
         with torch.no_grad():
             target, _ = self._predict(model, replacement, timesteps, self._conditions(batch, "replace"))
         return self._reduce((prediction - target) ** 2)
-
-    @abstractmethod
-    def _has_replacement(self, batch: Mapping[str, Tensor]) -> bool:
-        """Whether a prepared batch can be asked for replacement losses."""
 
     def _predict(self, model: Any, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and what tells the variance where the output has it; in float32 or wider."""

@@ -22,6 +22,12 @@ class Task(ABC):
     def check(self, batch: Any) -> None:  # noqa: B027 - optional
         """Raises InputError for a raw batch that does not fit; draws nothing and moves nothing."""
 
+    def check_replacement(self, batch: Any) -> None:  # noqa: B027 - optional
+        """Raises InputError for a raw forget batch that does not say what shall stand in its place.
+
+        Called after :meth:`check`, in the first pass over the data, where the method replaces.
+        """
+
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:
         """The batch checked, on the device, with everything random in it drawn."""

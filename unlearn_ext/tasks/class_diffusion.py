@@ -163,6 +163,9 @@ class ClassConditionalDiffusion(Diffusion):
                     "model"
                 )
 
+    def _has_replacement(self, batch: Any) -> bool:
+        return self.replace_label is not None or _replace_labels(batch) is not None
+
     # --- Prepared batches -----------------------------------------------------------------------------------
 
     def prepare(self, batch: Any, device: torch.device) -> dict[str, Tensor]:
@@ -191,9 +194,6 @@ class ClassConditionalDiffusion(Diffusion):
         if which == "null":
             return torch.full_like(batch["labels"], self._known_null())
         return batch[{"dropped": "dropped_labels", "full": "labels", "replace": "replace_labels"}[which]]
-
-    def _has_replacement(self, batch: Mapping[str, Tensor]) -> bool:
-        return "replace_labels" in batch
 
     def _call(self, model: Any, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Any:
         # They stay in eval mode: gradient checkpointing calls them again in the backward pass.

@@ -140,6 +140,10 @@ class TextConditionalDiffusion(Diffusion):
             raise InputError(f"a batch has {count} samples and {len(found)} {prefix}prompts: they must match")
         return found
 
+    def _has_replacement(self, batch: Mapping[str, Any]) -> bool:
+        names = ("replace_prompts", "replace_prompt_embeds", "replace_embeds")
+        return any(batch.get(name) is not None for name in names)
+
     # --- Prepared batches -----------------------------------------------------------------------------------
 
     def prepare(self, batch: Any, device: torch.device) -> dict[str, Tensor]:
@@ -184,9 +188,6 @@ class TextConditionalDiffusion(Diffusion):
         if which == "dropped" and "null_embeds" in batch:
             return torch.where(batch["dropped"].reshape(-1, 1, 1), batch["null_embeds"], batch["prompt_embeds"])
         return batch[{"dropped": "prompt_embeds", "full": "prompt_embeds"}.get(which, f"{which}_embeds")]
-
-    def _has_replacement(self, batch: Mapping[str, Tensor]) -> bool:
-        return "replace_embeds" in batch
 
     def _call(self, model: Any, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Any:
         return model(noisy, timesteps, encoder_hidden_states=condition.to(noisy.dtype))

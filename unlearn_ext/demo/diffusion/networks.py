@@ -250,13 +250,6 @@ def _text() -> Denoiser:
     return Denoiser("text", model, encoder, tokenizer)
 
 
-def tie_embedders(denoiser: Denoiser) -> None:
-    """Makes every block of a DiT use the first block's timestep and label embedder; nothing for other networks."""
-    if denoiser.name == "dit":
-        for block in denoiser.model.transformer_blocks:
-            block.norm1.emb = denoiser.model.transformer_blocks[0].norm1.emb
-
-
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

@@ -16,9 +16,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..._modes import PRECISIONS
 from ...data.digits import CLASSES, Digits, load_digits
+from ...diffusion.weights import tie_embeddings
 from ...errors import InputError, NonFiniteError
 from ..training import train_classifier
-from .networks import DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, build_denoiser, noise_scheduler, tie_embedders
+from .networks import DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, build_denoiser, noise_scheduler
 
 __all__ = ["RECIPES", "Recipe", "Trained", "held_out_loss", "pretrain", "pretrain_judge"]
 
@@ -124,7 +125,8 @@ def pretrain(
         "train_size": len(labels),
     }
     denoiser = build_denoiser(name, seed)
-    tie_embedders(denoiser)
+    if name == "dit":
+        tie_embeddings(denoiser.model)
     done = 0
 
     def trained(average: nn.Module, cycle_steps: int) -> Trained:

@@ -1,0 +1,65 @@
+"""How every command prints, and what it writes: its result with the command line and versions, as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+__all__ = ["check_file", "plain_console", "versions", "write_report"]
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """80 columns wide where the output is no terminal. Text is printed as it is: a path may hold brackets, which rich
+    would take for markup, or a name between colons, which it would take for an emoji."""
+    width = None if stderr or sys.stdout.isatty() else 80
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+def check_file(option: str, file: Path | None, output_dir: Path | None = None) -> None:
+    """Whether a file that an option names can be written; it may lie in ``output_dir``, which is yet to be made.
+
+    Raises:
+        InputError: its directory does not exist or cannot be written to.
+    """
+    from .._files import writable_directory
+    from ..errors import InputError
+
+    if file is None:
+        return
+    beside = output_dir is not None and file.parent.resolve() == output_dir.resolve()
+    if not (beside or file.parent.is_dir()) or file.is_dir():
+        raise InputError(f"{option}: expected a file in a directory that exists, got {file}")
+    if not beside:  # else it is checked where it is made
+        writable_directory(file.parent)
+
+
+def versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    from .. import __version__
+
+    return {
+        "unlearn_ext": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_report(found: dict[str, Any], file: Path, json_file: Path | None) -> dict[str, Any]:
+    """Writes the command line, versions and what was found to ``file`` and, if it is given, ``json_file``."""
+    from .._files import atomic_path
+
+    report = {"command": shlex.join(["unlearn-ext", *sys.argv[1:]]), "versions": versions(), **found}
+    text = json.dumps(report, indent=2) + "\n"
+    for path in filter(None, (file, json_file)):
+        with atomic_path(path) as partial:
+            partial.write_text(text)
+    return report
