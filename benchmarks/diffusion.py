@@ -6,7 +6,7 @@
 
 By the demos' own settings, before and after from the same noise: three digits at seeds 0 to 2 with 200 samples of each
 digit, the other digits and three captions at seed 0 with the demo's 50. Runs of one seed and number share their samples
-from before. A run that the file has, of the same settings, is not made again.
+from before. A run that the file has, of the same settings, is not made again. Times are the demos' own to tell.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def measure(tasks: list[str], precision: str) -> None:
             started = time.perf_counter()
             report = demo.run().report()
             before = demo
-            kept = ("digits", "frechet", "diversity", "forgotten", "retained", "replaced", "seconds", "protocol")
-            kept += ("mask_density", "pretrained", "data_sha256", "threads")
+            kept = ("digits", "frechet", "diversity", "forgotten", "retained", "replaced", "protocol")
+            kept += ("mask_density", "pretrained", "data_sha256")
             _write({"key": key, **{name: report[name] for name in kept if name in report}})
             print(
                 f"{task} {digit} seed {seed}: forgotten {report['forgotten']}, retained {report['retained']}, "
@@ -96,13 +96,15 @@ def show(document: dict) -> None:
             continue
         protocol = rows[0]["protocol"]
         print(f"\n{task}: {protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance']}\n")
-        print("| digit | seed | samples | forgotten % | nine others % | Fréchet distance | diversity kept |")
-        print("|---|---|---|---|---|---|---|")
+        print("| digit | seed | samples | forgotten % | nine others % | Fréchet | diversity kept | old row back % |")
+        print("|---|---|---|---|---|---|---|---|")
         for row in rows:
             forgotten, others, frechet = (_change(row[name], scale) for name, scale in _COLUMNS)
             kept = row["diversity"]["after"] / row["diversity"]["before"]
             told = " | ".join(str(row["key"][name]) for name in ("digit", "seed", "samples"))
-            print(f"| {told} | {forgotten} | {others} | {frechet} | {kept:.2f} |")
+            restored = row["forgotten"].get("row_put_back")
+            restored = "–" if restored is None else f"{100 * restored:.1f}"
+            print(f"| {told} | {forgotten} | {others} | {frechet} | {kept:.2f} | {restored} |")
         bars = {
             "forgotten digit, before, least": min(row["forgotten"]["before"] for row in rows),
             "forgotten digit, after, most": max(row["forgotten"]["after"] for row in rows),
@@ -114,8 +116,11 @@ def show(document: dict) -> None:
         if len({row["key"]["seed"] for row in repeated}) > 1:
             bars["a retained digit's mean over seeds, most that is lost"] = max(_lost(repeated))
         print()
+        if restored := [r["forgotten"]["row_put_back"] for r in rows if "row_put_back" in r["forgotten"]]:
+            bars["forgotten digit with its old row put back, least and most"] = [min(restored), max(restored)]
         for what, value in bars.items():
-            print(f"{what}: {value:.3f}")
+            values = value if isinstance(value, list) else [value]
+            print(f"{what}: {' to '.join(f'{v:.3f}' for v in values)}")
 
 
 _COLUMNS = (("forgotten", 100), ("retained", 100), ("frechet", 1))
