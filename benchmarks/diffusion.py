@@ -4,14 +4,17 @@
     python benchmarks/diffusion.py --tasks dit      # one demo; several at once may write to the same file
     python benchmarks/diffusion.py --show           # prints the tables from the file again
 
-By the demos' own settings, before and after from the same noise: three digits at seeds 0 to 2 with 200 samples of each
-digit, the other digits and three captions at seed 0 with the demo's 50. Runs of one seed and number share their samples
-from before. A run that the file has, of the same settings, is not made again. Times are the demos' own to tell.
+By the demos' own settings, before and after from the same noise: every digit, and three captions, at seed 0 with the
+demo's 50 samples of each digit; three digits at seeds 0 to 2 with 200. Runs of one seed and number share their samples
+from before. A run that the file has, of the same settings and starting weights, is not made again. Seconds are not
+kept: with several processes side by side they would mean little.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -24,6 +27,7 @@ import torch
 from unlearn_ext import __version__
 from unlearn_ext._files import atomic_path
 from unlearn_ext.demo.diffusion.run import DiffusionDemo, DiffusionOptions
+from unlearn_ext.demo.diffusion.weights import SHIPPED
 
 RESULTS = Path(__file__).parent / "results" / "diffusion.json"
 TASKS = ("ddpm", "dit", "text")
@@ -35,9 +39,8 @@ def configurations(task: str) -> list[tuple[int, int, int]]:
     """(digit, seed, samples), those beside each other that share their samples from before."""
     if task == "text":
         return [(digit, 0, FEW) for digit in CAPTIONED]
-    many = [(digit, seed, MANY) for seed in SEEDS for digit in REPEATED]
-    few = [(digit, 0, FEW) for digit in range(10) if digit not in REPEATED]
-    return [*many[: len(REPEATED)], *few, *many[len(REPEATED) :]]
+    every = [(digit, 0, FEW) for digit in range(10)]
+    return every + [(digit, seed, MANY) for seed in SEEDS for digit in REPEATED]
 
 
 def measure(tasks: list[str], precision: str) -> None:
@@ -49,6 +52,7 @@ def measure(tasks: list[str], precision: str) -> None:
             )
             demo = DiffusionDemo(options)
             key = {"task": task, "digit": digit, "seed": seed, "samples": samples, "precision": precision}
+            key["weights_sha256"] = hashlib.sha256((SHIPPED / f"{task}.safetensors").read_bytes()).hexdigest()
             key["settings"] = json.loads(json.dumps(demo.settings()))
             if any(row["key"] == key for row in _document()["rows"]):
                 continue
@@ -72,18 +76,24 @@ def _document() -> dict:
 
 
 def _write(row: dict) -> None:
-    """In place of a row that differs in its settings only."""
-    same = {name: row["key"][name] for name in ("task", "digit", "seed", "samples")}
-    rows = [r for r in _document()["rows"] if any(r["key"][name] != value for name, value in same.items())]
-    document = {
-        "rows": sorted([*rows, row], key=lambda r: [r["key"][name] for name in same]),
-        "versions": {"unlearn_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    """In place of a row of other settings or starting weights."""
+    row["made_by"] = {
+        "unlearn_ext": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
     }
+    same = ("task", "digit", "seed", "samples", "precision")
     RESULTS.parent.mkdir(exist_ok=True)
-    with atomic_path(RESULTS) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
+    folder = os.open(RESULTS.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # other demos may be measured beside this one
+        rows = [r for r in _document()["rows"] if any(r["key"][name] != row["key"][name] for name in same)]
+        rows = sorted([*rows, row], key=lambda r: [r["key"][name] for name in same])
+        with atomic_path(RESULTS) as partial:
+            partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    finally:
+        os.close(folder)
 
 
 def show(document: dict) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def test_before_and_after_start_from_the_same_noise_and_the_starting_weights_sta
     start = {k: v.clone() for k, v in demo_run.load("ddpm").network.model.state_dict().items()}
     demo.run()
     assert torch.equal(demo.samples["before"], demo.samples["after"])
-    torch.testing.assert_close(demo.samples["row put back"], demo.samples["before"][demo.labels == 3])
+    torch.testing.assert_close(demo.with_old_row, demo.samples["before"][demo.labels == 3])
     kept = demo.pretrained.network.model.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in start.items())
     other = DiffusionDemo(DiffusionOptions(samples=8, seed=1))
@@ -130,3 +132,47 @@ def test_bad_options_are_one_sentence(tmp_path: Path, capsys, arguments: list[st
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(InputError, match="ddpm, dit, text"):
         DiffusionOptions(task="gan")
+
+
+# --- The benchmark --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    script = importlib.import_module("diffusion")
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "diffusion.json")
+    monkeypatch.setattr(script, "configurations", lambda task: [(3, 0, 8)])
+    yield script
+    sys.modules.pop("diffusion")
+
+
+def test_the_benchmark_measures_once_and_again_where_settings_differ(benchmark, monkeypatch, capsys) -> None:
+    benchmark.measure(["ddpm"], "no")
+    first = json.loads(benchmark.RESULTS.read_text())
+    assert [row["key"]["digit"] for row in first["rows"]] == [3]
+    found = first["rows"][0]["forgotten"]
+    assert set(found) == {"before", "after", "row_put_back"}
+    monkeypatch.setattr(benchmark.DiffusionDemo, "run", lambda self: pytest.fail("measured again"))
+    benchmark.measure(["ddpm"], "no")
+    capsys.readouterr()
+    benchmark.show(first)
+    table = capsys.readouterr().out
+    assert f"| 3 | 0 | 8 | {100 * found['before']:.1f} → {100 * found['after']:.1f} |" in table
+    assert f"forgotten digit, after, most: {found['after']:.3f}" in table
+    changed = {**first["rows"][0], "key": {**first["rows"][0]["key"], "settings": {"lr": 1.0}}}
+    benchmark._write(changed)
+    benchmark._write({**changed, "key": {**changed["key"], "precision": "bf16"}})
+    rows = json.loads(benchmark.RESULTS.read_text())["rows"]
+    assert [row["key"]["precision"] for row in rows] == ["bf16", "no"]
+    assert all(row["key"]["settings"] == {"lr": 1.0} for row in rows)
+
+
+def test_what_a_retained_digit_lost_is_a_mean_over_seeds(benchmark) -> None:
+    def row(seed: int, lost: float) -> dict:
+        accuracies = {str(d): {"before": {"accuracy": 1.0}, "after": {"accuracy": 1.0}} for d in range(10)}
+        accuracies["7"]["after"] = {"accuracy": 1.0 - lost}
+        return {"key": {"digit": 3, "seed": seed}, "digits": accuracies}
+
+    lost = benchmark._lost([row(0, 0.3), row(1, 0.1)])
+    assert max(lost) == pytest.approx(0.2) and len(lost) == 9 and sorted(lost)[-2] == 0.0

@@ -643,6 +643,8 @@ def test_each_set_may_have_its_own_number_of_fisher_batches(allow: bool) -> None
 def test_a_pair_of_fisher_batches_survives_json() -> None:
     pair = method(fisher_batches=(1, 4))
     assert method(**json.loads(json.dumps(pair.settings()))).fisher_batches == pair.fisher_batches == (1, 4)
+    with pytest.raises(InputError, match="fisher_batches: expected"):
+        method(fisher_batches=(None, 4))
     assert pair.fisher_limits == (1, 4) and method(fisher_batches=3).fisher_limits == (3, 3)
 
 
@@ -690,7 +692,22 @@ def test_groups_of_the_same_settings_change_nothing(changes) -> None:
     assert result.mask == expected.mask and result.moved_protected == expected.moved_protected
 
 
+def test_the_order_of_groups_is_that_of_the_state(tmp_path) -> None:
+    groups = {"conv.bias": {"lr": 0.01}, "norm.bias": {"lr": 0.03}}  # of one shape
+    run(make(), changes={"param_groups": groups}, output_dir=tmp_path, checkpointing_steps=7)
+    resume = {"output_dir": tmp_path, "resume_from_checkpoint": "latest"}
+    with pytest.raises(InputError, match="was written with param_groups="):
+        run(make(), changes={"param_groups": dict(reversed(groups.items()))}, **resume)
+    run(make(), changes={"param_groups": groups}, **resume)
+
+
 def test_groups_that_cannot_be() -> None:
+    seen: list[str] = []
+
+    def run(model, changes):
+        unlearner = Unlearner(model, Classification(), method(**changes))
+        unlearner.run(batches(3, 6, seed=1), batches(5, 6, seed=2), progress=lambda stage, *_: seen.append(stage))
+
     with pytest.raises(InputError, match=r"param_groups: embed\* fits no trained weight"):
         run(make(), changes={"param_groups": {"embed*": {"lr": 0.1}}})
     with pytest.raises(InputError, match=r"fits no trained weight that an earlier pattern left"):
@@ -701,6 +718,13 @@ def test_groups_that_cannot_be() -> None:
         method(param_groups={"conv*": 0.1})
     with pytest.raises(InputError, match=r"forget_lr does not apply to update='joint'"):
         method(update="joint", param_groups={"conv*": {"forget_lr": 0.1}})
+    for settings in ({"params": [1]}, {"lr": -1.0}, {"initial_lr": 0.1}):
+        with pytest.raises(InputError):
+            method(param_groups={"conv*": settings})
+    with pytest.raises(InputError, match="expected name patterns"):
+        method(param_groups={1: {}})
+    method(update="joint", param_groups={"conv*": {"forget_lr": None}})
+    assert not seen, "refused before anything was measured"
 
 
 # --- Protection -----------------------------------------------------------------------------------------------
@@ -851,7 +875,11 @@ RESUMABLE = {
     "adamw, slow": {"rule": "adamw", "lr": 1e-3, "slow_rate": 0.5, "slow_freq": 5},
     "dual": {"rule": "momentum", "dual_state": True, "forget_rule": "adam", "forget_lr": 1e-3},
     "joint, protected": {"update": "joint", "mask_scope": "all", "protect": True},
-    "groups, protected": {"mask_scope": "all", "protect": True, "param_groups": {"conv*": {"lr": 0.01}}},
+    "groups, protected": {
+        "mask_scope": "all",
+        "protect": True,
+        "param_groups": {"conv.bias": {"lr": 0.01}, "norm.bias": {"lr": 0.03}},
+    },
 }
 
 

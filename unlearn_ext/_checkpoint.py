@@ -185,7 +185,7 @@ def check(
     path, document = checkpoint.path, checkpoint.document
     saved, own = document["settings"], json.loads(json.dumps(settings))
     for key in {**saved, **own}:
-        if saved.get(key) != own.get(key):
+        if not _same(saved.get(key), own.get(key)):
             raise InputError(
                 f"{path} was written with {key}={saved.get(key)!r} and the method has {own.get(key)!r}: resume with "
                 "the same settings"
@@ -203,6 +203,13 @@ def check(
     for name in sorted(trained.symmetric_difference(names)):
         was = "was" if name in trained else "was not"
         raise InputError(f"{path} is of a run in which {name} {was} trained: set requires_grad as it was then")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """The order of a dict counts: that of param_groups is the order of the optimizer's state."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+    return a == b
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -66,9 +66,24 @@ class StepConfig:
                 check_number(name, value, "more than 0, or None for no clipping", lambda x: x > 0.0)
         _check_rates(self.rule, self.forget_rule or self.rule, **{name: getattr(self, name) for name in _PER_GROUP})
 
+    def check_group(self, settings: dict[str, Any]) -> None:
+        """Whether a parameter group may set this for itself, and to these values; InputError if not."""
+        defaults = {name: getattr(self, name) for name in _PER_GROUP}
+        _check_group(settings, defaults, self.rule, self.forget_rule or self.rule)
+
     def make_optimizer(self, params_or_named_params: Iterable[Any], mask: SaliencyMask | None) -> UnlearnOptimizer:
         arguments = {field.name: getattr(self, field.name) for field in fields(StepConfig)}
         return UnlearnOptimizer(list(params_or_named_params), mask=mask, **arguments)
+
+
+def _check_group(settings: dict[str, Any], defaults: dict[str, Any], *rules: str) -> None:
+    for key in settings:
+        if key not in _PER_GROUP:
+            raise InputError(
+                f"{key} is no setting of a parameter group: a group takes {', '.join(_PER_GROUP)}, and the optimizer "
+                "itself the rest"
+            )
+    _check_rates(*rules, **{name: settings.get(name, defaults[name]) for name in _PER_GROUP})
 
 
 def _check_rates(*rules: str, **values: Any) -> None:
@@ -218,14 +233,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "mask_bits", None) is not None:
             raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
-        for key in param_group:
-            if key not in (*_PER_GROUP, "params", "param_names", "initial_lr"):
-                raise InputError(
-                    f"{key} is no setting of a parameter group: a group takes {', '.join(_PER_GROUP)}, and the "
-                    "optimizer itself the rest"
-                )
-        rates = {name: param_group.get(name, self.defaults[name]) for name in _PER_GROUP}
-        _check_rates(self.rule, self.forget_rule, **rates)
+        own = {key: value for key, value in param_group.items() if key not in ("params", "param_names", "initial_lr")}
+        _check_group(own, self.defaults, self.rule, self.forget_rule)
         if self._rounding_base is not None:  # noise of its own for each group
             param_group["rounding_seed"] = self._rounding_base + (len(self.param_groups) << 32)
         if self.param_groups:  # a group that comes later joins the round under way

@@ -38,8 +38,9 @@ class Result:
     Attributes:
         mask: the saliency mask, or None.
         history: one dict per logged iteration: ``iteration`` (from 0), ``forget_loss`` and ``retain_loss`` (batch
-            means; forget entries are None where the iteration did not forget), ``lr``, ``alpha`` (strength),
-            ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the forget gradient),
+            means; forget entries are None where the iteration did not forget), ``lr`` (of the first parameter group),
+            ``alpha`` (strength), ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the
+            forget gradient),
             ``evaluation`` where an evaluation returned something (NaN and infinities in it as None), and, in fp16,
             ``forget_skipped`` or ``retain_skipped``: True where a scaled gradient overflowed and the step was not
             made, ``clip`` then being None.
@@ -113,6 +114,7 @@ class Unlearner:
         self._named = list(trainable(model).items())
         if not self._named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
+        method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
         if device is not None:
             model.to(device)
         self.device = self._named[0][1].device
@@ -199,7 +201,7 @@ class Unlearner:
             result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
         else:
             result.mask = checkpoint.mask
-        optimizer = self.method.make_optimizer(self._named, result.mask)
+        optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
         loop = Loop(self, optimizer, streams, result, directory, progress)
         loop.start(checkpoint)
         loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)

@@ -57,10 +57,10 @@ class Method(StepConfig, ABC):
         mask_fraction: measure each weight's saliency as the method does, and let forgetting move this fraction of all
             weights, those of the largest saliency.
         mask: which weights forgetting may move: a ready mask, used instead of measuring.
-        param_groups: other settings for some weights: name pattern, as of a file (``*embedding*``), to what a parameter
-            group of :class:`~unlearn_ext.UnlearnOptimizer` may set for itself. The first pattern that fits a name has
-            it. A label's own row of an embedding table, which no retained sample reads, can take far longer forget
-            steps than weights that all classes share.
+        param_groups: other settings for some weights: name pattern, as of a file (``*embedding*``; a star stands for
+            dots as well), to what a parameter group of :class:`~unlearn_ext.UnlearnOptimizer` may set for itself. The
+            first pattern that fits a name has it. A label's own row of an embedding table, which no retained sample
+            reads, can take far longer forget steps than weights that all classes share.
 
     At most one of ``mask_fraction``, ``mask`` and, where the method has it, ``gamma`` may be given.
     """
@@ -89,12 +89,21 @@ class Method(StepConfig, ABC):
             )
         if self.protect and self.mask is None and not self.needs_fisher:
             raise InputError("protect=True needs a mask that says what to protect")
-        groups = {} if self.param_groups is None else self.param_groups
-        if not isinstance(groups, dict) or not all(isinstance(settings, dict) for settings in groups.values()):
-            raise InputError(f"param_groups: expected name patterns with a dict of settings each, got {groups!r}")
-        if self.update == "joint" and any("forget_lr" in settings for settings in groups.values()):
-            raise InputError("param_groups: forget_lr does not apply to update='joint', which makes one step of both")
+        self._check_param_groups()
         schedules.check("lr_schedule", self.lr_schedule)
+
+    def _check_param_groups(self) -> None:
+        groups = {} if self.param_groups is None else self.param_groups
+        if not isinstance(groups, dict) or not all(
+            isinstance(pattern, str) and isinstance(settings, dict) for pattern, settings in groups.items()
+        ):
+            raise InputError(f"param_groups: expected name patterns with a dict of settings each, got {groups!r}")
+        for settings in groups.values():
+            self.check_group(settings)
+            if self.update == "joint" and settings.get("forget_lr") is not None:
+                raise InputError(
+                    "param_groups: forget_lr does not apply to update='joint', which makes one step of both gradients"
+                )
 
     def _choose_mask_source(self) -> None:
         found = {name: value for name in MASK_SOURCES if (value := getattr(self, name, None)) is not None}
@@ -124,10 +133,13 @@ class Method(StepConfig, ABC):
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mask"}
         return {name: float(value) if isinstance(value, Default) else value for name, value in values.items()}
 
-    def make_optimizer(self, named_parameters: Iterable[tuple[str, Tensor]], mask: SaliencyMask | None):
-        """Weights that no pattern of ``param_groups`` fits come first, then the groups in the order given."""
-        named = list(named_parameters)
-        patterns = self.param_groups or {}
+    def groups(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer: weights that no pattern fits, then the groups in the order given.
+
+        Raises:
+            InputError: a pattern fits no weight that an earlier one left.
+        """
+        named, patterns = list(named_parameters), self.param_groups or {}
         found: dict[str | None, list[tuple[str, Tensor]]] = {None: [], **{pattern: [] for pattern in patterns}}
         for name, p in named:
             found[next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)].append((name, p))
@@ -137,8 +149,7 @@ class Method(StepConfig, ABC):
                     f"param_groups: {pattern} fits no trained weight that an earlier pattern left; names are like "
                     f"{named[0][0]}"
                 )
-        groups = [{"params": chosen, **patterns.get(key, {})} for key, chosen in found.items() if chosen]
-        return super().make_optimizer(groups, mask)
+        return [{"params": chosen, **patterns.get(key, {})} for key, chosen in found.items() if chosen]
 
     def lr_factor(self, iteration: int) -> float:
         return schedules.factor(self.lr_schedule, iteration, self.iterations)

@@ -157,8 +157,8 @@ class SFRon(Method):
                     f"{self.fisher_batches!r}"
                 )
             self.fisher_batches = tuple(self.fisher_batches)
-        for count in self.fisher_limits:
-            if count is not None:
+        if self.fisher_batches is not None:
+            for count in self.fisher_limits:
                 check_count("fisher_batches", count)
 
     @property

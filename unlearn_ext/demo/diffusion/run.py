@@ -69,7 +69,7 @@ class _WithStandIns:
 
     def __init__(self, forgotten: ShuffledBatches, shown: ShuffledBatches):
         self.forgotten, self.shown = forgotten, shown
-        self.generator = shown.generator = forgotten.generator  # one for both, which a checkpoint finds
+        self.generator = shown.generator = forgotten.generator  # one for both, so that a run finds all there is
 
     def __len__(self) -> int:
         return min(len(self.forgotten), len(self.shown))
@@ -116,7 +116,8 @@ class DiffusionDemo:
         self.progress = progress or (lambda stage, done, total: None)
         self.digits: Digits = load_digits()
         self.seconds: dict[str, float] = {}
-        self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit; row put back
+        self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit
+        self.with_old_row: Tensor | None = None  # samples of the forgotten label
         self.pretrained, self.judge = pretrained, None
         self.result: Result | None = None
         self.method = method or method_for(options.task)
@@ -169,14 +170,24 @@ class DiffusionDemo:
         """The forgotten label once more, its row of the embedding table put back: was anything else forgotten?"""
         network, forgotten = copy.deepcopy(self.network), self.options.forget_class
         before = self.pretrained.network.model.state_dict()
+        tables = {
+            name: p
+            for name, p in network.model.named_parameters()
+            if "class_embed" in name and len(p) == NULL_LABEL + 1  # diffusers' names: class_embedding, class_embedder
+        }
+        if not tables:
+            raise InputError("the network has no table of label embeddings: its old row cannot be put back")
         with torch.no_grad():
-            for name, p in network.model.named_parameters():
-                if "class_embed" in name:  # diffusers' names: class_embedding, class_embedder
-                    p[forgotten] = before[name][forgotten].to(p)
+            for name, p in tables.items():
+                p[forgotten] = before[name][forgotten].to(p)
         asked = self.labels == forgotten
         with timed(self.seconds, "sampling_with_the_old_row"):
-            self.samples["row put back"] = sample(
-                network, self.labels[asked], noise[asked], mixed_precision=self.options.mixed_precision
+            self.with_old_row = sample(
+                network,
+                self.labels[asked],
+                noise[asked],
+                mixed_precision=self.options.mixed_precision,
+                progress=lambda done, total: self.progress("sampling with the label's old row", done, total),
             )
 
     def _unlearn(self) -> None:
@@ -241,8 +252,8 @@ class DiffusionDemo:
             "diversity": {when: report["digits"][forgotten]["distance"] for when, report in judged.items()},
             "forgotten": {when: report["digits"][forgotten]["accuracy"] for when, report in judged.items()},
         }
-        if "row put back" in self.samples:
-            restored = judge_samples(judge, self.samples["row put back"], asked)
+        if self.with_old_row is not None:
+            restored = judge_samples(judge, self.with_old_row, asked)
             found["forgotten"]["row_put_back"] = restored["digits"][forgotten]["accuracy"]
         others = [d for d in range(CLASSES) if d != forgotten]
         found["retained"] = {

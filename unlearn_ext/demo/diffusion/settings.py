@@ -26,6 +26,8 @@ _COMMON: dict[str, Any] = {
     "max_norm": 1.0,
     "fisher_batches": 8,
 }
+# The Fisher pass over the forget batches sees the stand-ins as well: its ratio marks weights that decide what the label
+# shows, and is larger than that of the forgotten pictures alone; hence the high gammas.
 # No retained sample reads the forgotten label's row of the embedding table: its retain Fisher is 0, and a step there
 # costs the others nothing. Most of the way is made in it, by steps that suit the table's size (entries of about 1 in
 # the UNet, 0.1 in the DiT).
