@@ -60,7 +60,8 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     console.print(
         f"{protocol['samples_per_digit']} samples of each digit: DDIM, {protocol['steps']} steps, guidance "
         f"{protocol['guidance']:g}. The classifier that judges them is right on "
-        f"{100 * protocol['classifier_held_out_accuracy']:.1f} % of 1,000 held-out digits.",
+        f"{100 * protocol['classifier_held_out_accuracy']:.1f} % of 1,000 held-out digits. Fréchet distance: "
+        f"{protocol['frechet']}, in features: {protocol['features']}.",
         style="dim",
     )
     others = report["retained"]
