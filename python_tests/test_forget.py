@@ -310,9 +310,6 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert run(home, "dit", tmp_path / "whole", *steps) == 0
     from unlearn_ext import _loop
 
-    class Killed(BaseException):
-        pass
-
     iterate = _loop.Loop._iterate
 
     def die(self, t):
@@ -330,36 +327,80 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
 
 
-def test_a_run_killed_while_it_moves_its_result_is_mended_by_the_next(home: Path, tmp_path: Path, monkeypatch) -> None:
-    steps = ("--forget-class", "3", "--checkpointing-steps", "2")
-    assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
 
-    out, moved, replace = tmp_path / "cut", [], os.replace
+def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = False) -> list[str]:
+    """Runs until the ``at``-th entry is to be moved, or was; returns the names in the order of moving."""
+    moved, replace = [], os.replace
 
     def die(source, target):
-        if Path(target).parent == out:
+        final = Path(target).parent == out
+        if final:
             moved.append(Path(target).name)
-            if len(moved) == 2:
-                raise Killed
+        if len(moved) == at and final and not after:
+            raise Killed
         replace(source, target)
+        if len(moved) == at and final:
+            raise Killed
 
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(Killed):
-        run(home, "ddpm", out, *steps)
-    monkeypatch.undo()
-    assert sorted(path.name for path in out.iterdir()) == sorted([moved[0], "unlearning"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            run(home, "ddpm", out, "--forget-class", "3", "--checkpointing-steps", "2")
+    return moved
+
+
+def test_a_result_half_moved_is_moved_by_the_next_run(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    steps = ("--forget-class", "3", "--checkpointing-steps", "2")
+    assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+    out = tmp_path / "cut"
+    _, second = kill_in_move(home, out, monkeypatch, at=2)
+    (out / second).mkdir()
+    (out / second / "mine.txt").write_text("mine")
     (out / "note.txt").write_text("mine")
+    there = sorted(str(path) for path in out.rglob("*"))
+    for _ in range(2):
+        capsys.readouterr()
+        assert run(home, "ddpm", out, *steps) == 1
+        assert f"holds {second}, where the result in" in capsys.readouterr().err
+        assert sorted(str(path) for path in out.rglob("*")) == there
+    (out / second).rename(tmp_path / "away")
     assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 1
-    assert sorted(path.name for path in out.iterdir()) == ["note.txt", "unlearning"], (
-        "only what it had moved is removed"
-    )
+    assert "its model is whole now" in capsys.readouterr().err
+    assert (out / "note.txt").read_text() == (tmp_path / "away" / "mine.txt").read_text() == "mine"
     (out / "note.txt").unlink()
-    assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 0
     assert hashes(out) == hashes(tmp_path / "whole")
-    assert not (out / "unlearning" / "moving.json").exists()
+    assert not (out / "unlearning" / "folder").exists()
+    assert run(home, "ddpm", out, *steps) == 1
+    assert "already: choose an empty folder" in capsys.readouterr().err
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_last_move_keeps_its_result(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "cut"
+    entries = len(list((home / "ddpm").iterdir()))
+    assert kill_in_move(home, out, monkeypatch, at=entries, after=True)[-1] == "model_index.json"
+    before = hashes(out)
+    assert before.keys() == hashes(home / "ddpm").keys()
+    for sentence in ("its model is whole now", "already: choose an empty folder"):
+        assert run(home, "ddpm", out, "--forget-class", "3") == 1
+        assert sentence in capsys.readouterr().err
+        assert hashes(out) == before
+
+
+def test_what_a_killed_run_was_writing_goes_only_when_a_run_takes_the_folder(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = out / "unlearning" / ".folder-abc"
+    left.mkdir(parents=True)
+    (left / "part").write_text("half")
+    (out / ".folder-mine").mkdir()
+    assert run(home, "ddpm", out, "--forget-class", "3") == 1
+    assert (left / "part").exists() and (out / ".folder-mine").exists()
+    (out / ".folder-mine").rmdir()
+    assert run(home, "ddpm", out, "--forget-class", "3") == 0
+    assert not left.exists()
 
 
 def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:

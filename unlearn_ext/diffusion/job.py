@@ -31,7 +31,7 @@ from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
-from .output import claim_output, write_output
+from .output import check_claim, claim_output, write_output
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, read_prompts
 from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
@@ -69,6 +69,8 @@ class ForgetJob:
         self.options = options
         self.progress = progress or (lambda stage, done, total: None)
         self.seconds: dict[str, float] = {}
+        self._resume = options.resume_from_checkpoint is not None
+        check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(
             options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
         )
@@ -293,7 +295,7 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        output = claim_output(options.output_dir, self.pretrained.folder, self._disk)
+        output = claim_output(options.output_dir, self.pretrained.folder, self._disk, resume=self._resume)
         own = writable_directory(output / OWN_FOLDER)
         if self.data.kind == "pixel_values":
             with timed(self.seconds, "decoding"):
