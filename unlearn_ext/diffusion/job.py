@@ -248,18 +248,21 @@ class ForgetJob:
         """With made-up inputs; the run that may follow is not disturbed."""
         batch = self._made_up_batch()
         state = _rng.capture(self.task.generators())
-        with keeping_modes(self.model):
-            self.model.train()
-            self.task.begin(self.model, batch)
-            prepared = self.task.prepare(batch, self._device)
+        try:
+            with keeping_modes(self.model):
+                self.model.train()
+                self.task.begin(self.model, batch)
+                prepared = self.task.prepare(batch, self._device)
 
-            def loss() -> Tensor:
-                with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
-                    return self.task.losses(self.model, prepared).mean()
+                def loss() -> Tensor:
+                    with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
+                        return self.task.losses(self.model, prepared).mean()
 
-            trial = try_batch(self.model, loss)
-        _rng.restore(state, self.task.generators())
-        return trial
+                return try_batch(self.model, loss)
+        finally:
+            _rng.restore(state, self.task.generators())
+            for p in self.model.parameters():  # a trial that fails may leave some
+                p.grad = None
 
     @property
     def _disk(self) -> dict[str, int]:
@@ -382,8 +385,9 @@ class ForgetJob:
                 )
         try:
             mask.check_model(trainable(self.model).items())
-        except InputError as error:
-            raise InputError(f"--mask: {error}") from None
+        except InputError as error:  # what to do about it in Python, after the colon, is not what to do here
+            problem = str(error).rsplit(": ", 1)[0]
+            raise InputError(f"--mask: {problem}: leave it out and a new one is measured") from None
 
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():
