@@ -25,11 +25,13 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.errors import InputError
 
-SMALL = ["--max-train-steps", "2", "--train-batch-size", "4", "--fisher-batches", "1", "--num-inference-steps", "2"]
+SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
+SMALL = [*SHORT, "--fisher-batches", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +206,18 @@ def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:
-    options = ("--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "out" / "copy.json"))
+    options = ("--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "plan.json"))
     assert run(home, "dit", tmp_path / "out", "--forget-class", "three", *options) == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for word in ("forget", "three", "keep", "nine", "trains", "peak:", "Fisher sums", "activations", "disk:", "time:"):
         assert word in text
     assert "checkpoints" in text and max(map(len, text.splitlines())) <= 80
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["peak_memory"] == max(sum(parts.values()) for parts in plan["memory"].values())
+    assert plan["memory"]["Fisher"]["Fisher sums"] > 0 and plan["disk"]["checkpoints"] > 0
+    assert plan["seconds"].keys() == {"Fisher", "iterations", "sampling"}
+    assert plan["forget_classes"] == [3] and plan["mapping"][3]["index"] == 3 and plan["mapping"][3]["count"] == 4
 
 
 def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path, capsys) -> None:
@@ -222,13 +229,16 @@ def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path,
     own += ["--class-map", str(tmp_path / "map.json"), "--forget-class", "3"]
     assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 0
     text = capsys.readouterr().out
-    table, _, end = text.replace("\n", "").partition("model: ")
-    assert odd in table and end.count(odd) == 2
+    table, _, end = text.partition("model: ")
+    assert odd in table.replace("\n", "") and end.splitlines() == [
+        str(tmp_path / odd),
+        f"pictures before and after: {tmp_path / odd / 'unlearning' / 'before-after.png'}",
+    ]
     assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 1
     assert f"{tmp_path / odd} holds" in capsys.readouterr().err
 
 
-def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path) -> None:
+def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkeypatch) -> None:
     job = job_of(home, "dit", tmp_path / "out")
     job.model.transformer_blocks[0].train()
     modes = [module.training for module in job.model.modules()]
@@ -238,6 +248,18 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path) -> Non
     after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
     assert len(states) == 2 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
     assert all(p.grad is None for p in job.model.parameters()) and not (tmp_path / "out").exists()
+
+    def fail(model, loss):
+        loss().backward()
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(job_module, "try_batch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        job.estimate()
+    assert modes == [module.training for module in job.model.modules()]
+    after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+    assert all(p.grad is None for p in job.model.parameters())
 
 
 def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
@@ -275,7 +297,10 @@ def test_a_disk_too_small_for_all_that_is_written_is_refused(home: Path, tmp_pat
 def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, "ddpm", tmp_path / "first", "--forget-class", "3") == 0
     mask = str(tmp_path / "first" / "unlearning" / "mask.safetensors")
-    assert run(home, "ddpm", tmp_path / "second", "--forget-class", "3", "--mask", mask) == 0
+    assert run(home, "ddpm", tmp_path / "x", "--forget-class", "3", "--mask", mask) == 1
+    assert "leave one of them out" in capsys.readouterr().err
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(home / "digits"), "--mask", mask]
+    assert main(["forget", *own, *SHORT, "--output-dir", str(tmp_path / "second"), "--forget-class", "3"]) == 0
     assert result(tmp_path / "second")["mask_density"] == result(tmp_path / "first")["mask_density"]
     assert "fisher" not in result(tmp_path / "second")["seconds"]
     capsys.readouterr()
@@ -287,10 +312,11 @@ def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_p
         (home / "ddpm", tmp_path / "more", "3", "was made for another forget set (forget_data"),
         (tmp_path / "other", home / "digits", "3", "was made for other weights"),
     ):
-        own = ["--pretrained-model-name-or-path", str(model), "--data", str(data), "--mask", mask, *SMALL]
+        own = ["--pretrained-model-name-or-path", str(model), "--data", str(data), "--mask", mask, *SHORT]
         for more in ([], ["--dry-run"]):
             assert main(["forget", *own, "--output-dir", str(tmp_path / "x"), "--forget-class", forgotten, *more]) == 1
-            assert words in capsys.readouterr().err
+            error = capsys.readouterr().err
+            assert words in error and error.endswith("leave it out and a new one is measured\n")
             assert not (tmp_path / "x").exists()
 
 
@@ -350,6 +376,14 @@ def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = F
         with pytest.raises(Killed):
             run(home, "ddpm", out, "--forget-class", "3", "--checkpointing-steps", "2")
     return moved
+
+
+def test_checkpoints_are_not_run_over(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "out" / "unlearning" / "checkpoint-2").mkdir(parents=True)
+    monkeypatch.setattr(job_module, "open_pretrained", None)  # refused before anything is opened
+    for more in ((), ("--dry-run",)):
+        assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *more) == 1
+        assert "add --resume-from-checkpoint latest" in capsys.readouterr().err
 
 
 def test_a_result_half_moved_is_moved_by_the_next_run(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -529,10 +563,12 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("nowhere", ("--forget-class", "3"), "there is no folder"),
         ("dit", ("--forget-class", "3", "--max-train-steps", "0"), "--max-train-steps"),
         ("dit", ("--forget-class", "0,1,2,3,4,5,6,7,8,9"), "every class is to be forgotten"),
+        ("dit", ("--forget-class", "3", "--dry-run", "--json", "{out}/x.json"), "--json: a dry run writes nothing"),
         ("dit", ("--forget-class", "3", "--json", "missing/x.json"), "--json: expected a file in a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(home: Path, tmp_path: Path, capsys, model, arguments, sentence) -> None:
+    arguments = [argument.format(out=tmp_path / "out") for argument in arguments]
     assert run(home, model, tmp_path / "out", *arguments) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and sentence in error and len(error.splitlines()) == 1
