@@ -25,11 +25,13 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.errors import InputError
 
-SMALL = ["--max-train-steps", "2", "--train-batch-size", "4", "--fisher-batches", "1", "--num-inference-steps", "2"]
+SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
+SMALL = [*SHORT, "--fisher-batches", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +206,18 @@ def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:
-    options = ("--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "out" / "copy.json"))
+    options = ("--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "plan.json"))
     assert run(home, "dit", tmp_path / "out", "--forget-class", "three", *options) == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     for word in ("forget", "three", "keep", "nine", "trains", "peak:", "Fisher sums", "activations", "disk:", "time:"):
         assert word in text
     assert "checkpoints" in text and max(map(len, text.splitlines())) <= 80
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["peak_memory"] == max(sum(parts.values()) for parts in plan["memory"].values())
+    assert plan["memory"]["Fisher"]["Fisher sums"] > 0 and plan["disk"]["checkpoints"] > 0
+    assert plan["seconds"].keys() == {"Fisher", "iterations", "sampling"}
+    assert plan["forget_classes"] == [3] and plan["mapping"][3]["index"] == 3 and plan["mapping"][3]["count"] == 4
 
 
 def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path, capsys) -> None:
@@ -222,13 +229,16 @@ def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path,
     own += ["--class-map", str(tmp_path / "map.json"), "--forget-class", "3"]
     assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 0
     text = capsys.readouterr().out
-    table, _, end = text.replace("\n", "").partition("model: ")
-    assert odd in table and end.count(odd) == 2
+    table, _, end = text.partition("model: ")
+    assert odd in table.replace("\n", "") and end.splitlines() == [
+        str(tmp_path / odd),
+        f"pictures before and after: {tmp_path / odd / 'unlearning' / 'before-after.png'}",
+    ]
     assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 1
     assert f"{tmp_path / odd} holds" in capsys.readouterr().err
 
 
-def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path) -> None:
+def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkeypatch) -> None:
     job = job_of(home, "dit", tmp_path / "out")
     job.model.transformer_blocks[0].train()
     modes = [module.training for module in job.model.modules()]
@@ -238,6 +248,18 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path) -> Non
     after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
     assert len(states) == 2 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
     assert all(p.grad is None for p in job.model.parameters()) and not (tmp_path / "out").exists()
+
+    def fail(model, loss):
+        loss().backward()
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(job_module, "try_batch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        job.estimate()
+    assert modes == [module.training for module in job.model.modules()]
+    after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+    assert all(p.grad is None for p in job.model.parameters())
 
 
 def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
@@ -275,7 +297,10 @@ def test_a_disk_too_small_for_all_that_is_written_is_refused(home: Path, tmp_pat
 def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, "ddpm", tmp_path / "first", "--forget-class", "3") == 0
     mask = str(tmp_path / "first" / "unlearning" / "mask.safetensors")
-    assert run(home, "ddpm", tmp_path / "second", "--forget-class", "3", "--mask", mask) == 0
+    assert run(home, "ddpm", tmp_path / "x", "--forget-class", "3", "--mask", mask) == 1
+    assert "leave one of them out" in capsys.readouterr().err
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(home / "digits"), "--mask", mask]
+    assert main(["forget", *own, *SHORT, "--output-dir", str(tmp_path / "second"), "--forget-class", "3"]) == 0
     assert result(tmp_path / "second")["mask_density"] == result(tmp_path / "first")["mask_density"]
     assert "fisher" not in result(tmp_path / "second")["seconds"]
     capsys.readouterr()
@@ -287,10 +312,11 @@ def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_p
         (home / "ddpm", tmp_path / "more", "3", "was made for another forget set (forget_data"),
         (tmp_path / "other", home / "digits", "3", "was made for other weights"),
     ):
-        own = ["--pretrained-model-name-or-path", str(model), "--data", str(data), "--mask", mask, *SMALL]
+        own = ["--pretrained-model-name-or-path", str(model), "--data", str(data), "--mask", mask, *SHORT]
         for more in ([], ["--dry-run"]):
             assert main(["forget", *own, "--output-dir", str(tmp_path / "x"), "--forget-class", forgotten, *more]) == 1
-            assert words in capsys.readouterr().err
+            error = capsys.readouterr().err
+            assert words in error and error.endswith("leave it out and a new one is measured\n")
             assert not (tmp_path / "x").exists()
 
 
@@ -310,9 +336,6 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert run(home, "dit", tmp_path / "whole", *steps) == 0
     from unlearn_ext import _loop
 
-    class Killed(BaseException):
-        pass
-
     iterate = _loop.Loop._iterate
 
     def die(self, t):
@@ -330,36 +353,88 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
 
 
-def test_a_run_killed_while_it_moves_its_result_is_mended_by_the_next(home: Path, tmp_path: Path, monkeypatch) -> None:
-    steps = ("--forget-class", "3", "--checkpointing-steps", "2")
-    assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
 
-    out, moved, replace = tmp_path / "cut", [], os.replace
+def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = False) -> list[str]:
+    """Runs until the ``at``-th entry is to be moved, or was; returns the names in the order of moving."""
+    moved, replace = [], os.replace
 
     def die(source, target):
-        if Path(target).parent == out:
+        final = Path(target).parent == out
+        if final:
             moved.append(Path(target).name)
-            if len(moved) == 2:
-                raise Killed
+        if len(moved) == at and final and not after:
+            raise Killed
         replace(source, target)
+        if len(moved) == at and final:
+            raise Killed
 
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(Killed):
-        run(home, "ddpm", out, *steps)
-    monkeypatch.undo()
-    assert sorted(path.name for path in out.iterdir()) == sorted([moved[0], "unlearning"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            run(home, "ddpm", out, "--forget-class", "3", "--checkpointing-steps", "2")
+    return moved
+
+
+def test_checkpoints_are_not_run_over(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "out" / "unlearning" / "checkpoint-2").mkdir(parents=True)
+    monkeypatch.setattr(job_module, "open_pretrained", None)  # refused before anything is opened
+    for more in ((), ("--dry-run",)):
+        assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *more) == 1
+        assert "add --resume-from-checkpoint latest" in capsys.readouterr().err
+
+
+def test_a_result_half_moved_is_moved_by_the_next_run(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    steps = ("--forget-class", "3", "--checkpointing-steps", "2")
+    assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+    out = tmp_path / "cut"
+    _, second = kill_in_move(home, out, monkeypatch, at=2)
+    (out / second).mkdir()
+    (out / second / "mine.txt").write_text("mine")
     (out / "note.txt").write_text("mine")
+    there = sorted(str(path) for path in out.rglob("*"))
+    for _ in range(2):
+        capsys.readouterr()
+        assert run(home, "ddpm", out, *steps) == 1
+        assert f"holds {second}, where the result in" in capsys.readouterr().err
+        assert sorted(str(path) for path in out.rglob("*")) == there
+    (out / second).rename(tmp_path / "away")
     assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 1
-    assert sorted(path.name for path in out.iterdir()) == ["note.txt", "unlearning"], (
-        "only what it had moved is removed"
-    )
+    assert "its model is whole now" in capsys.readouterr().err
+    assert (out / "note.txt").read_text() == (tmp_path / "away" / "mine.txt").read_text() == "mine"
     (out / "note.txt").unlink()
-    assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 0
     assert hashes(out) == hashes(tmp_path / "whole")
-    assert not (out / "unlearning" / "moving.json").exists()
+    assert not (out / "unlearning" / "folder").exists()
+    assert run(home, "ddpm", out, *steps) == 1
+    assert "already: choose an empty folder" in capsys.readouterr().err
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_last_move_keeps_its_result(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "cut"
+    entries = len(list((home / "ddpm").iterdir()))
+    assert kill_in_move(home, out, monkeypatch, at=entries, after=True)[-1] == "model_index.json"
+    before = hashes(out)
+    assert before.keys() == hashes(home / "ddpm").keys()
+    for sentence in ("its model is whole now", "already: choose an empty folder"):
+        assert run(home, "ddpm", out, "--forget-class", "3") == 1
+        assert sentence in capsys.readouterr().err
+        assert hashes(out) == before
+
+
+def test_what_a_killed_run_was_writing_goes_only_when_a_run_takes_the_folder(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = out / "unlearning" / ".folder-abc"
+    left.mkdir(parents=True)
+    (left / "part").write_text("half")
+    (out / ".folder-mine").mkdir()
+    assert run(home, "ddpm", out, "--forget-class", "3") == 1
+    assert (left / "part").exists() and (out / ".folder-mine").exists()
+    (out / ".folder-mine").rmdir()
+    assert run(home, "ddpm", out, "--forget-class", "3") == 0
+    assert not left.exists()
 
 
 def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:
@@ -488,10 +563,12 @@ def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
         ("nowhere", ("--forget-class", "3"), "there is no folder"),
         ("dit", ("--forget-class", "3", "--max-train-steps", "0"), "--max-train-steps"),
         ("dit", ("--forget-class", "0,1,2,3,4,5,6,7,8,9"), "every class is to be forgotten"),
+        ("dit", ("--forget-class", "3", "--dry-run", "--json", "{out}/x.json"), "--json: a dry run writes nothing"),
         ("dit", ("--forget-class", "3", "--json", "missing/x.json"), "--json: expected a file in a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(home: Path, tmp_path: Path, capsys, model, arguments, sentence) -> None:
+    arguments = [argument.format(out=tmp_path / "out") for argument in arguments]
     assert run(home, model, tmp_path / "out", *arguments) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and sentence in error and len(error.splitlines()) == 1

@@ -81,9 +81,11 @@ def forget(
     guidance_scale: Annotated[float | None, typer.Option(help="Of the pictures; the preset's.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="An unreadable image is an error.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and what it takes; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and what it takes; write no model.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result, or a dry run's plan, here.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the drawn images, noise and pictures.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> int:
@@ -98,6 +100,7 @@ def forget(
     from ..diffusion.job import ForgetJob
     from ..diffusion.options import ForgetOptions
     from ..diffusion.pretrained import OWN_FOLDER
+    from ..errors import InputError
     from .backend import load_backend
     from .progress import stages
 
@@ -106,6 +109,8 @@ def forget(
     chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
     chosen["device"] = checked_device(device)
     options = ForgetOptions(**chosen)
+    if dry_run and json_file is not None and json_file.parent.resolve() == output_dir.resolve():
+        raise InputError("--json: a dry run writes nothing to --output-dir: name a file outside it")
     check_file("--json", json_file, output_dir)
     console, errors = plain_console(), plain_console(stderr=True)
     with errors.status("opening the model and the data"), _without_bars():
@@ -115,6 +120,8 @@ def forget(
         with errors.status("trying one batch"):
             found = job.estimate()
         _show_estimate(found, console)
+        if json_file is not None:
+            write_report(_planned(job, found), json_file)
         return 0
     load_backend(errors)
     with stages(errors) as progress:
@@ -124,11 +131,10 @@ def forget(
     if report["left_out"]:
         console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
     for image in report["unreadable"]:
-        console.print(f"skipped, unreadable: {image}")
+        console.print(f"skipped, unreadable: {image}", soft_wrap=True)
     _show_verdict(report, console)
-    console.print(
-        f"model: {output_dir}\npictures before and after: {output_dir / OWN_FOLDER / 'before-after.png'}", style="dim"
-    )
+    pictures = output_dir / OWN_FOLDER / "before-after.png"
+    console.print(f"model: {output_dir}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
     return 0
 
 
@@ -168,6 +174,20 @@ def _show_plan(job: ForgetJob, console: Console) -> None:
         f"{type(job.model).__name__}, preset {job.preset}: trains {moved:,} of {total:,} weights, "
         f"{job.method.iterations} iterations with batches of {job.batch_size}, from {len(job.draw.indices)} images"
     )
+
+
+def _planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
+    """Of a dry run, for its file: bytes and seconds."""
+    return {
+        "dry_run": True,
+        "memory": found.memory,
+        "peak_memory": found.peak,
+        "disk": found.disk,
+        "seconds": found.seconds,
+        "mapping": [row._asdict() for row in job.data.mapping],
+        "forget_classes": list(job.forget_classes),
+        "options": job.options.settings(),
+    }
 
 
 def _show_estimate(found: Estimate, console: Console) -> None:

@@ -15,8 +15,11 @@ __all__ = ["check_file", "plain_console", "versions", "write_report"]
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """80 columns wide where the output is no terminal. Text is printed as it is: a path may hold brackets, which rich
-    would take for markup, or a name between colons, which it would take for an emoji."""
+    """Stdout's is 80 columns wide where that is no terminal; stderr's is as wide as rich finds it.
+
+    Text is printed as it is: a path may hold brackets, which rich would take for markup, or a name between colons,
+    which it would take for an emoji.
+    """
     width = None if stderr or sys.stdout.isatty() else 80
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
@@ -53,7 +56,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_report(found: dict[str, Any], file: Path, json_file: Path | None) -> dict[str, Any]:
+def write_report(found: dict[str, Any], file: Path, json_file: Path | None = None) -> dict[str, Any]:
     """Writes the command line, versions and what was found to ``file`` and, if it is given, ``json_file``."""
     from .._files import atomic_path
 

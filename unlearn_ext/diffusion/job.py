@@ -31,7 +31,7 @@ from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
 from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
-from .output import claim_output, write_output
+from .output import check_claim, claim_output, write_output
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, read_prompts
 from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
@@ -69,6 +69,8 @@ class ForgetJob:
         self.options = options
         self.progress = progress or (lambda stage, done, total: None)
         self.seconds: dict[str, float] = {}
+        self._resume = options.resume_from_checkpoint is not None
+        check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(
             options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
         )
@@ -246,18 +248,21 @@ class ForgetJob:
         """With made-up inputs; the run that may follow is not disturbed."""
         batch = self._made_up_batch()
         state = _rng.capture(self.task.generators())
-        with keeping_modes(self.model):
-            self.model.train()
-            self.task.begin(self.model, batch)
-            prepared = self.task.prepare(batch, self._device)
+        try:
+            with keeping_modes(self.model):
+                self.model.train()
+                self.task.begin(self.model, batch)
+                prepared = self.task.prepare(batch, self._device)
 
-            def loss() -> Tensor:
-                with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
-                    return self.task.losses(self.model, prepared).mean()
+                def loss() -> Tensor:
+                    with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
+                        return self.task.losses(self.model, prepared).mean()
 
-            trial = try_batch(self.model, loss)
-        _rng.restore(state, self.task.generators())
-        return trial
+                return try_batch(self.model, loss)
+        finally:
+            _rng.restore(state, self.task.generators())
+            for p in self.model.parameters():  # a trial that fails may leave some
+                p.grad = None
 
     @property
     def _disk(self) -> dict[str, int]:
@@ -293,7 +298,7 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        output = claim_output(options.output_dir, self.pretrained.folder, self._disk)
+        output = claim_output(options.output_dir, self.pretrained.folder, self._disk, resume=self._resume)
         own = writable_directory(output / OWN_FOLDER)
         if self.data.kind == "pixel_values":
             with timed(self.seconds, "decoding"):
@@ -380,8 +385,9 @@ class ForgetJob:
                 )
         try:
             mask.check_model(trainable(self.model).items())
-        except InputError as error:
-            raise InputError(f"--mask: {error}") from None
+        except InputError as error:  # what to do about it in Python, after the colon, is not what to do here
+            problem = str(error).rsplit(": ", 1)[0]
+            raise InputError(f"--mask: {problem}: leave it out and a new one is measured") from None
 
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():

@@ -102,6 +102,8 @@ class ForgetOptions:
             raise InputError(f"{' and '.join(map(_option, sources))} each say which weights are masked: give only one")
         if self.mask is not None and not self.mask.is_file():
             raise InputError(f"--mask: there is no file {self.mask}")
+        if self.mask is not None and self.fisher_batches is not None:
+            raise InputError("--fisher-batches is for measuring a mask, and --mask gives one: leave one of them out")
         if self.classifier is not None and not (self.classifier / "config.json").is_file():
             raise InputError(
                 f"--classifier: expected a transformers image-classification folder with a config.json, got "

@@ -2,80 +2,103 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from .._files import atomic_path, writable_directory
+from .._files import writable_directory
 from ..errors import InputError
 from .pretrained import OWN_FOLDER, Pretrained, write_result
 
-__all__ = ["claim_output", "write_output"]
+__all__ = ["check_claim", "claim_output", "write_output"]
 
-_MOVING = "moving.json"  # in OWN_FOLDER, while entries are moved: their names
+_WHOLE = "folder"  # in OWN_FOLDER: a whole result, or what of it has not been moved to its place yet
 
 
-def claim_output(output: Path, source: Path, needed: Mapping[str, int]) -> Path:
+def check_claim(output: Path, source: Path, *, resume: bool) -> None:
+    """Whether a run may take the folder; nothing is written.
+
+    Args:
+        source: the folder of the model that is read.
+        resume: whether the run goes on from a checkpoint.
+
+    Raises:
+        InputError: it lies in the source, or holds anything else than an unfinished run, or one to be resumed.
+    """
+    if source.resolve() in (output.resolve(), *output.resolve().parents):
+        raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
+    own = output / OWN_FOLDER
+    try:
+        if not output.exists() or (own / _WHOLE).exists():  # the latter is moved to its place first
+            return
+        others = sorted(path.name for path in output.iterdir() if path.name != OWN_FOLDER)
+    except OSError as error:
+        raise InputError(f"--output-dir: {output} cannot be read ({error.strerror}): choose another") from None
+    if others:
+        raise InputError(f"--output-dir: {output} holds {others[0]} already: choose an empty folder")
+    if not resume and any(own.glob("checkpoint-*")):
+        raise InputError(
+            f"--output-dir: {output} holds checkpoints of an earlier run: add --resume-from-checkpoint latest, or "
+            "choose an empty folder"
+        )
+
+
+def claim_output(output: Path, source: Path, needed: Mapping[str, int], *, resume: bool) -> Path:
     """Makes the folder, and removes what an earlier run of it was writing when it was killed.
+
+    A result that was whole and not moved to its place yet is not removed: it is moved.
 
     Args:
         source: the folder of the model that is read.
         needed: bytes that the run will write, by part; ``latents`` and ``checkpoints`` that are there count.
+        resume: whether the run goes on from a checkpoint.
 
     Raises:
-        InputError: it lies in the source, holds anything else than an unfinished run, or its disk is too full.
+        InputError: :func:`check_claim` refuses it, its disk is too full, or it has just become an earlier run's result.
     """
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
+    check_claim(output, source, resume=resume)
     output = writable_directory(output)
-    for left in output.glob(".folder-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    _undo_move(output)
-    others = [path.name for path in output.iterdir() if path.name != OWN_FOLDER]
-    if others:
-        raise InputError(f"--output-dir: {output} holds {sorted(others)[0]} already: choose an empty folder")
     own = output / OWN_FOLDER
+    if (own / _WHOLE).exists():
+        _move(own / _WHOLE, output)
+        raise InputError(
+            f"--output-dir: {output} was an earlier run's, cut off at its very end, and its model is whole now, but "
+            "has no result.json and pictures: use it, or choose an empty folder to run again"
+        )
+    unfinished = list(own.glob(f".{_WHOLE}-*"))
     there = {"latents": _size(own / "latents"), "checkpoints": sum(map(_size, own.glob("checkpoint-*")))}
     missing = sum(max(0, size - there.get(part, 0)) for part, size in needed.items())
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(output).free + sum(map(_size, unfinished))
     if free < missing:
         raise InputError(
             f"--output-dir: {output} has {free / 1e9:.1f} GB free, and the run writes {missing / 1e9:.1f} GB: choose "
             "another disk"
         )
+    for left in unfinished:
+        shutil.rmtree(left, ignore_errors=True)
     return output
 
 
 def write_output(pretrained: Pretrained, output: Path) -> None:
-    """The whole folder is made first, and moved in entry by entry, the index last."""
-    moving = output / OWN_FOLDER / _MOVING
-    partial = Path(tempfile.mkdtemp(prefix=".folder-", dir=output))
-    try:
-        write_result(pretrained.folder, pretrained, partial / "folder")
-        entries = sorted((partial / "folder").iterdir(), key=lambda path: path.name == "model_index.json")
-        with atomic_path(moving) as file:  # so that the next run knows what it may remove, if this one is killed
-            file.write_text(json.dumps([path.name for path in entries]))
-        for path in entries:
-            os.replace(path, output / path.name)
-        moving.unlink()
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """The whole folder is made first, and moved to its place entry by entry, the index last."""
+    whole = output / OWN_FOLDER / _WHOLE
+    write_result(pretrained.folder, pretrained, whole)
+    _move(whole, output)
 
 
-def _undo_move(output: Path) -> None:
-    moving = output / OWN_FOLDER / _MOVING
-    if not moving.exists():
-        return
-    names = set(json.loads(moving.read_text())) - {OWN_FOLDER}
-    for path in [path for path in output.iterdir() if path.name in names]:  # nothing outside, whatever the file says
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    moving.unlink()
+def _move(whole: Path, output: Path) -> None:
+    """What is left of ``whole``: a run that is killed here is finished by the next. Nothing is overwritten."""
+    entries = sorted(whole.iterdir(), key=lambda path: path.name == "model_index.json")
+    for path in entries:
+        if os.path.lexists(output / path.name):
+            raise InputError(
+                f"--output-dir: {output} holds {path.name}, where the result in {whole} is to go: move yours away and "
+                "run again"
+            )
+    for path in entries:
+        os.replace(path, output / path.name)
+    whole.rmdir()
 
 
 def _size(folder: Path) -> int:
