@@ -448,6 +448,20 @@ def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path:
     assert "forget_classes='3'" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_other_starting_weights_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:
+    other = save_ddpm_pipeline(tmp_path / "other", seed=5)
+    steps = ("--forget-class", "3", "--max-train-steps", "2", "--checkpointing-steps", "1")
+    assert run(home, "ddpm", tmp_path / "out", *steps) == 0
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "unlearning":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    own = ["--pretrained-model-name-or-path", str(other), "--data", str(home / "digits"), *SMALL]
+    capsys.readouterr()
+    out = ["--output-dir", str(tmp_path / "out"), "--resume-from-checkpoint", "latest"]
+    assert main(["forget", *own, *steps, *out]) == 1
+    assert "was written with starting_weights=" in capsys.readouterr().err
+
+
 def test_averages_are_saved_when_asked_for(home: Path, tmp_path: Path) -> None:
     assert run(home, "ddpm", tmp_path / "last", "--forget-class", "3") == 0
     averages = ("--save-weights", "ema", "--ema-decay", "0.5")

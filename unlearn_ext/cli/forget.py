@@ -130,8 +130,10 @@ def forget(
     report = write_report(found, output_dir / OWN_FOLDER / "result.json", json_file)
     if report["left_out"]:
         console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
+    if report["unreadable"]:
+        console.print(f"{len(report['unreadable'])} images could not be read and were left out:")
     for image in report["unreadable"]:
-        console.print(f"skipped, unreadable: {image}", soft_wrap=True)
+        console.print(f"  {image}", soft_wrap=True)
     _show_verdict(report, console)
     pictures = output_dir / OWN_FOLDER / "before-after.png"
     console.print(f"model: {output_dir}\npictures before and after: {pictures}", style="dim", soft_wrap=True)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from .. import _checkpoint, _rng
 from .._clock import timed
 from .._files import writable_directory
+from .._hashing import weights_hash
 from .._loop import Progress
 from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
@@ -319,7 +320,12 @@ class ForgetJob:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             ema_decay=self.ema_decay,
             identity=self._identity()
-            | {"seed": str(options.seed), "batch_size": str(self.batch_size), "task": json.dumps(self.task_settings)},
+            | {
+                "starting_weights": weights_hash(self.model.named_parameters()),
+                "seed": str(options.seed),
+                "batch_size": str(self.batch_size),
+                "task": json.dumps(self.task_settings),
+            },
         )
         result = unlearner.run(
             forget,
