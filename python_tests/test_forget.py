@@ -501,7 +501,8 @@ def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
         assert list(verdict[when]["forgotten"]) == ["three"] and verdict[when]["forgotten"]["three"]["count"] == 2
         assert len(verdict[when]["retained"]) == 8
     out = capsys.readouterr().out
-    assert "three (forgotten)" in out and max(map(len, out.splitlines())) <= 80
+    lines = [line for line in out.splitlines() if str(tmp_path) not in line]  # a path is not broken
+    assert "three (forgotten)" in out and max(map(len, lines)) <= 80
 
 
 def test_a_picture_may_be_taken_for_what_the_generator_does_not_know(tmp_path: Path) -> None:
