@@ -40,10 +40,9 @@ class Result:
         history: one dict per logged iteration: ``iteration`` (from 0), ``forget_loss`` and ``retain_loss`` (batch
             means; forget entries are None where the iteration did not forget), ``lr`` (of the first parameter group),
             ``alpha`` (strength), ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the
-            forget gradient),
-            ``evaluation`` where an evaluation returned something (NaN and infinities in it as None), and, in fp16,
-            ``forget_skipped`` or ``retain_skipped``: True where a scaled gradient overflowed and the step was not
-            made, ``clip`` then being None.
+            forget gradient), ``evaluation`` where an evaluation returned something (NaN and infinities in it as None),
+            and, in fp16, ``forget_skipped`` or ``retain_skipped``: True where a scaled gradient overflowed and the
+            step was not made, ``clip`` then being None.
         timings: seconds of ``fisher``, ``mask`` and ``unlearning`` (evaluations and checkpoints not included).
         counts: iterations, forget_steps and retain_steps that were made, trainable and salient weights.
         moved_protected: protected weights that changed: 0, proven by hash, when every update was masked and

@@ -69,7 +69,7 @@ class _WithStandIns:
 
     def __init__(self, forgotten: ShuffledBatches, shown: ShuffledBatches):
         self.forgotten, self.shown = forgotten, shown
-        self.generator = shown.generator = forgotten.generator  # one for both, so that a run finds all there is
+        self.generator = shown.generator = forgotten.generator  # one for both: a run finds one in each set
 
     def __len__(self) -> int:
         return min(len(self.forgotten), len(self.shown))
