@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.data import load_digits
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.options import ForgetOptions
@@ -226,7 +228,7 @@ def test_names_with_brackets_are_printed_as_they_are(home: Path, tmp_path: Path,
     (tmp_path / "few" / "3").rename(tmp_path / "few" / odd)
     (tmp_path / "map.json").write_text(json.dumps({odd: 3, "5": 5}))
     own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(tmp_path / "few"), *SMALL]
-    own += ["--class-map", str(tmp_path / "map.json"), "--forget-class", "3"]
+    own += ["--class-map", str(tmp_path / "map.json"), "--null-class", "--forget-class", "3"]
     assert main(["forget", *own, "--output-dir", str(tmp_path / odd)]) == 0
     text = capsys.readouterr().out
     table, _, end = text.partition("model: ")
@@ -620,7 +622,7 @@ def test_the_number_of_folders_must_be_the_models_or_a_map_given(home: Path, tmp
     assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "out")]) == 1
     assert "2 class folders and the model 10 classes" in capsys.readouterr().err
     (tmp_path / "map.json").write_text(json.dumps({"3": 3, "5": 5}))
-    own += ["--class-map", str(tmp_path / "map.json")]
+    own += ["--class-map", str(tmp_path / "map.json"), "--null-class"]
     assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "out")]) == 0
     assert [row["index"] for row in result(tmp_path / "out")["mapping"]] == [3, 5]
 
@@ -628,6 +630,37 @@ def test_the_number_of_folders_must_be_the_models_or_a_map_given(home: Path, tmp
 def test_a_model_without_a_null_class(home: Path, tmp_path: Path) -> None:
     save_ddpm_pipeline(tmp_path / "model", classes=9)  # ten embeddings, and none of them is for no class
     own = ["--pretrained-model-name-or-path", str(tmp_path / "model"), "--data", str(home / "digits"), *SMALL]
-    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "a")]) == 1
-    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "b"), "--no-null-class"]) == 0
-    assert result(tmp_path / "b")["sampling"]["guidance"] is None
+    assert main(["forget", *own, "--forget-class", "9", "--output-dir", str(tmp_path / "out")]) == 0
+    assert result(tmp_path / "out")["sampling"]["guidance"] is None
+    assert result(tmp_path / "out")["task"]["label_dropout"] == 0.0
+
+
+@pytest.mark.parametrize("data", ["folders", "array"])
+def test_whether_there_is_a_null_class_is_asked_where_the_data_do_not_tell(home, tmp_path, capsys, data: str) -> None:
+    """Ten embeddings and the images of two classes: is the last embedding the 9, or no class?"""
+    save_ddpm_pipeline(tmp_path / "model", classes=9)
+    own = ["--pretrained-model-name-or-path", str(tmp_path / "model"), "--forget-class", "3", *SMALL]
+    if data == "folders":
+        save_digit_folders(tmp_path / "few", per_class=4, digits=(3, 9))
+        (tmp_path / "map.json").write_text(json.dumps({"3": 3, "9": 9}))
+        own += ["--data", str(tmp_path / "few"), "--class-map", str(tmp_path / "map.json")]
+    else:
+        digits = load_digits()
+        chosen = (digits.labels == 3) | (digits.labels == 9)
+        images, labels = digits.pixels(16)[chosen][:400], digits.labels[chosen][:400]
+        np.savez(tmp_path / "few.npz", images=images.numpy(), labels=labels.numpy())
+        own += ["--data", str(tmp_path / "few.npz")]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "10 class embeddings and the data hold 2 classes" in told
+    assert "--null-class" in told and "--no-null-class" in told
+    assert not (tmp_path / "out").exists()
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out"), "--null-class"]) == 1  # and the 9 is it
+    assert "the model has 9 classes" in " ".join(capsys.readouterr().err.split())
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out"), "--no-null-class"]) == 0
+    assert result(tmp_path / "out")["sampling"]["guidance"] is None
+
+
+def test_the_null_class_of_a_dit_needs_no_option(home: Path, tmp_path: Path, capsys) -> None:
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "3", "--no-null-class") == 1
+    assert "--no-null-class is for a UNet2DModel" in " ".join(capsys.readouterr().err.split())

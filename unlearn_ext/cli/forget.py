@@ -41,8 +41,13 @@ def forget(
         Path | None, typer.Option(help="JSON: folder -> index or label text; folder -> prompt for text models.")
     ] = None,
     null_class: Annotated[
-        bool, typer.Option(help="Whether a UNet2DModel's last embedding stands for no class, as guidance needs.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--null-class/--no-null-class",
+            help="Whether a UNet2DModel's last embedding stands for no class, as guidance needs; by the number of "
+            "classes in the data.",
+        ),
+    ] = None,
     forget_prompt: Annotated[str | None, typer.Option(help="What to forget, for text models.")] = None,
     replace_prompt: Annotated[str | None, typer.Option(help="What to show in its place.")] = None,
     preset: Annotated[str | None, typer.Option(help="ddpm-cifar10, dit-xl-2-256 or sd-nudity; by the model.")] = None,

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from ..errors import InputError
 from .labels import label_names, parse_classes, read_class_map
 
-__all__ = ["ClassRow", "ImageData", "open_data"]
+__all__ = ["ClassRow", "ImageData", "count_classes", "open_data"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HASHED_BYTES = 256 << 20  # of content that goes into a hash; beyond it, an even sample
@@ -244,13 +244,9 @@ def open_data(
         raise InputError(f"there is no data at {path}")
     if class_map is not None:
         raise InputError(f"a class map is for folders, and {path} has its own labels: leave it out")
-    suffix = path.suffix.lower()
-    if suffix not in (".npz", ".safetensors"):
-        raise InputError(f"{path}: expected a folder with one folder per class, a .npz or a .safetensors file")
-    arrays = _npz_arrays(path) if suffix == ".npz" else _safetensors_arrays(path)
     return _open_arrays(
         path,
-        arrays,
+        _arrays(path),
         None if size is None else _pair(size),
         channels,
         classes,
@@ -258,6 +254,22 @@ def open_data(
         None if latent_size is None else _pair(latent_size),
         latent_channels,
     )
+
+
+def count_classes(path: str | Path) -> int:
+    """Class folders, or different labels of an array file, of what :func:`open_data` would open."""
+    path = Path(path)
+    if path.is_dir():
+        return len(_class_folders(path)[0])
+    labels = _arrays(path).get("labels")
+    return 0 if labels is None else len(labels.all().unique())
+
+
+def _arrays(path: Path) -> dict[str, _Array]:
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".safetensors"):
+        raise InputError(f"{path}: expected a folder with one folder per class, a .npz or a .safetensors file")
+    return _npz_arrays(path) if suffix == ".npz" else _safetensors_arrays(path)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -282,9 +294,7 @@ def _open_folders(
 ) -> ImageData:
     if channels not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, and the model takes {channels}: give it arrays")
-    entries = sorted((entry for entry in os.scandir(path) if not entry.name.startswith(".")), key=lambda e: e.name)
-    names = [entry.name for entry in entries if entry.is_dir()]
-    ignored = len(entries) - len(names)
+    names, ignored = _class_folders(path)
     if not names:
         raise InputError(f"{path} has no class folders: put the images of each class into a folder of its own")
     folders = _assign(path, names, classes, id2label, class_map)
@@ -299,6 +309,13 @@ def _open_folders(
         ignored += others
     source = _Folders(path, files, torch.tensor(labels, dtype=torch.int64), size, channels, interpolation)
     return ImageData(source, "pixel_values", source.preprocessing, classes, id2label, folders, ignored)
+
+
+def _class_folders(path: Path) -> tuple[list[str], int]:
+    """Names, sorted, and how many other entries there are."""
+    entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    return names, len(entries) - len(names)
 
 
 def _assign(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,37 +21,27 @@ from .._hashing import weights_hash
 from .._loop import Progress
 from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
-from ..data.images import ImageData, open_data
+from ..data.images import ImageData, count_classes, open_data
 from ..data.latents import Draw, draw_indices, draw_readable, encode_latents, latents_size
 from ..errors import InputError
-from ..evaluation.generated import class_scores
 from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
 from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
-from .grid import write_grid
 from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
-from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
+from .pictures import Pictures, spread
+from .pretrained import OWN_FOLDER, Classes, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, read_prompts
-from .sampling import check_steps, decode, draw_noise, sample_classes, sample_prompts
+from .sampling import check_steps
 from .weights import select_trained, tie_embeddings, untie_embeddings
 
 __all__ = ["ForgetJob"]
 
-RETAINED_IN_GRID = 8
 JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
-
-
-@dataclass
-class Samples:
-    """Pictures [N, C, H, W] in [-1, 1] by time, and what each was asked to show."""
-
-    labels: Tensor
-    pictures: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ForgetJob:
@@ -73,10 +64,11 @@ class ForgetJob:
         self._resume = options.resume_from_checkpoint is not None
         check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(
-            options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
+            options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class is not False
         )
         self.model: nn.Module = self.pretrained.denoiser
         self._check_kind()
+        self._check_null_class()
         self.preset = options.preset or _PRESETS[type(self.model).__name__]
         if self.preset not in DOMAINS:
             raise InputError(f"--preset: expected one of {', '.join(DOMAINS)}, got {self.preset!r}")
@@ -111,7 +103,7 @@ class ForgetJob:
                 f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
                 "pipeline's folder"
             )
-        self.judge = None if options.classifier is None else Judge(options.classifier, self._names(), options.device)
+        self.pictures = self._make_pictures()
         self.draw: Draw = self._draw(draw_indices)
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if options.resume_from_checkpoint is not None:
@@ -133,6 +125,28 @@ class ForgetJob:
             raise InputError("the model is told prompts: give --forget-prompt and --replace-prompt, not --forget-class")
         if kind == "class" and options.forget_class is None:
             raise InputError("the model is told classes: give --forget-class, not --forget-prompt")
+
+    def _check_null_class(self) -> None:
+        """Whether a UNet2DModel has one stands in no file: the user says it, or the data hold all of its classes."""
+        given = self.options.null_class
+        if type(self.model).__name__ != "UNet2DModel":
+            if given is not None:
+                option = "--null-class" if given else "--no-null-class"
+                raise InputError(
+                    f"{option} is for a UNet2DModel, and a {type(self.model).__name__} tells: leave it out"
+                )
+            return
+        if given is not None:
+            return
+        embeddings, classes = self.model.config.num_class_embeds, count_classes(self.options.data)
+        mapped = self.options.class_map is not None or not self.options.data.is_dir()  # else their number must fit
+        if classes == embeddings:
+            self.pretrained.classes = Classes(embeddings, None)
+        elif mapped and classes != embeddings - 1:
+            raise InputError(
+                f"the model has {embeddings} class embeddings and the data hold {classes} classes: say with "
+                f"--null-class that the last embedding stands for no class, or with --no-null-class that it is a class"
+            )
 
     def _open_data(self) -> ImageData:
         settings = self.pretrained.data_settings()
@@ -196,6 +210,32 @@ class ForgetJob:
             settings.update(label_dropout=0.0, guidance=None)
         return ClassConditionalDiffusion(pretrained.scheduler, null_label=self._null_label, **settings)
 
+    def _make_pictures(self) -> Pictures:
+        options, judge = self.options, None
+        if options.classifier is not None:
+            judge = Judge(options.classifier, self._names(), options.device)
+        return Pictures(
+            self.pretrained,
+            self.task,
+            self._names(),
+            self.forget_classes,
+            spread([i for i in self.data.counts if i not in self.forget_classes]),
+            each=1 if judge is None else options.samples or JUDGED_SAMPLES,
+            steps=options.num_inference_steps,
+            guidance=self._guidance,
+            seed=options.seed,
+            concepts=self.concepts,
+            judge=judge,
+        )
+
+    @property
+    def _guidance(self) -> float | None:
+        if self.options.guidance_scale is not None:
+            return self.options.guidance_scale
+        if self.pretrained.classes is not None and not self.pretrained.classes.has_null:
+            return None
+        return self.domain["run"].get("sampling", {}).get("guidance_for_pictures", self.domain["task"].get("guidance"))
+
     # --- What will be used ----------------------------------------------------------------------------------
 
     def _limit_fisher(self) -> tuple[int, int]:
@@ -239,9 +279,8 @@ class ForgetJob:
             accumulation=self.options.gradient_accumulation_steps,
             ema=self.ema_decay is not None,
         )
-        passes = 2 * len(self._asked_for()) * (1 if self._guidance in (None, 1.0) else 2)
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
-        found.seconds["sampling"] = forward * passes * self.options.num_inference_steps
+        found.seconds["sampling"] = forward * 2 * len(self.pictures.labels) * self.pictures.passes
         found.disk = self._disk
         return found
 
@@ -309,8 +348,7 @@ class ForgetJob:
                     progress=lambda done, total: self.progress("looking at images", done, total),
                 )
         forget, retain = self._loaders(own)
-        samples = Samples(torch.tensor(self._asked_for()))
-        self._sample(samples, "before")
+        self._take_pictures("before")
         unlearner = Unlearner(
             self.model,
             self.task,
@@ -340,7 +378,7 @@ class ForgetJob:
         self.seconds.update(result.timings)
         if options.save_weights == "ema":
             self._take_averages(result)
-        self._sample(samples, "after")
+        self._take_pictures("after")
         if result.mask is not None:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
             result.mask.metadata.update(self._identity())
@@ -348,8 +386,14 @@ class ForgetJob:
         if self.tied:
             untie_embeddings(self.model)
         write_output(self.pretrained, output)  # before anything that may go wrong with the pictures
-        self._write_grid(own / "before-after.png", samples)
-        return self._report(result, self._verdict(samples))
+        self.pictures.write_grid(own / "before-after.png")
+        with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
+            verdict = self.pictures.verdict()
+        return self._report(result, verdict)
+
+    def _take_pictures(self, when: str) -> None:
+        with timed(self.seconds, f"sampling_{when}"):
+            self.pictures.take(when, lambda done, total: self.progress(f"sampling {when}", done, total))
 
     def _loaders(self, own: Path) -> Iterator[DataLoader]:
         data: Dataset = self.data
@@ -416,85 +460,6 @@ class ForgetJob:
             raise InputError(f"--save-weights ema needs --ema-decay: the preset {self.preset} keeps no averages")
         return decay
 
-    # --- Pictures -------------------------------------------------------------------------------------------
-
-    @property
-    def _guidance(self) -> float | None:
-        if self.options.guidance_scale is not None:
-            return self.options.guidance_scale
-        if self.pretrained.classes is not None and not self.pretrained.classes.has_null:
-            return None
-        return self.domain["run"].get("sampling", {}).get("guidance_for_pictures", self.domain["task"].get("guidance"))
-
-    def _retained(self) -> list[int]:
-        """Eight retained classes that have data, spread evenly."""
-        others = [i for i in self.data.counts if i not in self.forget_classes]
-        if len(others) <= RETAINED_IN_GRID:
-            return others
-        return [others[i * len(others) // RETAINED_IN_GRID] for i in range(RETAINED_IN_GRID)]
-
-    @property
-    def _samples_per_class(self) -> int:
-        """One for the grid, and more where a classifier judges them."""
-        return 1 if self.judge is None else self.options.samples or JUDGED_SAMPLES
-
-    def _asked_for(self) -> list[int]:
-        """The label of every sample."""
-        return [label for label in (*self.forget_classes, *self._retained()) for _ in range(self._samples_per_class)]
-
-    def _sample(self, samples: Samples, when: str) -> None:
-        noise = draw_noise(len(samples.labels), self.pretrained.latent_shape, seed=self.options.seed)
-        arguments: dict[str, Any] = {
-            "steps": self.options.num_inference_steps,
-            "guidance": self._guidance,
-            "progress": lambda done, total: self.progress(f"sampling {when}", done, total),
-        }
-        with timed(self.seconds, f"sampling_{when}"):
-            if self.concepts is not None:
-                encode = self.task.encoder
-                states = encode([self.concepts.prompts[i] for i in samples.labels.tolist()])
-                found = sample_prompts(
-                    self.model, self.pretrained.scheduler, states, noise, null_embeds=encode([""])[0], **arguments
-                )
-            else:
-                found = sample_classes(
-                    self.model,
-                    self.pretrained.scheduler,
-                    samples.labels,
-                    noise,
-                    null_label=self._null_label,
-                    **arguments,
-                )
-            if self.pretrained.vae is not None:
-                found = decode(self.pretrained.vae, found)
-        samples.pictures[when] = found
-
-    def _write_grid(self, path: Path, samples: Samples) -> None:
-        firsts = [samples.labels.tolist().index(label) for label in dict.fromkeys(samples.labels.tolist())]
-        names = self._names()
-        columns = [names[int(samples.labels[i])][:12] for i in firsts]
-        write_grid(path, {when: pictures[firsts] for when, pictures in samples.pictures.items()}, columns)
-
-    def _verdict(self, samples: Samples) -> dict[str, Any] | str:
-        if self.judge is None:
-            return "not verified: no classifier was given (--classifier)"
-        forgotten = torch.isin(samples.labels, torch.tensor(self.forget_classes))
-        found: dict[str, Any] = {}
-        names = self._names()
-        with timed(self.seconds, "judging"):
-            for when, pictures in samples.pictures.items():
-                probabilities = self.judge.probabilities(pictures)
-                scores = class_scores(probabilities, self.judge.columns[samples.labels])
-                found[when] = {
-                    part: {
-                        names[label]: scores[int(self.judge.columns[label])]
-                        for label in dict.fromkeys(samples.labels[chosen].tolist())
-                    }
-                    for part, chosen in (("forgotten", forgotten), ("retained", ~forgotten))
-                    if bool(chosen.any())
-                }
-        return found
-
     # --- What is written ------------------------------------------------------------------------------------
 
     def _left_out(self) -> dict[str, str]:
@@ -519,12 +484,7 @@ class ForgetJob:
             "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
             "task": self.task_settings,
             "left_out": self._left_out(),
-            "sampling": {
-                "sampler": "DDIM, eta 0",
-                "steps": self.options.num_inference_steps,
-                "guidance": self._guidance,
-                "samples_per_class": self._samples_per_class,
-            },
+            "sampling": self.pictures.protocol,
             "mask_density": mask.density if mask else None,
             "protection": result.protection,
             "counts": result.counts,

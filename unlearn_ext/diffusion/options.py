@@ -25,7 +25,7 @@ class ForgetOptions:
     output_dir: Path
     forget_class: str | None = None
     class_map: Path | None = None
-    null_class: bool = True
+    null_class: bool | None = None
     forget_prompt: str | None = None
     replace_prompt: str | None = None
     preset: str | None = None

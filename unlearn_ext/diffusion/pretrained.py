@@ -427,7 +427,10 @@ def _classes(denoiser: nn.Module, home: Path, null_class: bool) -> Classes:
             f"the UNet2DModel in {home} is not conditioned on classes (num_class_embeds): it cannot forget one"
         )
     if embeds < 2 + null_class:
-        raise InputError(f"the UNet2DModel in {home} has {embeds} class embeddings: too few to forget one of")
+        raise InputError(
+            f"the UNet2DModel in {home} has {embeds} class embeddings{', one of them for no class' * null_class}: too "
+            "few to forget one of"
+        )
     return Classes(embeds - 1, embeds - 1) if null_class else Classes(embeds, None)
 
 

@@ -1,0 +1,115 @@
+"""Pictures before and after from the same noise: of what is forgotten, and of some of what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.generated import class_scores
+from ..tasks import Task
+from .grid import write_grid
+from .judge import Judge
+from .pretrained import Pretrained
+from .prompts import Concepts
+from .sampling import decode, draw_noise, sample_classes, sample_prompts
+
+__all__ = ["Pictures", "spread"]
+
+SHOWN_RETAINED = 8
+
+
+def spread(classes: Sequence[int], most: int = SHOWN_RETAINED) -> list[int]:
+    """At most so many of them, evenly over their order."""
+    if len(classes) <= most:
+        return list(classes)
+    return [classes[i * len(classes) // most] for i in range(most)]
+
+
+@dataclass
+class Pictures:
+    """What is sampled of a model, and what a classifier says of it.
+
+    Attributes:
+        pretrained: its denoiser is sampled as it is at the time.
+        names: class -> label text, or prompt.
+        forgotten, retained: the classes that are asked for.
+        each: pictures of each of them.
+        steps, guidance: of DDIM.
+        concepts: the prompts, of a model that is told prompts.
+        judge: None where nothing is verified.
+        taken: time, such as ``before`` -> pictures [N, C, H, W] in [-1, 1].
+    """
+
+    pretrained: Pretrained
+    task: Task
+    names: Mapping[int, str]
+    forgotten: Sequence[int]
+    retained: Sequence[int]
+    each: int
+    steps: int
+    guidance: float | None
+    seed: int
+    concepts: Concepts | None = None
+    judge: Judge | None = None
+    taken: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """What each picture is asked to show: int64 [N]."""
+        return torch.tensor([*self.forgotten, *self.retained], dtype=torch.int64).repeat_interleave(self.each)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the denoiser for one sample."""
+        return self.steps * (1 if self.guidance in (None, 1.0) else 2)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What has to stand beside every number that comes of them."""
+        return {
+            "sampler": "DDIM, eta 0",
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "samples_per_class": self.each,
+            "seed": self.seed,
+        }
+
+    def take(self, when: str, progress: Callable[[int, int], None]) -> None:
+        pretrained = self.pretrained
+        noise = draw_noise(len(self.labels), pretrained.latent_shape, seed=self.seed)
+        arguments: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance, "progress": progress}
+        if self.concepts is not None:
+            encode = self.task.encoder
+            states = encode([self.concepts.prompts[i] for i in self.labels.tolist()])
+            arguments["null_embeds"] = encode([""])[0]
+            found = sample_prompts(pretrained.denoiser, pretrained.scheduler, states, noise, **arguments)
+        else:
+            arguments["null_label"] = pretrained.classes.null_label
+            found = sample_classes(pretrained.denoiser, pretrained.scheduler, self.labels, noise, **arguments)
+        self.taken[when] = found if pretrained.vae is None else decode(pretrained.vae, found)
+
+    def write_grid(self, path: Path) -> None:
+        """The first picture of each class, by time."""
+        firsts = range(0, len(self.labels), self.each)
+        columns = [self.names[int(self.labels[i])][:12] for i in firsts]
+        write_grid(path, {when: pictures[list(firsts)] for when, pictures in self.taken.items()}, columns)
+
+    def verdict(self) -> dict[str, Any] | str:
+        """Accuracy and mean probability of every class by time, forgotten and retained apart."""
+        if self.judge is None:
+            return "not verified: no classifier was given (--classifier)"
+        found: dict[str, Any] = {}
+        for when, pictures in self.taken.items():
+            scores = class_scores(self.judge.probabilities(pictures), self.judge.columns[self.labels])
+            found[when] = {
+                part: {self.names[label]: scores[int(self.judge.columns[label])] for label in labels}
+                for part, labels in (("forgotten", self.forgotten), ("retained", self.retained))
+                if labels
+            }
+        return found
