@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.errors import InputError
+from unlearn_ext.saliency import SaliencyMask
 
 SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
 SMALL = [*SHORT, "--fisher-batches", "1"]
@@ -320,6 +322,26 @@ def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_p
             error = capsys.readouterr().err
             assert words in error and error.endswith("leave it out and a new one is measured\n")
             assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("unsaid", ["forget_classes", "forget_data", "weights_hash"])
+def test_a_mask_that_does_not_say_what_it_was_made_for(home: Path, tmp_path: Path, capsys, unsaid: str) -> None:
+    """As one that was made in Python: the user can say it."""
+    assert run(home, "ddpm", tmp_path / "first", "--forget-class", "3") == 0
+    mask = SaliencyMask.load(tmp_path / "first" / "unlearning" / "mask.safetensors")
+    said = mask.metadata.pop(unsaid)
+    mask.save(tmp_path / "mask.safetensors")
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(home / "digits"), *SHORT]
+    own += ["--mask", str(tmp_path / "mask.safetensors"), "--forget-class", "3", "--output-dir", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main(["forget", *own]) == 1
+    error = capsys.readouterr().err
+    assert "does not say what it was made for" in error and not (tmp_path / "out").exists()
+    words = ast.literal_eval(error.rpartition("metadata.update(")[2].rstrip(")\n"))
+    assert words == {unsaid: said}
+    mask.metadata.update(words)
+    mask.save(tmp_path / "mask.safetensors")
+    assert main(["forget", *own]) == 0
 
 
 def test_trained_weights_are_chosen(home: Path, tmp_path: Path) -> None:
@@ -646,8 +668,8 @@ def test_whether_there_is_a_null_class_is_asked_where_the_data_do_not_tell(home,
         own += ["--data", str(tmp_path / "few"), "--class-map", str(tmp_path / "map.json")]
     else:
         digits = load_digits()
-        chosen = (digits.labels == 3) | (digits.labels == 9)
-        images, labels = digits.pixels(16)[chosen][:400], digits.labels[chosen][:400]
+        chosen = torch.cat([(digits.labels == digit).nonzero().flatten()[:8] for digit in (3, 9)])
+        images, labels = digits.pixels(16)[chosen], digits.labels[chosen]
         np.savez(tmp_path / "few.npz", images=images.numpy(), labels=labels.numpy())
         own += ["--data", str(tmp_path / "few.npz")]
     assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 1

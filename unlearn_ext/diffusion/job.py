@@ -427,12 +427,20 @@ class ForgetJob:
         return found
 
     def _check_mask(self, mask: SaliencyMask) -> None:
+        """Whether it says of itself that it was made for this forget set and these weights."""
         for key, own in self._identity().items():
             if mask.metadata.get(key, own) != own:
                 raise InputError(
                     f"--mask: {self.options.mask} was made for another forget set ({key} differ): leave it out and a "
                     "new one is measured"
                 )
+        identity = {**self._identity(), "weights_hash": weights_hash(trainable(self.model).items())}
+        unsaid = {key: own for key, own in identity.items() if key not in mask.metadata}
+        if unsaid:  # one that was made in Python or by other code: whether it belongs here is the user's word
+            raise InputError(
+                f"--mask: {self.options.mask} does not say what it was made for: leave it out and a new one is "
+                f"measured, or, if it is of this forget set and model, save it with metadata.update({unsaid})"
+            )
         try:
             mask.check_model(trainable(self.model).items())
         except InputError as error:  # what to do about it in Python, after the colon, is not what to do here
