@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -58,7 +58,7 @@ def run(home: Path, model: str, output: Path, *arguments: str, data: str = "digi
 def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
     small = {"max_train_steps": 2, "train_batch_size": 4, "fisher_batches": 1, "num_inference_steps": 2}
     paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
-    return ForgetJob(ForgetOptions(forget_class="3", **paths, **{**small, **options}))
+    return ForgetJob(ForgetOptions(**{"forget_class": "3", **paths, **small, **options}))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -636,6 +636,76 @@ def test_unreadable_images_are_named_and_skipped_or_refused(home: Path, tmp_path
     assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 0
     assert len(result(tmp_path / "out")["unreadable"]) == 1
     assert "000.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["dit", "text"])
+def test_unreadable_images_are_left_out_where_latents_are_made_of_them(home, tmp_path, capsys, model: str) -> None:
+    shutil.copytree(home / "named", tmp_path / "damaged")
+    for name in ("three", "five"):
+        (tmp_path / "damaged" / name / "000.png").write_bytes(b"no picture")
+    (tmp_path / "map.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
+    wanted = ["--forget-class", "3", "--class-map", str(tmp_path / "map.json")]
+    if model == "text":
+        wanted = ["--forget-prompt", "three", "--replace-prompt", "five"]
+    wanted += ["--train-batch-size", "16", "--max-train-steps", "4"]
+    own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(tmp_path / "damaged"), *SMALL, *wanted]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "strict"), "--strict"]) == 1
+    assert "unreadable image" in capsys.readouterr().err
+    assert not (tmp_path / "strict" / "model_index.json").exists()
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 0
+    told = "".join(capsys.readouterr().out.split())
+    assert "2imagescouldnotberead" in told and "three/000.png" in told and "five/000.png" in told
+    assert len(result(tmp_path / "out")["unreadable"]) == 2
+
+
+def test_latents_that_are_not_finite_are_found_before_anything_is_written(home, tmp_path, capsys) -> None:
+    latents, labels = torch.randn(40, 4, 8, 8), torch.arange(10).repeat_interleave(4)
+    latents[13, 0, 0, 0] = torch.nan  # of the forgotten class
+    save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")
+    own = ["--pretrained-model-name-or-path", str(home / "dit"), "--data", str(tmp_path / "latents.safetensors")]
+    own += ["--forget-class", "3", "--output-dir", str(tmp_path / "out"), *SMALL]
+    assert main(["forget", *own]) == 1
+    assert "sample 13" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_prompts_of_an_array_come_from_a_map(home: Path, tmp_path: Path, capsys) -> None:
+    latents, labels = torch.randn(30, 4, 8, 8), torch.tensor([3, 5, 8]).repeat_interleave(10)
+    save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")
+    own = ["--pretrained-model-name-or-path", str(home / "text"), "--data", str(tmp_path / "latents.safetensors")]
+    own += ["--forget-prompt", "three", "--replace-prompt", "five", "--output-dir", str(tmp_path / "out"), *SMALL]
+    assert main(["forget", *own]) == 1
+    assert "the data have the label 3 and no prompt for it" in capsys.readouterr().err
+    (tmp_path / "map.json").write_text(json.dumps({"3": "three", "5": "five", "8": "eight", "9": "nine"}))
+    own += ["--class-map", str(tmp_path / "map.json")]
+    assert main(["forget", *own]) == 1
+    assert "there is no label '9' in the data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "map.json").write_text(json.dumps({"3": "three", "5": "five", "8": "eight"}))
+    assert main(["forget", *own]) == 0
+    assert result(tmp_path / "out")["forgotten"] == ["three"]
+    assert [row["count"] for row in result(tmp_path / "out")["mapping"]] == [10, 10, 10]
+
+
+@pytest.mark.parametrize("replace", ["two", "a dog"])
+def test_the_replacement_is_predicted_for_images_of_its_prompt_where_there_are_any(home, tmp_path, replace) -> None:
+    wanted = {"forget_class": None, "forget_prompt": "three", "replace_prompt": replace}
+    job = job_of(home, "text", tmp_path / "out", data=home / "named", **wanted)
+    latents = job._encode(tmp_path / "latents")
+    forget, retain = job._loaders(latents)
+    samples = [latents[i] for i in range(len(latents))]
+    folders = {label: name for name, label in job.data.folders.items()}
+    twos = [sample["latent_mean"] for sample in samples if folders[int(sample["labels"])] == "two"]
+    drawn = []
+    for batch in forget:
+        assert batch["prompts"] == ["three"] * 4 and batch["replace_prompts"] == [replace] * 4
+        if replace == "two":
+            means = batch["replace_latent_mean"]
+            drawn += [[torch.equal(two, mean) for two in twos].index(True) for mean in means]
+            assert not (means == batch["latent_mean"]).flatten(1).all(1).any()
+        else:
+            assert not any(name.startswith("replace_latent") for name in batch)
+    assert sorted(set(drawn)) == (list(range(4)) if replace == "two" else [])
+    assert all(name in ("latent_mean", "latent_std", "prompts") for batch in retain for name in batch)
 
 
 def test_the_number_of_folders_must_be_the_models_or_a_map_given(home: Path, tmp_path: Path, capsys) -> None:

@@ -97,8 +97,21 @@ def test_unreadable_images_are_replaced_before_a_run(tmp_path):
     assert sorted(data.unreadable) == damaged and not set(damaged) & set(draw.indices.tolist())
     assert draw.forget.flatten()[:3].tolist() == whole.forget.flatten()[[0, 2, 3]].tolist()
     assert all(data[int(i)]["pixel_values"].isfinite().all() for i in draw.indices)
+    data = open_data(folder, **SETTINGS)
     with pytest.raises(InputError, match=r"unreadable image: .*--strict"):
-        draw_readable(open_data(folder, **SETTINGS), [3], 2, 4, seed=5, strict=True)
+        draw_readable(data, [3], 2, 4, seed=5, read=lambda indices: data.verify(indices, strict=True))
+
+
+def test_replacements_are_drawn_from_their_own_classes():
+    plain = draw_indices(LABELS, [1], 6, 4, seed=3)
+    draw = draw_indices(LABELS, [1], 6, 4, seed=3, replace_classes=[2])
+    assert torch.equal(draw.forget, plain.forget) and torch.equal(draw.retain, plain.retain)
+    assert plain.replace is None and draw.replace.shape == draw.forget.shape
+    assert (LABELS[draw.replace] == 2).all()
+    assert draw.replace.flatten()[:8].unique().tolist() == list(range(12, 20))  # all before any again
+    assert set(draw.indices.tolist()) >= set(range(12, 20))
+    assert not torch.equal(draw_indices(LABELS, [1], 6, 4, seed=4, replace_classes=[2]).replace, draw.replace)
+    assert (draw_indices(LABELS, [1], 6, 4, seed=3, replace_classes=[2], exclude=range(13, 20)).replace == 12).all()
 
 
 # --- Encoding -----------------------------------------------------------------------------------------------
@@ -189,6 +202,73 @@ def test_a_killed_run_goes_on_behind_its_last_whole_shard(data, vae, tmp_path, i
     assert files(killed) == whole and steps[-1][1] == 14 - 4 * len(there)
     assert not list(killed.glob(".latents*"))
     assert latents.labels.tolist() == data.labels[indices].tolist()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Six of each digit; the second of every class is no picture."""
+    folder = pipelines.save_digit_folders(tmp_path / "digits", 6)
+    for digit in range(10):
+        (folder / str(digit) / "001.png").write_bytes(b"damaged")
+    return folder
+
+
+def test_unreadable_images_are_left_out_and_each_is_decoded_once(damaged, vae, tmp_path, monkeypatch):
+    decoded = []
+    decode = images_module._Folders._decode
+    monkeypatch.setattr(images_module._Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
+    data, latents = open_data(damaged, **SETTINGS), []
+
+    def read(indices):
+        latents.append(encode_latents(data, indices, vae, tmp_path / "latents", batch_size=4, skip_unreadable=True))
+
+    draw = draw_readable(data, [3], 3, 4, seed=5, read=read)
+    assert sorted(data.unreadable) == sorted(i for i in set(decoded) if i % 6 == 1) and 19 in data.unreadable
+    assert len(decoded) == len(set(decoded)) and set(decoded) == {*draw.indices.tolist(), *data.unreadable}
+    assert not set(draw.indices.tolist()) & set(data.unreadable) and "3/001.png" in data.unreadable[19]
+    assert (data.labels[draw.forget] == 3).all() and not (data.labels[draw.retain] == 3).any()
+    for index in draw.indices.tolist():
+        sample = latents[-1][int(latents[-1].positions(torch.tensor(index)))]
+        with torch.no_grad():
+            expected = vae.encode(open_data(damaged, **SETTINGS)[index]["pixel_values"][None]).latent_dist.mean[0]
+        torch.testing.assert_close(sample["latent_mean"], expected, rtol=1e-5, atol=1e-6)
+    decoded.clear()  # another process, that goes on
+    data = open_data(damaged, **SETTINGS)
+    again = draw_readable(data, [3], 3, 4, seed=5, read=read)
+    assert decoded == [] and torch.equal(again.forget, draw.forget) and torch.equal(again.retain, draw.retain)
+    assert sorted(data.unreadable) and latents[-1].manifest["unreadable"].keys() == set(map(str, data.unreadable))
+
+
+def test_unreadable_images_are_refused_or_all_there_is(damaged, vae, tmp_path):
+    data = open_data(damaged, **SETTINGS)
+    with pytest.raises(InputError, match=r"unreadable image: .*3/001.png .*--strict"):
+        encode_latents(data, [18, 19, 20], vae, tmp_path / "a")
+    with pytest.raises(InputError, match=r"none of 2 images can be read, the first is .*3/001.png"):
+        encode_latents(data, [19, 25], vae, tmp_path / "b", skip_unreadable=True)
+    encode_latents(data, [18, 19, 20], vae, tmp_path / "c", skip_unreadable=True)
+    with pytest.raises(InputError, match=r"unreadable image"):  # what was left out is not forgotten
+        encode_latents(data, [18, 19, 20], vae, tmp_path / "c")
+
+
+@pytest.mark.parametrize("images_before_the_kill", [2, 4, 6, 8])
+def test_a_killed_run_with_unreadable_images_encodes_the_same_batches(damaged, vae, tmp_path, images_before_the_kill):
+    settings = {"batch_size": 2, "shard_bytes": 2 * (2 * 4 * 8 * 8 * 4 + 8), "skip_unreadable": True}
+    indices = [0, 1, 2, 3, 4, 7, 8, 13, 19, 20, 21]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, count):
+        if done >= images_before_the_kill:
+            raise Killed
+
+    encode_latents(open_data(damaged, **SETTINGS), indices, vae, tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        encode_latents(open_data(damaged, **SETTINGS), indices, vae, tmp_path / "killed", **settings, progress=kill)
+    latents = encode_latents(open_data(damaged, **SETTINGS), indices, vae, tmp_path / "killed", **settings)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert latents.indices.tolist() == [0, 2, 3, 4, 8, 20, 21]
+    assert latents.manifest["unreadable"].keys() == {"1", "7", "13", "19"}
 
 
 def test_a_kill_in_mid_writing_leaves_no_shard(data, vae, tmp_path, monkeypatch):

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["forget"]
 
-_ROWS = 12  # of the mapping, beside the forgotten classes
-
 
 class Weights(str, Enum):
     last = "last"
@@ -139,6 +137,8 @@ def forget(
         console.print(f"{len(report['unreadable'])} images could not be read and were left out:")
     for image in report["unreadable"]:
         console.print(f"  {image}", soft_wrap=True)
+    if report["enlarged"]:
+        console.print(f"{report['enlarged']} images were smaller than the model's and were enlarged")
     _show_verdict(report, console)
     pictures = output_dir / OWN_FOLDER / "before-after.png"
     console.print(f"model: {output_dir}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
@@ -164,17 +164,16 @@ def _show_plan(job: ForgetJob, console: Console) -> None:
     table = Table(title="What is forgotten and what is kept")
     for name, justify in (("", "left"), ("class", "right"), ("label", "left"), ("folder", "left"), ("images", "right")):
         table.add_column(name, justify=justify, overflow="fold")
-    rows = sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes)
-    shown = len(job.forget_classes) + _ROWS
-    for row in rows[:shown]:
+    for row in sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes):
         label = job.concepts.prompts[row.index] if job.concepts else row.text or ""
         what = "forget" if row.index in job.forget_classes else "keep"
         table.add_row(what, str(row.index), label, row.folder or "", str(row.count))
     console.print(table)
-    if len(rows) > shown:
-        console.print(f"and {len(rows) - shown} more classes to keep, with {sum(r.count for r in rows[shown:])} images")
+    if job.data.ignored:
+        console.print(f"{job.data.ignored} other files are ignored")
     if job.concepts is not None:
-        console.print(f"replaced by: {job.concepts.replacement}")
+        images = "the images of that prompt" if job.concepts.shown else "the forgotten images themselves"
+        console.print(f"replaced by: {job.concepts.replacement}, as predicted for {images}", soft_wrap=True)
     total = sum(p.numel() for p in job.model.parameters())
     moved = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     console.print(
@@ -229,3 +228,12 @@ def _show_verdict(report: dict[str, Any], console: Console) -> None:
             name = f"{label} (forgotten)" if part == "forgotten" else label
             table.add_row(name, f"{100 * score['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}", str(after["count"]))
     console.print(table)
+    console.print(_protocol(report["sampling"]), style="dim")
+
+
+def _protocol(sampling: dict[str, Any]) -> str:
+    guidance = "no guidance" if sampling["guidance"] is None else f"guidance {sampling['guidance']:g}"
+    return (
+        f"{sampling['samples_per_class']} pictures of each class: {sampling['sampler']}, {sampling['steps']} steps, "
+        f"{guidance}, seed {sampling['seed']}; the same noise before and after"
+    )

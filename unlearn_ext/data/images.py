@@ -105,6 +105,16 @@ class ImageData(Dataset):
             raise InputError(f"{self._source.name(index)} cannot be read ({error}): remove it") from None
         return {**sample, "labels": self.labels[index]}
 
+    def decode(self, index: int) -> Tensor | str:
+        """The sample's first tensor, such as pixels [C, H, W]; or its file, and why that cannot be decoded."""
+        try:
+            return next(iter(self._source.read(index).values()))
+        except _Unreadable as error:
+            return self._unread(index, error)
+
+    def _unread(self, index: int, why: object) -> str:
+        return f"{self._source.name(index)} ({why})"
+
     # --- What it holds --------------------------------------------------------------------------------------
 
     @cached_property
@@ -179,7 +189,7 @@ class ImageData(Dataset):
                 if reason is None:
                     self._verified.add(index)
                 else:
-                    self.unreadable[index] = f"{self._source.name(index)} ({reason})"
+                    self.unreadable[index] = self._unread(index, reason)
                     if strict:
                         pool.shutdown(cancel_futures=True)
                         break

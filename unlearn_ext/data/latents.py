@@ -33,15 +33,18 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Draw:
-    """The batches of a run, as indices into the data: int64 [batches, batch size] each."""
+    """The batches of a run, as indices into the data: int64 [batches, batch size] each; ``replace`` as ``forget``,
+    where a forgotten sample has another one that stands for it."""
 
     forget: Tensor
     retain: Tensor
+    replace: Tensor | None = None
 
     @property
     def indices(self) -> Tensor:
         """Every sample that is used, each once, sorted."""
-        return torch.cat([self.forget.flatten(), self.retain.flatten()]).unique()
+        used = [part.flatten() for part in (self.forget, self.retain, self.replace) if part is not None]
+        return torch.cat(used).unique()
 
 
 def draw_indices(
@@ -52,18 +55,20 @@ def draw_indices(
     seed: int = 0,
     *,
     retain_batches: int | None = None,
+    replace_classes: Iterable[int] = (),
     exclude: Iterable[int] = (),
 ) -> Draw:
     """Draws a run's forget and retain batches.
 
     Samples of each set come in random order; when all have been used, in a new one. So a set smaller than a batch
     stands in it more than once. More batches of the same seed begin with the same ones, whatever the batch size, and
-    the two sets are drawn independently of each other.
+    the sets are drawn independently of each other.
 
     Args:
         labels: int64 [N].
         forget_classes: all other classes are retained.
         batches: forget batches; retain batches too, unless ``retain_batches`` is given.
+        replace_classes: retained ones, of which a sample is drawn for each forgotten one.
         exclude: samples that must not be used; the others keep their order.
 
     Raises:
@@ -73,7 +78,9 @@ def draw_indices(
         check_count(name, value)
     if retain_batches is not None:
         check_count("retain_batches", retain_batches)
-    wanted = torch.tensor(sorted(set(map(int, forget_classes))), dtype=torch.int64)
+    wanted, shown = (
+        torch.tensor(sorted(set(map(int, classes))), dtype=torch.int64) for classes in (forget_classes, replace_classes)
+    )
     present = set(labels.unique().tolist())
     for index in wanted.tolist():
         if index not in present:
@@ -81,10 +88,11 @@ def draw_indices(
     usable = torch.ones(len(labels), dtype=torch.bool)
     usable[torch.tensor(sorted(set(map(int, exclude))), dtype=torch.int64)] = False
     forget = torch.isin(labels, wanted)
+    parts = [("forget", forget, batches, 0), ("retain", ~forget, retain_batches or batches, 1)]
+    if len(shown):
+        parts.append(("replacement", torch.isin(labels, shown) & ~forget, batches, 1 << 62))  # no other seed's stream
     sets = []
-    for salt, (name, members, count) in enumerate(
-        (("forget", forget, batches), ("retain", ~forget, retain_batches or batches))
-    ):
+    for name, members, count, salt in parts:
         if not bool((members & usable).any()):
             reason = "every class is to be forgotten" if name == "retain" and not bool(members.any()) else "no samples"
             raise InputError(f"the {name} set is empty ({reason}): name other classes, or give more data")
@@ -110,20 +118,28 @@ def draw_readable(
     seed: int = 0,
     *,
     retain_batches: int | None = None,
-    strict: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    replace_classes: Iterable[int] = (),
+    read: Callable[[list[int]], Any] | None = None,
 ) -> Draw:
     """:func:`draw_indices`, with every drawn image decoded: others take the place of unreadable ones.
 
-    ``data.unreadable`` names those. With ``strict`` the first of them is an error.
+    Args:
+        read: decodes samples, and adds those that it cannot to ``data.unreadable``: ``data.verify``, unless given.
     """
-    classes = list(forget_classes)
+    classes, replace_classes = list(forget_classes), list(replace_classes)
     while True:
         known = set(data.unreadable)
         draw = draw_indices(
-            data.labels, classes, batches, batch_size, seed, retain_batches=retain_batches, exclude=known
+            data.labels,
+            classes,
+            batches,
+            batch_size,
+            seed,
+            retain_batches=retain_batches,
+            replace_classes=replace_classes,
+            exclude=known,
         )
-        data.verify(draw.indices.tolist(), strict=strict, progress=progress)
+        (read or data.verify)(draw.indices.tolist())
         if set(data.unreadable) == known:
             return draw
 
@@ -191,6 +207,7 @@ def encode_latents(
     batch_size: int = 8,
     shard_bytes: int = 256 << 20,
     dtype: str | torch.dtype = "float32",
+    skip_unreadable: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentData:
     """Encodes the chosen images through the VAE, each once, into safetensors shards.
@@ -207,14 +224,15 @@ def encode_latents(
         batch_size: images encoded at once.
         shard_bytes: at most so large is a file, unless a single image is larger.
         dtype: of the files, ``float32`` or ``float16``.
+        skip_unreadable: images that cannot be decoded are added to ``dataset.unreadable`` and left out.
         progress: called with (done, all) after every batch.
 
     Returns:
         A data set in the order of ``indices``.
 
     Raises:
-        InputError: the directory holds latents of another VAE, other data, another preprocessing or dtype; or the VAE
-            returns inf or NaN.
+        InputError: the directory holds latents of another VAE, other data, another preprocessing or dtype; an image
+            cannot be decoded, or none can; the VAE returns inf or NaN.
     """
     for name, value in (("batch_size", batch_size), ("shard_bytes", shard_bytes)):
         check_count(name, value)
@@ -237,47 +255,74 @@ def encode_latents(
         "preprocessing": dataset.preprocessing,
         "dtype": dtype,
         "scaling_factor": float(getattr(getattr(vae, "config", None), "scaling_factor", None) or 1.0),
+        "unreadable": {},
     }
     old = _read_manifest(directory)
     if old is not None:
         _check_manifest(directory, old, manifest)
     shards, where = _read_shards(directory)
     unique = list(dict.fromkeys(wanted.tolist()))
-    missing = [index for index in unique if index not in where]
-    chosen = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
+    unreadable: dict[str, str] = manifest["unreadable"]
+    if skip_unreadable:  # else they are tried again, and named
+        unreadable.update((old or {}).get("unreadable", {}))
+        dataset.unreadable.update({index: unreadable[str(index)] for index in unique if str(index) in unreadable})
+    missing = [index for index in unique if index not in where and str(index) not in unreadable]
+    manifest["indices"] = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
     # First, so that every shard is accounted for by the manifest.
-    _write_manifest(directory, {**manifest, "indices": chosen})
+    _write_manifest(directory, manifest)
     # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     encode = _Encoder(vae, dtype)
     pending: list[dict[str, Tensor]] = []
-    done = 0
-    for batch, pixels in zip(batches, _decoded(dataset, batches), strict=True):
-        part = encode(batch, pixels)
-        pending.append(part)
+    noted, done = len(unreadable), 0
+    for batch, found in zip(batches, _decoded(dataset, batches), strict=True):
         done += len(batch)
-        if done == len(missing) or _bytes(part) * (len(pending) + 1) > shard_bytes:
+        pixels = {}
+        for index, sample in zip(batch, found, strict=True):
+            if isinstance(sample, str):
+                if not skip_unreadable:
+                    raise InputError(
+                        f"unreadable image: {sample}: replace or remove it, or leave out strict (--strict, or here "
+                        "skip_unreadable=False)"
+                    )
+                unreadable[str(index)] = dataset.unreadable[index] = sample
+            else:
+                pixels[index] = sample
+        if pixels:
+            pending.append(encode(list(pixels), torch.stack(list(pixels.values()))))
+        if pending and (done == len(missing) or _bytes(pending[0]) * (len(pending) + 1) > shard_bytes):
             path = _next_shard(directory, shards)
-            tensors = {key: torch.cat([part[key] for part in pending]) for key in part}
+            tensors = {key: torch.cat([part[key] for part in pending]) for key in pending[0]}
+            if len(unreadable) > noted:  # before the shard, behind whose batches another run goes on
+                _write_manifest(directory, manifest)
+                noted = len(unreadable)
             _write_shard(path, tensors)
             where.update((index, (len(shards), row)) for row, index in enumerate(tensors["indices"].tolist()))
             shards.append(path)
             pending = []
         if progress is not None:
             progress(done, len(missing))
-    rows = torch.tensor([where[index] for index in wanted.tolist()], dtype=torch.int64)
-    return LatentData(shards, rows, dataset.labels[wanted], wanted, {**manifest, "indices": chosen})
+    if len(unreadable) > noted:
+        _write_manifest(directory, manifest)
+    readable = [index for index in wanted.tolist() if str(index) not in unreadable]
+    if not readable:
+        first = unreadable[str(unique[0])]
+        raise InputError(f"none of {len(unique)} images can be read, the first is {first}: check the data")
+    rows = torch.tensor([where[index] for index in readable], dtype=torch.int64)
+    wanted = torch.tensor(readable, dtype=torch.int64)
+    return LatentData(shards, rows, dataset.labels[wanted], wanted, manifest)
 
 
-def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[Tensor]:
-    """Pixels [N, C, H, W] of each batch; threads decode the next one while the VAE is at work."""
+def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[list[Tensor | str]]:
+    """Pixels [C, H, W] of each sample of each batch, or why there are none; threads decode the next batch while the
+    VAE is at work."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         ahead: deque[list[Future]] = deque()
         for batch in [*batches, None]:
             if batch is not None:
-                ahead.append([pool.submit(dataset.__getitem__, index) for index in batch])
+                ahead.append([pool.submit(dataset.decode, index) for index in batch])
             if len(ahead) > 1 or (batch is None and ahead):
-                yield torch.stack([future.result()["pixel_values"] for future in ahead.popleft()])
+                yield [future.result() for future in ahead.popleft()]
 
 
 class _Encoder:

@@ -22,7 +22,7 @@ from .._loop import Progress
 from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
 from ..data.images import ImageData, count_classes, open_data
-from ..data.latents import Draw, draw_indices, draw_readable, encode_latents, latents_size
+from ..data.latents import Draw, LatentData, draw_indices, draw_readable, encode_latents, latents_size
 from ..errors import InputError
 from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
@@ -34,7 +34,7 @@ from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Classes, Plan, Pretrained, open_pretrained, plan_result
-from .prompts import Concepts, read_prompts
+from .prompts import Concepts, WithReplacements, read_prompts
 from .sampling import check_steps
 from .weights import select_trained, tie_embeddings, untie_embeddings
 
@@ -172,9 +172,9 @@ class ForgetJob:
         return True
 
     def _names(self) -> dict[int, str]:
-        """Class -> label text, or its number."""
+        """Class -> label text, or its number; the first class of each prompt -> the prompt."""
         if self.concepts is not None:
-            return dict(enumerate(self.concepts.prompts))
+            return self.concepts.distinct
         return {i: self.pretrained.id2label.get(i, str(i)) for i in range(self.pretrained.classes.count)}
 
     def _make_method(self) -> SFRon:
@@ -211,15 +211,16 @@ class ForgetJob:
         return ClassConditionalDiffusion(pretrained.scheduler, null_label=self._null_label, **settings)
 
     def _make_pictures(self) -> Pictures:
-        options, judge = self.options, None
+        options, judge, names = self.options, None, self._names()
         if options.classifier is not None:
-            judge = Judge(options.classifier, self._names(), options.device)
+            judge = Judge(options.classifier, names, options.device)
+        there = [index for index in names if index in self.data.counts]
         return Pictures(
             self.pretrained,
             self.task,
-            self._names(),
-            self.forget_classes,
-            spread([i for i in self.data.counts if i not in self.forget_classes]),
+            names,
+            [index for index in self.forget_classes if index in there],
+            spread([index for index in there if index not in self.forget_classes]),
             each=1 if judge is None else options.samples or JUDGED_SAMPLES,
             steps=options.num_inference_steps,
             guidance=self._guidance,
@@ -262,6 +263,7 @@ class ForgetJob:
             self.batch_size,
             self.options.seed,
             retain_batches=retain,
+            replace_classes=self.concepts.shown if self.concepts is not None else (),
             **arguments,
         )
 
@@ -308,7 +310,7 @@ class ForgetJob:
     def _disk(self) -> dict[str, int]:
         """Bytes that the run will write: what -> bytes."""
         sizes = {"denoiser": self._plan.denoiser_bytes, "other files": self._plan.copied_bytes}
-        if self.pretrained.vae is not None and self.data.kind == "pixel_values":
+        if self._encodes:
             sizes["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
         ema, checkpoints = self.ema_decay is not None, self._checkpoints_at_once()
         return sizes | sizes_on_disk(self.model, self.method, ema=ema, checkpoints=checkpoints)
@@ -328,7 +330,7 @@ class ForgetJob:
         kind = "pixel_values" if self.pretrained.vae is None else "latents"
         batch: dict[str, Any] = {kind: torch.zeros(self.batch_size, *self.pretrained.latent_shape)}
         if self.concepts is not None:
-            batch["prompts"] = [self.concepts.prompts[0]] * self.batch_size
+            batch["prompts"] = [self.concepts.replacement] * self.batch_size
         else:
             batch["labels"] = torch.zeros(self.batch_size, dtype=torch.int64)
         return batch
@@ -338,16 +340,11 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
+        if not self._encodes:  # before anything is written
+            self._verify()
         output = claim_output(options.output_dir, self.pretrained.folder, self._disk, resume=self._resume)
         own = writable_directory(output / OWN_FOLDER)
-        if self.data.kind == "pixel_values":
-            with timed(self.seconds, "decoding"):
-                self.draw = self._draw(
-                    draw_readable,
-                    strict=options.strict,
-                    progress=lambda done, total: self.progress("looking at images", done, total),
-                )
-        forget, retain = self._loaders(own)
+        forget, retain = self._loaders(self._encode(own / "latents") if self._encodes else self.data)
         self._take_pictures("before")
         unlearner = Unlearner(
             self.model,
@@ -395,25 +392,55 @@ class ForgetJob:
         with timed(self.seconds, f"sampling_{when}"):
             self.pictures.take(when, lambda done, total: self.progress(f"sampling {when}", done, total))
 
-    def _loaders(self, own: Path) -> Iterator[DataLoader]:
-        data: Dataset = self.data
-        draw = self.draw
-        indices = {"forget": draw.forget, "retain": draw.retain}
-        if self.data.kind == "pixel_values" and self.pretrained.vae is not None:
-            with timed(self.seconds, "encoding"):
-                latents = encode_latents(
-                    self.data,
-                    draw.indices,
-                    self.pretrained.vae,
-                    own / "latents",
-                    progress=lambda done, total: self.progress("encoding latents", done, total),
-                )
-            data, indices = latents, {name: latents.positions(chosen) for name, chosen in indices.items()}
-        for name, chosen in indices.items():
+    @property
+    def _encodes(self) -> bool:
+        """Whether images become latents before they are used."""
+        return self.pretrained.vae is not None and self.data.kind == "pixel_values"
+
+    def _verify(self) -> None:
+        """Reads every sample that will be used, and draws others for those that cannot be read."""
+
+        def read(indices: list[int]) -> None:
+            self.data.verify(
+                indices,
+                strict=self.options.strict,
+                progress=lambda done, total: self.progress("looking at the data", done, total),
+            )
+
+        with timed(self.seconds, "decoding"):
+            self.draw = self._draw(draw_readable, read=read)
+
+    def _encode(self, directory: Path) -> LatentData:
+        """The latents of every image that will be used, each decoded and encoded once; others for unreadable ones."""
+        latents: LatentData
+
+        def read(indices: list[int]) -> None:
+            nonlocal latents
+            latents = encode_latents(
+                self.data,
+                indices,
+                self.pretrained.vae,
+                directory,
+                skip_unreadable=not self.options.strict,
+                progress=lambda done, total: self.progress("encoding latents", done, total),
+            )
+
+        with timed(self.seconds, "encoding"):
+            self.draw = self._draw(draw_readable, read=read)
+        return latents
+
+    def _loaders(self, data: ImageData | LatentData) -> Iterator[DataLoader]:
+        for name in ("forget", "retain"):
+            batches: Tensor = getattr(self.draw, name)
             collate: Callable[..., Any] = default_collate
+            dataset: Dataset = data
             if self.concepts is not None:
                 collate = self.concepts.collate(name == "forget")
-            yield DataLoader(data, batch_sampler=_Fixed(chosen), collate_fn=collate)
+            if name == "forget" and self.draw.replace is not None:
+                dataset, batches = WithReplacements(data), torch.stack([batches, self.draw.replace], dim=-1)
+            if isinstance(data, LatentData):
+                batches = data.positions(batches)
+            yield DataLoader(dataset, batch_sampler=_Fixed(batches), collate_fn=collate)
 
     def _identity(self) -> dict[str, str]:
         """Of the forget set, for a mask's metadata."""
@@ -478,12 +505,14 @@ class ForgetJob:
     def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
         mask = result.mask
         return {
-            "forgotten": [self._names()[i] for i in self.forget_classes],
+            "forgotten": [self._names()[i] for i in self.pictures.forgotten],
             "verdict": verdict,
             "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
             "trained_weights": sum(p.numel() for p in trainable(self.model).values()),
             "mapping": [row._asdict() for row in self.data.mapping],
             "unreadable": list(self.data.unreadable.values()),
+            "ignored": self.data.ignored,
+            "enlarged": self.data.enlarged,
             "data_sha256": self.data.sha256,
             "data_sha256_covers": self.data.sha256_covers,
             "preprocessing": self.data.preprocessing,
@@ -511,5 +540,5 @@ class _Fixed:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
+    def __iter__(self) -> Iterator[Sequence[Any]]:
         return iter(self.batches.tolist())

@@ -49,11 +49,12 @@ class Judge:
                 f"{_first_line(error)}"
             ) from None
         self.model.to(device).eval()
-        self.columns = torch.tensor(_match(names, self.model.config))
+        self.columns = torch.full((max(names) + 1,), -1)
+        self.columns[list(names)] = torch.tensor(_match(names, self.model.config))
 
     @torch.no_grad()
     def probabilities(self, pictures: Tensor, batch_size: int = 32) -> Tensor:
-        """[N, classes of the classifier]; ``columns`` says which of them is each of the generator's.
+        """[N, classes of the classifier]; ``columns`` says which of them is each of the generator's (-1: none).
 
         Args:
             pictures: [N, C, H, W] in [-1, 1].
@@ -82,11 +83,11 @@ def _match(names: Mapping[int, str], config: Any) -> list[int]:
     if twice is not None:
         raise InputError(f"--classifier: more than one class is called {twice!r}: give them different texts")
     if all(_plain(text) in theirs for text in names.values()):
-        return [theirs[_plain(names[i])] for i in range(len(names))]
+        return [theirs[text] for text in texts]
     unnamed = all(_plain(text) == f"label_{index}" for index, text in config.id2label.items())
     numbered = all(str(text) == str(index) for index, text in names.items())
-    if (unnamed or numbered) and config.num_labels == len(names):
-        return list(range(len(names)))
+    if (unnamed or numbered) and config.num_labels == len(names) == max(names) + 1:
+        return list(names)
     missing = next(text for text in names.values() if _plain(text) not in theirs)
     raise InputError(
         f"--classifier: none of its {config.num_labels} classes is called {missing!r} as the model's is: set id2label "

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..data.images import ImageData
 from ..errors import InputError
 
-__all__ = ["Concepts", "read_prompts"]
+__all__ = ["Concepts", "WithReplacements", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,20 @@ class Concepts:
         prompts: one for each class.
         forget: the classes whose prompt is the forgotten one.
         replacement: the prompt that shall be shown in its place.
+        shown: the classes whose prompt that is. Their images stand for forgotten ones where the replacement is
+            predicted, as released; without any, the forgotten images themselves do.
     """
 
-    prompts: list[str]
+    prompts: dict[int, str]
     forget: list[int]
     replacement: str
+    shown: list[int]
+
+    @property
+    def distinct(self) -> dict[int, str]:
+        """The first class of each prompt, and the prompt."""
+        first = {prompt: index for index, prompt in reversed(self.prompts.items())}
+        return {index: prompt for index, prompt in self.prompts.items() if first[prompt] == index}
 
     def collate(self, forget: bool) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Batches with prompts in place of labels; those of the forget set name their replacement."""
@@ -43,14 +52,26 @@ class Concepts:
         return function
 
 
+class WithReplacements(Dataset):
+    """Forgotten samples, each with another one's tensors beside its own under ``replace_`` names; indexed by pairs."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __getitem__(self, pair: Sequence[int]) -> dict[str, Any]:
+        own, other = (self.data[index] for index in pair)
+        return {**own, **{f"replace_{name}": value for name, value in other.items() if name != "labels"}}
+
+
 def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, replace_prompt: str) -> Concepts:
-    """The prompt of a folder is what ``class_map`` (JSON, folder -> prompt) says, or else its name.
+    """The prompt of a folder is what ``class_map`` (JSON, folder -> prompt) says, or else its name; that of an array's
+    label is what ``class_map`` says (label -> prompt).
 
     Raises:
-        InputError: no images belong to the forgotten prompt, or to any other.
+        InputError: no images belong to the forgotten prompt, or to any other; a label has no prompt.
     """
-    if not data.folders:
-        raise InputError("prompts belong to folders: give the data as one folder for each prompt")
+    names = data.folders or {str(label): label for label in data.counts}
+    what, example = ("folder", "cats") if data.folders else ("label", "0")
     given: dict[str, str] = {}
     if class_map is not None:
         try:
@@ -58,19 +79,29 @@ def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, re
         except (OSError, ValueError):
             given = []
         if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
-            raise InputError(f'--class-map: {class_map} is no JSON of folders and prompts, as in {{"cats": "a cat"}}')
+            raise InputError(
+                f'--class-map: {class_map} is no JSON of {what}s and prompts, as in {{"{example}": "a cat"}}'
+            )
         for name in given:
-            if name not in data.folders:
-                raise InputError(f"--class-map: there is no folder {name!r} in the data")
-    prompts = [""] * (max(data.folders.values()) + 1)
-    for name, index in data.folders.items():
-        prompts[index] = given.get(name, name)
-    forget = [index for index, prompt in enumerate(prompts) if prompt == forget_prompt]
+            if name not in names:
+                raise InputError(f"--class-map: there is no {what} {name!r} in the data")
+    if not data.folders:
+        for name in names:
+            if name not in given:
+                raise InputError(
+                    f"the data have the label {name} and no prompt for it: give a --class-map of labels and prompts, "
+                    f'as in {{"{name}": "a cat"}}'
+                )
+    prompts = {index: given.get(name, name) for name, index in sorted(names.items(), key=lambda item: item[1])}
+    forget, shown = (
+        [index for index, prompt in prompts.items() if prompt == wanted] for wanted in (forget_prompt, replace_prompt)
+    )
     if not forget:
+        there = ", ".join(map(repr, list(dict.fromkeys(prompts.values()))[:5]))
         raise InputError(
-            f"--forget-prompt: no folder belongs to {forget_prompt!r} (there are {', '.join(map(repr, prompts[:5]))}): "
-            "name a folder so, or give a --class-map of folders and prompts"
+            f"--forget-prompt: no {what} belongs to {forget_prompt!r} (there are {there}): name a "
+            f"folder so, or give a --class-map of {what}s and prompts"
         )
-    if len(forget) == len(prompts):
-        raise InputError("every image belongs to the forgotten prompt: add folders of what shall be retained")
-    return Concepts(prompts, forget, replace_prompt)
+    if len(forget) == len(names):
+        raise InputError("every image belongs to the forgotten prompt: add images of what shall be retained")
+    return Concepts(prompts, forget, replace_prompt, shown)
