@@ -27,6 +27,7 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.data import images as images_module
 from unlearn_ext.data import load_digits
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion.job import ForgetJob
@@ -461,14 +462,18 @@ def test_what_a_killed_run_was_writing_goes_only_when_a_run_takes_the_folder(hom
     assert not left.exists()
 
 
-def test_a_checkpoint_of_another_forget_set_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_of_another_forget_set_is_not_resumed(home, tmp_path, capsys, monkeypatch) -> None:
     steps = ("--max-train-steps", "2", "--checkpointing-steps", "1")
     assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *steps) == 0
     for path in (tmp_path / "out").iterdir():
         if path.name != "unlearning":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     capsys.readouterr()
-    assert run(home, "ddpm", tmp_path / "out", "--forget-class", "4", *steps, "--resume-from-checkpoint", "latest") == 1
+    for more in ([], ["--dry-run"]):
+        with monkeypatch.context() as patch:  # known before a picture is decoded
+            patch.setattr(images_module._Folders, "_decode", lambda self, index: pytest.fail("an image was decoded"))
+            again = ["--forget-class", "4", *steps, "--resume-from-checkpoint", "latest", *more]
+            assert run(home, "ddpm", tmp_path / "out", *again) == 1
     assert "forget_classes='3'" in capsys.readouterr().err
 
 

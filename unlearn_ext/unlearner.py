@@ -183,9 +183,7 @@ class Unlearner:
         directory = None if output_dir is None else writable_directory(output_dir)
         checkpoint = None
         if resume_from_checkpoint is not None:
-            checkpoint = _checkpoint.read(_checkpoint.find(directory, resume_from_checkpoint))
-            names = [name for name, _ in self._named]
-            _checkpoint.check(checkpoint, self.model, names, self.settings(), self.method.mask)
+            checkpoint = self.read_checkpoint(_checkpoint.find(directory, resume_from_checkpoint))
         elif directory is not None and any(directory.glob("checkpoint-*")):
             raise InputError(
                 f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
@@ -205,6 +203,17 @@ class Unlearner:
         loop.start(checkpoint)
         loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         return result
+
+    def read_checkpoint(self, path: Path) -> _checkpoint.Checkpoint:
+        """Reads the whole of it; nothing is changed.
+
+        Raises:
+            InputError: it is damaged, or of a run with other settings, weights or mask.
+        """
+        found = _checkpoint.read(path)
+        names = [name for name, _ in self._named]
+        _checkpoint.check(found, self.model, names, self.settings(), self.method.mask)
+        return found
 
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""

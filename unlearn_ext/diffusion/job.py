@@ -106,13 +106,15 @@ class ForgetJob:
         self.pictures = self._make_pictures()
         self.draw: Draw = self._draw(draw_indices)
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
-        if options.resume_from_checkpoint is not None:
-            try:
-                _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
-            except InputError as error:
-                raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
         if self.method.mask is not None:
             self._check_mask(self.method.mask)
+        self.unlearner = self._make_unlearner()
+        if options.resume_from_checkpoint is not None:
+            try:
+                found = _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+            except InputError as error:
+                raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
+            self.unlearner.read_checkpoint(found)
 
     # --- Opening --------------------------------------------------------------------------------------------
 
@@ -209,6 +211,26 @@ class ForgetJob:
         if not pretrained.classes.has_null:  # said to be so with --no-null-class
             settings.update(label_dropout=0.0, guidance=None)
         return ClassConditionalDiffusion(pretrained.scheduler, null_label=self._null_label, **settings)
+
+    def _make_unlearner(self) -> Unlearner:
+        options = self.options
+        identity = {
+            **self._identity(),
+            "starting_weights": weights_hash(self.model.named_parameters()),
+            "seed": str(options.seed),
+            "batch_size": str(self.batch_size),
+            "task": json.dumps(self.task_settings),
+        }
+        return Unlearner(
+            self.model,
+            self.task,
+            self.method,
+            device=options.device,
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            ema_decay=self.ema_decay,
+            identity=identity,
+        )
 
     def _make_pictures(self) -> Pictures:
         options, judge, names = self.options, None, self._names()
@@ -346,23 +368,7 @@ class ForgetJob:
         own = writable_directory(output / OWN_FOLDER)
         forget, retain = self._loaders(self._encode(own / "latents") if self._encodes else self.data)
         self._take_pictures("before")
-        unlearner = Unlearner(
-            self.model,
-            self.task,
-            self.method,
-            device=options.device,
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            ema_decay=self.ema_decay,
-            identity=self._identity()
-            | {
-                "starting_weights": weights_hash(self.model.named_parameters()),
-                "seed": str(options.seed),
-                "batch_size": str(self.batch_size),
-                "task": json.dumps(self.task_settings),
-            },
-        )
-        result = unlearner.run(
+        result = self.unlearner.run(
             forget,
             retain,
             output_dir=own,
