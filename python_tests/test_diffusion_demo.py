@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("mlxtend")
 
 from unlearn_ext import InputError
 from unlearn_ext.cli import main
-from unlearn_ext.demo.diffusion import judging
+from unlearn_ext.demo.diffusion import judging, pretraining
 from unlearn_ext.demo.diffusion import run as demo_run
 from unlearn_ext.demo.diffusion.run import DiffusionDemo, DiffusionOptions
 from unlearn_ext.demo.diffusion.settings import method_for
@@ -54,6 +55,22 @@ def test_a_demo_says_and_writes_what_became_of_every_digit(task: str, tmp_path: 
     assert "[bold]x" in text.replace("\n", "")
     assert "forgets the digit 7" in text and max(map(len, text.splitlines())) <= 80
     assert {"before-after.png", "mask.safetensors", "scheduler"} <= {path.name for path in out.iterdir()}
+
+
+def test_a_demo_compares_with_a_network_that_never_saw_the_digit(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("UNLEARN_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretraining, "held_out_loss", lambda *_: 0.0)  # takes most of the time
+    monkeypatch.setitem(pretraining.RECIPES, "dit", pretraining.Recipe(steps=1, batch_size=4, warmup=1))
+    arguments = ["--samples", "8", "--forget-class", "7", "--output-dir", str(tmp_path / "out"), "--retrain"]
+    assert main(["demo", "dit", *arguments]) == 0
+    report = json.loads((tmp_path / "out" / "result.json").read_text())
+    for found in (report["frechet"], report["diversity"], report["retained"], report["digits"]["3"]):
+        assert {"before", "after", "retrained"} <= set(found)
+    assert report["seconds"]["retraining"] > 0
+    assert report["retained"]["retrained"] < 0.5  # after one step, it can draw nothing: it is not the network before
+    assert "A network that never saw the 7:" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "before-after.png") as grid:
+        assert grid.height > 3 * 48  # three rows
 
 
 def test_before_and_after_start_from_the_same_noise_and_the_starting_weights_stay(monkeypatch) -> None:

@@ -137,7 +137,7 @@ def test_a_few_steps_lower_the_held_out_loss(name):
     assert seen == [(step, 12) for step in range(1, 13)]
     metadata = trained.metadata
     assert metadata["seed"] == 3 and metadata["steps"] == 12 and metadata["without"] is None
-    assert metadata["recipe"]["batch_size"] == 16 and metadata["recipe"]["mixed_precision"] == "bf16"
+    assert metadata["recipe"]["batch_size"] == 16
     assert metadata["data_sha256"] == load_digits().sha256 and metadata["train_size"] == 4000
     assert metadata["held_out_loss"] == pytest.approx(pretraining.held_out_loss(trained.network, 100))
     if name == "dit":  # tied while trained
@@ -145,6 +145,18 @@ def test_a_few_steps_lower_the_held_out_loss(name):
         for other in others:
             assert other is not first
             assert all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("capability", "used"), [("AVX512", "bf16"), ("AVX2", "no"), ("DEFAULT", "no")])
+def test_half_precision_is_for_processors_that_are_fast_in_it(capability: str, used: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    asked = []
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kw: asked.append(kw["enabled"]) or autocast(*args, **kw))
+    trained = pretraining.pretrain("dit", steps=1, batch_size=2, warmup=1, held_out=4)
+    assert trained.metadata["recipe"]["mixed_precision"] == used and asked == [used == "bf16"]
+    forced = pretraining.pretrain("dit", steps=1, batch_size=2, warmup=1, held_out=4, mixed_precision="no")
+    assert forced.metadata["recipe"]["mixed_precision"] == "no"
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_one_others():
@@ -269,6 +281,10 @@ def test_what_is_not_shipped_is_trained_once_and_cached(tmp_path, monkeypatch):
     monkeypatch.setitem(pretraining.RECIPES, "ddpm", pretraining.Recipe(steps=1, batch_size=4, warmup=1))
     assert weights.load("ddpm", seed=7).metadata["steps"] == 1  # another recipe is another file
     assert weights.load("ddpm", seed=7, retrain=True, progress=lambda *at: seen.append(at)) and len(seen) == 3
+    without = weights.load("ddpm", without=4, progress=lambda *at: seen.append(at))  # of seed 0, and none ships
+    assert without.metadata["without"] == 4 and seen[3:] == [("training the ddpm network without the digit 4", 1, 1)]
+    assert weights.load("ddpm", without=4, progress=lambda *at: seen.append(at)) and len(seen) == 4
+    assert weights.load("ddpm", progress=lambda *at: seen.append(at)).metadata["without"] is None and len(seen) == 4
 
 
 # --- What ships --------------------------------------------------------------------------------------------------

@@ -45,7 +45,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of split, training and unlearning.")] = 0,
     samples: Annotated[int, typer.Option(help="Pictures of each digit, before and after (diffusion).")] = 50,
     pretrain: Annotated[
-        bool, typer.Option("--pretrain", help="Train the starting weights anew, into the cache (diffusion).")
+        bool, typer.Option("--pretrain", help="Train the starting weights and the classifier anew (diffusion).")
+    ] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Compare with a network trained without the digit (diffusion).")
     ] = False,
     output_dir: Annotated[Path, typer.Option(help="Gets weights, mask, pictures and result.json.")] = Path(
         "unlearn-ext-demo"
@@ -78,6 +81,7 @@ def demo(
             forget_class=forget_class,
             samples=samples,
             seed=seed,
+            retrain=retrain,
             device=checked_device(device),
             mixed_precision=mixed_precision.value,
         )
@@ -115,7 +119,7 @@ def demo(
 
 
 _OF_THE_CLASSIFIER = ("scenario", "forget_fraction", "train_size", "update", "allow_duplicates")
-_OF_DIFFUSION = ("samples", "pretrain")
+_OF_DIFFUSION = ("samples", "pretrain", "retrain")
 
 
 def _check_options(context: typer.Context, task: TaskName) -> None:

@@ -28,10 +28,11 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
     backend = load_backend(console)
     console.print(f"backend: {backend}", style="dim")
     with stages(console) as progress:
-        pretrained = None
+        trained = {}
         if pretrain:
-            pretrained = weights.load(options.task, seed=options.seed, retrain=True, progress=progress)
-        demo = DiffusionDemo(options, progress, pretrained=pretrained)
+            trained["pretrained"] = weights.load(options.task, seed=options.seed, retrain=True, progress=progress)
+            trained["judge"] = weights.load("judge", seed=options.seed, retrain=True, progress=progress)
+        demo = DiffusionDemo(options, progress, **trained)
         demo.run()
     with console.status("judging the pictures"):
         found = demo.report()
@@ -86,5 +87,11 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         f"Mean distance between two samples of the forgotten label: {diversity['before']:.1f} before, "
         f"{diversity['after']:.1f} after."
     )
+    if "retrained" in diversity:
+        console.print(
+            f"A network that never saw the {forgotten}: {100 * report['forgotten']['retrained']:.1f} % and "
+            f"{100 * others['retrained']:.1f} %, Fréchet distance {report['frechet']['retrained']:.2f}, mean distance "
+            f"{diversity['retrained']:.1f}."
+        )
     console.print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()))
     console.print(f"pictures, denoiser, mask and result.json: {output_dir}", style="dim")

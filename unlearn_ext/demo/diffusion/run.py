@@ -24,7 +24,7 @@ from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ...unlearner import Result, Unlearner
 from ..batches import ShuffledBatches
 from .judging import GUIDANCE, STEPS, judge_samples, sample
-from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, noise_scheduler
+from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, noise_scheduler
 from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
 from .settings import BATCH_SIZE, method_for
 from .weights import load, load_samples
@@ -42,6 +42,7 @@ class DiffusionOptions:
     forget_class: int = 3
     samples: int = 50
     seed: int = 0
+    retrain: bool = False
     device: str = "cpu"
     mixed_precision: str = "no"
 
@@ -101,6 +102,7 @@ class DiffusionDemo:
 
     Args:
         pretrained: a network to start from, instead of the one that comes with the package.
+        judge: the classifier, likewise.
         method: settings other than the demo's own.
     """
 
@@ -110,15 +112,16 @@ class DiffusionDemo:
         progress: Progress | None = None,
         *,
         pretrained: Trained | None = None,
+        judge: Trained | None = None,
         method: SFRon | None = None,
     ):
         self.options = options
         self.progress = progress or (lambda stage, done, total: None)
         self.digits: Digits = load_digits()
         self.seconds: dict[str, float] = {}
-        self.samples: dict[str, Tensor] = {}  # before, after: [10 · samples, 1, 16, 16], digit by digit
+        self.samples: dict[str, Tensor] = {}  # before, after, retrained: [10 · samples, 1, 16, 16], digit by digit
         self.with_old_row: Tensor | None = None  # samples of the forgotten label
-        self.pretrained, self.judge = pretrained, None
+        self.pretrained, self.judge = pretrained, judge
         self.result: Result | None = None
         self.method = method or method_for(options.task)
         self.labels = torch.arange(CLASSES).repeat_interleave(options.samples)
@@ -146,6 +149,8 @@ class DiffusionDemo:
         self._sample("after", noise)
         if options.task != "text":
             self._sample_with_the_old_row(noise)
+        if options.retrain:
+            self._retrain(noise)
         return self
 
     def adopt(self, other: DiffusionDemo) -> None:
@@ -156,10 +161,18 @@ class DiffusionDemo:
 
     # --- Stages ---------------------------------------------------------------------------------------------
 
-    def _sample(self, when: str, noise: Tensor) -> None:
+    def _retrain(self, noise: Tensor) -> None:
+        """What forgetting is measured against: a network that never saw the digit, by the training's own recipe."""
+        with timed(self.seconds, "retraining"):
+            retrained = load(self.options.task, without=self.options.forget_class, progress=self.progress)
+        for module in retrained.network.modules.values():
+            module.to(self.options.device)
+        self._sample("retrained", noise, retrained.network)
+
+    def _sample(self, when: str, noise: Tensor, network: Denoiser | None = None) -> None:
         with timed(self.seconds, f"sampling_{when}"):
             self.samples[when] = sample(
-                self.network,
+                network or self.network,
                 self.labels,
                 noise,
                 mixed_precision=self.options.mixed_precision,
@@ -239,12 +252,11 @@ class DiffusionDemo:
 
     def measures(self) -> dict[str, Any]:
         """Scores of every digit, Fréchet distance of the retained ones, and how much the forgotten label's samples
-        differ among themselves; before and after."""
+        differ among themselves; before and after, and of a retrained network if there is one."""
         forgotten = self.options.forget_class
         judge, asked = self.judge.network, self.labels[self.labels == forgotten]
         judged = {
-            when: judge_samples(judge, self.samples[when], self.labels, without=forgotten)
-            for when in ("before", "after")
+            when: judge_samples(judge, self.samples[when], self.labels, without=forgotten) for when in self.samples
         }
         found: dict[str, Any] = {
             "digits": {str(d): {when: report["digits"][d] for when, report in judged.items()} for d in range(CLASSES)},
@@ -308,9 +320,11 @@ class DiffusionDemo:
         pictures of a network that was trained without it."""
         chosen = torch.cat([d * self.options.samples + torch.arange(columns) for d in range(CLASSES)])
         rows = {when: self.samples[when][chosen] for when in ("before", "after")}
-        retrained = load_samples(self.options.task, self.options.forget_class)
-        if retrained is not None:
-            images, labels, _ = retrained
+        shipped = load_samples(self.options.task, self.options.forget_class)
+        if "retrained" in self.samples:
+            rows["retrained"] = self.samples["retrained"][chosen]
+        elif shipped is not None:
+            images, labels, _ = shipped
             rows["retrained"] = torch.cat([images[labels == d][:columns] for d in range(CLASSES)])
         write_grid(path, rows, [str(d) for d in range(CLASSES) for _ in range(columns)])
 

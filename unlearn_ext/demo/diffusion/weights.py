@@ -30,6 +30,7 @@ def load(
     name: str,
     *,
     seed: int = 0,
+    without: int | None = None,
     retrain: bool = False,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Trained:
@@ -38,24 +39,27 @@ def load(
     Args:
         name: ``"ddpm"``, ``"dit"``, ``"text"``, or ``"judge"``.
         seed: of the training; only that of seed 0 ships.
+        without: a digit that the network never saw; none such ships.
         retrain: train it now whatever is there; what the package ships is not touched.
         progress: called with the stage, the steps done and the steps in all, if it is trained.
     """
     if name not in NETWORKS:
         raise InputError(f"expected one of {', '.join(NETWORKS)}, got {name!r}")
-    cached = _cached(name, seed)
+    cached = _cached(name, seed, without)
     if not retrain:
-        for path in (SHIPPED / f"{name}.safetensors" if seed == 0 else None, cached):
+        for path in (SHIPPED / f"{name}.safetensors" if seed == 0 and without is None else None, cached):
             if path is not None and path.is_file():
                 return load_file(path)
 
     def report(done: int, total: int) -> None:
         if progress is not None:
-            progress(f"training the {name} network", done, total)
+            what = "" if without is None else f" without the digit {without}"
+            progress(f"training the {name} network{what}", done, total)
 
-    trained = (
-        pretrain_judge(seed=seed, progress=report) if name == "judge" else pretrain(name, seed=seed, progress=report)
-    )
+    if name == "judge":
+        trained = pretrain_judge(seed=seed, progress=report)
+    else:
+        trained = pretrain(name, seed=seed, without=without, progress=report)
     if cached is not None:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ def load_samples(name: str, without: int) -> tuple[Tensor, Tensor, dict[str, Any
     return images.float().div_(127.5).sub_(1), labels.long(), metadata
 
 
-def _cached(name: str, seed: int) -> Path | None:
+def _cached(name: str, seed: int, without: int | None = None) -> Path | None:
     """Where a training by the present recipe belongs; ``None`` without a cache directory."""
     from hashlib import sha256
 
@@ -142,7 +146,8 @@ def _cached(name: str, seed: int) -> Path | None:
     if cache is None:
         return None
     recipe = "" if name == "judge" else json.dumps(asdict(RECIPES[name]), sort_keys=True)
-    return cache / "demo" / f"{name}-seed{seed}-{sha256(recipe.encode()).hexdigest()[:8]}.safetensors"
+    left_out = "" if without is None else f"-without-{without}"
+    return cache / "demo" / f"{name}{left_out}-seed{seed}-{sha256(recipe.encode()).hexdigest()[:8]}.safetensors"
 
 
 def _parts(network: Denoiser | Judge) -> dict[str, nn.Module]:
