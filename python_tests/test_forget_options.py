@@ -28,6 +28,7 @@ from pipelines import (
     save_text_pipeline,
 )
 
+from unlearn_ext._loop import Loop
 from unlearn_ext.diffusion.pictures import Pictures
 from unlearn_ext.diffusion.sampling import draw_noise
 
@@ -118,7 +119,7 @@ def test_embedder_copies_are_trained_as_one_or_as_copies(home: Path, forgotten: 
     for name, old in embedders(before)[0].items():
         assert torch.equal(first[name], second[name]) == tied
         for new in (first[name], second[name]):
-            # As far as Adam goes with a gradient, at lr 1e-4; weight decay alone would go a thousandth of it.
+            # As far as Adam goes with a gradient: four steps at lr 1e-4.
             assert 0.5e-4 < float((new - old).abs().max()) < 5e-4
     copies = sum(value.numel() for value in second.values())
     assert result(out)["trained_weights"] == sum(value.numel() for value in after.values()) - copies * tied
@@ -474,8 +475,11 @@ def test_a_killed_run_of_a_text_model_is_resumed_to_the_same_weights(
     whole = forgotten("text", *steps)
     run_killed_at(when, monkeypatch, home, "text", tmp_path / "cut", *PROMPTS, *steps, data="named")
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {"unlearning"}
+    done, iterate = [], Loop._iterate
+    monkeypatch.setattr(Loop, "_iterate", lambda self, t: done.append(t) or iterate(self, t))
     resumed = (*PROMPTS, *steps, "--resume-from-checkpoint", "latest")
     assert run(home, "text", tmp_path / "cut", *resumed, data="named") == 0
+    assert done == [*range(when, 3)]  # and none anew
     assert hashes(tmp_path / "cut") == hashes(whole)
     assert hashes(whole) != hashes(forgotten("text"))  # of two iterations
 
@@ -492,6 +496,10 @@ def without_head(folder: Path) -> None:
 
 def without_preprocessor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
+
+
+def with_a_damaged_preprocessor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text("{")
 
 
 def as_a_pickle(folder: Path) -> None:
@@ -516,6 +524,7 @@ def damaged(folder: Path) -> None:
     [
         (without_head, "lack classifier.bias"),
         (without_preprocessor, "says nothing of how pictures are prepared (preprocessor_config.json)"),
+        (with_a_damaged_preprocessor, "says nothing of how pictures are prepared (preprocessor_config.json): "),
         (as_a_pickle, "holds weights as a pickle: save them as safetensors"),
         (without_weights, "is no transformers image-classification folder"),
         (of_another_kind, "is no transformers image-classification folder"),
@@ -527,32 +536,27 @@ def test_a_classifier_that_cannot_judge_is_refused(home: Path, tmp_path: Path, c
     spoil(tmp_path / "judge")
     options = ("--forget-class", "3", "--classifier", str(tmp_path / "judge"))
     error = refusal(capsys, home, "dit", tmp_path / "out", *options)
-    assert "--classifier: " in error and words in error
+    assert "--classifier: " in error and words in error and "huggingface.co" not in error
 
 
 # --- Ways to run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model", "most"), [("ddpm", 0.3), ("dit", 0.2)])
+@pytest.mark.parametrize(("model", "most"), [("ddpm", 0.3), ("dit", 0.15), ("text", 0.5)])
 def test_bf16_goes_about_the_same_way(home: Path, forgotten: Forgotten, model: str, most: float) -> None:
-    """Measured: 0.18 of the way for the UNet, 0.08 for the DiT; another seed goes 0.8 of it or more."""
-    before = denoiser(home / model, model)
-    plain, half = (
-        update(before, denoiser(forgotten(model, *more), model)) for more in ((), ("--mixed-precision", "bf16"))
-    )
-    assert 1e-3 < distance(plain, half) < most
-    assert all(
-        value.dtype == torch.float32
-        for value in denoiser(forgotten(model, "--mixed-precision", "bf16"), model).values()
-    )
-    assert result(forgotten(model, "--mixed-precision", "bf16"))["options"]["mixed_precision"] == "bf16"
+    """Measured: 0.18, 0.08 and 0.35 of the way apart, where another seed's way is 1.2 to 1.4 of it apart."""
+    half = forgotten(model, "--mixed-precision", "bf16")
+    before, after = denoiser(home / model, model), denoiser(half, model)
+    assert 1e-3 < distance(update(before, denoiser(forgotten(model), model)), update(before, after)) < most
+    assert all(value.dtype == torch.float32 for value in after.values())
+    assert result(half)["options"]["mixed_precision"] == "bf16"
 
 
 @pytest.mark.parametrize("model", ["ddpm", "dit", "text"])
 @pytest.mark.parametrize("option", ["--gradient-checkpointing", "--channels-last"])
 def test_ways_to_run_that_change_no_result(home: Path, forgotten: Forgotten, model: str, option: str) -> None:
-    """Measured: no difference with gradient checkpointing, at most 8e-4 of the way in channels_last: Adam divides by
-    the gradient's size, so what rounding does to a small gradient counts as much as a large one."""
+    """Measured: no difference with gradient checkpointing, and 1e-4 (text), 3e-4 (ddpm) and 8e-4 (dit) of the way in
+    channels_last: Adam divides by the gradient's size, so rounding counts most where a gradient is next to nothing."""
     before, found = denoiser(home / model, model), denoiser(forgotten(model, option), model)
     plain = update(before, denoiser(forgotten(model), model))
     assert distance(plain, update(before, found)) < (1e-6 if option == "--gradient-checkpointing" else 5e-3)
