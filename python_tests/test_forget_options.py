@@ -57,9 +57,10 @@ def forgotten(home: Path, tmp_path_factory) -> Forgotten:
 
     def make(model: str, *arguments: str) -> Path:
         if (key := (model, *arguments)) not in made:
-            made[key] = tmp_path_factory.mktemp("run") / "out"
+            out = tmp_path_factory.mktemp("run") / "out"
             what = PROMPTS if model == "text" else ("--forget-class", "3")
-            assert run(home, model, made[key], *what, *arguments, data=DATA[model]) == 0
+            assert run(home, model, out, *what, *arguments, data=DATA[model]) == 0
+            made[key] = out
         return made[key]
 
     return make
@@ -560,7 +561,6 @@ def test_ways_to_run_that_change_no_result(home: Path, forgotten: Forgotten, mod
     before, found = denoiser(home / model, model), denoiser(forgotten(model, option), model)
     plain = update(before, denoiser(forgotten(model), model))
     assert distance(plain, update(before, found)) < (1e-6 if option == "--gradient-checkpointing" else 5e-3)
-    assert all(value.is_contiguous() for value in found.values())
 
 
 @pytest.mark.parametrize("model", ["ddpm", "dit"])
