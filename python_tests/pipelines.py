@@ -183,6 +183,22 @@ def save_text_pipeline(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def save_classifier(folder: Path, names: Sequence[str] = NAMES, *, seed: int = 0):
+    """A transformers image classifier of 16×16 pictures with its image processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(seed)
+    texts = dict(enumerate(names))
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+        num_channels=3, id2label=texts, label2id={name: i for i, name in texts.items()},
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return model
+
+
 def save_digit_folders(
     folder: Path, per_class: int = 6, *, digits: Sequence[int] = range(10), names: Sequence[str] | None = None
 ) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
 import shutil
@@ -17,8 +16,10 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from forgetting import SHORT, SMALL, Killed, hashes, job_of, result, run, run_killed_at
 from pipelines import (
     NAMES,
+    save_classifier,
     save_ddpm_pipeline,
     save_digit_folders,
     save_dit_pipeline,
@@ -30,13 +31,8 @@ from unlearn_ext.cli import main
 from unlearn_ext.data import images as images_module
 from unlearn_ext.data import load_digits
 from unlearn_ext.diffusion import job as job_module
-from unlearn_ext.diffusion.job import ForgetJob
-from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.errors import InputError
 from unlearn_ext.saliency import SaliencyMask
-
-SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
-SMALL = [*SHORT, "--fisher-batches", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +45,6 @@ def home(tmp_path_factory) -> Path:
     save_text_pipeline(home / "text")
     save_model_and_scheduler(home / "bare")
     return home
-
-
-def run(home: Path, model: str, output: Path, *arguments: str, data: str = "digits") -> int:
-    own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / data)]
-    return main(["forget", *own, "--output-dir", str(output), *SMALL, *arguments])
-
-
-def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
-    small = {"max_train_steps": 2, "train_batch_size": 4, "fisher_batches": 1, "num_inference_steps": 2}
-    paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
-    return ForgetJob(ForgetOptions(**{"forget_class": "3", **paths, **small, **options}))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Of every file outside ``unlearning``."""
-    files = [path for path in folder.rglob("*") if path.is_file() and "unlearning" not in path.parts]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def result(output: Path) -> dict:
-    return json.loads((output / "unlearning" / "result.json").read_text())
 
 
 # --- Pipelines in, pipelines out ----------------------------------------------------------------------------------
@@ -359,27 +334,11 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     steps = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "2")
     steps += ("--save-weights", "ema", "--ema-decay", "0.5")
     assert run(home, "dit", tmp_path / "whole", *steps) == 0
-    from unlearn_ext import _loop
-
-    iterate = _loop.Loop._iterate
-
-    def die(self, t):
-        if t == 3:
-            raise Killed
-        return iterate(self, t)
-
-    monkeypatch.setattr(_loop.Loop, "_iterate", die)
-    with pytest.raises(Killed):
-        run(home, "dit", tmp_path / "cut", *steps)
-    monkeypatch.undo()
+    run_killed_at(3, monkeypatch, home, "dit", tmp_path / "cut", *steps)
     assert not (tmp_path / "cut" / "model_index.json").exists()
     assert run(home, "dit", tmp_path / "cut", *steps, "--resume-from-checkpoint", "latest") == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
-
-
-class Killed(BaseException):
-    pass
 
 
 def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = False) -> list[str]:
@@ -513,16 +472,7 @@ def test_ways_to_run(home: Path, tmp_path: Path, options: tuple[str, ...]) -> No
 
 
 def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    torch.manual_seed(0)
-    names = dict(enumerate(reversed(NAMES)))  # in another order than the model's
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
-        num_channels=3, id2label=names, label2id={name: i for i, name in names.items()},
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(tmp_path / "judge")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "judge")
+    save_classifier(tmp_path / "judge", tuple(reversed(NAMES)))  # in another order than the model's
     options = ("--forget-class", "3", "--classifier", str(tmp_path / "judge"), "--samples", "2")
     assert run(home, "dit", tmp_path / "out", *options) == 0
     verdict = result(tmp_path / "out")["verdict"]
@@ -536,22 +486,14 @@ def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
 
 def test_a_picture_may_be_taken_for_what_the_generator_does_not_know(tmp_path: Path) -> None:
     """Or two prompts judged by a thousand classes would get half of any noise right."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
     from unlearn_ext.diffusion.judge import Judge
     from unlearn_ext.evaluation.generated import class_scores
 
-    names = {0: "a cat", 1: "noise", 2: "a dog"}
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
-        num_channels=3, id2label=names, label2id={name: i for i, name in names.items()},
-    )  # fmt: skip
-    model = ViTForImageClassification(config)
+    model = save_classifier(tmp_path, ("a cat", "noise", "a dog"))
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([0.0, 5.0, 1.0]))
     model.save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
     judge = Judge(tmp_path, {0: "A dog", 1: "a cat"})
     assert judge.columns.tolist() == [2, 0]
     probabilities = judge.probabilities(torch.zeros(4, 3, 16, 16))

@@ -282,6 +282,11 @@ class Unlearner:
             eps=method.fisher_eps,
         )
         result.timings["mask"] = time.perf_counter() - started
+        if not mask.kept:
+            what = (
+                f"gamma={method.gamma:g}" if method.mask_fraction is None else f"mask_fraction={method.mask_fraction:g}"
+            )
+            raise InputError(f"no weight may be moved to forget with {what}, so nothing would be forgotten: let more")
         mask.metadata.update(
             weights_hash=weights_hash(self._named),
             seed=str(torch.initial_seed()),

@@ -53,7 +53,7 @@ class ForgetJob:
         forget_classes: indices into the data's classes.
         method, task, domain: the preset's, with what the options change.
         fisher_batches: of the forget and of the retain set, that are measured for the mask.
-        trained: names of the weights that may move.
+        trained, trained_count: names of the weights that may move, and how many they are.
         draw: indices of the images that will be used.
     """
 
@@ -94,6 +94,7 @@ class ForgetJob:
         self.trained = select_trained(
             self.model, options.trained_weights or self.domain["run"].get("trained_weights", "all")
         )
+        self.trained_count = sum(p.numel() for p in trainable(self.model).values())  # tied copies once
         if options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if options.channels_last:
@@ -514,7 +515,7 @@ class ForgetJob:
             "forgotten": [self._names()[i] for i in self.pictures.forgotten],
             "verdict": verdict,
             "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
-            "trained_weights": sum(p.numel() for p in trainable(self.model).values()),
+            "trained_weights": self.trained_count,
             "mapping": [row._asdict() for row in self.data.mapping],
             "unreadable": list(self.data.unreadable.values()),
             "ignored": self.data.ignored,

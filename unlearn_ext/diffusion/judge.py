@@ -44,9 +44,10 @@ class Judge:
         try:
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
         except Exception as error:
+            # Where the file is missing, transformers' own words are of its hub.
+            why = f": {_first_line(error)}" if (folder / "preprocessor_config.json").is_file() else ""
             raise InputError(
-                f"--classifier: {folder} says nothing of how pictures are prepared (preprocessor_config.json): "
-                f"{_first_line(error)}"
+                f"--classifier: {folder} says nothing of how pictures are prepared (preprocessor_config.json){why}"
             ) from None
         self.model.to(device).eval()
         self.columns = torch.full((max(names) + 1,), -1)
