@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,20 @@ from .._hashing import weights_hash
 from ..errors import InputError
 from .images import ImageData
 
-__all__ = ["Draw", "LatentData", "draw_indices", "draw_readable", "encode_latents", "latents_size"]
+__all__ = [
+    "ENCODED_AT_ONCE",
+    "Draw",
+    "LatentData",
+    "draw_indices",
+    "draw_readable",
+    "encode_batch",
+    "encode_latents",
+    "encoding_bytes",
+    "latents_size",
+]
+
+ENCODED_AT_ONCE = 8
+SHARD_BYTES = 256 << 20
 
 _FORMAT = "unlearn_ext.latents.1"
 _MANIFEST = "manifest.json"
@@ -188,8 +202,8 @@ def encode_latents(
     vae: nn.Module,
     directory: str | Path,
     *,
-    batch_size: int = 8,
-    shard_bytes: int = 256 << 20,
+    batch_size: int = ENCODED_AT_ONCE,
+    shard_bytes: int = SHARD_BYTES,
     dtype: str | torch.dtype = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentData:
@@ -278,6 +292,11 @@ def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[Tenso
                 ahead.append([pool.submit(dataset.__getitem__, index) for index in batch])
             if len(ahead) > 1 or (batch is None and ahead):
                 yield torch.stack([future.result()["pixel_values"] for future in ahead.popleft()])
+
+
+def encode_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    """What :func:`encode_latents` does with one batch of pixels [N, C, H, W], for a plan."""
+    return _Encoder(vae, "float32")(list(range(len(pixels))), pixels)
 
 
 class _Encoder:
@@ -390,7 +409,11 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
 
 def latents_size(shape: Sequence[int], count: int, dtype: str = "float32") -> int:
     """Bytes that ``count`` latents of this shape [C, h, w] take on disk, for a plan."""
-    numbers = 2 * count
-    for n in shape:
-        numbers *= n
-    return numbers * _DTYPES[dtype].itemsize
+    return 2 * count * math.prod(shape) * _DTYPES[dtype].itemsize
+
+
+def encoding_bytes(image_shape: Sequence[int], latent_shape: Sequence[int], count: int) -> int:
+    """Bytes that :func:`encode_latents` holds on the CPU beside the VAE's own work: the pixels of the batch at hand and
+    of the next, and a shard's latents, twice while it is written."""
+    pixels = 4 * math.prod(image_shape) * min(count, 2 * ENCODED_AT_ONCE)
+    return pixels + 2 * min(SHARD_BYTES, latents_size(latent_shape, count))

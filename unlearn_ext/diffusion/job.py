@@ -22,25 +22,35 @@ from .._loop import Progress
 from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
 from ..data.images import ImageData, count_classes, open_data
-from ..data.latents import Draw, draw_indices, draw_readable, encode_latents, latents_size
+from ..data.latents import (
+    ENCODED_AT_ONCE,
+    Draw,
+    draw_indices,
+    draw_readable,
+    encode_batch,
+    encode_latents,
+    latents_size,
+)
 from ..errors import InputError
 from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
-from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
-from .judge import Judge
+from ._trial import Trial, try_batch, try_samples
+from .estimate import Estimate, Images, Trials, estimate, sizes_on_disk
+from .judge import JUDGED_AT_ONCE, Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Classes, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, read_prompts
-from .sampling import check_steps
+from .sampling import DECODED_AT_ONCE, SAMPLED_AT_ONCE, check_steps, decode
 from .weights import select_trained, tie_embeddings, untie_embeddings
 
 __all__ = ["ForgetJob"]
 
 JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
+_DECODED_FOR_TRIAL = 4  # pictures of the drawn ones
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
 
 
@@ -266,43 +276,100 @@ class ForgetJob:
         )
 
     def estimate(self) -> Estimate:
-        """Memory by stage and part, time and disk: exact sizes, and one batch that is tried with made-up inputs."""
-        trial = self._try_batch()
-        others = [m for m in (self.pretrained.vae, self.pretrained.text_encoder) if m is not None]
+        """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried with made-up
+        inputs. Nothing is written, and the run that may follow is not disturbed."""
+        with self._undisturbed():
+            trials = self._try()
         found = estimate(
             self.model,
-            others,
+            self._others,
             self.method,
-            trial,
+            trials,
+            Images(
+                read=len(self.draw.indices),
+                held=self.data.held_bytes(len(self.draw.indices)),
+                shown=len(self.pictures.labels),
+                steps=self.options.num_inference_steps,
+                shape=self.pretrained.image_shape,
+                latent_shape=self.pretrained.latent_shape,
+            ),
             fisher_batches=sum(self.fisher_batches),
-            fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
             accumulation=self.options.gradient_accumulation_steps,
             ema=self.ema_decay is not None,
+            checkpoints=self._checkpoints_at_once() > 0,
         )
-        forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
-        found.seconds["sampling"] = forward * 2 * len(self.pictures.labels) * self.pictures.passes
         found.disk = self._disk
         return found
 
-    def _try_batch(self) -> Trial:
-        """With made-up inputs; the run that may follow is not disturbed."""
-        batch = self._made_up_batch()
+    @property
+    def _others(self) -> list[nn.Module]:
+        """Networks that are in memory beside the denoiser."""
+        judge = self.pictures.judge
+        found = (self.pretrained.vae, self.pretrained.text_encoder, None if judge is None else judge.model)
+        return [network for network in found if network is not None]
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Random numbers and modes are afterwards as before, and there are no gradients."""
         state = _rng.capture(self.task.generators())
         try:
-            with keeping_modes(self.model):
-                self.model.train()
-                self.task.begin(self.model, batch)
-                prepared = self.task.prepare(batch, self._device)
-
-                def loss() -> Tensor:
-                    with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
-                        return self.task.losses(self.model, prepared).mean()
-
-                return try_batch(self.model, loss)
+            with contextlib.ExitStack() as modes:
+                for network in (self.model, *self._others):
+                    modes.enter_context(keeping_modes(network))
+                yield
         finally:
             _rng.restore(state, self.task.generators())
             for p in self.model.parameters():  # a trial that fails may leave some
                 p.grad = None
+
+    def _try(self) -> Trials:
+        found: dict[str, Any] = {}
+        encoded = self.data.kind == "pixel_values" and self.pretrained.vae is not None
+        used, shown = len(self.draw.indices), len(self.pictures.labels)
+        if self.data.kind == "pixel_values":
+            spaced = range(0, used, -(-used // _DECODED_FOR_TRIAL))
+            found["picture"] = self.data.seconds_each(self.draw.indices[list(spaced)].tolist())
+        if encoded:
+            found["encode"] = self._try_samples(
+                lambda n: encode_batch(self.pretrained.vae, torch.zeros(n, *self.pretrained.image_shape)),
+                min(used, ENCODED_AT_ONCE),
+            )
+        found["sample"] = self._try_samples(lambda n: self.pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
+        if self.pretrained.vae is not None:
+            found["decode"] = self._try_samples(
+                lambda n: decode(self.pretrained.vae, torch.zeros(n, *self.pretrained.latent_shape)),
+                min(shown, DECODED_AT_ONCE),
+            )
+        if self.pictures.judge is not None:
+            found["judge"] = self._try_samples(
+                lambda n: self.pictures.judge.probabilities(torch.zeros(n, *self.pretrained.image_shape)),
+                min(shown, JUDGED_AT_ONCE),
+            )
+        if self.method.needs_fisher:
+            self.model.eval()
+            # As the unlearner does it: not in float16.
+            half = None if self._half == torch.float16 else self._half
+            found["fisher"] = self._try_batch(self.task.fisher_losses, half)
+        self.model.train()
+        steps = self.options.gradient_accumulation_steps
+        found["retain"] = found["forget"] = self._try_batch(self.task.losses, self._half, batches=steps)
+        if self.method.replaces:
+            found["forget"] = self._try_batch(self.task.replacement_losses, self._half, batches=steps)
+        return Trials(**found)
+
+    def _try_samples(self, run: Callable[[int], Any], count: int) -> Trial:
+        return try_samples(run, count, self.model, self._others)
+
+    def _try_batch(self, losses: Callable[..., Tensor], half: torch.dtype | None, **arguments: Any) -> Trial:
+        batch = self._made_up_batch(forget=losses == self.task.replacement_losses)
+        self.task.begin(self.model, batch)
+
+        def loss() -> Tensor:
+            prepared = self.task.prepare(batch, self._device)
+            with torch.autocast(self._device.type, dtype=half, enabled=half is not None):
+                return losses(self.model, prepared).mean()
+
+        return try_batch(self.model, loss, self._others, **arguments)
 
     @property
     def _disk(self) -> dict[str, int]:
@@ -324,14 +391,18 @@ class ForgetJob:
         limit = self.options.checkpoints_total_limit
         return made if limit is None else min(made, limit + 1)
 
-    def _made_up_batch(self) -> dict[str, Any]:
-        kind = "pixel_values" if self.pretrained.vae is None else "latents"
-        batch: dict[str, Any] = {kind: torch.zeros(self.batch_size, *self.pretrained.latent_shape)}
-        if self.concepts is not None:
-            batch["prompts"] = [self.concepts.prompts[0]] * self.batch_size
+    def _made_up_batch(self, forget: bool) -> dict[str, Any]:
+        """As a loader gives it."""
+        if self.data.kind == "pixel_values" and self.pretrained.vae is None:
+            kinds = ["pixel_values"]
         else:
-            batch["labels"] = torch.zeros(self.batch_size, dtype=torch.int64)
-        return batch
+            kinds = ["latents"] if self.data.kind == "latents" else ["latent_mean", "latent_std"]
+        sample = dict.fromkeys(kinds, torch.zeros(self.pretrained.latent_shape))
+        sample["labels"] = torch.tensor(self.forget_classes[0])
+        return self._collate(forget)([sample] * self.batch_size)
+
+    def _collate(self, forget: bool) -> Callable[..., Any]:
+        return default_collate if self.concepts is None else self.concepts.collate(forget)
 
     # --- The run --------------------------------------------------------------------------------------------
 
@@ -410,9 +481,7 @@ class ForgetJob:
                 )
             data, indices = latents, {name: latents.positions(chosen) for name, chosen in indices.items()}
         for name, chosen in indices.items():
-            collate: Callable[..., Any] = default_collate
-            if self.concepts is not None:
-                collate = self.concepts.collate(name == "forget")
+            collate = self._collate(name == "forget")
             yield DataLoader(data, batch_sampler=_Fixed(chosen), collate_fn=collate)
 
     def _identity(self) -> dict[str, str]:
