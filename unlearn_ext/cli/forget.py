@@ -199,6 +199,7 @@ def _planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
 
 def _show_estimate(found: Estimate, console: Console) -> None:
     parts = list(dict.fromkeys(part for stage in found.memory.values() for part in stage))
+    parts.sort(key="activations".__eq__)  # last, whatever the first stage has
     digits = 1 if found.peak < 1e9 else 0  # six stages fit a line of 80 columns
     where = "Memory" if found.device.type == "cpu" else "GPU memory"
     table = Table(title=f"{where}, MB (without the framework itself)")

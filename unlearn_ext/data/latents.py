@@ -24,13 +24,13 @@ from .images import ImageData
 
 __all__ = [
     "ENCODED_AT_ONCE",
+    "SHARD_BYTES",
     "Draw",
     "LatentData",
     "draw_indices",
     "draw_readable",
     "encode_batch",
     "encode_latents",
-    "encoding_bytes",
     "latents_size",
 ]
 
@@ -410,10 +410,3 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
 def latents_size(shape: Sequence[int], count: int, dtype: str = "float32") -> int:
     """Bytes that ``count`` latents of this shape [C, h, w] take on disk, for a plan."""
     return 2 * count * math.prod(shape) * _DTYPES[dtype].itemsize
-
-
-def encoding_bytes(image_shape: Sequence[int], latent_shape: Sequence[int], count: int) -> int:
-    """Bytes that :func:`encode_latents` holds on the CPU beside the VAE's own work: the pixels of the batch at hand and
-    of the next, and a shard's latents, twice while it is written."""
-    pixels = 4 * math.prod(image_shape) * min(count, 2 * ENCODED_AT_ONCE)
-    return pixels + 2 * min(SHARD_BYTES, latents_size(latent_shape, count))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]
 
 _LONG = 2.0  # seconds; on the CPU a run that took as long is not repeated to be timed
-_CHEAP = 2.0  # seconds; a whole batch that should take less is tried as it is
+_CHEAP = 2.0  # seconds; as many samples as should take less are tried at once
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,20 @@ def try_batch(
 def try_samples(run: Callable[[int], Any], count: int, model: nn.Module, others: Iterable[nn.Module] = ()) -> Trial:
     """Of ``run(count)``, which works on so many samples at once and keeps nothing for a backward pass.
 
-    One sample is tried. Where so many should be done within two seconds, they are tried as well;
-    else the figures of the one are multiplied.
+    First one sample is tried, then as many as should be done within two seconds, up to all of them, until that is less
+    than twice as many as before; the figures of the last trial are multiplied.
     """
-    one = _try(partial(run, 1), model, others)
-    if count == 1 or one.seconds * count > _CHEAP:
-        return one.times(count)
-    try:
-        return _try(partial(run, count), model, others)
-    except torch.OutOfMemoryError:  # which is the answer that is looked for
-        return one.times(count)
+    size, found = 1, _try(partial(run, 1), model, others)
+    while size < count:
+        larger = min(count, int(size * _CHEAP / max(found.seconds, 1e-6)))
+        if larger <= size or larger < min(2 * size, count):
+            break
+        try:
+            found = _try(partial(run, larger), model, others)
+        except torch.OutOfMemoryError:  # which is the answer that is looked for
+            break
+        size = larger
+    return found.times(count / size)
 
 
 def _try(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) -> Trial:

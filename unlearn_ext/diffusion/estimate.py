@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checkpoint import model_tensors
 from .._names import trainable
-from ..data.latents import ENCODED_AT_ONCE, encoding_bytes
+from ..data.latents import ENCODED_AT_ONCE, SHARD_BYTES, latents_size
 from ..methods import Method
 from ._trial import Trial, held_tensors
 from .judge import JUDGED_AT_ONCE
@@ -156,11 +156,13 @@ def _add_memory(
     picture, latent = 4 * math.prod(images.shape), 4 * math.prod(images.latent_shape)
     shown = images.shown * picture
     if trials.encode is not None:
-        encoding = encoding_bytes(images.shape, images.latent_shape, images.read)
+        # The next batch is decoded while one is encoded; a file's latents are joined to be written.
+        ahead = picture * min(images.read, ENCODED_AT_ONCE)
+        latents = min(SHARD_BYTES, latents_size(images.latent_shape, images.read))
         result.memory["encoding"] = {
             **network,
-            "pictures": host(images.held + encoding),
-            "activations": trials.encode.peak,
+            "pictures": host(images.held + ahead + latents),
+            "activations": max(trials.encode.peak, host(latents)),
         }
     training = {**network, "pictures": host(images.held + shown)}
     if trials.fisher is not None:
