@@ -27,7 +27,9 @@ class Estimate:
     """Bytes by stage and part, and seconds by stage.
 
     Attributes:
-        device: where the model is. Memory is that device's: what a run on a GPU holds on the CPU is not in it.
+        device: where the model is. Memory is that device's: what a run on a GPU holds on the CPU is not in it. Tensors
+            and decoded pictures are counted, not what operators use as scratch, nor freed blocks that an allocator
+            keeps from the system.
         memory: stage -> part -> bytes that are held at once. ``activations`` is whatever a trial held at its peak
             beside the other parts; where gradients are a part, activations are what goes beyond all of them.
         seconds: stage, by the name that it has in a run's result -> seconds.
