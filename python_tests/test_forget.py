@@ -196,7 +196,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["peak_memory"] == max(sum(parts.values()) for parts in plan["memory"].values())
     assert plan["memory"]["Fisher"]["Fisher sums"] > 0 and plan["disk"]["checkpoints"] > 0
-    assert plan["seconds"].keys() == {"Fisher", "iterations", "sampling"}
+    assert plan["memory"].keys() == {"encoding", "Fisher", "mask", "iterations", "sampling"}
+    times = {"decoding", "encoding", "sampling_before", "fisher", "unlearning", "sampling_after"}
+    assert plan["seconds"].keys() == times and all(seconds > 0 for seconds in plan["seconds"].values())
     assert plan["forget_classes"] == [3] and plan["mapping"][3]["index"] == 3 and plan["mapping"][3]["count"] == 4
 
 
@@ -229,7 +231,7 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkey
     assert len(states) == 2 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
     assert all(p.grad is None for p in job.model.parameters()) and not (tmp_path / "out").exists()
 
-    def fail(model, loss):
+    def fail(model, loss, *others, **arguments):
         loss().backward()
         raise torch.OutOfMemoryError
 

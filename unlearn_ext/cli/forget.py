@@ -120,7 +120,7 @@ def forget(
         job = ForgetJob(options)
     _show_plan(job, console)
     if dry_run:
-        with errors.status("trying one batch"):
+        with errors.status("trying single batches"):
             found = job.estimate()
         _show_estimate(found, console)
         if json_file is not None:
@@ -198,20 +198,23 @@ def _planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
 
 def _show_estimate(found: Estimate, console: Console) -> None:
     parts = list(dict.fromkeys(part for stage in found.memory.values() for part in stage))
-    table = Table(title="Memory, MB (without the framework itself)")
+    parts.sort(key="activations".__eq__)  # last, whatever the first stage has
+    digits = 1 if found.peak < 1e9 else 0  # six stages fit a line of 80 columns
+    where = "Memory" if found.device.type == "cpu" else "GPU memory"
+    table = Table(title=f"{where}, MB (without the framework itself)")
     table.add_column("part")
     for stage in found.memory:
         table.add_column(stage, justify="right")
     for part in parts:
         if any(stage.get(part) for stage in found.memory.values()):
-            table.add_row(part, *(f"{stage.get(part, 0) / 1e6:.1f}" for stage in found.memory.values()))
+            table.add_row(part, *(f"{stage.get(part, 0) / 1e6:.{digits}f}" for stage in found.memory.values()))
     table.add_section()
-    table.add_row("all", *(f"{sum(stage.values()) / 1e6:.1f}" for stage in found.memory.values()))
+    table.add_row("all", *(f"{sum(stage.values()) / 1e6:.{digits}f}" for stage in found.memory.values()))
     console.print(table)
     console.print(f"peak: {found.peak / 1e6:.1f} MB")
     console.print("disk: " + ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in found.disk.items()))
-    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items())
-    console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from one batch that was tried")
+    times = ", ".join(f"{stage.replace('_', ' ')} {seconds:.0f} s" for stage, seconds in found.seconds.items())
+    console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from trials of single batches")
 
 
 def _show_verdict(report: dict[str, Any], console: Console) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,9 @@ class _Source(Protocol):
         """The sample's tensors, float32; ``keep`` what was decoded for the next time."""
 
     def name(self, index: int) -> str: ...
+
+    def held_bytes(self, count: int) -> int:
+        """In memory, once ``count`` samples have been read and kept."""
 
     def digest(self, update: Callable[[bytes], None]) -> str:
         """Feeds what identifies the data and says in words what that is."""
@@ -184,7 +188,7 @@ class ImageData(Dataset):
         """
         wanted = list(dict.fromkeys(int(i) for i in indices))
         new = [i for i in wanted if i not in self._verified and i not in self.unreadable]
-        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(workers or _workers()) as pool:
             for done, (index, reason) in enumerate(zip(new, pool.map(self._problem, new), strict=True), 1):
                 if reason is None:
                     self._verified.add(index)
@@ -201,6 +205,32 @@ class ImageData(Dataset):
         if bad and len(bad) == len(wanted):
             raise InputError(f"none of {len(bad)} images can be read, the first is {bad[0]}: check the data")
         return [i for i in wanted if i not in self.unreadable]
+
+    def held_bytes(self, count: int) -> int:
+        """Of memory that the data take once ``count`` samples are verified: decoded pictures, up to 512 MiB, or arrays
+        that are not read from their file row by row."""
+        return self._source.held_bytes(count)
+
+    def seconds_each(self, indices: Iterable[int]) -> float:
+        """Wall time of decoding one sample as :meth:`verify` does, from decoding these; nothing is kept.
+
+        Unreadable ones take their time as well; 0 without any indices.
+        """
+        chosen = list(indices)
+        if not chosen:
+            return 0.0
+        self._decodable(chosen[0])  # loads the decoder
+        with ThreadPoolExecutor(_workers()) as pool:
+            started = time.perf_counter()
+            list(pool.map(self._decodable, chosen))
+            return (time.perf_counter() - started) / len(chosen)
+
+    def _decodable(self, index: int) -> bool:
+        try:
+            self[index]
+        except InputError:
+            return False
+        return True
 
     def _problem(self, index: int) -> str | None:
         try:
@@ -273,6 +303,10 @@ def count_classes(path: str | Path) -> int:
         return len(_class_folders(path)[0])
     labels = _arrays(path).get("labels")
     return 0 if labels is None else len(labels.all().unique())
+
+
+def _workers() -> int:
+    return min(8, os.cpu_count() or 1)
 
 
 def _arrays(path: Path) -> dict[str, _Array]:
@@ -436,6 +470,10 @@ class _Folders:
                 self._kept_bytes += pixels.nbytes
         return {"pixel_values": _as_pixels(torch.from_numpy(pixels))}
 
+    def held_bytes(self, count: int) -> int:
+        each = len(self.mode) * self.size[0] * self.size[1]  # L or RGB, a byte for each letter
+        return min(count, KEPT_BYTES // each) * each
+
     def _decode(self, index: int) -> np.ndarray:
         """uint8 [C, H, W]"""
         Image, ImageOps = _pil()
@@ -505,6 +543,7 @@ def _as_pixels(pixels: Tensor) -> Tensor:
 class _Array(Protocol):
     shape: tuple[int, ...]
     dtype: torch.dtype
+    nbytes: int  # in memory
 
     def row(self, index: int) -> Tensor: ...
 
@@ -516,6 +555,7 @@ class _NumpyArray:
         self._array = array
         self.shape = tuple(array.shape)
         self.dtype = torch.from_numpy(np.zeros(1, array.dtype)).dtype
+        self.nbytes = array.nbytes if getattr(array, "filename", None) is None else 0  # else it is mapped
 
     def row(self, index: int) -> Tensor:
         return torch.from_numpy(np.array(self._array[index]))
@@ -525,6 +565,8 @@ class _NumpyArray:
 
 
 class _SafetensorsArray:
+    nbytes = 0
+
     def __init__(self, path: Path, key: str):
         self._path, self._key, self._slice = path, key, None
         self.shape = tuple(self._open().get_shape())
@@ -648,6 +690,10 @@ def _open_arrays(
 class _ArrayFile:
     path: Path
     labels: Tensor
+    _parts: dict[str, _Array]
+
+    def held_bytes(self, count: int) -> int:
+        return sum(array.nbytes for array in self._parts.values())
 
     def name(self, index: int) -> str:
         return f"sample {index} of {self.path}"
@@ -670,6 +716,7 @@ class _ArrayFile:
 class _Images(_ArrayFile):
     def __init__(self, path: Path, array: _Array, labels: Tensor, size: tuple[int, int], channels: int):
         self.path, self._array, self.labels = path, array, labels
+        self._parts = {"images": array}
         shape = array.shape[1:]
         wanted = {"chw": (channels, *size), "hwc": (*size, channels)}
         if channels == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,20 @@ from .._hashing import weights_hash
 from ..errors import InputError
 from .images import ImageData
 
-__all__ = ["Draw", "LatentData", "draw_indices", "draw_readable", "encode_latents", "latents_size"]
+__all__ = [
+    "ENCODED_AT_ONCE",
+    "SHARD_BYTES",
+    "Draw",
+    "LatentData",
+    "draw_indices",
+    "draw_readable",
+    "encode_batch",
+    "encode_latents",
+    "latents_size",
+]
+
+ENCODED_AT_ONCE = 8
+SHARD_BYTES = 256 << 20
 
 _FORMAT = "unlearn_ext.latents.1"
 _MANIFEST = "manifest.json"
@@ -204,8 +218,8 @@ def encode_latents(
     vae: nn.Module,
     directory: str | Path,
     *,
-    batch_size: int = 8,
-    shard_bytes: int = 256 << 20,
+    batch_size: int = ENCODED_AT_ONCE,
+    shard_bytes: int = SHARD_BYTES,
     dtype: str | torch.dtype = "float32",
     skip_unreadable: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -325,6 +339,11 @@ def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[list[
                 yield [future.result() for future in ahead.popleft()]
 
 
+def encode_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    """What :func:`encode_latents` does with one batch of pixels [N, C, H, W], for a plan."""
+    return _Encoder(vae, "float32")(list(range(len(pixels))), pixels)
+
+
 class _Encoder:
     def __init__(self, vae: nn.Module, dtype: str):
         self.vae, self.dtype = vae, _DTYPES[dtype]
@@ -435,7 +454,4 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
 
 def latents_size(shape: Sequence[int], count: int, dtype: str = "float32") -> int:
     """Bytes that ``count`` latents of this shape [C, h, w] take on disk, for a plan."""
-    numbers = 2 * count
-    for n in shape:
-        numbers *= n
-    return numbers * _DTYPES[dtype].itemsize
+    return 2 * count * math.prod(shape) * _DTYPES[dtype].itemsize

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint, _rng
+from .. import _checkpoint
 from .._clock import timed
 from .._files import writable_directory
 from .._hashing import weights_hash
 from .._loop import Progress
-from .._modes import PRECISIONS, keeping_modes
 from .._names import trainable
 from ..data.images import ImageData, count_classes, open_data
 from ..data.latents import Draw, LatentData, draw_indices, draw_readable, encode_latents, latents_size
@@ -28,7 +27,8 @@ from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
-from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
+from .dry_run import estimate_run
+from .estimate import Estimate, sizes_on_disk
 from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
@@ -291,83 +291,42 @@ class ForgetJob:
         )
 
     def estimate(self) -> Estimate:
-        """Memory by stage and part, time and disk: exact sizes, and one batch that is tried with made-up inputs."""
-        trial = self._try_batch()
-        others = [m for m in (self.pretrained.vae, self.pretrained.text_encoder) if m is not None]
-        found = estimate(
-            self.model,
-            others,
-            self.method,
-            trial,
-            fisher_batches=sum(self.fisher_batches),
-            fisher_passes=2 if getattr(self.task, "guidance", None) is not None else 1,
-            accumulation=self.options.gradient_accumulation_steps,
-            ema=self.ema_decay is not None,
-        )
-        forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
-        found.seconds["sampling"] = forward * 2 * len(self.pictures.labels) * self.pictures.passes
-        found.disk = self._disk
-        return found
-
-    def _try_batch(self) -> Trial:
-        """With made-up inputs; the run that may follow is not disturbed."""
-        batch = self._made_up_batch()
-        state = _rng.capture(self.task.generators())
-        try:
-            with keeping_modes(self.model):
-                self.model.train()
-                self.task.begin(self.model, batch)
-                prepared = self.task.prepare(batch, self._device)
-
-                def loss() -> Tensor:
-                    with torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None):
-                        return self.task.losses(self.model, prepared).mean()
-
-                return try_batch(self.model, loss)
-        finally:
-            _rng.restore(state, self.task.generators())
-            for p in self.model.parameters():  # a trial that fails may leave some
-                p.grad = None
+        """Memory by stage and part, time and disk. Nothing is written, and the run that may follow is not disturbed."""
+        return estimate_run(self)
 
     @property
-    def _disk(self) -> dict[str, int]:
+    def disk(self) -> dict[str, int]:
         """Bytes that the run will write: what -> bytes."""
         sizes = {"denoiser": self._plan.denoiser_bytes, "other files": self._plan.copied_bytes}
-        if self._encodes:
+        if self.encodes:
             sizes["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
-        ema, checkpoints = self.ema_decay is not None, self._checkpoints_at_once()
+        ema, checkpoints = self.ema_decay is not None, self.checkpoints_at_once()
         return sizes | sizes_on_disk(self.model, self.method, ema=ema, checkpoints=checkpoints)
 
     @cached_property
     def _plan(self) -> Plan:
         return plan_result(self.pretrained.folder, self.pretrained)
 
-    def _checkpoints_at_once(self) -> int:
+    def checkpoints_at_once(self) -> int:
         if self.options.checkpointing_steps is None:
             return 0
         made = self.method.iterations // self.options.checkpointing_steps
         limit = self.options.checkpoints_total_limit
         return made if limit is None else min(made, limit + 1)
 
-    def _made_up_batch(self) -> dict[str, Any]:
-        kind = "pixel_values" if self.pretrained.vae is None else "latents"
-        batch: dict[str, Any] = {kind: torch.zeros(self.batch_size, *self.pretrained.latent_shape)}
-        if self.concepts is not None:
-            batch["prompts"] = [self.concepts.replacement] * self.batch_size
-        else:
-            batch["labels"] = torch.zeros(self.batch_size, dtype=torch.int64)
-        return batch
+    def collate(self, forget: bool) -> Callable[..., Any]:
+        return default_collate if self.concepts is None else self.concepts.collate(forget)
 
     # --- The run --------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        if not self._encodes:  # before anything is written
+        if not self.encodes:  # before anything is written
             self._verify()
-        output = claim_output(options.output_dir, self.pretrained.folder, self._disk, resume=self._resume)
+        output = claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
         own = writable_directory(output / OWN_FOLDER)
-        forget, retain = self._loaders(self._encode(own / "latents") if self._encodes else self.data)
+        forget, retain = self._loaders(self._encode(own / "latents") if self.encodes else self.data)
         self._take_pictures("before")
         result = self.unlearner.run(
             forget,
@@ -400,7 +359,7 @@ class ForgetJob:
             self.pictures.take(when, lambda done, total: self.progress(f"sampling {when}", done, total))
 
     @property
-    def _encodes(self) -> bool:
+    def encodes(self) -> bool:
         """Whether images become latents before they are used."""
         return self.pretrained.vae is not None and self.data.kind == "pixel_values"
 
@@ -439,15 +398,12 @@ class ForgetJob:
     def _loaders(self, data: ImageData | LatentData) -> Iterator[DataLoader]:
         for name in ("forget", "retain"):
             batches: Tensor = getattr(self.draw, name)
-            collate: Callable[..., Any] = default_collate
             dataset: Dataset = data
-            if self.concepts is not None:
-                collate = self.concepts.collate(name == "forget")
             if name == "forget" and self.draw.replace is not None:
                 dataset, batches = WithReplacements(data), torch.stack([batches, self.draw.replace], dim=-1)
             if isinstance(data, LatentData):
                 batches = data.positions(batches)
-            yield DataLoader(dataset, batch_sampler=_Fixed(batches), collate_fn=collate)
+            yield DataLoader(dataset, batch_sampler=_Fixed(batches), collate_fn=self.collate(name == "forget"))
 
     def _identity(self) -> dict[str, str]:
         """Of the forget set, for a mask's metadata."""
@@ -485,14 +441,6 @@ class ForgetJob:
         with torch.no_grad():
             for name, p in trainable(self.model).items():
                 p.copy_(result.ema[name])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def _half(self) -> torch.dtype | None:
-        return PRECISIONS[self.options.mixed_precision]
 
     def _ema_decay(self) -> float | None:
         if self.options.save_weights == "last":

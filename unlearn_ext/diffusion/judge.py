@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ["Judge"]
+__all__ = ["JUDGED_AT_ONCE", "Judge"]
+
+JUDGED_AT_ONCE = 32
 
 
 class Judge:
@@ -54,7 +56,7 @@ class Judge:
         self.columns[list(names)] = torch.tensor(_match(names, self.model.config))
 
     @torch.no_grad()
-    def probabilities(self, pictures: Tensor, batch_size: int = 32) -> Tensor:
+    def probabilities(self, pictures: Tensor, batch_size: int = JUDGED_AT_ONCE) -> Tensor:
         """[N, classes of the classifier]; ``columns`` says which of them is each of the generator's (-1: none).
 
         Args:

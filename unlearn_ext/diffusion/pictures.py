@@ -65,11 +65,6 @@ class Pictures:
         return torch.tensor([*self.forgotten, *self.retained], dtype=torch.int64).repeat_interleave(self.each)
 
     @property
-    def passes(self) -> int:
-        """Forward passes of the denoiser for one sample."""
-        return self.steps * (1 if self.guidance in (None, 1.0) else 2)
-
-    @property
     def protocol(self) -> dict[str, Any]:
         """What has to stand beside every number that comes of them."""
         return {
@@ -81,18 +76,21 @@ class Pictures:
         }
 
     def take(self, when: str, progress: Callable[[int, int], None]) -> None:
-        pretrained = self.pretrained
-        noise = draw_noise(len(self.labels), pretrained.latent_shape, seed=self.seed)
-        arguments: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance, "progress": progress}
+        found = self.sample(len(self.labels), self.steps, progress)
+        self.taken[when] = found if self.pretrained.vae is None else decode(self.pretrained.vae, found)
+
+    def sample(self, count: int, steps: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+        """The first ``count``, as the denoiser makes them: latents where there is a VAE."""
+        pretrained, labels = self.pretrained, self.labels[:count]
+        noise = draw_noise(count, pretrained.latent_shape, seed=self.seed)
+        arguments: dict[str, Any] = {"steps": steps, "guidance": self.guidance, "progress": progress}
         if self.concepts is not None:
             encode = self.task.encoder
-            states = encode([self.concepts.prompts[i] for i in self.labels.tolist()])
+            states = encode([self.concepts.prompts[i] for i in labels.tolist()])
             arguments["null_embeds"] = encode([""])[0]
-            found = sample_prompts(pretrained.denoiser, pretrained.scheduler, states, noise, **arguments)
-        else:
-            arguments["null_label"] = pretrained.classes.null_label
-            found = sample_classes(pretrained.denoiser, pretrained.scheduler, self.labels, noise, **arguments)
-        self.taken[when] = found if pretrained.vae is None else decode(pretrained.vae, found)
+            return sample_prompts(pretrained.denoiser, pretrained.scheduler, states, noise, **arguments)
+        arguments["null_label"] = pretrained.classes.null_label
+        return sample_classes(pretrained.denoiser, pretrained.scheduler, labels, noise, **arguments)
 
     def write_grid(self, path: Path) -> None:
         """The first picture of each class, by time."""

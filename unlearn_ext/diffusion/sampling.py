@@ -12,7 +12,18 @@ from .._arguments import check_count, check_finite
 from .._modes import evaluating
 from ..errors import InputError
 
-__all__ = ["check_steps", "decode", "draw_noise", "sample_classes", "sample_prompts"]
+__all__ = [
+    "DECODED_AT_ONCE",
+    "SAMPLED_AT_ONCE",
+    "check_steps",
+    "decode",
+    "draw_noise",
+    "sample_classes",
+    "sample_prompts",
+]
+
+SAMPLED_AT_ONCE = 64
+DECODED_AT_ONCE = 8
 
 # x_t, timesteps [n], which of the samples these are -> the model's prediction
 _Predict = Callable[[Tensor, Tensor, slice], Tensor]
@@ -46,7 +57,7 @@ def sample_classes(
     steps: int = 50,
     guidance: float | None = None,
     null_label: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = SAMPLED_AT_ONCE,
     progress: _Progress = lambda done, total: None,
 ) -> Tensor:
     """Samples of a class-conditional model, by DDIM (arXiv 2010.02502) with eta = 0.
@@ -97,7 +108,7 @@ def sample_prompts(
     steps: int = 50,
     guidance: float | None = None,
     null_embeds: Tensor | None = None,
-    batch_size: int = 64,
+    batch_size: int = SAMPLED_AT_ONCE,
     progress: _Progress = lambda done, total: None,
 ) -> Tensor:
     """The same for diffusers' ``UNet2DConditionModel``.
@@ -127,7 +138,7 @@ def sample_prompts(
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, latents: Tensor, batch_size: int = 8) -> Tensor:
+def decode(vae: nn.Module, latents: Tensor, batch_size: int = DECODED_AT_ONCE) -> Tensor:
     """Pictures in [-1, 1], float32 on the CPU, of latents in the denoiser's space, which are the VAE's times its
     ``scaling_factor``."""
     weight, pictures = next(vae.parameters()), []

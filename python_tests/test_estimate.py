@@ -1,0 +1,285 @@
+"""What ``unlearn-ext forget --dry-run`` says of memory and time, held against runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from pipelines import (
+    NAMES,
+    save_ddpm_pipeline,
+    save_digit_folders,
+    save_dit_pipeline,
+    save_text_pipeline,
+    small_vae,
+)
+
+from unlearn_ext import _loop
+from unlearn_ext.diffusion import job as job_module
+from unlearn_ext.diffusion import pictures as pictures_module
+from unlearn_ext.diffusion._trial import try_batch, try_samples
+from unlearn_ext.diffusion.estimate import sizes_on_disk
+from unlearn_ext.diffusion.job import ForgetJob
+from unlearn_ext.diffusion.judge import Judge
+from unlearn_ext.diffusion.options import ForgetOptions
+from unlearn_ext.methods import SFRon
+from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    home = tmp_path_factory.mktemp("estimate")
+    save_digit_folders(home / "digits", per_class=4, names=NAMES)
+    save_ddpm_pipeline(home / "ddpm")
+    save_dit_pipeline(home / "dit")
+    save_text_pipeline(home / "text")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        num_channels=3, id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(home / "judge")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(home / "judge")
+    (home / "map.json").write_text(str({name: i for i, name in enumerate(NAMES)}).replace("'", '"'))
+    return home
+
+
+def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
+    paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
+    if model == "text":
+        options |= {"forget_prompt": "three", "replace_prompt": "two"}
+    else:
+        options |= {"forget_class": "3", "class_map": home / "map.json"}
+    small = {"max_train_steps": 2, "train_batch_size": 4, "fisher_batches": 1, "num_inference_steps": 1}
+    return ForgetJob(ForgetOptions(**{**paths, **small, **options}))
+
+
+# --- Memory ---------------------------------------------------------------------------------------------------------
+
+
+STAGES = {  # stage -> where a run does its work
+    "encoding": (job_module, "encode_latents"),
+    "Fisher": (FisherDiagonal, "measure"),
+    "mask": (SaliencyMask, "from_fisher"),
+    "iterations": (_loop.Loop, "run"),
+    "sampling": (pictures_module.Pictures, "take"),
+    "judging": (Judge, "probabilities"),
+}
+
+
+def peaks(job: ForgetJob, monkeypatch) -> dict[str, int]:
+    """Stage -> the most bytes alive in a run: weights, buffers, and what PyTorch's allocator took and gave back in the
+    run, as its profiler saw it. The trials of an estimate know nothing of either."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    def marked(stage, function):
+        def call(*arguments, **options):
+            with record_function(f"stage: {stage}"):
+                return function(*arguments, **options)
+
+        return call
+
+    for stage, (owner, name) in STAGES.items():
+        monkeypatch.setattr(owner, name, marked(stage, getattr(owner, name)))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        job.run()
+    events = profiled.profiler.kineto_results.events()
+    ranges = [(e.name()[7:], e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name()[:7] == "stage: "]
+    weights = [t for network in (job.model, *job._others) for t in network.state_dict().values()]
+    now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
+    found: dict[str, int] = {}
+    for moment, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += size
+        for stage, start, end in ranges:
+            if start <= moment <= end:
+                found[stage] = max(found.get(stage, 0), now)
+    return found
+
+
+def check_memory(job: ForgetJob, monkeypatch, tolerance: float) -> None:
+    expected = {stage: sum(parts.values()) for stage, parts in job.estimate().memory.items()}
+    measured = peaks(job, monkeypatch)
+    assert measured == {  # tables and indices of a run are no part of an estimate
+        stage: pytest.approx(size, rel=tolerance, abs=150_000) for stage, size in expected.items()
+    }
+
+
+def test_the_memory_of_a_larger_dit_is_what_was_estimated(home: Path, tmp_path: Path, monkeypatch) -> None:
+    """24 million weights, batches of 4, in float32: the forward pass keeps about as many bytes as gradients take."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=8,
+        num_layers=8,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        attention_bias=True,
+    )
+    assert 20e6 < sum(p.numel() for p in model.parameters()) < 30e6
+    DiTPipeline(model, small_vae(), DDIMScheduler(num_train_timesteps=50)).save_pretrained(home / "larger")
+    job = job_of(home, "larger", tmp_path / "out", tie_embeddings=False, guidance_scale=1.0)
+    check_memory(job, monkeypatch, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("ddpm", {}),
+        ("ddpm", {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+        ("dit", {"save_weights": "ema", "ema_decay": 0.5, "samples": 4}),
+        ("text", {"trained_weights": "cross-attention"}),
+    ],
+)
+def test_the_memory_of_activations_is_what_was_estimated(home: Path, tmp_path, monkeypatch, model, options) -> None:
+    """They are nearly all there is in large batches of small models. A convolution's own scratch memory is not seen by
+    the trials, hence the wider tolerance."""
+    if "samples" in options:
+        options = {**options, "classifier": home / "judge"}
+    check_memory(job_of(home, model, tmp_path / "out", train_batch_size=32, **options), monkeypatch, 0.1)
+
+
+def test_what_is_alive_at_once_is_counted() -> None:
+    model = nn.Linear(10, 10)
+    kb = 1000
+
+    def run(count: int) -> None:
+        a = torch.zeros(count, 250)  # 1000 bytes for each
+        b = a + 1
+        view = b.view(-1)[1:]
+        view.add_(1)
+        del a, b
+        torch.cat([view, view])
+
+    def outside(count: int) -> None:
+        model.weight.detach().add(0)
+        run(count)
+
+    for count in (1, 7):
+        assert try_samples(run, count, model).peak == pytest.approx(3 * count * kb, abs=16)
+        assert try_samples(outside, count, model).peak == pytest.approx(3 * count * kb, abs=16)
+    given = torch.zeros(2500)
+    assert try_samples(lambda count: given.sum(), 1, model).peak == 10 * kb + 4  # it is there beside the weights
+    frozen = nn.Linear(50, 50)
+    assert try_samples(lambda count: frozen.weight.detach().sum(), 1, model).peak == 10 * kb + 4
+    assert try_samples(lambda count: frozen.weight.detach().sum(), 1, model, [frozen]).peak == 4
+
+
+def test_a_batch_that_would_take_long_is_a_multiple_of_one_sample(monkeypatch) -> None:
+    from unlearn_ext.diffusion import _trial
+
+    seen: list[int] = []
+
+    def run(count: int) -> None:
+        seen.append(count)
+        torch.zeros(count, 250)
+
+    assert try_samples(run, 8, nn.Linear(1, 1)).peak == 8000 and seen == [1, 1, 8, 8]  # watched, and timed
+    monkeypatch.setattr(_trial, "_CHEAP", 0.0)
+    seen.clear()
+    assert try_samples(run, 8, nn.Linear(1, 1)).peak == 8000 and seen == [1, 1]
+
+
+def test_a_whole_batch_that_does_not_fit_is_a_multiple_of_one_sample() -> None:
+    def run(count: int) -> None:
+        if count > 1:
+            raise torch.OutOfMemoryError
+        torch.zeros(count, 250)
+
+    assert try_samples(run, 8, nn.Linear(1, 1)).peak == 8000
+
+
+def test_gradients_of_an_earlier_batch_are_there_beside_those_that_are_added() -> None:
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))
+
+    def loss() -> torch.Tensor:
+        return model(torch.ones(1, 100)).sum()
+
+    each = 4 * 100 * 100
+    assert try_batch(model, loss).peak == pytest.approx(2 * each, rel=0.05)
+    assert try_batch(model, loss, batches=3).peak == pytest.approx(3 * each, rel=0.05)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_slow_weights_are_those_of_the_groups_that_have_them() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(10, 10), "second": nn.Linear(10, 20)})
+
+    def kept(**settings) -> int:
+        method = SFRon(iterations=1, rule="sgd", gamma=None, **settings)
+        each = sum(4 * p.numel() for p in model.parameters())
+        return sizes_on_disk(model, method, checkpoints=1)["checkpoints"] - each
+
+    first, second = (sum(4 * p.numel() for p in part.parameters()) for part in model.values())
+    assert kept() == 0
+    assert kept(slow_rate=0.5) == first + second
+    assert kept(param_groups={"second*": {"slow_rate": 0.5}}) == second
+    assert kept(slow_rate=0.5, param_groups={"second*": {"slow_rate": 1.0}}) == first
+    assert kept(slow_rate=0.5, param_groups={"second*": {"lr": 0.1}}) == first + second
+
+
+# --- Time -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_of_a_run_has_its_time(home: Path, tmp_path: Path) -> None:
+    for model, options in (("text", {"classifier": home / "judge", "samples": 2}), ("ddpm", {})):
+        job = job_of(home, model, tmp_path / model, **options)
+        found = job.estimate()
+        assert all(seconds > 0 for seconds in found.seconds.values())
+        assert set(found.seconds) == set(job.run()["seconds"]) - {"mask"}  # which takes next to none
+        assert ("judging" in found.memory) == ("judging" in found.seconds) == bool(options)
+
+
+def test_images_that_cannot_be_read_are_no_error(home: Path, tmp_path: Path) -> None:
+    save_digit_folders(tmp_path / "digits", per_class=4, names=NAMES)
+    for path in (tmp_path / "digits").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    job = job_of(home, "ddpm", tmp_path / "out", data=tmp_path / "digits")
+    assert job.estimate().seconds["decoding"] > 0
+    assert not job.data.unreadable
+
+
+# --- Nothing is left ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["text", "ddpm"])
+def test_an_estimate_leaves_no_trace(home: Path, tmp_path: Path, model: str) -> None:
+    job = job_of(home, model, tmp_path / "out", classifier=home / "judge", samples=1)
+    networks = [job.model, *job._others]
+    networks[-1].train()
+    files = sorted(home.rglob("*"))
+
+    def state() -> list[torch.Tensor]:
+        numbers = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+        modes = [torch.tensor([m.training for n in networks for m in n.modules()])]
+        return numbers + modes + [t.clone() for n in networks for t in n.state_dict().values()]
+
+    before = state()
+    job.estimate()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert all(p.grad is None for n in networks for p in n.parameters())
+    assert not job.pictures.taken and not (tmp_path / "out").exists() and files == sorted(home.rglob("*"))
+
+
+def test_the_table_of_a_large_model_fits_the_line(capsys) -> None:
+    from unlearn_ext.cli.forget import _show_estimate
+    from unlearn_ext.cli.report import plain_console
+    from unlearn_ext.diffusion.estimate import Estimate
+
+    found = Estimate(torch.device("cpu"))
+    for stage in ("encoding", "Fisher", "mask", "iterations", "sampling", "judging"):
+        found.memory[stage] = {"weights": 2_700_000_000, "other networks": 10_000_000, "activations": 90_000_000_000}
+    _show_estimate(found, plain_console())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "other networks" in lines[5] and lines[6].count("90000") == 6

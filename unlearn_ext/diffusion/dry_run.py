@@ -1,0 +1,145 @@
+"""What a run of ``unlearn-ext forget`` will take, from trials of single batches with made-up inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _rng
+from .._modes import PRECISIONS, keeping_modes
+from ..data.latents import ENCODED_AT_ONCE, encode_batch
+from ._trial import Trial, try_batch, try_samples
+from .estimate import Estimate, Images, Trials, estimate
+from .judge import JUDGED_AT_ONCE
+from .sampling import DECODED_AT_ONCE, SAMPLED_AT_ONCE, decode
+
+if TYPE_CHECKING:
+    from .job import ForgetJob
+
+__all__ = ["estimate_run"]
+
+_DECODED_FOR_TRIAL = 4  # pictures of the drawn ones
+
+
+def estimate_run(job: ForgetJob) -> Estimate:
+    """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried."""
+    others = _others(job)
+    with _undisturbed(job, others):
+        trials = _Trials(job, others).all()
+    used = len(job.draw.indices)
+    found = estimate(
+        job.model,
+        others,
+        job.method,
+        trials,
+        Images(
+            read=used,
+            held=0 if job.encodes else job.data.held_bytes(used),
+            shown=len(job.pictures.labels),
+            steps=job.options.num_inference_steps,
+            shape=job.pretrained.image_shape,
+            latent_shape=job.pretrained.latent_shape,
+        ),
+        fisher_batches=sum(job.fisher_batches),
+        accumulation=job.options.gradient_accumulation_steps,
+        ema=job.ema_decay is not None,
+        checkpoints=job.checkpoints_at_once() > 0,
+    )
+    found.disk = job.disk
+    return found
+
+
+def _others(job: ForgetJob) -> list[nn.Module]:
+    """Networks that are in memory beside the denoiser."""
+    judge = job.pictures.judge
+    found = (job.pretrained.vae, job.pretrained.text_encoder, None if judge is None else judge.model)
+    return [network for network in found if network is not None]
+
+
+@contextlib.contextmanager
+def _undisturbed(job: ForgetJob, others: list[nn.Module]) -> Iterator[None]:
+    """Random numbers and modes are afterwards as before, and there are no gradients."""
+    state = _rng.capture(job.task.generators())
+    try:
+        with contextlib.ExitStack() as modes:
+            for network in (job.model, *others):
+                modes.enter_context(keeping_modes(network))
+            yield
+    finally:
+        _rng.restore(state, job.task.generators())
+        for p in job.model.parameters():  # a trial that fails may leave some
+            p.grad = None
+
+
+class _Trials:
+    def __init__(self, job: ForgetJob, others: list[nn.Module]):
+        self.job, self.others = job, others
+        self.device = next(job.model.parameters()).device
+        self.half = PRECISIONS[job.options.mixed_precision]
+
+    def all(self) -> Trials:
+        job, found = self.job, {}
+        pictures, pretrained, task = job.pictures, job.pretrained, job.task
+        used, shown = len(job.draw.indices), len(pictures.labels)
+        if job.data.kind == "pixel_values":
+            spaced = range(0, used, -(-used // _DECODED_FOR_TRIAL))
+            found["picture"] = job.data.seconds_each(job.draw.indices[list(spaced)].tolist())
+        if job.encodes:
+            found["encode"] = self._samples(
+                lambda n: encode_batch(pretrained.vae, torch.zeros(n, *pretrained.image_shape)),
+                min(used, ENCODED_AT_ONCE),
+            )
+        found["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
+        if pretrained.vae is not None:
+            found["decode"] = self._samples(
+                lambda n: decode(pretrained.vae, torch.zeros(n, *pretrained.latent_shape)),
+                min(shown, DECODED_AT_ONCE),
+            )
+        if pictures.judge is not None:
+            found["judge"] = self._samples(
+                lambda n: pictures.judge.probabilities(torch.zeros(n, *pretrained.image_shape)),
+                min(shown, JUDGED_AT_ONCE),
+            )
+        if job.method.needs_fisher:
+            job.model.eval()
+            # As the unlearner does it: not in float16.
+            half = None if self.half == torch.float16 else self.half
+            found["fisher"] = self._batch(task.fisher_losses, half)
+        job.model.train()
+        steps = job.options.gradient_accumulation_steps
+        found["retain"] = found["forget"] = self._batch(task.losses, self.half, batches=steps)
+        if job.method.replaces:
+            found["forget"] = self._batch(task.replacement_losses, self.half, batches=steps)
+        return Trials(**found)
+
+    def _samples(self, run: Callable[[int], Any], count: int) -> Trial:
+        return try_samples(run, count, self.job.model, self.others)
+
+    def _batch(self, losses: Callable[..., Tensor], half: torch.dtype | None, **arguments: Any) -> Trial:
+        job = self.job
+        batch = self._made_up_batch(forget=losses == job.task.replacement_losses)
+        job.task.begin(job.model, batch)
+
+        def loss() -> Tensor:
+            prepared = job.task.prepare(batch, self.device)
+            with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+                return losses(job.model, prepared).mean()
+
+        return try_batch(job.model, loss, self.others, **arguments)
+
+    def _made_up_batch(self, forget: bool) -> dict[str, Any]:
+        """As a loader gives it."""
+        job = self.job
+        if job.data.kind == "pixel_values" and not job.encodes:
+            kinds = ["pixel_values"]
+        else:
+            kinds = ["latents"] if job.data.kind == "latents" else ["latent_mean", "latent_std"]
+        if forget and job.draw.replace is not None:
+            kinds += [f"replace_{kind}" for kind in kinds]
+        sample = dict.fromkeys(kinds, torch.zeros(job.pretrained.latent_shape))
+        sample["labels"] = torch.tensor(job.forget_classes[0])
+        return job.collate(forget)([sample] * job.batch_size)
