@@ -29,6 +29,7 @@ from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
 from .estimate import Estimate, Trial, estimate, sizes_on_disk, try_batch
+from .fid import RetainedFID
 from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
@@ -211,21 +212,25 @@ class ForgetJob:
         return ClassConditionalDiffusion(pretrained.scheduler, null_label=self._null_label, **settings)
 
     def _make_pictures(self) -> Pictures:
-        options, judge = self.options, None
+        options, judge, fid = self.options, None, None
+        retained = spread([i for i in self.data.counts if i not in self.forget_classes])
         if options.classifier is not None:
             judge = Judge(options.classifier, self._names(), options.device)
+        if options.fid_weights is not None:
+            fid = RetainedFID(options.fid_weights, self.data, retained, options.seed, options.device)
         return Pictures(
             self.pretrained,
             self.task,
             self._names(),
             self.forget_classes,
-            spread([i for i in self.data.counts if i not in self.forget_classes]),
-            each=1 if judge is None else options.samples or JUDGED_SAMPLES,
+            retained,
+            each=1 if judge is None and fid is None else options.samples or JUDGED_SAMPLES,
             steps=options.num_inference_steps,
             guidance=self._guidance,
             seed=options.seed,
             concepts=self.concepts,
             judge=judge,
+            fid=fid,
         )
 
     @property
@@ -281,6 +286,8 @@ class ForgetJob:
         )
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
         found.seconds["sampling"] = forward * 2 * len(self.pictures.labels) * self.pictures.passes
+        if self.pictures.fid is not None:
+            found.seconds["FID"] = self.pictures.fid.seconds(len(self.pictures.retained) * self.pictures.each)
         found.disk = self._disk
         return found
 
@@ -348,6 +355,8 @@ class ForgetJob:
                     progress=lambda done, total: self.progress("looking at images", done, total),
                 )
         forget, retain = self._loaders(own)
+        if self.pictures.fid is not None:
+            self._take_real()
         self._take_pictures("before")
         unlearner = Unlearner(
             self.model,
@@ -389,7 +398,18 @@ class ForgetJob:
         self.pictures.write_grid(own / "before-after.png")
         with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
             verdict = self.pictures.verdict()
-        return self._report(result, verdict)
+        with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
+            fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
+        return self._report(result, verdict, fid)
+
+    def _take_real(self) -> None:
+        """Before anything is trained: what is wrong with these images is found before time is spent."""
+        with timed(self.seconds, "FID_real"):
+            self.pictures.fid.add_real(
+                strict=self.options.strict,
+                looking=lambda done, total: self.progress("looking at images for FID", done, total),
+                progress=lambda done, total: self.progress("FID, real images", done, total),
+            )
 
     def _take_pictures(self, when: str) -> None:
         with timed(self.seconds, f"sampling_{when}"):
@@ -475,11 +495,12 @@ class ForgetJob:
         output = self.options.output_dir
         return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
 
-    def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
+    def _report(self, result: Result, verdict: dict[str, Any] | str, fid: dict[str, Any] | None) -> dict[str, Any]:
         mask = result.mask
         return {
             "forgotten": [self._names()[i] for i in self.forget_classes],
             "verdict": verdict,
+            "fid": fid,
             "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
             "trained_weights": sum(p.numel() for p in trainable(self.model).values()),
             "mapping": [row._asdict() for row in self.data.mapping],
