@@ -186,11 +186,11 @@ def _show_plan(job: ForgetJob, console: Console) -> None:
         f"{type(job.model).__name__}, preset {job.preset}: trains {moved:,} of {total:,} weights, "
         f"{job.method.iterations} iterations with batches of {job.batch_size}, from {len(job.draw.indices)} images"
     )
-    pictures = job.pictures
-    if pictures.fid is not None:
+    fid = job.pictures.fid
+    if fid is not None:
         console.print(
-            f"FID: {len(pictures.retained) * pictures.each:,} generated against {pictures.fid.planned:,} real images, "
-            f"of {len(pictures.retained)} retained classes"
+            f"FID: {fid.generated:,} generated against {fid.planned:,} real images, of {len(fid.classes)} retained "
+            "classes"
         )
 
 

@@ -42,7 +42,7 @@ def draw_real(
     usable = torch.ones(len(labels), dtype=torch.bool)
     usable[torch.tensor(sorted(set(map(int, exclude))), dtype=torch.int64)] = False
     generator = torch.Generator().manual_seed(seed)
-    orders = []
+    orders: list[Tensor] = []
     for label in classes:
         members = (labels == label).nonzero().flatten()
         order = members[torch.randperm(len(members), generator=generator)]  # the same, whatever is excluded
@@ -54,12 +54,13 @@ def draw_real(
 class RetainedFID:
     """The constructor checks everything and loads the network; no image is decoded.
 
-    Every class gets the same number of generated pictures. Real images are all of these classes that can be read, or
+    Every class has ``each`` generated pictures. Real images are all of these classes that can be read, or
     at most 10,000, drawn with the run's seed and as equally over the classes as they allow. Where the data hold the
     classes unequally, so do the real images, and that adds to both distances.
 
     Attributes:
         classes: retained classes that are sampled.
+        generated: number of generated pictures at a time.
         planned: number of real images, unless some cannot be read.
 
     Raises:
@@ -67,7 +68,13 @@ class RetainedFID:
     """
 
     def __init__(
-        self, weights: Path, data: ImageData, classes: Sequence[int], seed: int, device: torch.device | str = "cpu"
+        self,
+        weights: Path,
+        data: ImageData,
+        classes: Sequence[int],
+        each: int,
+        seed: int,
+        device: torch.device | str = "cpu",
     ):
         if data.kind != "pixel_values":
             raise InputError(
@@ -76,22 +83,25 @@ class RetainedFID:
             )
         self.data, self.classes, self.seed = data, list(classes), seed
         self.planned = len(draw_real(data.labels, self.classes, seed))
-        self._check_count(self.planned)
+        self.generated = each * len(self.classes)
+        self._check_count("real images", self.planned)
+        self._check_count("generated pictures", self.generated)
         try:
             self.inception = InceptionFID(weights, device=device)
         except InputError as error:
             raise InputError(f"--fid-weights: {error}") from None
         self._by_class: list[int] = []
 
-    def _check_count(self, count: int) -> None:
+    def _check_count(self, what: str, count: int) -> None:
         if count < 2:
-            raise InputError(f"--fid-weights: FID needs at least 2 real images of the retained classes, got {count}")
+            raise InputError(f"--fid-weights: FID needs at least 2 {what} of the retained classes, got {count}")
 
-    def seconds(self, generated: int) -> float:
-        """About what the features take, from two pictures that are tried; ``generated`` before and again after."""
+    @property
+    def seconds(self) -> float:
+        """About what the features take, from two pictures that are tried."""
         started = time.perf_counter()
         self.inception.extract(torch.zeros(2, 3, 299, 299))
-        return (time.perf_counter() - started) / 2 * (self.planned + 2 * generated)
+        return (time.perf_counter() - started) / 2 * (self.planned + 2 * self.generated)
 
     def add_real(self, *, strict: bool = False, looking: _Progress | None = None, progress: _Progress) -> None:
         """Decodes the real images and takes their features, of which sums are kept.
@@ -107,7 +117,7 @@ class RetainedFID:
             data.verify(chosen.tolist(), strict=strict, progress=looking)
             if set(data.unreadable) == known:
                 break
-        self._check_count(len(chosen))
+        self._check_count("readable images", len(chosen))
         for part in chosen.split(_AT_ONCE):
             self.inception.add_real(torch.stack([data[i]["pixel_values"] for i in part.tolist()]))
             progress(self.inception.real, len(chosen))
@@ -142,7 +152,7 @@ class RetainedFID:
             found["error"] = "; ".join(errors)
         return found | {
             "real": self.inception.real,
-            "generated": min((len(pictures) for pictures in taken.values()), default=0),
+            "generated": self.generated,
             "features": self.inception.features,
             "classes": [names[label] for label in self.classes],
             "real_by_class": self._by_class,

@@ -104,8 +104,8 @@ class ForgetJob:
                 f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
                 "pipeline's folder"
             )
-        self.pictures = self._make_pictures()
         self.draw: Draw = self._draw(draw_indices)
+        self.pictures = self._make_pictures()
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if options.resume_from_checkpoint is not None:
             try:
@@ -214,17 +214,19 @@ class ForgetJob:
     def _make_pictures(self) -> Pictures:
         options, judge, fid = self.options, None, None
         retained = spread([i for i in self.data.counts if i not in self.forget_classes])
+        judged = options.classifier is not None or options.fid_weights is not None
+        each = (options.samples or JUDGED_SAMPLES) if judged else 1
         if options.classifier is not None:
             judge = Judge(options.classifier, self._names(), options.device)
         if options.fid_weights is not None:
-            fid = RetainedFID(options.fid_weights, self.data, retained, options.seed, options.device)
+            fid = RetainedFID(options.fid_weights, self.data, retained, each, options.seed, options.device)
         return Pictures(
             self.pretrained,
             self.task,
             self._names(),
             self.forget_classes,
             retained,
-            each=1 if judge is None and fid is None else options.samples or JUDGED_SAMPLES,
+            each=each,
             steps=options.num_inference_steps,
             guidance=self._guidance,
             seed=options.seed,
@@ -287,7 +289,7 @@ class ForgetJob:
         forward = trial.seconds / 3 / self.batch_size  # of a step, backward takes about two thirds
         found.seconds["sampling"] = forward * 2 * len(self.pictures.labels) * self.pictures.passes
         if self.pictures.fid is not None:
-            found.seconds["FID"] = self.pictures.fid.seconds(len(self.pictures.retained) * self.pictures.each)
+            found.seconds["FID"] = self.pictures.fid.seconds
         found.disk = self._disk
         return found
 

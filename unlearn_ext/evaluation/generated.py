@@ -117,7 +117,7 @@ class InceptionFID:
         for package in ("torchmetrics", "torch_fidelity"):
             if find_spec(package) is None:
                 raise InputError(f"FID needs {package.replace('_', '-')}, which is not installed: {_INSTALL}")
-        metric = _torchmetrics_fid()
+        metric = _torchmetrics_fid(with_network=True)
         try:
             network = metric(feature=features, feature_extractor_weights_path=str(path), antialias=False).inception
         except TypeError as error:  # an argument of newer releases
@@ -232,16 +232,18 @@ class _AsTheyAre(nn.Module):
         return features
 
 
-def _torchmetrics_fid() -> type[Any]:
+def _torchmetrics_fid(*, with_network: bool = False) -> type[Any]:
     """torchmetrics' FrechetInceptionDistance.
 
     It imports torch-fidelity where that is installed, and with it torchvision, whose operators fail with all kinds of
     errors beside a torch that they were not built for.
     """
     try:
+        if with_network:  # torchmetrics would take one that fails for one that is not installed
+            import torch_fidelity.feature_extractor_inceptionv3  # noqa: F401
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError as error:
-        raise InputError(f"Fréchet distances need {error.name}, which is not installed: {_INSTALL}") from None
+        raise InputError(f"FID needs {error.name}, which is not installed: {_INSTALL}") from None
     except Exception as error:
         raise InputError(
             f"torch-fidelity cannot be imported ({_first_line(error)}): its torchvision has to be the release that "
