@@ -16,7 +16,7 @@ from ..evaluation.generated import InceptionFID
 
 __all__ = ["RetainedFID", "draw_real", "even_shares"]
 
-MOST_REAL = 10_000  # images; their features take a tenth of a second each on a CPU
+MOST_REAL = 10_000  # images: several times the 2048 features, and a bound on the time they take
 _AT_ONCE = 32
 _Progress = Callable[[int, int], None]
 
