@@ -30,6 +30,7 @@ from pipelines import (
 from unlearn_ext.cli import main
 from unlearn_ext.data import images as images_module
 from unlearn_ext.data import load_digits
+from unlearn_ext.diffusion import dry_run
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.errors import InputError
 from unlearn_ext.saliency import SaliencyMask
@@ -235,7 +236,7 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkey
         loss().backward()
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(job_module, "try_batch", fail)
+    monkeypatch.setattr(dry_run, "try_batch", fail)
     with pytest.raises(torch.OutOfMemoryError):
         job.estimate()
     assert modes == [module.training for module in job.model.modules()]

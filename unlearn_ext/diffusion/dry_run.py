@@ -49,14 +49,19 @@ def estimate_run(job: ForgetJob) -> Estimate:
         ema=job.ema_decay is not None,
         checkpoints=job.checkpoints_at_once() > 0,
     )
+    if job.pictures.fid is not None:
+        found.seconds["FID"] = job.pictures.fid.seconds
     found.disk = job.disk
     return found
 
 
 def _others(job: ForgetJob) -> list[nn.Module]:
     """Networks that are in memory beside the denoiser."""
-    judge = job.pictures.judge
-    found = (job.pretrained.vae, job.pretrained.text_encoder, None if judge is None else judge.model)
+    found = [job.pretrained.vae, job.pretrained.text_encoder]
+    if job.pictures.judge is not None:
+        found.append(job.pictures.judge.model)
+    if job.pictures.fid is not None:
+        found.append(job.pictures.fid.inception.network)
     return [network for network in found if network is not None]
 
 

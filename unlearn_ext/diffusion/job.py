@@ -29,6 +29,7 @@ from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
 from .dry_run import estimate_run
 from .estimate import Estimate, sizes_on_disk
+from .fid import RetainedFID
 from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
@@ -104,8 +105,8 @@ class ForgetJob:
                 f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
                 "pipeline's folder"
             )
-        self.pictures = self._make_pictures()
         self.draw: Draw = self._draw(draw_indices)
+        self.pictures = self._make_pictures()
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if self.method.mask is not None:
             self._check_mask(self.method.mask)
@@ -234,22 +235,29 @@ class ForgetJob:
         )
 
     def _make_pictures(self) -> Pictures:
-        options, judge, names = self.options, None, self._names()
+        options, names = self.options, self._names()
+        there = [index for index in names if index in self.data.counts]
+        retained = spread([index for index in there if index not in self.forget_classes])
+        judged = options.classifier is not None or options.fid_weights is not None
+        each = (options.samples or JUDGED_SAMPLES) if judged else 1
+        judge = fid = None
         if options.classifier is not None:
             judge = Judge(options.classifier, names, options.device)
-        there = [index for index in names if index in self.data.counts]
+        if options.fid_weights is not None:
+            fid = RetainedFID(options.fid_weights, self.data, retained, each, options.seed, options.device)
         return Pictures(
             self.pretrained,
             self.task,
             names,
             [index for index in self.forget_classes if index in there],
-            spread([index for index in there if index not in self.forget_classes]),
-            each=1 if judge is None else options.samples or JUDGED_SAMPLES,
+            retained,
+            each=each,
             steps=options.num_inference_steps,
             guidance=self._guidance,
             seed=options.seed,
             concepts=self.concepts,
             judge=judge,
+            fid=fid,
         )
 
     @property
@@ -327,6 +335,8 @@ class ForgetJob:
         output = claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
         own = writable_directory(output / OWN_FOLDER)
         forget, retain = self._loaders(self._encode(own / "latents") if self.encodes else self.data)
+        if self.pictures.fid is not None:
+            self._take_real()
         self._take_pictures("before")
         result = self.unlearner.run(
             forget,
@@ -352,7 +362,18 @@ class ForgetJob:
         self.pictures.write_grid(own / "before-after.png")
         with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
             verdict = self.pictures.verdict()
-        return self._report(result, verdict)
+        with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
+            fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
+        return self._report(result, verdict, fid)
+
+    def _take_real(self) -> None:
+        """Before anything is trained: what is wrong with these images is found before time is spent."""
+        with timed(self.seconds, "FID_real"):
+            self.pictures.fid.add_real(
+                strict=self.options.strict,
+                looking=lambda done, total: self.progress("looking at images for FID", done, total),
+                progress=lambda done, total: self.progress("FID, real images", done, total),
+            )
 
     def _take_pictures(self, when: str) -> None:
         with timed(self.seconds, f"sampling_{when}"):
@@ -457,11 +478,12 @@ class ForgetJob:
         output = self.options.output_dir
         return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
 
-    def _report(self, result: Result, verdict: dict[str, Any] | str) -> dict[str, Any]:
+    def _report(self, result: Result, verdict: dict[str, Any] | str, fid: dict[str, Any] | None) -> dict[str, Any]:
         mask = result.mask
         return {
             "forgotten": [self._names()[i] for i in self.pictures.forgotten],
             "verdict": verdict,
+            "fid": fid,
             "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
             "trained_weights": self.trained_count,
             "mapping": [row._asdict() for row in self.data.mapping],

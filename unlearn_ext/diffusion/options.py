@@ -12,6 +12,7 @@ import torch
 from .._arguments import check_count, check_finite, check_number
 from .._modes import PRECISIONS
 from ..errors import InputError
+from ..evaluation.generated import WHERE_TO_GET
 
 __all__ = ["ForgetOptions"]
 
@@ -49,6 +50,7 @@ class ForgetOptions:
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
     classifier: Path | None = None
+    fid_weights: Path | None = None
     samples: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float | None = None
@@ -86,7 +88,7 @@ class ForgetOptions:
             raise InputError(f"--save-weights: expected last or ema, got {self.save_weights!r}")
         for name, needed in (  # each would do nothing
             ("ema_decay", None if self.save_weights == "ema" else "--save-weights ema"),
-            ("samples", "--classifier, which judges them" if self.classifier is None else None),
+            ("samples", None if self.classifier or self.fid_weights else "--classifier or --fid-weights, which judge"),
             ("checkpoints_total_limit", "--checkpointing-steps" if self.checkpointing_steps is None else None),
         ):
             if getattr(self, name) is not None and needed is not None:
@@ -109,6 +111,8 @@ class ForgetOptions:
                 f"--classifier: expected a transformers image-classification folder with a config.json, got "
                 f"{self.classifier}"
             )
+        if self.fid_weights is not None and not self.fid_weights.is_file():
+            raise InputError(f"--fid-weights: there is no file {self.fid_weights}: {WHERE_TO_GET}")
 
     def settings(self) -> dict[str, Any]:
         """Of plain types, for the result."""

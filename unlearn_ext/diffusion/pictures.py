@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..evaluation.generated import class_scores
 from ..tasks import Task
+from .fid import RetainedFID
 from .grid import write_grid
 from .judge import Judge
 from .pretrained import Pretrained
@@ -43,6 +44,7 @@ class Pictures:
         steps, guidance: of DDIM.
         concepts: the prompts, of a model that is told prompts.
         judge: None where nothing is verified.
+        fid: None where no distance to real images is measured.
         taken: time, such as ``before`` -> pictures [N, C, H, W] in [-1, 1].
     """
 
@@ -57,6 +59,7 @@ class Pictures:
     seed: int
     concepts: Concepts | None = None
     judge: Judge | None = None
+    fid: RetainedFID | None = None
     taken: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -111,3 +114,11 @@ class Pictures:
                 if labels
             }
         return found
+
+    def distances(self, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
+        """FID of the retained classes by time, with the protocol beside it; None where it was not asked for."""
+        if self.fid is None:
+            return None
+        retained = torch.isin(self.labels, torch.tensor(list(self.retained)))
+        taken = {when: pictures[retained.to(pictures.device)] for when, pictures in self.taken.items()}
+        return {**self.fid.measure(taken, self.names, progress), "sampling": self.protocol}
