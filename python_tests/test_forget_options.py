@@ -264,6 +264,17 @@ def test_the_grid_holds_the_first_picture_of_each_class(tmp_path: Path, channels
     assert all(dark[top + i * (SIDE + GAP) :, :left][: SIDE + GAP].any() for i in (0, 1))  # and the rows' names
 
 
+def test_pictures_that_are_not_finite_are_not_judged() -> None:
+    """A classifier is shown bytes, and those of a NaN are black."""
+    values = torch.zeros(2, 4, 1, 16, 16)
+    values[1, 3, 0, 0, 0] = torch.nan
+    pictures = Pictures(
+        None, None, {0: "a", 1: "b"}, forgotten=[0], retained=[1], each=2, steps=2, guidance=None, seed=0,
+        judge=object(), taken={"before": values[0], "after": values[1]},
+    )  # fmt: skip
+    assert pictures.verdict() == "not verified: 1 of 4 pictures after hold inf or NaN"
+
+
 @pytest.mark.parametrize(
     ("forgotten_classes", "shown"),
     [("3", [3, 0, 1, 2, 4, 5, 6, 7, 8]), ("7,3", [7, 3, 0, 1, 2, 4, 5, 6, 8, 9]), ("0,1,2,3", [*range(10)])],

@@ -105,6 +105,10 @@ class Pictures:
         """Accuracy and mean probability of every class by time, forgotten and retained apart."""
         if self.judge is None:
             return "not verified: no classifier was given (--classifier)"
+        for when, pictures in self.taken.items():  # as bytes they would pass for black
+            broken = int((~pictures.isfinite().flatten(1).all(1)).sum())
+            if broken:
+                return f"not verified: {broken} of {len(pictures)} pictures {when} hold inf or NaN"
         found: dict[str, Any] = {}
         for when, pictures in self.taken.items():
             scores = class_scores(self.judge.probabilities(pictures), self.judge.columns[self.labels])
