@@ -24,6 +24,7 @@ from unlearn_ext import _loop
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion import pictures as pictures_module
 from unlearn_ext.diffusion._trial import try_batch, try_samples
+from unlearn_ext.diffusion.dry_run import other_networks
 from unlearn_ext.diffusion.estimate import sizes_on_disk
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.judge import Judge
@@ -93,7 +94,7 @@ def peaks(job: ForgetJob, monkeypatch) -> dict[str, int]:
         job.run()
     events = profiled.profiler.kineto_results.events()
     ranges = [(e.name()[7:], e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name()[:7] == "stage: "]
-    weights = [t for network in (job.model, *job._others) for t in network.state_dict().values()]
+    weights = [t for network in (job.model, *other_networks(job)) for t in network.state_dict().values()]
     now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
     found: dict[str, int] = {}
     for moment, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
@@ -256,7 +257,7 @@ def test_images_that_cannot_be_read_are_no_error(home: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("model", ["text", "ddpm"])
 def test_an_estimate_leaves_no_trace(home: Path, tmp_path: Path, model: str) -> None:
     job = job_of(home, model, tmp_path / "out", classifier=home / "judge", samples=1)
-    networks = [job.model, *job._others]
+    networks = [job.model, *other_networks(job)]
     networks[-1].train()
     files = sorted(home.rglob("*"))
 

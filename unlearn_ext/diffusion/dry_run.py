@@ -20,14 +20,14 @@ from .sampling import DECODED_AT_ONCE, SAMPLED_AT_ONCE, decode
 if TYPE_CHECKING:
     from .job import ForgetJob
 
-__all__ = ["estimate_run"]
+__all__ = ["estimate_run", "other_networks"]
 
 _DECODED_FOR_TRIAL = 4  # pictures of the drawn ones
 
 
 def estimate_run(job: ForgetJob) -> Estimate:
     """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried."""
-    others = _others(job)
+    others = other_networks(job)
     with _undisturbed(job, others):
         trials = _Trials(job, others).all()
     used = len(job.draw.indices)
@@ -55,7 +55,7 @@ def estimate_run(job: ForgetJob) -> Estimate:
     return found
 
 
-def _others(job: ForgetJob) -> list[nn.Module]:
+def other_networks(job: ForgetJob) -> list[nn.Module]:
     """Networks that are in memory beside the denoiser."""
     found = [job.pretrained.vae, job.pretrained.text_encoder]
     if job.pictures.judge is not None:
