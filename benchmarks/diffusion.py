@@ -97,40 +97,55 @@ def _write(row: dict) -> None:
 
 
 def show(document: dict) -> None:
+    """Tables for the README, networks told labels side by side, and how far the worst row is from each bar."""
+    for tasks in (("ddpm", "dit"), ("text",)):
+        rows = [row for row in document["rows"] if row["key"]["task"] in tasks]
+        for samples in sorted({row["key"]["samples"] for row in rows}):
+            _show_table(tasks, samples, [row for row in rows if row["key"]["samples"] == samples])
     for task in TASKS:
-        rows = sorted(
-            (row for row in document["rows"] if row["key"]["task"] == task),
-            key=lambda row: (-row["key"]["samples"], row["key"]["digit"], row["key"]["seed"]),
-        )
-        if not rows:
-            continue
-        protocol = rows[0]["protocol"]
-        print(f"\n{task}: {protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance']}\n")
-        print("| digit | seed | samples | forgotten % | nine others % | Fréchet | diversity kept | old row back % |")
-        print("|---|---|---|---|---|---|---|---|")
-        for row in rows:
-            forgotten, others, frechet = (_change(row[name], scale) for name, scale in _COLUMNS)
-            kept = row["diversity"]["after"] / row["diversity"]["before"]
-            told = " | ".join(str(row["key"][name]) for name in ("digit", "seed", "samples"))
-            restored = row["forgotten"].get("row_put_back")
-            restored = "–" if restored is None else f"{100 * restored:.1f}"
-            print(f"| {told} | {forgotten} | {others} | {frechet} | {kept:.2f} | {restored} |")
-        bars = {
-            "forgotten digit, before, least": min(row["forgotten"]["before"] for row in rows),
-            "forgotten digit, after, most": max(row["forgotten"]["after"] for row in rows),
-            "nine others, most that is lost": max(r["retained"]["before"] - r["retained"]["after"] for r in rows),
-            "Fréchet distance, largest ratio": max(r["frechet"]["after"] / r["frechet"]["before"] for r in rows),
-            "diversity kept, least": min(r["diversity"]["after"] / r["diversity"]["before"] for r in rows),
-        }
-        repeated = [row for row in rows if row["key"]["samples"] == MANY]
-        if len({row["key"]["seed"] for row in repeated}) > 1:
-            bars["a retained digit's mean over seeds, most that is lost"] = max(_lost(repeated))
-        print()
-        if restored := [r["forgotten"]["row_put_back"] for r in rows if "row_put_back" in r["forgotten"]]:
-            bars["forgotten digit with its old row put back, least and most"] = [min(restored), max(restored)]
-        for what, value in bars.items():
-            values = value if isinstance(value, list) else [value]
-            print(f"{what}: {' to '.join(f'{v:.3f}' for v in values)}")
+        if rows := [row for row in document["rows"] if row["key"]["task"] == task]:
+            _show_bars(task, rows)
+
+
+def _show_table(tasks: tuple[str, ...], samples: int, rows: list[dict]) -> None:
+    found = {(row["key"]["digit"], row["key"]["seed"], row["key"]["task"]): _cells(row) for row in rows}
+    measures = ("forgotten %", "nine others %", "Fréchet", "diversity", "old row back %")
+    if tasks == ("text",):
+        measures = measures[:-1]  # it has no such row
+    heads = [f"{measure} ({task})" for task in tasks for measure in measures]
+    print(f"\n{samples} samples of each digit\n\n| digit | seed | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
+    for digit, seed in sorted({key[:2] for key in found}):
+        cells = [cell for task in tasks for cell in found.get((digit, seed, task), ["–"] * len(measures))]
+        print(f"| {digit} | {seed} | {' | '.join(cells)} |")
+
+
+def _cells(row: dict) -> list[str]:
+    kept = row["diversity"]["after"] / row["diversity"]["before"]
+    cells = [*(_change(row[name], scale) for name, scale in _COLUMNS), f"{kept:.2f}"]
+    restored = row["forgotten"].get("row_put_back")
+    return cells if restored is None else [*cells, f"{100 * restored:.1f}"]
+
+
+def _show_bars(task: str, rows: list[dict]) -> None:
+    protocol = rows[0]["protocol"]
+    bars = {
+        "forgotten digit, before, least": min(row["forgotten"]["before"] for row in rows),
+        "forgotten digit, after, most": max(row["forgotten"]["after"] for row in rows),
+        "nine others, most that is lost": max(r["retained"]["before"] - r["retained"]["after"] for r in rows),
+        "Fréchet distance, largest ratio": max(r["frechet"]["after"] / r["frechet"]["before"] for r in rows),
+        "diversity kept, least": min(r["diversity"]["after"] / r["diversity"]["before"] for r in rows),
+    }
+    repeated = [row for row in rows if row["key"]["samples"] == MANY]
+    if len({row["key"]["seed"] for row in repeated}) > 1:
+        bars["a retained digit's mean over seeds, most that is lost"] = max(_lost(repeated))
+    if restored := [r["forgotten"]["row_put_back"] for r in rows if "row_put_back" in r["forgotten"]]:
+        bars["forgotten digit with its old row put back, least"] = min(restored)
+        bars["forgotten digit with its old row put back, most"] = max(restored)
+    print(
+        f"\n{task}, {len(rows)} runs: {protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance']}"
+    )
+    for what, value in bars.items():
+        print(f"{what}: {value:.3f}")
 
 
 _COLUMNS = (("forgotten", 100), ("retained", 100), ("frechet", 1))

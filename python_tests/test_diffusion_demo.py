@@ -175,7 +175,9 @@ def test_the_benchmark_measures_once_and_again_where_settings_differ(benchmark, 
     capsys.readouterr()
     benchmark.show(first)
     table = capsys.readouterr().out
-    assert f"| 3 | 0 | 8 | {100 * found['before']:.1f} → {100 * found['after']:.1f} |" in table
+    changed = f"{100 * found['before']:.1f} → {100 * found['after']:.1f}"
+    assert "8 samples of each digit" in table and f"| 3 | 0 | {changed} |" in table
+    assert f"| {100 * found['row_put_back']:.1f} | – | – | – | – | – |" in table  # no DiT was measured
     assert f"forgotten digit, after, most: {found['after']:.3f}" in table
     changed = {**first["rows"][0], "key": {**first["rows"][0]["key"], "settings": {"lr": 1.0}}}
     benchmark._write(changed)

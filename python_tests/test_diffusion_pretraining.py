@@ -280,7 +280,7 @@ def test_what_is_not_shipped_is_trained_once_and_cached(tmp_path, monkeypatch):
         assert torch.equal(a, b)
     monkeypatch.setitem(pretraining.RECIPES, "ddpm", pretraining.Recipe(steps=1, batch_size=4, warmup=1))
     assert weights.load("ddpm", seed=7).metadata["steps"] == 1  # another recipe is another file
-    assert weights.load("ddpm", seed=7, retrain=True, progress=lambda *at: seen.append(at)) and len(seen) == 3
+    assert weights.load("ddpm", seed=7, anew=True, progress=lambda *at: seen.append(at)) and len(seen) == 3
     without = weights.load("ddpm", without=4, progress=lambda *at: seen.append(at))  # of seed 0, and none ships
     assert without.metadata["without"] == 4 and seen[3:] == [("training the ddpm network without the digit 4", 1, 1)]
     assert weights.load("ddpm", without=4, progress=lambda *at: seen.append(at)) and len(seen) == 4

@@ -237,7 +237,7 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkey
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(dry_run, "try_batch", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(InputError, match="a batch of 4 does not fit in the memory of cpu: lower --train-batch-size"):
         job.estimate()
     assert modes == [module.training for module in job.model.modules()]
     after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
@@ -497,15 +497,47 @@ def test_a_picture_may_be_taken_for_what_the_generator_does_not_know(tmp_path: P
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([0.0, 5.0, 1.0]))
     model.save_pretrained(tmp_path)
-    judge = Judge(tmp_path, {0: "A dog", 1: "a cat"})
-    assert judge.columns.tolist() == [2, 0]
+    judge = Judge(tmp_path, {0: "A dog", 1: "a cat"}, (3, 16, 16))
+    assert judge.columns == {0: 2, 1: 0}
     probabilities = judge.probabilities(torch.zeros(4, 3, 16, 16))
-    scores = class_scores(probabilities, judge.columns[torch.tensor([0, 0, 1, 1])])
+    scores = class_scores(probabilities, torch.tensor([2, 2, 0, 0]))
     assert {label: score["accuracy"] for label, score in scores.items()} == {0: 0.0, 2: 0.0}
     with torch.no_grad():
         judge.model.classifier.bias.copy_(torch.tensor([0.0, 0.5, 1.0]))
-    scores = class_scores(judge.probabilities(torch.zeros(4, 3, 16, 16)), judge.columns[torch.tensor([0, 0, 1, 1])])
+    scores = class_scores(judge.probabilities(torch.zeros(4, 3, 16, 16)), torch.tensor([2, 2, 0, 0]))
     assert {label: score["accuracy"] for label, score in scores.items()} == {0: 0.0, 2: 1.0}
+
+
+def test_a_classifier_that_cannot_judge_is_refused_before_anything_is_done(home: Path, tmp_path: Path, capsys) -> None:
+    """Of 16 x 16 pixels, and its image processor makes 224 x 224 of a picture."""
+    from transformers import ViTImageProcessor
+
+    save_classifier(tmp_path / "judge", [str(i) for i in range(10)])
+    ViTImageProcessor().save_pretrained(tmp_path / "judge")
+    for more in ([], ["--dry-run"]):
+        options = ["--forget-class", "3", "--classifier", str(tmp_path / "judge"), *more]
+        assert run(home, "ddpm", tmp_path / "out", *options) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: --classifier: ") and "cannot judge a picture of this model" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_that_fails_in_the_end_costs_no_result(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    from unlearn_ext.diffusion.judge import Judge
+
+    save_classifier(tmp_path / "judge", [str(i) for i in range(10)])
+    probabilities = Judge.probabilities
+
+    def fail(self, pictures):
+        if len(pictures) > 1:
+            raise RuntimeError("out of luck")
+        return probabilities(self, pictures)
+
+    monkeypatch.setattr(Judge, "probabilities", fail)
+    options = ("--forget-class", "3", "--classifier", str(tmp_path / "judge"), "--samples", "1")
+    assert run(home, "ddpm", tmp_path / "out", *options) == 0
+    assert result(tmp_path / "out")["verdict"].startswith("not verified: the classifier failed on the pictures before")
+    assert "out of luck" in capsys.readouterr().out
 
 
 def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
@@ -601,7 +633,7 @@ def test_unreadable_images_are_left_out_where_latents_are_made_of_them(home, tmp
     own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(tmp_path / "damaged"), *SMALL, *wanted]
     assert main(["forget", *own, "--output-dir", str(tmp_path / "strict"), "--strict"]) == 1
     assert "unreadable image" in capsys.readouterr().err
-    assert not (tmp_path / "strict" / "model_index.json").exists()
+    assert not (tmp_path / "strict").exists()
     assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 0
     told = "".join(capsys.readouterr().out.split())
     assert "2imagescouldnotberead" in told and "three/000.png" in told and "five/000.png" in told
@@ -669,12 +701,39 @@ def test_the_number_of_folders_must_be_the_models_or_a_map_given(home: Path, tmp
     assert [row["index"] for row in result(tmp_path / "out")["mapping"]] == [3, 5]
 
 
-def test_a_model_without_a_null_class(home: Path, tmp_path: Path) -> None:
-    save_ddpm_pipeline(tmp_path / "model", classes=9)  # ten embeddings, and none of them is for no class
+def test_a_model_without_a_null_class(home: Path, tmp_path: Path, capsys) -> None:
+    """Ten embeddings and ten folders: a stray folder beside nine would look the same, and shift every label."""
+    save_ddpm_pipeline(tmp_path / "model", classes=9)
     own = ["--pretrained-model-name-or-path", str(tmp_path / "model"), "--data", str(home / "digits"), *SMALL]
-    assert main(["forget", *own, "--forget-class", "9", "--output-dir", str(tmp_path / "out")]) == 0
-    assert result(tmp_path / "out")["sampling"]["guidance"] is None
-    assert result(tmp_path / "out")["task"]["label_dropout"] == 0.0
+    own += ["--forget-class", "9", "--output-dir", str(tmp_path / "out")]
+    assert main(["forget", *own]) == 1
+    assert "has 10 class folders, as many as the model has class embeddings" in capsys.readouterr().err
+    assert main(["forget", *own, "--no-null-class", "--guidance-scale", "3"]) == 1
+    assert "--guidance-scale needs a null class" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["forget", *own, "--no-null-class"]) == 0
+    assert "no null class" in capsys.readouterr().out
+    found = result(tmp_path / "out")
+    assert found["sampling"]["guidance"] is None and found["task"]["label_dropout"] == 0.0
+    assert found["null_class"] is None
+
+
+@pytest.mark.parametrize("options", [[], ["--no-null-class"]])
+def test_a_model_of_two_classes(home: Path, tmp_path: Path, capsys, options: list[str]) -> None:
+    save_ddpm_pipeline(tmp_path / "model", classes=1)
+    save_digit_folders(tmp_path / "few", per_class=4, digits=(3, 5))
+    own = ["--pretrained-model-name-or-path", str(tmp_path / "model"), "--data", str(tmp_path / "few"), *SMALL]
+    (tmp_path / "map.json").write_text(json.dumps({"3": 0, "5": 1}))
+    own += ["--class-map", str(tmp_path / "map.json"), "--output-dir", str(tmp_path / "out"), "--forget-class", "0"]
+    assert main(["forget", *own, *options]) == (0 if options else 1)
+    if not options:
+        assert "2 class embeddings and the data hold 2 classes, up to 1: say with" in capsys.readouterr().err
+
+
+def test_data_without_classes_are_asked_for_them_first(home: Path, tmp_path: Path, capsys) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((4, 16, 16), np.uint8))
+    own = ["--pretrained-model-name-or-path", str(home / "ddpm"), "--data", str(tmp_path / "images.npz"), *SMALL]
+    assert main(["forget", *own, "--forget-class", "3", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "has no labels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["folders", "array"])
@@ -694,7 +753,7 @@ def test_whether_there_is_a_null_class_is_asked_where_the_data_do_not_tell(home,
         own += ["--data", str(tmp_path / "few.npz")]
     assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "10 class embeddings and the data hold 2 classes" in told
+    assert "10 class embeddings and the data hold 2 classes, up to 9" in told
     assert "--null-class" in told and "--no-null-class" in told
     assert not (tmp_path / "out").exists()
     assert main(["forget", *own, "--output-dir", str(tmp_path / "out"), "--null-class"]) == 1  # and the 9 is it
@@ -705,4 +764,4 @@ def test_whether_there_is_a_null_class_is_asked_where_the_data_do_not_tell(home,
 
 def test_the_null_class_of_a_dit_needs_no_option(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, "dit", tmp_path / "out", "--forget-class", "3", "--no-null-class") == 1
-    assert "--no-null-class is for a UNet2DModel" in " ".join(capsys.readouterr().err.split())
+    assert "--null-class and --no-null-class are for a UNet2DModel" in " ".join(capsys.readouterr().err.split())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from unlearn_ext import InputError
 from unlearn_ext.diffusion.grid import write_grid
 from unlearn_ext.diffusion.sampling import draw_noise, sample_classes, sample_prompts
-from unlearn_ext.evaluation.generated import class_scores, frechet_distance, inception_fid, pairwise_distance
+from unlearn_ext.evaluation.generated import class_scores, frechet_distance, pairwise_distance
+from unlearn_ext.evaluation.inception import inception_fid
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unlearn_ext.data import draw_indices, draw_readable, encode_latents, latents_size, open_data
+from unlearn_ext.data import draw_indices, encode_latents, latents_size, open_data, until_readable
 from unlearn_ext.data import images as images_module
 from unlearn_ext.data import latents as module
 from unlearn_ext.errors import InputError
@@ -77,7 +77,7 @@ def test_draws_that_are_refused():
     ]:
         with pytest.raises(InputError, match=match):
             draw_indices(LABELS, classes, 1, 1)
-    with pytest.raises(InputError, match=r"the forget set is empty \(no samples\)"):
+    with pytest.raises(InputError, match=r"the forget set is empty \(none of 5 samples can be read\)"):
         draw_indices(LABELS, [0], 1, 1, exclude=range(5))
     for arguments in ((0, 1), (1, 0)):
         with pytest.raises(InputError, match="expected an integer from 1, got 0"):
@@ -93,13 +93,23 @@ def test_unreadable_images_are_replaced_before_a_run(tmp_path):
         with open(name, "wb") as file:
             file.write(b"damaged")
     data = open_data(folder, **SETTINGS)
-    draw = draw_readable(data, [3], 2, 4, seed=5)
+
+    def batches(exclude):
+        return draw_indices(data.labels, [3], 2, 4, seed=5, exclude=exclude)
+
+    draw = until_readable(data, batches, lambda drawn: data.verify(drawn.indices.tolist()))
     assert sorted(data.unreadable) == damaged and not set(damaged) & set(draw.indices.tolist())
     assert draw.forget.flatten()[:3].tolist() == whole.forget.flatten()[[0, 2, 3]].tolist()
     assert all(data[int(i)]["pixel_values"].isfinite().all() for i in draw.indices)
     data = open_data(folder, **SETTINGS)
     with pytest.raises(InputError, match=r"unreadable image: .*--strict"):
-        draw_readable(data, [3], 2, 4, seed=5, read=lambda indices: data.verify(indices, strict=True))
+        until_readable(data, batches, lambda drawn: data.verify(drawn.indices.tolist(), strict=True))
+    for path in (folder / "3").iterdir():
+        path.write_bytes(b"damaged")
+    data = open_data(folder, **SETTINGS)
+    sentence = r"forget set is empty \(none of 6 samples can be read\): .*the first that cannot be read is .*3/000.png"
+    with pytest.raises(InputError, match=sentence):
+        until_readable(data, batches, lambda drawn: data.verify(drawn.indices.tolist()))
 
 
 def test_replacements_are_drawn_from_their_own_classes():
@@ -160,9 +170,9 @@ def test_what_is_there_is_not_encoded_again(data, vae, tmp_path, monkeypatch):
     encode_latents(data, [1, 2, 3], vae, tmp_path)
     before = (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns
     encoded = []
-    call = module._Encoder.__call__
+    call = module.encode_batch
     monkeypatch.setattr(
-        module._Encoder, "__call__", lambda self, batch, x: encoded.extend(batch) or call(self, batch, x)
+        module, "encode_batch", lambda vae, x, batch, dtype: encoded.extend(batch) or call(vae, x, batch, dtype)
     )
     latents = encode_latents(data, [9, 3, 1], vae, tmp_path)
     assert encoded == [9] and (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns == before
@@ -219,10 +229,14 @@ def test_unreadable_images_are_left_out_and_each_is_decoded_once(damaged, vae, t
     monkeypatch.setattr(images_module._Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
     data, latents = open_data(damaged, **SETTINGS), []
 
-    def read(indices):
-        latents.append(encode_latents(data, indices, vae, tmp_path / "latents", batch_size=4, skip_unreadable=True))
+    def batches(exclude):
+        return draw_indices(data.labels, [3], 3, 4, seed=5, exclude=exclude)
 
-    draw = draw_readable(data, [3], 3, 4, seed=5, read=read)
+    def read(drawn):
+        settings = {"batch_size": 4, "skip_unreadable": True}
+        latents.append(encode_latents(data, drawn.indices, vae, tmp_path / "latents", **settings))
+
+    draw = until_readable(data, batches, read)
     assert sorted(data.unreadable) == sorted(i for i in set(decoded) if i % 6 == 1) and 19 in data.unreadable
     assert len(decoded) == len(set(decoded)) and set(decoded) == {*draw.indices.tolist(), *data.unreadable}
     assert not set(draw.indices.tolist()) & set(data.unreadable) and "3/001.png" in data.unreadable[19]
@@ -234,7 +248,7 @@ def test_unreadable_images_are_left_out_and_each_is_decoded_once(damaged, vae, t
         torch.testing.assert_close(sample["latent_mean"], expected, rtol=1e-5, atol=1e-6)
     decoded.clear()  # another process, that goes on
     data = open_data(damaged, **SETTINGS)
-    again = draw_readable(data, [3], 3, 4, seed=5, read=read)
+    again = until_readable(data, batches, read)
     assert decoded == [] and torch.equal(again.forget, draw.forget) and torch.equal(again.retain, draw.retain)
     assert sorted(data.unreadable) and latents[-1].manifest["unreadable"].keys() == set(map(str, data.unreadable))
 
@@ -252,7 +266,7 @@ def test_unreadable_images_are_refused_or_all_there_is(damaged, vae, tmp_path):
 
 @pytest.mark.parametrize("images_before_the_kill", [2, 4, 6, 8])
 def test_a_killed_run_with_unreadable_images_encodes_the_same_batches(damaged, vae, tmp_path, images_before_the_kill):
-    settings = {"batch_size": 2, "shard_bytes": 2 * (2 * 4 * 8 * 8 * 4 + 8), "skip_unreadable": True}
+    settings = {"batch_size": 2, "shard_bytes": 2 * (2 * 4 * 8 * 8 * 4 + 8), "skip_unreadable": True}  # two images
     indices = [0, 1, 2, 3, 4, 7, 8, 13, 19, 20, 21]
 
     class Killed(BaseException):
@@ -267,6 +281,8 @@ def test_a_killed_run_with_unreadable_images_encodes_the_same_batches(damaged, v
         encode_latents(open_data(damaged, **SETTINGS), indices, vae, tmp_path / "killed", **settings, progress=kill)
     latents = encode_latents(open_data(damaged, **SETTINGS), indices, vae, tmp_path / "killed", **settings)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert sum(value.nbytes for value in load_file(path).values()) <= settings["shard_bytes"]
     assert latents.indices.tolist() == [0, 2, 3, 4, 8, 20, 21]
     assert latents.manifest["unreadable"].keys() == {"1", "7", "13", "19"}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["sample_hashes", "samples_hash", "weights_hash"]
+__all__ = ["file_hash", "sample_hashes", "samples_hash", "weights_hash"]
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -38,4 +39,13 @@ def samples_hash(hashes: Iterable[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for sample in sorted(hashes):
         digest.update(sample)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as others publish it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "NonFiniteError", "ProtectionError", "UnlearnError"]
+__all__ = ["InputError", "NonFiniteError", "ProtectionError", "UnlearnError", "first_line"]
 
 
 class UnlearnError(Exception):
@@ -19,3 +19,9 @@ class NonFiniteError(UnlearnError, ArithmeticError):
 
 class ProtectionError(UnlearnError, RuntimeError):
     """A protected weight has changed: something outside the optimizer wrote to it."""
+
+
+def first_line(error: Exception) -> str:
+    """Of what another library says, which may go on for pages; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

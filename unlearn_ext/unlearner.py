@@ -226,6 +226,10 @@ class Unlearner:
             **self.identity,
         }
 
+    def fisher_autocast(self):
+        """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
+        return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
+
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None)
 
@@ -268,8 +272,7 @@ class Unlearner:
                 check.add(name, batch)
                 progress(f"Fisher, {name} set", done, total)
 
-            # Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask.
-            with self.autocast() if self._half != torch.float16 else contextlib.nullcontext():
+            with self.fisher_autocast():
                 fisher = FisherDiagonal(self.model, self.task, batches=limit, max_norm=method.fisher_max_norm)
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
         result.timings["fisher"] = time.perf_counter() - started
@@ -283,10 +286,8 @@ class Unlearner:
         )
         result.timings["mask"] = time.perf_counter() - started
         if not mask.kept:
-            what = (
-                f"gamma={method.gamma:g}" if method.mask_fraction is None else f"mask_fraction={method.mask_fraction:g}"
-            )
-            raise InputError(f"no weight may be moved to forget with {what}, so nothing would be forgotten: let more")
+            change = "raise mask_fraction" if method.gamma is None else f"lower gamma, which is {method.gamma:g}"
+            raise InputError(f"the mask keeps no weight, so nothing would be forgotten: {change}")
         mask.metadata.update(
             weights_hash=weights_hash(self._named),
             seed=str(torch.initial_seed()),

@@ -48,7 +48,7 @@ def demo(
         bool, typer.Option("--pretrain", help="Train the starting weights and the classifier anew (diffusion).")
     ] = False,
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Compare with a network trained without the digit (diffusion).")
+        bool, typer.Option("--retrain", help="Also train a network without the digit, to compare (diffusion).")
     ] = False,
     output_dir: Annotated[Path, typer.Option(help="Gets weights, mask, pictures and result.json.")] = Path(
         "unlearn-ext-demo"

@@ -30,8 +30,8 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
     with stages(console) as progress:
         trained = {}
         if pretrain:
-            trained["pretrained"] = weights.load(options.task, seed=options.seed, retrain=True, progress=progress)
-            trained["judge"] = weights.load("judge", seed=options.seed, retrain=True, progress=progress)
+            trained["pretrained"] = weights.load(options.task, seed=options.seed, anew=True, progress=progress)
+            trained["judge"] = weights.load("judge", seed=options.seed, anew=True, progress=progress)
         demo = DiffusionDemo(options, progress, **trained)
         demo.run()
     with console.status("judging the pictures"):

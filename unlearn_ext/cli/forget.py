@@ -6,19 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from .device import Precision, checked_device
+from .forget_report import planned, show_estimate, show_fid, show_plan, show_verdict
 from .report import check_file, plain_console, write_report
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..diffusion.estimate import Estimate
-    from ..diffusion.job import ForgetJob
 
 __all__ = ["forget"]
 
@@ -36,14 +30,15 @@ def forget(
         str | None, typer.Option(help="Index or label text; several with commas. For models that are told classes.")
     ] = None,
     class_map: Annotated[
-        Path | None, typer.Option(help="JSON: folder -> index or label text; folder -> prompt for text models.")
+        Path | None,
+        typer.Option(help="JSON: folder -> index or label text; for text models folder or label -> prompt."),
     ] = None,
     null_class: Annotated[
         bool | None,
         typer.Option(
             "--null-class/--no-null-class",
-            help="Whether a UNet2DModel's last embedding stands for no class, as guidance needs; by the number of "
-            "classes in the data.",
+            help="Whether a UNet2DModel's last embedding stands for no class, as guidance needs; unless given, it does "
+            "if the data hold exactly the others.",
         ),
     ] = None,
     forget_prompt: Annotated[str | None, typer.Option(help="What to forget, for text models.")] = None,
@@ -121,13 +116,13 @@ def forget(
     console, errors = plain_console(), plain_console(stderr=True)
     with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
-    _show_plan(job, console)
+    show_plan(job, console)
     if dry_run:
         with errors.status("trying single batches"):
             found = job.estimate()
-        _show_estimate(found, console)
+        show_estimate(found, console)
         if json_file is not None:
-            write_report(_planned(job, found), json_file)
+            write_report(planned(job, found), json_file)
         return 0
     load_backend(errors)
     with stages(errors) as progress:
@@ -142,9 +137,9 @@ def forget(
         console.print(f"  {image}", soft_wrap=True)
     if report["enlarged"]:
         console.print(f"{report['enlarged']} images were smaller than the model's and were enlarged")
-    _show_verdict(report, console)
+    show_verdict(report, console)
     if report["fid"] is not None:
-        _show_fid(report["fid"], console)
+        show_fid(report["fid"], console)
     pictures = output_dir / OWN_FOLDER / "before-after.png"
     console.print(f"model: {output_dir}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
     return 0
@@ -162,124 +157,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _show_plan(job: ForgetJob, console: Console) -> None:
-    """Which folder is which class, and what will be used of it, before anything starts."""
-    table = Table(title="What is forgotten and what is kept")
-    for name, justify in (("", "left"), ("class", "right"), ("label", "left"), ("folder", "left"), ("images", "right")):
-        table.add_column(name, justify=justify, overflow="fold")
-    for row in sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes):
-        label = job.concepts.prompts[row.index] if job.concepts else row.text or ""
-        what = "forget" if row.index in job.forget_classes else "keep"
-        table.add_row(what, str(row.index), label, row.folder or "", str(row.count))
-    console.print(table)
-    if job.data.ignored:
-        console.print(f"{job.data.ignored} other files are ignored")
-    if job.concepts is not None:
-        images = "the images of that prompt" if job.concepts.shown else "the forgotten images themselves"
-        console.print(f"replaced by: {job.concepts.replacement}, as predicted for {images}", soft_wrap=True)
-    total = sum(p.numel() for p in job.model.parameters())
-    moved = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    console.print(
-        f"{type(job.model).__name__}, preset {job.preset}: trains {moved:,} of {total:,} weights, "
-        f"{job.method.iterations} iterations with batches of {job.batch_size}, from {len(job.draw.indices)} images"
-    )
-    fid = job.pictures.fid
-    if fid is not None:
-        console.print(
-            f"FID: {fid.generated:,} generated against {fid.planned:,} real images, of {len(fid.classes)} retained "
-            "classes"
-        )
-
-
-def _planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
-    """Of a dry run, for its file: bytes and seconds."""
-    return {
-        "dry_run": True,
-        "memory": found.memory,
-        "peak_memory": found.peak,
-        "disk": found.disk,
-        "seconds": found.seconds,
-        "mapping": [row._asdict() for row in job.data.mapping],
-        "forget_classes": list(job.forget_classes),
-        "options": job.options.settings(),
-    }
-
-
-def _show_estimate(found: Estimate, console: Console) -> None:
-    parts = list(dict.fromkeys(part for stage in found.memory.values() for part in stage))
-    parts.sort(key="activations".__eq__)  # last, whatever the first stage has
-    digits = 1 if found.peak < 1e9 else 0  # six stages fit a line of 80 columns
-    where = "Memory" if found.device.type == "cpu" else "GPU memory"
-    table = Table(title=f"{where}, MB (without the framework itself)")
-    table.add_column("part")
-    for stage in found.memory:
-        table.add_column(stage, justify="right")
-    for part in parts:
-        if any(stage.get(part) for stage in found.memory.values()):
-            table.add_row(part, *(f"{stage.get(part, 0) / 1e6:.{digits}f}" for stage in found.memory.values()))
-    table.add_section()
-    table.add_row("all", *(f"{sum(stage.values()) / 1e6:.{digits}f}" for stage in found.memory.values()))
-    console.print(table)
-    console.print(f"peak: {found.peak / 1e6:.1f} MB")
-    console.print("disk: " + ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in found.disk.items()))
-    times = ", ".join(f"{stage.replace('_', ' ')} {seconds:.0f} s" for stage, seconds in found.seconds.items())
-    console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from trials of single batches")
-
-
-def _show_verdict(report: dict[str, Any], console: Console) -> None:
-    verdict = report["verdict"]
-    if isinstance(verdict, str):
-        console.print(verdict)
-        return
-    table = Table(title="What the classifier sees")
-    for name, justify in (("label", "left"), ("before %", "right"), ("after %", "right"), ("n", "right")):
-        table.add_column(name, justify=justify)
-    for part in ("forgotten", "retained"):
-        for label, score in verdict["before"].get(part, {}).items():
-            after = verdict["after"][part][label]
-            name = f"{label} (forgotten)" if part == "forgotten" else label
-            table.add_row(name, f"{100 * score['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}", str(after["count"]))
-    console.print(table)
-    console.print(
-        f"{report['sampling']['samples_per_class']} pictures of each class: {_sampler(report['sampling'])}, seed "
-        f"{report['sampling']['seed']}; the same noise before and after",
-        style="dim",
-    )
-
-
-def _sampler(sampling: dict[str, Any]) -> str:
-    guidance = "no guidance" if sampling["guidance"] is None else f"guidance {sampling['guidance']:g}"
-    return f"{sampling['sampler']}, {sampling['steps']} steps, {guidance}"
-
-
-def _show_fid(found: dict[str, Any], console: Console) -> None:
-    """The distances with their protocol, and what they must not be taken for."""
-    sampling, real, generated = found["sampling"], found["real"], found["generated"]
-    numbers = ", ".join(
-        f"{'not computed' if found[when] is None else _rounded(found[when])} {when}" for when in ("before", "after")
-    )
-    console.print(
-        f"FID of the retained classes: {numbers} ({found['features']} Inception features; {generated:,} generated by "
-        f"{_sampler(sampling)}; {real:,} real)"
-    )
-    if "error" in found:
-        console.print(f"FID could not be computed: {found['error']}")
-    if min(real, generated) <= found["features"]:
-        console.print(
-            f"few samples: FID is biased upward with so few (at most {found['features']} of a kind): compare before "
-            "with after only"
-        )
-    fewest, most = min(found["real_by_class"]), max(found["real_by_class"])
-    if fewest != most:
-        console.print(
-            f"the generated pictures are equally many for each class, the real ones {fewest:,} to {most:,}: that adds "
-            "to both FIDs"
-        )
-    if not found["published_weights"]:
-        console.print("the weights are not those that published FIDs use: compare before with after only")
-
-
-def _rounded(distance: float) -> str:
-    return f"{distance:.2f}" if abs(distance) >= 1 else f"{distance:.2g}"

@@ -1,9 +1,10 @@
 """Data: digits that need no download, a user's images and latents, and the samples that a run draws from them."""
 
 from .digits import Digits, DigitSplit, load_digits
+from .drawing import Draw, draw_indices, until_readable
 from .images import ClassRow, ImageData, count_classes, open_data
 from .labels import label_names, parse_classes, read_class_map
-from .latents import Draw, LatentData, draw_indices, draw_readable, encode_latents, latents_size
+from .latents import LatentData, encode_latents, latents_size
 
 __all__ = [
     "ClassRow",
@@ -14,7 +15,6 @@ __all__ = [
     "LatentData",
     "count_classes",
     "draw_indices",
-    "draw_readable",
     "encode_latents",
     "label_names",
     "latents_size",
@@ -22,4 +22,5 @@ __all__ = [
     "open_data",
     "parse_classes",
     "read_class_map",
+    "until_readable",
 ]

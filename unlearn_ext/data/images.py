@@ -10,7 +10,7 @@ import os
 import struct
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -110,13 +110,13 @@ class ImageData(Dataset):
         return {**sample, "labels": self.labels[index]}
 
     def decode(self, index: int) -> Tensor | str:
-        """The sample's first tensor, such as pixels [C, H, W]; or its file, and why that cannot be decoded."""
+        """Pixels [C, H, W]; or the sample's file, and why that cannot be decoded."""
         try:
-            return next(iter(self._source.read(index).values()))
+            return self._source.read(index)["pixel_values"]
         except _Unreadable as error:
-            return self._unread(index, error)
+            return self._described(index, error)
 
-    def _unread(self, index: int, why: object) -> str:
+    def _described(self, index: int, why: object) -> str:
         return f"{self._source.name(index)} ({why})"
 
     # --- What it holds --------------------------------------------------------------------------------------
@@ -188,12 +188,12 @@ class ImageData(Dataset):
         """
         wanted = list(dict.fromkeys(int(i) for i in indices))
         new = [i for i in wanted if i not in self._verified and i not in self.unreadable]
-        with ThreadPoolExecutor(workers or _workers()) as pool:
+        with ThreadPoolExecutor(workers or decoding_threads()) as pool:
             for done, (index, reason) in enumerate(zip(new, pool.map(self._problem, new), strict=True), 1):
                 if reason is None:
                     self._verified.add(index)
                 else:
-                    self.unreadable[index] = self._unread(index, reason)
+                    self.unreadable[index] = self._described(index, reason)
                     if strict:
                         pool.shutdown(cancel_futures=True)
                         break
@@ -201,9 +201,9 @@ class ImageData(Dataset):
                     progress(done, len(new))
         bad = [self.unreadable[i] for i in wanted if i in self.unreadable]
         if bad and strict:
-            raise InputError(f"unreadable image: {bad[0]}: replace or remove it, or leave out strict (--strict)")
+            raise unreadable(bad[0])
         if bad and len(bad) == len(wanted):
-            raise InputError(f"none of {len(bad)} images can be read, the first is {bad[0]}: check the data")
+            raise none_readable(bad)
         return [i for i in wanted if i not in self.unreadable]
 
     def held_bytes(self, count: int) -> int:
@@ -219,18 +219,11 @@ class ImageData(Dataset):
         chosen = list(indices)
         if not chosen:
             return 0.0
-        self._decodable(chosen[0])  # loads the decoder
-        with ThreadPoolExecutor(_workers()) as pool:
+        self.decode(chosen[0])  # loads the decoder
+        with ThreadPoolExecutor(decoding_threads()) as pool:
             started = time.perf_counter()
-            list(pool.map(self._decodable, chosen))
+            list(pool.map(self.decode, chosen))
             return (time.perf_counter() - started) / len(chosen)
-
-    def _decodable(self, index: int) -> bool:
-        try:
-            self[index]
-        except InputError:
-            return False
-        return True
 
     def _problem(self, index: int) -> str | None:
         try:
@@ -296,16 +289,27 @@ def open_data(
     )
 
 
+def unreadable(image: str) -> InputError:
+    return InputError(f"unreadable image: {image}: replace or remove it, or leave out strict (--strict)")
+
+
+def none_readable(images: Sequence[str]) -> InputError:
+    return InputError(f"none of {len(images)} images can be read, the first is {images[0]}: check the data")
+
+
 def count_classes(path: str | Path) -> int:
-    """Class folders, or different labels of an array file, of what :func:`open_data` would open."""
+    """Class folders, or different labels of an array file, of what :func:`open_data` would open.
+
+    Raises:
+        InputError: there are no class folders or labels.
+    """
     path = Path(path)
     if path.is_dir():
         return len(_class_folders(path)[0])
-    labels = _arrays(path).get("labels")
-    return 0 if labels is None else len(labels.all().unique())
+    return len(_array_labels(path, _arrays(path)).all().unique())
 
 
-def _workers() -> int:
+def decoding_threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
@@ -339,8 +343,6 @@ def _open_folders(
     if channels not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, and the model takes {channels}: give it arrays")
     names, ignored = _class_folders(path)
-    if not names:
-        raise InputError(f"{path} has no class folders: put the images of each class into a folder of its own")
     folders = _assign(path, names, classes, id2label, class_map)
     files: list[str] = []
     labels: list[int] = []
@@ -359,6 +361,8 @@ def _class_folders(path: Path) -> tuple[list[str], int]:
     """Names, sorted, and how many other entries there are."""
     entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir())
+    if not names:
+        raise InputError(f"{path} has no class folders: put the images of each class into a folder of its own")
     return names, len(entries) - len(names)
 
 
@@ -661,11 +665,7 @@ def _open_arrays(
         raise InputError(f"{path}: expected one of images, latents, or latent_mean with latent_std; {got}")
     if ("latent_mean" in arrays) != ("latent_std" in arrays):
         raise InputError(f"{path}: latent_mean needs latent_std beside it")
-    if "labels" not in arrays:
-        raise InputError(f"{path} has no labels: add an array of integers, one for each sample")
-    labels, main = arrays["labels"], arrays[found[0]]
-    if labels.dtype.is_floating_point or len(labels.shape) != 1:
-        raise InputError(f"{path}: labels: expected integers of shape [N], got {labels.dtype} {list(labels.shape)}")
+    labels, main = _array_labels(path, arrays), arrays[found[0]]
     if not main.shape or main.shape[0] == 0:
         raise InputError(f"{path} has no samples")
     if labels.shape[0] != main.shape[0]:
@@ -685,6 +685,15 @@ def _open_arrays(
         parts = {key: arrays[key] for key in ("latents", "latent_mean", "latent_std") if key in arrays}
         source = _Latents(path, parts, values, (latent_channels, *latent_size))
     return ImageData(source, _KINDS[found[0]], source.preprocessing, classes, id2label)
+
+
+def _array_labels(path: Path, arrays: Mapping[str, _Array]) -> _Array:
+    if "labels" not in arrays:
+        raise InputError(f"{path} has no labels: add an array of integers, one for each sample")
+    labels = arrays["labels"]
+    if labels.dtype.is_floating_point or len(labels.shape) != 1:
+        raise InputError(f"{path}: labels: expected integers of shape [N], got {labels.dtype} {list(labels.shape)}")
+    return labels
 
 
 class _ArrayFile:

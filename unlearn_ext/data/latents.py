@@ -1,14 +1,12 @@
-"""The samples a run will use, drawn first, and their latents, encoded once."""
+"""Latents of the images that a run will use, encoded once."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,15 @@ from torch.utils.data import Dataset
 from .._arguments import check_count
 from .._files import atomic_path, writable_directory
 from .._hashing import weights_hash
+from .._modes import evaluating
 from ..errors import InputError
-from .images import ImageData
+from .images import ImageData, decoding_threads, none_readable
+from .images import unreadable as unreadable_image
 
 __all__ = [
     "ENCODED_AT_ONCE",
     "SHARD_BYTES",
-    "Draw",
     "LatentData",
-    "draw_indices",
-    "draw_readable",
     "encode_batch",
     "encode_latents",
     "latents_size",
@@ -40,125 +37,6 @@ SHARD_BYTES = 256 << 20
 _FORMAT = "unlearn_ext.latents.1"
 _MANIFEST = "manifest.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-# --- Drawing ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The batches of a run, as indices into the data: int64 [batches, batch size] each; ``replace`` as ``forget``,
-    where a forgotten sample has another one that stands for it."""
-
-    forget: Tensor
-    retain: Tensor
-    replace: Tensor | None = None
-
-    @property
-    def indices(self) -> Tensor:
-        """Every sample that is used, each once, sorted."""
-        used = [part.flatten() for part in (self.forget, self.retain, self.replace) if part is not None]
-        return torch.cat(used).unique()
-
-
-def draw_indices(
-    labels: Tensor,
-    forget_classes: Iterable[int],
-    batches: int,
-    batch_size: int,
-    seed: int = 0,
-    *,
-    retain_batches: int | None = None,
-    replace_classes: Iterable[int] = (),
-    exclude: Iterable[int] = (),
-) -> Draw:
-    """Draws a run's forget and retain batches.
-
-    Samples of each set come in random order; when all have been used, in a new one. So a set smaller than a batch
-    stands in it more than once. More batches of the same seed begin with the same ones, whatever the batch size, and
-    the sets are drawn independently of each other.
-
-    Args:
-        labels: int64 [N].
-        forget_classes: all other classes are retained.
-        batches: forget batches; retain batches too, unless ``retain_batches`` is given.
-        replace_classes: retained ones, of which a sample is drawn for each forgotten one.
-        exclude: samples that must not be used; the others keep their order.
-
-    Raises:
-        InputError: a class has no samples, or a set is empty.
-    """
-    for name, value in (("batches", batches), ("batch_size", batch_size)):
-        check_count(name, value)
-    if retain_batches is not None:
-        check_count("retain_batches", retain_batches)
-    wanted, shown = (
-        torch.tensor(sorted(set(map(int, classes))), dtype=torch.int64) for classes in (forget_classes, replace_classes)
-    )
-    present = set(labels.unique().tolist())
-    for index in wanted.tolist():
-        if index not in present:
-            raise InputError(f"the data have no images of class {index}, which is to be forgotten")
-    usable = torch.ones(len(labels), dtype=torch.bool)
-    usable[torch.tensor(sorted(set(map(int, exclude))), dtype=torch.int64)] = False
-    forget = torch.isin(labels, wanted)
-    parts = [("forget", forget, batches, 0), ("retain", ~forget, retain_batches or batches, 1)]
-    if len(shown):
-        parts.append(("replacement", torch.isin(labels, shown) & ~forget, batches, 1 << 62))  # no other seed's stream
-    sets = []
-    for name, members, count, salt in parts:
-        if not bool((members & usable).any()):
-            reason = "every class is to be forgotten" if name == "retain" and not bool(members.any()) else "no samples"
-            raise InputError(f"the {name} set is empty ({reason}): name other classes, or give more data")
-        generator = torch.Generator().manual_seed((2 * int(seed) + salt) % (1 << 63))
-        sets.append(_stream(members.nonzero().flatten(), usable, count * batch_size, generator).view(count, batch_size))
-    return Draw(*sets)
-
-
-def _stream(members: Tensor, usable: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    drawn, parts = 0, []
-    while drawn < count:
-        order = members[torch.randperm(len(members), generator=generator)]
-        parts.append(order[usable[order]])
-        drawn += len(parts[-1])
-    return torch.cat(parts)[:count]
-
-
-def draw_readable(
-    data: ImageData,
-    forget_classes: Iterable[int],
-    batches: int,
-    batch_size: int,
-    seed: int = 0,
-    *,
-    retain_batches: int | None = None,
-    replace_classes: Iterable[int] = (),
-    read: Callable[[list[int]], Any] | None = None,
-) -> Draw:
-    """:func:`draw_indices`, with every drawn image decoded: others take the place of unreadable ones.
-
-    Args:
-        read: decodes samples, and adds those that it cannot to ``data.unreadable``: ``data.verify``, unless given.
-    """
-    classes, replace_classes = list(forget_classes), list(replace_classes)
-    while True:
-        known = set(data.unreadable)
-        draw = draw_indices(
-            data.labels,
-            classes,
-            batches,
-            batch_size,
-            seed,
-            retain_batches=retain_batches,
-            replace_classes=replace_classes,
-            exclude=known,
-        )
-        (read or data.verify)(draw.indices.tolist())
-        if set(data.unreadable) == known:
-            return draw
-
-
-# --- Encoding -----------------------------------------------------------------------------------------------
 
 
 class LatentData(Dataset):
@@ -286,7 +164,6 @@ def encode_latents(
     _write_manifest(directory, manifest)
     # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    encode = _Encoder(vae, dtype)
     pending: list[dict[str, Tensor]] = []
     noted, done = len(unreadable), 0
     for batch, found in zip(batches, _decoded(dataset, batches), strict=True):
@@ -295,16 +172,14 @@ def encode_latents(
         for index, sample in zip(batch, found, strict=True):
             if isinstance(sample, str):
                 if not skip_unreadable:
-                    raise InputError(
-                        f"unreadable image: {sample}: replace or remove it, or leave out strict (--strict, or here "
-                        "skip_unreadable=False)"
-                    )
+                    raise unreadable_image(sample)
                 unreadable[str(index)] = dataset.unreadable[index] = sample
             else:
                 pixels[index] = sample
         if pixels:
-            pending.append(encode(list(pixels), torch.stack(list(pixels.values()))))
-        if pending and (done == len(missing) or _bytes(pending[0]) * (len(pending) + 1) > shard_bytes):
+            pending.append(encode_batch(vae, torch.stack(list(pixels.values())), list(pixels), _DTYPES[dtype]))
+        # The next batch may be whole where this one was not.
+        if pending and (done == len(missing) or sum(map(_bytes, pending)) + batch_size * _row(pending) > shard_bytes):
             path = _next_shard(directory, shards)
             tensors = {key: torch.cat([part[key] for part in pending]) for key in pending[0]}
             if len(unreadable) > noted:  # before the shard, behind whose batches another run goes on
@@ -320,8 +195,7 @@ def encode_latents(
         _write_manifest(directory, manifest)
     readable = [index for index in wanted.tolist() if str(index) not in unreadable]
     if not readable:
-        first = unreadable[str(unique[0])]
-        raise InputError(f"none of {len(unique)} images can be read, the first is {first}: check the data")
+        raise none_readable([unreadable[str(index)] for index in unique])
     rows = torch.tensor([where[index] for index in readable], dtype=torch.int64)
     wanted = torch.tensor(readable, dtype=torch.int64)
     return LatentData(shards, rows, dataset.labels[wanted], wanted, manifest)
@@ -330,7 +204,7 @@ def encode_latents(
 def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[list[Tensor | str]]:
     """Pixels [C, H, W] of each sample of each batch, or why there are none; threads decode the next batch while the
     VAE is at work."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(decoding_threads()) as pool:
         ahead: deque[list[Future]] = deque()
         for batch in [*batches, None]:
             if batch is not None:
@@ -339,35 +213,22 @@ def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[list[
                 yield [future.result() for future in ahead.popleft()]
 
 
-def encode_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-    """What :func:`encode_latents` does with one batch of pixels [N, C, H, W], for a plan."""
-    return _Encoder(vae, "float32")(list(range(len(pixels))), pixels)
-
-
-class _Encoder:
-    def __init__(self, vae: nn.Module, dtype: str):
-        self.vae, self.dtype = vae, _DTYPES[dtype]
-        self.first = next(vae.parameters())
-
-    @torch.no_grad()
-    def __call__(self, batch: list[int], pixels: Tensor) -> dict[str, Tensor]:
-        training = self.vae.training
-        self.vae.eval()
-        try:
-            with torch.autocast(self.first.device.type, enabled=False):
-                posterior = self.vae.encode(pixels.to(self.first.device, self.first.dtype)).latent_dist
-        finally:
-            self.vae.train(training)
-        mean, std = (
-            part.to("cpu", torch.float32).to(self.dtype).contiguous() for part in (posterior.mean, posterior.std)
+@torch.no_grad()
+def encode_batch(
+    vae: nn.Module, pixels: Tensor, indices: Sequence[int], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The rows of a shard: ``latent_mean`` and ``latent_std`` [N, c, h, w] of pixels [N, C, H, W], and ``indices``."""
+    first = next(vae.parameters())
+    with evaluating(vae), torch.autocast(first.device.type, enabled=False):
+        posterior = vae.encode(pixels.to(first.device, first.dtype)).latent_dist
+    mean, std = (part.to("cpu", torch.float32).to(dtype).contiguous() for part in (posterior.mean, posterior.std))
+    finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
+    if not bool(finite.all()):
+        index = indices[int((~finite).nonzero()[0])]
+        raise InputError(
+            f"the VAE returns inf or NaN for sample {index} of the data: load it in float32, and save float32"
         )
-        finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
-        if not bool(finite.all()):
-            index = batch[int((~finite).nonzero()[0])]
-            raise InputError(
-                f"the VAE returns inf or NaN for sample {index} of the data: load it in float32, and save float32"
-            )
-        return {"latent_mean": mean, "latent_std": std, "indices": torch.tensor(batch, dtype=torch.int64)}
+    return {"latent_mean": mean, "latent_std": std, "indices": torch.tensor(indices, dtype=torch.int64)}
 
 
 _WHAT = {
@@ -416,6 +277,11 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
 def _bytes(part: dict[str, Tensor]) -> int:
     return sum(value.nbytes for value in part.values())
+
+
+def _row(parts: Sequence[dict[str, Tensor]]) -> int:
+    """Bytes of one sample."""
+    return _bytes(parts[0]) // len(parts[0]["indices"])
 
 
 def _next_shard(directory: Path, shards: Sequence[Path]) -> Path:

@@ -32,7 +32,7 @@ class Trial:
     peak: int
     seconds: float
 
-    def times(self, factor: float) -> Trial:
+    def scaled(self, factor: float) -> Trial:
         """Of a batch so many times as large: bytes and seconds grow in proportion."""
         return Trial(round(self.peak * factor), self.seconds * factor)
 
@@ -90,10 +90,10 @@ def try_samples(run: Callable[[int], Any], count: int, model: nn.Module, others:
             break
         try:
             found = _try(partial(run, larger), model, others)
-        except torch.OutOfMemoryError:  # which is the answer that is looked for
+        except torch.OutOfMemoryError:  # the larger trial does not fit: the smaller one is scaled up, and shows it
             break
         size = larger
-    return found.times(count / size)
+    return found.scaled(count / size)
 
 
 def _try(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) -> Trial:

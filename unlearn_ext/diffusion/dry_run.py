@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import _rng
-from .._modes import PRECISIONS, keeping_modes
+from .._modes import keeping_modes
 from ..data.latents import ENCODED_AT_ONCE, encode_batch
+from ..errors import InputError
+from ..evaluation.inception import PICTURES_AT_ONCE
 from ._trial import Trial, try_batch, try_samples
-from .estimate import Estimate, Images, Trials, estimate
+from .estimate import Estimate, Trials, Workload, estimate
 from .judge import JUDGED_AT_ONCE
+from .prompts import WithReplacements
 from .sampling import DECODED_AT_ONCE, SAMPLED_AT_ONCE, decode
 
 if TYPE_CHECKING:
@@ -27,32 +30,27 @@ _DECODED_FOR_TRIAL = 4  # pictures of the drawn ones
 
 def estimate_run(job: ForgetJob) -> Estimate:
     """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried."""
-    others = other_networks(job)
+    others, fid = other_networks(job), job.pictures.fid
     with _undisturbed(job, others):
-        trials = _Trials(job, others).all()
+        trials = _TrialRunner(job, others).all()
     used = len(job.draw.indices)
-    found = estimate(
-        job.model,
-        others,
-        job.method,
-        trials,
-        Images(
-            read=used,
-            held=0 if job.encodes else job.data.held_bytes(used),
-            shown=len(job.pictures.labels),
-            steps=job.options.num_inference_steps,
-            shape=job.pretrained.image_shape,
-            latent_shape=job.pretrained.latent_shape,
-        ),
+    kept = 0 if job.encodes and not job.options.strict else used  # of pictures that become latents, none is
+    work = Workload(
+        read=used,
+        held=job.data.held_bytes(kept + (0 if fid is None else fid.planned)),
+        sampled=len(job.pictures.labels),
+        steps=job.options.num_inference_steps,
+        shape=job.pretrained.image_shape,
+        latent_shape=job.pretrained.latent_shape,
         fisher_batches=sum(job.fisher_batches),
         accumulation=job.options.gradient_accumulation_steps,
         ema=job.ema_decay is not None,
         checkpoints=job.checkpoints_at_once() > 0,
+        real=0 if fid is None else fid.planned,
+        generated=0 if fid is None else fid.generated,
+        features=0 if fid is None else fid.inception.features,
     )
-    if job.pictures.fid is not None:
-        found.seconds["FID"] = job.pictures.fid.seconds
-    found.disk = job.disk
-    return found
+    return estimate(job.model, others, job.method, trials, work, job.disk)
 
 
 def other_networks(job: ForgetJob) -> list[nn.Module]:
@@ -80,11 +78,10 @@ def _undisturbed(job: ForgetJob, others: list[nn.Module]) -> Iterator[None]:
             p.grad = None
 
 
-class _Trials:
+class _TrialRunner:
     def __init__(self, job: ForgetJob, others: list[nn.Module]):
         self.job, self.others = job, others
         self.device = next(job.model.parameters()).device
-        self.half = PRECISIONS[job.options.mixed_precision]
 
     def all(self) -> Trials:
         job, found = self.job, {}
@@ -92,10 +89,10 @@ class _Trials:
         used, shown = len(job.draw.indices), len(pictures.labels)
         if job.data.kind == "pixel_values":
             spaced = range(0, used, -(-used // _DECODED_FOR_TRIAL))
-            found["picture"] = job.data.seconds_each(job.draw.indices[list(spaced)].tolist())
+            found["read_seconds"] = job.data.seconds_each(job.draw.indices[list(spaced)].tolist())
         if job.encodes:
             found["encode"] = self._samples(
-                lambda n: encode_batch(pretrained.vae, torch.zeros(n, *pretrained.image_shape)),
+                lambda n: encode_batch(pretrained.vae, torch.zeros(n, *pretrained.image_shape), range(n)),
                 min(used, ENCODED_AT_ONCE),
             )
         found["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
@@ -109,32 +106,47 @@ class _Trials:
                 lambda n: pictures.judge.probabilities(torch.zeros(n, *pretrained.image_shape)),
                 min(shown, JUDGED_AT_ONCE),
             )
+        if pictures.fid is not None:
+            found["features"] = self._samples(
+                lambda n: pictures.fid.inception.extract(torch.zeros(n, *pretrained.image_shape)),
+                min(pictures.fid.planned, PICTURES_AT_ONCE),
+            )
+        unlearner, steps = job.unlearner, job.options.gradient_accumulation_steps
         if job.method.needs_fisher:
             job.model.eval()
-            # As the unlearner does it: not in float16.
-            half = None if self.half == torch.float16 else self.half
-            found["fisher"] = self._batch(task.fisher_losses, half)
+            found["fisher"] = self._batch(task.fisher_losses, unlearner.fisher_autocast)
         job.model.train()
-        steps = job.options.gradient_accumulation_steps
-        found["retain"] = found["forget"] = self._batch(task.losses, self.half, batches=steps)
+        found["retain"] = found["forget"] = self._batch(task.losses, unlearner.autocast, batches=steps)
         if job.method.replaces:
-            found["forget"] = self._batch(task.replacement_losses, self.half, batches=steps)
+            found["forget"] = self._batch(task.replacement_losses, unlearner.autocast, forget=True, batches=steps)
         return Trials(**found)
 
     def _samples(self, run: Callable[[int], Any], count: int) -> Trial:
         return try_samples(run, count, self.job.model, self.others)
 
-    def _batch(self, losses: Callable[..., Tensor], half: torch.dtype | None, **arguments: Any) -> Trial:
-        job = self.job
-        batch = self._made_up_batch(forget=losses == job.task.replacement_losses)
+    def _batch(
+        self,
+        losses: Callable[..., Tensor],
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        *,
+        forget: bool = False,
+        batches: int = 1,
+    ) -> Trial:
+        job, batch = self.job, self._made_up_batch(forget)
         job.task.begin(job.model, batch)
 
         def loss() -> Tensor:
             prepared = job.task.prepare(batch, self.device)
-            with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            with autocast():
                 return losses(job.model, prepared).mean()
 
-        return try_batch(job.model, loss, self.others, **arguments)
+        try:
+            return try_batch(job.model, loss, self.others, batches=batches)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"a batch of {job.batch_size} does not fit in the memory of {self.device}: lower --train-batch-size, "
+                "or add --gradient-checkpointing"
+            ) from None
 
     def _made_up_batch(self, forget: bool) -> dict[str, Any]:
         """As a loader gives it."""
@@ -143,8 +155,8 @@ class _Trials:
             kinds = ["pixel_values"]
         else:
             kinds = ["latents"] if job.data.kind == "latents" else ["latent_mean", "latent_std"]
-        if forget and job.draw.replace is not None:
-            kinds += [f"replace_{kind}" for kind in kinds]
         sample = dict.fromkeys(kinds, torch.zeros(job.pretrained.latent_shape))
         sample["labels"] = torch.tensor(job.forget_classes[0])
+        if forget and job.draw.replace is not None:
+            sample = WithReplacements([sample])[0, 0]
         return job.collate(forget)([sample] * job.batch_size)

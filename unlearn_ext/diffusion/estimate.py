@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from .._checkpoint import model_tensors
 from .._names import trainable
 from ..data.latents import ENCODED_AT_ONCE, SHARD_BYTES, latents_size
+from ..evaluation.inception import PICTURES_AT_ONCE
 from ..methods import Method
 from ._trial import Trial, held_tensors
 from .judge import JUDGED_AT_ONCE
 from .sampling import DECODED_AT_ONCE, SAMPLED_AT_ONCE
 
-__all__ = ["Estimate", "Images", "Trials", "estimate", "sizes_on_disk"]
+__all__ = ["Estimate", "Trials", "Workload", "estimate", "sizes_on_disk"]
 
 _MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Estimate:
     """Bytes by stage and part, and seconds by stage.
 
@@ -37,9 +38,9 @@ class Estimate:
     """
 
     device: torch.device
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    disk: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]]
+    seconds: dict[str, float]
+    disk: dict[str, int]
 
     @property
     def peak(self) -> int:
@@ -54,8 +55,8 @@ class Trials:
         forget, retain: of the iterations; ``fisher`` of the batches that are measured.
         encode: pictures through the VAE, of at most ``ENCODED_AT_ONCE``; ``decode``: back again.
         sample: one step, of at most ``SAMPLED_AT_ONCE`` pictures.
-        judge: at most ``JUDGED_AT_ONCE`` pictures.
-        picture: seconds for one picture's file to be decoded.
+        judge: at most ``JUDGED_AT_ONCE`` pictures; ``features``: at most ``PICTURES_AT_ONCE`` through Inception.
+        read_seconds: for one picture's file to be decoded.
     """
 
     forget: Trial
@@ -65,27 +66,41 @@ class Trials:
     encode: Trial | None = None
     decode: Trial | None = None
     judge: Trial | None = None
-    picture: float | None = None
+    features: Trial | None = None
+    read_seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Images:
-    """What a run reads and shows.
+class Workload:
+    """What a run reads and makes.
 
     Attributes:
         read: how many images it uses.
-        held: bytes of memory that these take for the whole run; none where they become latents.
-        shown: how many pictures it samples before, and again after.
+        held: bytes of memory that pictures, once decoded, take for the whole run.
+        sampled: how many pictures it makes before, and again after.
         steps: of sampling.
         shape, latent_shape: [C, H, W] of a picture, and of what the denoiser takes.
+        fisher_batches: of both sets together.
+        accumulation: batches in a step.
+        ema: whether moving averages are kept.
+        checkpoints: whether any are written.
+        real, generated: pictures whose features are compared: real ones, and made ones before, and again after.
+        features: numbers of each.
     """
 
     read: int
     held: int
-    shown: int
+    sampled: int
     steps: int
     shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int]
+    fisher_batches: int
+    accumulation: int = 1
+    ema: bool = False
+    checkpoints: bool = False
+    real: int = 0
+    generated: int = 0
+    features: int = 0
 
 
 def estimate(
@@ -93,121 +108,118 @@ def estimate(
     others: Iterable[nn.Module],
     method: Method,
     trials: Trials,
-    images: Images,
-    *,
-    fisher_batches: int,
-    accumulation: int = 1,
-    ema: bool = False,
-    checkpoints: bool = False,
+    work: Workload,
+    disk: dict[str, int],
 ) -> Estimate:
     """Memory and time of every stage.
 
     Args:
-        others: networks that stay in memory beside the model: VAE, text encoder, classifier.
-        fisher_batches: of both sets together.
-        accumulation: batches in a step.
-        ema: whether moving averages are kept.
-        checkpoints: whether any are written.
+        others: networks that stay in memory beside the model: VAE, text encoder, classifier, Inception.
+        disk: what will be written.
     """
     device = next(model.parameters()).device
-    result = Estimate(device)
-    _add_memory(result, model, others, method, trials, images, ema, checkpoints)
-    seconds = result.seconds
-    decoding = (trials.picture or 0.0) * images.read
+    memory = _memory(model, others, method, trials, work)
+    return Estimate(device, memory, _seconds(method, trials, work), disk)
+
+
+def _seconds(method: Method, trials: Trials, work: Workload) -> dict[str, float]:
+    def all_of(trial: Trial | None, count: int, at_once: int) -> float:
+        return 0.0 if trial is None or not count else trial.seconds * count / min(count, at_once)
+
+    found: dict[str, float] = {}
+    reading = (trials.read_seconds or 0.0) * work.read
     if trials.encode is not None:  # in one go
-        seconds["encoding"] = decoding + trials.encode.seconds * images.read / min(images.read, ENCODED_AT_ONCE)
-    elif trials.picture is not None:
-        seconds["decoding"] = decoding
-    sampling = trials.sample.seconds * images.steps * images.shown / min(images.shown, SAMPLED_AT_ONCE)
-    if trials.decode is not None:
-        sampling += trials.decode.seconds * images.shown / min(images.shown, DECODED_AT_ONCE)
-    seconds["sampling_before"] = sampling
+        found["encoding"] = reading + all_of(trials.encode, work.read, ENCODED_AT_ONCE)
+    elif trials.read_seconds is not None:
+        found["decoding"] = reading
+    if trials.features is not None:
+        real = (trials.read_seconds or 0.0) * work.real
+        found["FID_real"] = real + all_of(trials.features, work.real, PICTURES_AT_ONCE)
+    sampling = work.steps * all_of(trials.sample, work.sampled, SAMPLED_AT_ONCE)
+    sampling += all_of(trials.decode, work.sampled, DECODED_AT_ONCE)
+    found["sampling_before"] = sampling
     if trials.fisher is not None:
-        seconds["fisher"] = trials.fisher.seconds * fisher_batches
+        found["fisher"] = trials.fisher.seconds * work.fisher_batches
     forgets = -(-method.iterations // method.forget_freq)
-    each = trials.forget.seconds * forgets + trials.retain.seconds * method.iterations
-    seconds["unlearning"] = each * accumulation
-    seconds["sampling_after"] = sampling
+    loop = trials.forget.seconds * forgets + trials.retain.seconds * method.iterations
+    found["unlearning"] = loop * work.accumulation
+    found["sampling_after"] = sampling
     if trials.judge is not None:
-        seconds["judging"] = 2 * trials.judge.seconds * images.shown / min(images.shown, JUDGED_AT_ONCE)
-    return result
+        found["judging"] = 2 * all_of(trials.judge, work.sampled, JUDGED_AT_ONCE)
+    if trials.features is not None:
+        found["FID"] = 2 * all_of(trials.features, work.generated, PICTURES_AT_ONCE)
+    return found
 
 
-def _add_memory(
-    result: Estimate,
-    model: nn.Module,
-    others: Iterable[nn.Module],
-    method: Method,
-    trials: Trials,
-    images: Images,
-    ema: bool,
-    checkpoints: bool,
-) -> None:
+def _memory(
+    model: nn.Module, others: Iterable[nn.Module], method: Method, trials: Trials, work: Workload
+) -> dict[str, dict[str, int]]:
+    on_host = next(model.parameters()).device.type == "cpu"
+
     def host(size: int) -> int:
         """Of what is on the CPU wherever the model is."""
-        return size if result.device.type == "cpu" else 0
+        return size if on_host else 0
 
+    found: dict[str, dict[str, int]] = {}
     trained = trainable(model)
     gradients = sum(map(_bytes, trained.values()))
     state, words = _state_bytes(trained.values()), _words_bytes(trained.values())
-    own = held_tensors([model])
-    known = {id(tensor) for tensor in own}
-    network = {
-        "weights": sum(map(_bytes, own)),
-        "other networks": sum(_bytes(tensor) for tensor in held_tensors(others) if id(tensor) not in known),
-    }
-    picture, latent = 4 * math.prod(images.shape), 4 * math.prod(images.latent_shape)
-    shown = images.shown * picture
+    weights = sum(map(_bytes, held_tensors([model])))
+    network = {"weights": weights, "other networks": sum(map(_bytes, held_tensors([model, *others]))) - weights}
+    picture, latent = 4 * math.prod(work.shape), 4 * math.prod(work.latent_shape)
+    sampled = work.sampled * picture
     if trials.encode is not None:
         # The next batch is decoded while one is encoded; a file's latents are joined to be written.
-        ahead = picture * min(images.read, ENCODED_AT_ONCE)
-        latents = min(SHARD_BYTES, latents_size(images.latent_shape, images.read))
-        result.memory["encoding"] = {
+        ahead = picture * min(work.read, ENCODED_AT_ONCE)
+        latents = min(SHARD_BYTES, latents_size(work.latent_shape, work.read))
+        found["encoding"] = {
             **network,
-            "pictures": host(images.held + ahead + latents),
+            "pictures": host(work.held + ahead + latents),
             "activations": max(trials.encode.peak, host(latents)),
         }
-    training = {**network, "pictures": host(images.held + shown)}
+    real = host(4 * work.features * work.real)
+    training = {**network, "pictures": host(work.held + sampled), "features": real}
     if trials.fisher is not None:
-        result.memory["Fisher"] = {
+        found["Fisher"] = {
             **training,
             "gradients": gradients,
             "Fisher sums": 2 * state,
             "activations": max(0, trials.fisher.peak - gradients),
         }
-        weights = sum(p.numel() for p in trained.values())
-        result.memory["mask"] = {
+        count = sum(p.numel() for p in trained.values())
+        found["mask"] = {
             **training,
             "Fisher sums": 2 * state,
             "mask bits": 2 * words,  # as they are found, and in the order of a file
-            "mask as bool": weights + host(weights),  # those that are unpacked, and the zeros whose place they take
+            "mask as bool": count + host(count),  # those that are unpacked, and the zeros whose place they take
         }
-    kept = _kept(trained, method, ema)
+    kept = _kept(trained, method, work.ema)
     # A checkpoint is written from a copy of the model, when gradients and activations are gone.
-    copied = sum(map(_bytes, model_tensors(model).values())) if checkpoints else 0
-    result.memory["iterations"] = {
+    copied = sum(map(_bytes, model_tensors(model).values())) if work.checkpoints else 0
+    found["iterations"] = {
         **training,
         "gradients": gradients * (2 if method.update == "joint" else 1),
         **kept,
         "activations": max(0, max(trials.forget.peak, trials.retain.peak, copied) - gradients),
     }
-    after = {"mask bits": host(kept["mask bits"]), "averages": kept["averages"]}
+    after = {"mask bits": host(kept["mask bits"]), "averages": kept["averages"], "features": real}
     # Before and after; noise and what comes of it, which are the pictures themselves where there is no VAE.
-    generated = 2 * shown + (2 * images.shown * latent if trials.decode is not None else shown)
-    decoding = 0 if trials.decode is None else trials.decode.peak
-    result.memory["sampling"] = {
+    made = 2 * sampled + (2 * work.sampled * latent if trials.decode is not None else sampled)
+    through_vae = 0 if trials.decode is None else trials.decode.peak
+    found["sampling"] = {
         **network,
-        "pictures": host(images.held + generated),
+        "pictures": host(work.held + made),
         **after,
-        "activations": max(trials.sample.peak, decoding, host(shown)),  # the last: all batches in one tensor
+        "activations": max(trials.sample.peak, through_vae, host(sampled)),  # the last: all batches in one tensor
     }
+    both = {**network, "pictures": host(work.held + 2 * sampled), **after}
     if trials.judge is not None:
-        result.memory["judging"] = {
-            **network,
-            "pictures": host(images.held + 2 * shown),
-            **after,
-            "activations": trials.judge.peak,
-        }
+        found["judging"] = {**both, "activations": trials.judge.peak}
+    if trials.features is not None:
+        # The distance is taken in float64 of features that are in float32 as well.
+        compared = 8 * work.features * (work.real + work.generated)
+        found["FID"] = {**both, "activations": max(trials.features.peak, host(2 * compared))}
+    return found
 
 
 def sizes_on_disk(model: nn.Module, method: Method, *, ema: bool = False, checkpoints: int = 0) -> dict[str, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .._files import atomic_path
+from .._pixels import to_bytes
 from ..errors import InputError
 
 __all__ = ["write_grid"]
@@ -65,5 +65,5 @@ def _pixels(images: Tensor) -> Tensor:
     images = images.detach().float().cpu()
     if images.dim() != 4 or images.shape[1] not in (1, 3):
         raise InputError(f"pictures: expected shape [N, 1 or 3, H, W], got {list(images.shape)}")
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_bytes(images)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()

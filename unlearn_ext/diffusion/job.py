@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,9 @@ from .._files import writable_directory
 from .._hashing import weights_hash
 from .._loop import Progress
 from .._names import trainable
+from ..data.drawing import Draw, draw_indices, until_readable
 from ..data.images import ImageData, count_classes, open_data
-from ..data.latents import Draw, LatentData, draw_indices, draw_readable, encode_latents, latents_size
+from ..data.latents import LatentData, encode_latents, latents_size
 from ..errors import InputError
 from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
@@ -34,7 +35,7 @@ from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
 from .pictures import Pictures, spread
-from .pretrained import OWN_FOLDER, Classes, Plan, Pretrained, open_pretrained, plan_result
+from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, WithReplacements, read_prompts
 from .sampling import check_steps
 from .weights import select_trained, tie_embeddings, untie_embeddings
@@ -65,7 +66,7 @@ class ForgetJob:
         self._resume = options.resume_from_checkpoint is not None
         check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(
-            options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class is not False
+            options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
         )
         self.model: nn.Module = self.pretrained.denoiser
         self._check_kind()
@@ -105,7 +106,7 @@ class ForgetJob:
                 f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
                 "pipeline's folder"
             )
-        self.draw: Draw = self._draw(draw_indices)
+        self.draw: Draw = self._draw()
         self.pictures = self._make_pictures()
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if self.method.mask is not None:
@@ -131,36 +132,44 @@ class ForgetJob:
             raise InputError("the model is told classes: give --forget-class, not --forget-prompt")
 
     def _check_null_class(self) -> None:
-        """Whether a UNet2DModel has one stands in no file: the user says it, or the data hold all of its classes."""
-        given = self.options.null_class
-        if type(self.model).__name__ != "UNet2DModel":
-            if given is not None:
-                option = "--null-class" if given else "--no-null-class"
+        """No file of a UNet2DModel says whether it has one: the user does, or the data hold just the other classes."""
+        options, name = self.options, type(self.model).__name__
+        if name != "UNet2DModel":
+            if options.null_class is not None:
                 raise InputError(
-                    f"{option} is for a UNet2DModel, and a {type(self.model).__name__} tells: leave it out"
+                    f"--null-class and --no-null-class are for a UNet2DModel, and the model is a {name}: leave them out"
                 )
             return
-        if given is not None:
-            return
-        embeddings, classes = self.model.config.num_class_embeds, count_classes(self.options.data)
-        mapped = self.options.class_map is not None or not self.options.data.is_dir()  # else their number must fit
-        if classes == embeddings:
-            self.pretrained.classes = Classes(embeddings, None)
-        elif mapped and classes != embeddings - 1:
+        embeddings = self.model.config.num_class_embeds
+        if options.null_class is None and not self._mapped and count_classes(options.data) == embeddings:
             raise InputError(
-                f"the model has {embeddings} class embeddings and the data hold {classes} classes: say with "
-                f"--null-class that the last embedding stands for no class, or with --no-null-class that it is a class"
+                f"{options.data} has {embeddings} class folders, as many as the model has class embeddings: say "
+                "--no-null-class if each of them is a class of its own, or move away the folder that is none"
             )
 
-    def _open_data(self) -> ImageData:
-        settings = self.pretrained.data_settings()
-        if self.pretrained.kind == "class":
-            settings["class_map"] = self.options.class_map
-        return open_data(self.options.data, **settings)
-
     @property
-    def _null_label(self) -> int | None:
-        return self.pretrained.classes.null_label
+    def _mapped(self) -> bool:
+        """Whether the data say which class is which, so that some may be missing."""
+        return self.options.class_map is not None or not self.options.data.is_dir()
+
+    def _open_data(self) -> ImageData:
+        options, settings = self.options, self.pretrained.data_settings()
+        if self.pretrained.kind == "text":
+            return open_data(options.data, **settings)
+        settings["class_map"] = options.class_map
+        known = self.pretrained.classes.count
+        asked = type(self.model).__name__ == "UNet2DModel" and options.null_class is None and self._mapped
+        if asked:
+            settings["classes"] = known + 1
+        data = open_data(options.data, **settings)
+        if asked and set(data.counts) != set(range(known)):
+            raise InputError(
+                f"the model has {known + 1} class embeddings and the data hold {len(data.counts)} classes, up to "
+                f"{max(data.counts)}: say with --null-class that the last embedding stands for no class, or with "
+                "--no-null-class that it is a class"
+            )
+        data.classes = known
+        return data
 
     def _ties(self) -> bool:
         """Whether a DiT's embedder copies are one for the run; tied here."""
@@ -210,9 +219,9 @@ class ForgetJob:
                 pretrained.scheduler, pretrained.text_encoder, pretrained.tokenizer, **settings
             )
         settings["label_dropout"] = given.get("label_dropout", 0.0)
-        if not pretrained.classes.has_null:  # said to be so with --no-null-class
+        if not pretrained.classes.has_null:
             settings.update(label_dropout=0.0, guidance=None)
-        return ClassConditionalDiffusion(pretrained.scheduler, null_label=self._null_label, **settings)
+        return ClassConditionalDiffusion(pretrained.scheduler, null_label=pretrained.classes.null_label, **settings)
 
     def _make_unlearner(self) -> Unlearner:
         options = self.options
@@ -234,6 +243,11 @@ class ForgetJob:
             identity=identity,
         )
 
+    @property
+    def retained_count(self) -> int:
+        """Retained classes that have data; of prompts, each once."""
+        return sum(index in self.data.counts and index not in self.forget_classes for index in self._names())
+
     def _make_pictures(self) -> Pictures:
         options, names = self.options, self._names()
         there = [index for index in names if index in self.data.counts]
@@ -242,9 +256,10 @@ class ForgetJob:
         each = (options.samples or JUDGED_SAMPLES) if judged else 1
         judge = fid = None
         if options.classifier is not None:
-            judge = Judge(options.classifier, names, options.device)
+            judge = Judge(options.classifier, names, self.pretrained.image_shape, options.device)
         if options.fid_weights is not None:
-            fid = RetainedFID(options.fid_weights, self.data, retained, each, options.seed, options.device)
+            of = {index: self.concepts.of_prompt(index) if self.concepts else [index] for index in retained}
+            fid = RetainedFID(options.fid_weights, self.data, of, each, options.seed, options.device)
         return Pictures(
             self.pretrained,
             self.task,
@@ -262,9 +277,13 @@ class ForgetJob:
 
     @property
     def _guidance(self) -> float | None:
-        if self.options.guidance_scale is not None:
-            return self.options.guidance_scale
-        if self.pretrained.classes is not None and not self.pretrained.classes.has_null:
+        given = self.options.guidance_scale
+        without_null = self.pretrained.classes is not None and not self.pretrained.classes.has_null
+        if without_null and given not in (None, 1.0):
+            raise InputError("--guidance-scale needs a null class, and the model has none: leave it out")
+        if given is not None:
+            return given
+        if without_null:
             return None
         return self.domain["run"].get("sampling", {}).get("guidance_for_pictures", self.domain["task"].get("guidance"))
 
@@ -285,17 +304,17 @@ class ForgetJob:
         steps = self.method.iterations * self.options.gradient_accumulation_steps
         return max(steps, self.fisher_batches[0]), max(steps, self.fisher_batches[1])
 
-    def _draw(self, how: Callable[..., Draw], **arguments: Any) -> Draw:
+    def _draw(self, exclude: Iterable[int] = ()) -> Draw:
         forget, retain = self._lengths
-        return how(
-            self.data if how is draw_readable else self.data.labels,
+        return draw_indices(
+            self.data.labels,
             self.forget_classes,
             forget,
             self.batch_size,
             self.options.seed,
             retain_batches=retain,
-            replace_classes=self.concepts.shown if self.concepts is not None else (),
-            **arguments,
+            replace_classes=self.concepts.replace_classes if self.concepts is not None else (),
+            exclude=exclude,
         )
 
     def estimate(self) -> Estimate:
@@ -330,7 +349,7 @@ class ForgetJob:
     def run(self) -> dict[str, Any]:
         """Everything, and the result that is written as ``unlearning/result.json``."""
         options = self.options
-        if not self.encodes:  # before anything is written
+        if options.strict or not self.encodes:  # before anything is written
             self._verify()
         output = claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
         own = writable_directory(output / OWN_FOLDER)
@@ -387,33 +406,33 @@ class ForgetJob:
     def _verify(self) -> None:
         """Reads every sample that will be used, and draws others for those that cannot be read."""
 
-        def read(indices: list[int]) -> None:
+        def read(draw: Draw) -> None:
             self.data.verify(
-                indices,
+                draw.indices.tolist(),
                 strict=self.options.strict,
                 progress=lambda done, total: self.progress("looking at the data", done, total),
             )
 
         with timed(self.seconds, "decoding"):
-            self.draw = self._draw(draw_readable, read=read)
+            self.draw = until_readable(self.data, self._draw, read)
 
     def _encode(self, directory: Path) -> LatentData:
         """The latents of every image that will be used, each decoded and encoded once; others for unreadable ones."""
         latents: LatentData
 
-        def read(indices: list[int]) -> None:
+        def read(draw: Draw) -> None:
             nonlocal latents
             latents = encode_latents(
                 self.data,
-                indices,
+                draw.indices,
                 self.pretrained.vae,
                 directory,
-                skip_unreadable=not self.options.strict,
+                skip_unreadable=True,
                 progress=lambda done, total: self.progress("encoding latents", done, total),
             )
 
         with timed(self.seconds, "encoding"):
-            self.draw = self._draw(draw_readable, read=read)
+            self.draw = until_readable(self.data, self._draw, read)
         return latents
 
     def _loaders(self, data: ImageData | LatentData) -> Iterator[DataLoader]:
@@ -452,11 +471,17 @@ class ForgetJob:
                 f"--mask: {self.options.mask} does not say what it was made for: leave it out and a new one is "
                 f"measured, or, if it is of this forget set and model, save it with metadata.update({unsaid})"
             )
+        if mask.metadata["weights_hash"] != identity["weights_hash"]:
+            raise InputError(
+                f"--mask: {self.options.mask} was made for other weights: leave it out and a new one is measured"
+            )
         try:
-            mask.check_model(trainable(self.model).items())
-        except InputError as error:  # what to do about it in Python, after the colon, is not what to do here
-            problem = str(error).rsplit(": ", 1)[0]
-            raise InputError(f"--mask: {problem}: leave it out and a new one is measured") from None
+            mask.bind(trainable(self.model).items())
+        except InputError:
+            raise InputError(
+                f"--mask: {self.options.mask} is not of the weights that are trained: leave it out and a new one is "
+                "measured"
+            ) from None
 
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():
@@ -486,6 +511,8 @@ class ForgetJob:
             "fid": fid,
             "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
             "trained_weights": self.trained_count,
+            "null_class": None if self.pretrained.classes is None else self.pretrained.classes.null_label,
+            "retained_classes": {"sampled": len(self.pictures.retained), "in_data": self.retained_count},
             "mapping": [row._asdict() for row in self.data.mapping],
             "unreadable": list(self.data.unreadable.values()),
             "ignored": self.data.ignored,

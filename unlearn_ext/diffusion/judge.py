@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .._pixels import to_bytes
+from ..errors import InputError, first_line
 
 __all__ = ["JUDGED_AT_ONCE", "Judge"]
 
@@ -23,12 +24,19 @@ class Judge:
         folder: what ``save_pretrained`` of a transformers image-classification model and of its image processor wrote.
         names: the generator's classes, index -> label text. The classifier's classes are matched to them by their
             text; without texts on either side, by index, if there are as many.
+        shape: [C, H, W] of the generator's pictures; one is tried.
 
     Raises:
-        InputError: the folder is no such model, or classes cannot be matched.
+        InputError: the folder is no such model, classes cannot be matched, or a picture cannot be judged.
     """
 
-    def __init__(self, folder: Path, names: Mapping[int, str], device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        folder: Path,
+        names: Mapping[int, str],
+        shape: tuple[int, int, int],
+        device: torch.device | str = "cpu",
+    ):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
@@ -39,7 +47,7 @@ class Judge:
             )
         except Exception as error:
             raise InputError(
-                f"--classifier: {folder} is no transformers image-classification folder: {_first_line(error)}"
+                f"--classifier: {folder} is no transformers image-classification folder: {first_line(error)}"
             ) from None
         if loaded["missing_keys"]:  # which would have random numbers in their place
             raise InputError(f"--classifier: the weights in {folder} lack {sorted(loaded['missing_keys'])[0]}")
@@ -47,17 +55,25 @@ class Judge:
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
         except Exception as error:
             # Where the file is missing, transformers' own words are of its hub.
-            why = f": {_first_line(error)}" if (folder / "preprocessor_config.json").is_file() else ""
+            why = f": {first_line(error)}" if (folder / "preprocessor_config.json").is_file() else ""
             raise InputError(
                 f"--classifier: {folder} says nothing of how pictures are prepared (preprocessor_config.json){why}"
             ) from None
         self.model.to(device).eval()
-        self.columns = torch.full((max(names) + 1,), -1)
-        self.columns[list(names)] = torch.tensor(_match(names, self.model.config))
+        self.columns = dict(zip(names, _match(names, self.model.config), strict=True))
+        try:
+            finite = bool(self.probabilities(torch.zeros(1, *shape)).isfinite().all())
+        except Exception as error:  # of the processor and of the network: their settings may not fit each other
+            raise InputError(
+                f"--classifier: {folder} cannot judge a picture of this model ({first_line(error)}): save it with the "
+                "image processor that it was trained with"
+            ) from None
+        if not finite:
+            raise InputError(f"--classifier: {folder} gives inf or NaN for a grey picture: its weights are damaged")
 
     @torch.no_grad()
     def probabilities(self, pictures: Tensor, batch_size: int = JUDGED_AT_ONCE) -> Tensor:
-        """[N, classes of the classifier]; ``columns`` says which of them is each of the generator's (-1: none).
+        """[N, classes of the classifier]; ``columns`` says which of them is each of the generator's.
 
         Args:
             pictures: [N, C, H, W] in [-1, 1].
@@ -65,7 +81,7 @@ class Judge:
         device, parts = next(self.model.parameters()).device, []
         channels = getattr(self.model.config, "num_channels", 3)
         for part in pictures.split(batch_size):
-            pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+            pixels = to_bytes(part).cpu()
             if pixels.shape[1] != channels:
                 pixels = pixels.expand(-1, 3, -1, -1) if channels == 3 else pixels.float().mean(1, True).byte()
             images = list(pixels.numpy())
@@ -100,7 +116,3 @@ def _match(names: Mapping[int, str], config: Any) -> list[int]:
 
 def _plain(text: str) -> str:
     return str(text).strip().lower()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

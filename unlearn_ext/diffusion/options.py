@@ -12,7 +12,7 @@ import torch
 from .._arguments import check_count, check_finite, check_number
 from .._modes import PRECISIONS
 from ..errors import InputError
-from ..evaluation.generated import WHERE_TO_GET
+from ..evaluation.inception import check_file
 
 __all__ = ["ForgetOptions"]
 
@@ -111,8 +111,11 @@ class ForgetOptions:
                 f"--classifier: expected a transformers image-classification folder with a config.json, got "
                 f"{self.classifier}"
             )
-        if self.fid_weights is not None and not self.fid_weights.is_file():
-            raise InputError(f"--fid-weights: there is no file {self.fid_weights}: {WHERE_TO_GET}")
+        if self.fid_weights is not None:
+            try:
+                check_file(self.fid_weights)
+            except InputError as error:
+                raise InputError(f"--fid-weights: {error}") from None
 
     def settings(self) -> dict[str, Any]:
         """Of plain types, for the result."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError, first_line
 from ..evaluation.generated import class_scores
 from ..tasks import Task
 from .fid import RetainedFID
@@ -22,10 +23,10 @@ from .sampling import decode, draw_noise, sample_classes, sample_prompts
 
 __all__ = ["Pictures", "spread"]
 
-SHOWN_RETAINED = 8
+MOST_RETAINED = 8  # classes that are sampled, shown and judged
 
 
-def spread(classes: Sequence[int], most: int = SHOWN_RETAINED) -> list[int]:
+def spread(classes: Sequence[int], most: int = MOST_RETAINED) -> list[int]:
     """At most so many of them, evenly over their order."""
     if len(classes) <= most:
         return list(classes)
@@ -109,11 +110,15 @@ class Pictures:
             broken = int((~pictures.isfinite().flatten(1).all(1)).sum())
             if broken:
                 return f"not verified: {broken} of {len(pictures)} pictures {when} hold inf or NaN"
-        found: dict[str, Any] = {}
+        found, columns = {}, self.judge.columns
         for when, pictures in self.taken.items():
-            scores = class_scores(self.judge.probabilities(pictures), self.judge.columns[self.labels])
+            asked = torch.tensor([columns[label] for label in self.labels.tolist()])
+            try:
+                scores = class_scores(self.judge.probabilities(pictures), asked)
+            except (InputError, RuntimeError, ValueError) as error:  # the model is written: its report must not be lost
+                return f"not verified: the classifier failed on the pictures {when} ({first_line(error)})"
             found[when] = {
-                part: {self.names[label]: scores[int(self.judge.columns[label])] for label in labels}
+                part: {self.names[label]: scores[columns[label]] for label in labels}
                 for part, labels in (("forgotten", self.forgotten), ("retained", self.retained))
                 if labels
             }

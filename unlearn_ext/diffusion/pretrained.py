@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._files import atomic_directory
 from .._names import own_names, unwrapped
 from ..data.labels import label_names, parse_classes
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 __all__ = [
     "OWN_FOLDER",
@@ -143,7 +143,7 @@ def open_pretrained(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    null_class: bool = True,
+    null_class: bool | None = True,
 ) -> Pretrained:
     """Opens a local folder: a pipeline with ``model_index.json``, or a model with ``config.json``, weights and a
     ``scheduler`` folder.
@@ -154,7 +154,8 @@ def open_pretrained(
     Args:
         dtype: of the weights in memory.
         null_class: whether the last embedding of a ``UNet2DModel`` stands for no class, as guidance needs it; its
-            files do not tell. A DiT always has one.
+            files do not tell. None leaves it open: ``classes`` are then as if there were one, and yours to put right.
+            A DiT always has one.
 
     Raises:
         InputError: no such folder, or one that cannot be used; the sentence says why.
@@ -400,8 +401,7 @@ def _as_input_error(home: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the {what} in {home} cannot be opened ({reason})") from None
+        raise InputError(f"the {what} in {home} cannot be opened ({first_line(error)})") from None
 
 
 def _whole(home: Path, what: str, info: Mapping[str, Any]) -> None:
@@ -417,7 +417,7 @@ def _frozen(model: nn.Module, device: str | torch.device) -> nn.Module:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _classes(denoiser: nn.Module, home: Path, null_class: bool) -> Classes:
+def _classes(denoiser: nn.Module, home: Path, null_class: bool | None) -> Classes:
     config = denoiser.config
     if "num_embeds_ada_norm" in config:
         return Classes(config.num_embeds_ada_norm, config.num_embeds_ada_norm)
@@ -426,12 +426,10 @@ def _classes(denoiser: nn.Module, home: Path, null_class: bool) -> Classes:
         raise InputError(
             f"the UNet2DModel in {home} is not conditioned on classes (num_class_embeds): it cannot forget one"
         )
-    if embeds < 2 + null_class:
-        raise InputError(
-            f"the UNet2DModel in {home} has {embeds} class embeddings{', one of them for no class' * null_class}: too "
-            "few to forget one of"
-        )
-    return Classes(embeds - 1, embeds - 1) if null_class else Classes(embeds, None)
+    if embeds < 2 + bool(null_class):
+        but = ", one of them for no class unless you say otherwise (null_class, --no-null-class)" if null_class else ""
+        raise InputError(f"the UNet2DModel in {home} has {embeds} class embeddings{but}: too few to forget one of")
+    return Classes(embeds, None) if null_class is False else Classes(embeds - 1, embeds - 1)
 
 
 def _id2label(index: Mapping[str, Any] | None, classes: Classes | None) -> dict[int, str]:

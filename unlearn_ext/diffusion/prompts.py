@@ -24,20 +24,24 @@ class Concepts:
         prompts: one for each class.
         forget: the classes whose prompt is the forgotten one.
         replacement: the prompt that shall be shown in its place.
-        shown: the classes whose prompt that is. Their images stand for forgotten ones where the replacement is
-            predicted, as released; without any, the forgotten images themselves do.
+        replace_classes: the classes whose prompt that is. Their images stand for forgotten ones where the replacement
+            is predicted, as released; without any, the forgotten images themselves do.
     """
 
     prompts: dict[int, str]
     forget: list[int]
     replacement: str
-    shown: list[int]
+    replace_classes: list[int]
 
     @property
     def distinct(self) -> dict[int, str]:
         """The first class of each prompt, and the prompt."""
         first = {prompt: index for index, prompt in reversed(self.prompts.items())}
         return {index: prompt for index, prompt in self.prompts.items() if first[prompt] == index}
+
+    def of_prompt(self, index: int) -> list[int]:
+        """All classes that share its prompt."""
+        return [other for other, prompt in self.prompts.items() if prompt == self.prompts[index]]
 
     def collate(self, forget: bool) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Batches with prompts in place of labels; those of the forget set name their replacement."""
@@ -93,15 +97,16 @@ def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, re
                     f'as in {{"{name}": "a cat"}}'
                 )
     prompts = {index: given.get(name, name) for name, index in sorted(names.items(), key=lambda item: item[1])}
-    forget, shown = (
+    forget, replace_classes = (
         [index for index, prompt in prompts.items() if prompt == wanted] for wanted in (forget_prompt, replace_prompt)
     )
     if not forget:
         there = ", ".join(map(repr, list(dict.fromkeys(prompts.values()))[:5]))
+        name = "name a folder so, or " if data.folders else ""
         raise InputError(
-            f"--forget-prompt: no {what} belongs to {forget_prompt!r} (there are {there}): name a "
-            f"folder so, or give a --class-map of {what}s and prompts"
+            f"--forget-prompt: no {what} belongs to {forget_prompt!r} (there are {there}): {name}give a --class-map of "
+            f"{what}s and prompts"
         )
     if len(forget) == len(names):
         raise InputError("every image belongs to the forgotten prompt: add images of what shall be retained")
-    return Concepts(prompts, forget, replace_prompt, shown)
+    return Concepts(prompts, forget, replace_prompt, replace_classes)

@@ -162,9 +162,10 @@ class DiffusionDemo:
     # --- Stages ---------------------------------------------------------------------------------------------
 
     def _retrain(self, noise: Tensor) -> None:
-        """What forgetting is measured against: a network that never saw the digit, by the training's own recipe."""
+        """What forgetting is measured against: a network that never saw the digit, by the same recipe and seed."""
+        seed = self.pretrained.metadata.get("seed", 0)
         with timed(self.seconds, "retraining"):
-            retrained = load(self.options.task, without=self.options.forget_class, progress=self.progress)
+            retrained = load(self.options.task, seed=seed, without=self.options.forget_class, progress=self.progress)
         for module in retrained.network.modules.values():
             module.to(self.options.device)
         self._sample("retrained", noise, retrained.network)

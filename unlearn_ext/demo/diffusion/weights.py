@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..._files import atomic_path
 from ..._native import _default_cache
+from ..._pixels import to_bytes
 from ...errors import InputError
 from .networks import DENOISERS, Denoiser, Judge, build_denoiser
-from .pretraining import RECIPES, Trained, pretrain, pretrain_judge
+from .pretraining import Trained, pretrain, pretrain_judge, recipe_for
 
 __all__ = ["SHIPPED", "load", "load_file", "load_samples", "save", "save_samples"]
 
@@ -31,7 +32,7 @@ def load(
     *,
     seed: int = 0,
     without: int | None = None,
-    retrain: bool = False,
+    anew: bool = False,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Trained:
     """A trained network: from the package, else from the cache, else trained now and put into the cache.
@@ -40,13 +41,15 @@ def load(
         name: ``"ddpm"``, ``"dit"``, ``"text"``, or ``"judge"``.
         seed: of the training; only that of seed 0 ships.
         without: a digit that the network never saw; none such ships.
-        retrain: train it now whatever is there; what the package ships is not touched.
+        anew: train it now whatever is there; what the package ships is not touched.
         progress: called with the stage, the steps done and the steps in all, if it is trained.
     """
     if name not in NETWORKS:
         raise InputError(f"expected one of {', '.join(NETWORKS)}, got {name!r}")
+    if name == "judge" and without is not None:
+        raise InputError("the judge knows all digits: it is not trained without one")
     cached = _cached(name, seed, without)
-    if not retrain:
+    if not anew:
         for path in (SHIPPED / f"{name}.safetensors" if seed == 0 and without is None else None, cached):
             if path is not None and path.is_file():
                 return load_file(path)
@@ -118,8 +121,7 @@ def save_samples(path: str | Path, images: Tensor, labels: Tensor, metadata: dic
     """Write pictures ``[N, 1, 16, 16]`` in [−1, 1] as bytes, with the labels they were asked for."""
     from safetensors.torch import save_file
 
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    tensors = {"images": pixels.contiguous(), "labels": labels.to(torch.uint8)}
+    tensors = {"images": to_bytes(images).contiguous(), "labels": labels.to(torch.uint8)}
     with atomic_path(path) as partial:
         save_file(tensors, partial, {"metadata": json.dumps(metadata)})
 
@@ -145,7 +147,7 @@ def _cached(name: str, seed: int, without: int | None = None) -> Path | None:
     cache = _default_cache()
     if cache is None:
         return None
-    recipe = "" if name == "judge" else json.dumps(asdict(RECIPES[name]), sort_keys=True)
+    recipe = "" if name == "judge" else json.dumps(asdict(recipe_for(name)), sort_keys=True)
     left_out = "" if without is None else f"-without-{without}"
     return cache / "demo" / f"{name}{left_out}-seed{seed}-{sha256(recipe.encode()).hexdigest()[:8]}.safetensors"
 

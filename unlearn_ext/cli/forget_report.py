@@ -1,0 +1,135 @@
+"""What ``unlearn-ext forget`` prints: its plan, the estimate of a dry run, and what became of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..diffusion.estimate import Estimate
+    from ..diffusion.job import ForgetJob
+
+__all__ = ["planned", "show_estimate", "show_fid", "show_plan", "show_verdict"]
+
+
+def show_plan(job: ForgetJob, console: Console) -> None:
+    """Which folder is which class, and what will be used of it, before anything starts."""
+    table = Table(title="What is forgotten and what is kept")
+    for name, justify in (("", "left"), ("class", "right"), ("label", "left"), ("folder", "left"), ("images", "right")):
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes):
+        label = job.concepts.prompts[row.index] if job.concepts else row.text or ""
+        what = "forget" if row.index in job.forget_classes else "keep"
+        table.add_row(what, str(row.index), label, row.folder or "", str(row.count))
+    console.print(table)
+    if job.data.ignored:
+        console.print(f"{job.data.ignored} other files are ignored")
+    if job.concepts is not None:
+        images = "the images of that prompt" if job.concepts.replace_classes else "the forgotten images themselves"
+        console.print(f"replaced by: {job.concepts.replacement}, as predicted for {images}", soft_wrap=True)
+    if type(job.model).__name__ == "UNet2DModel":  # no file of it says so
+        null = job.pretrained.classes.null_label
+        console.print("no null class" if null is None else f"the last embedding, {null}, stands for no class")
+    total = sum(p.numel() for p in job.model.parameters())
+    console.print(
+        f"{type(job.model).__name__}, preset {job.preset}: trains {job.trained_count:,} of {total:,} weights, "
+        f"{job.method.iterations} iterations with batches of {job.batch_size}, from {len(job.draw.indices)} images"
+    )
+    fid, sampled = job.pictures.fid, len(job.pictures.retained)
+    if sampled < job.retained_count:
+        console.print(f"of {job.retained_count} retained classes {sampled} are sampled, evenly over their order")
+    if fid is not None:
+        console.print(
+            f"FID: {fid.generated:,} generated against {fid.planned:,} real images, of {len(fid.classes)} retained "
+            "classes"
+        )
+
+
+def planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
+    """Of a dry run, for its file: bytes and seconds."""
+    return {
+        "dry_run": True,
+        "memory": found.memory,
+        "peak_memory": found.peak,
+        "disk": found.disk,
+        "seconds": found.seconds,
+        "mapping": [row._asdict() for row in job.data.mapping],
+        "forget_classes": list(job.forget_classes),
+        "options": job.options.settings(),
+    }
+
+
+def show_estimate(found: Estimate, console: Console) -> None:
+    """A line for each stage: there may be eight of them, and parts side by side would not fit one."""
+    where = "Memory" if found.device.type == "cpu" else "GPU memory"
+    table = Table(title=f"{where}, MB (without the framework itself)")
+    table.add_column("stage")
+    table.add_column("all", justify="right")
+    table.add_column("parts", overflow="fold")
+    for stage, parts in found.memory.items():
+        listed = ", ".join(f"{part} {size / 1e6:.1f}" for part, size in parts.items() if size)
+        table.add_row(stage, f"{sum(parts.values()) / 1e6:.1f}", listed)
+    console.print(table)
+    console.print(f"peak: {found.peak / 1e6:.1f} MB")
+    console.print("disk: " + ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in found.disk.items()))
+    times = ", ".join(f"{stage.replace('_', ' ')} {seconds:.0f} s" for stage, seconds in found.seconds.items())
+    console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from trials of single batches")
+
+
+def show_verdict(report: dict[str, Any], console: Console) -> None:
+    verdict = report["verdict"]
+    if isinstance(verdict, str):
+        console.print(verdict)
+        return
+    table = Table(title="What the classifier sees")
+    for name, justify in (("label", "left"), ("before %", "right"), ("after %", "right"), ("n", "right")):
+        table.add_column(name, justify=justify)
+    for part in ("forgotten", "retained"):
+        for label, score in verdict["before"].get(part, {}).items():
+            after = verdict["after"][part][label]
+            name = f"{label} (forgotten)" if part == "forgotten" else label
+            table.add_row(name, f"{100 * score['accuracy']:.1f}", f"{100 * after['accuracy']:.1f}", str(after["count"]))
+    console.print(table)
+    console.print(
+        f"{report['sampling']['samples_per_class']} pictures of each class: {_sampler(report['sampling'])}, seed "
+        f"{report['sampling']['seed']}; the same noise before and after",
+        style="dim",
+    )
+
+
+def _sampler(sampling: dict[str, Any]) -> str:
+    guidance = "no guidance" if sampling["guidance"] is None else f"guidance {sampling['guidance']:g}"
+    return f"{sampling['sampler']}, {sampling['steps']} steps, {guidance}"
+
+
+def show_fid(found: dict[str, Any], console: Console) -> None:
+    """The distances with their protocol, and what they must not be taken for."""
+    sampling, real, generated = found["sampling"], found["real"], found["generated"]
+    numbers = ", ".join(
+        f"{'not computed' if found[when] is None else _rounded(found[when])} {when}" for when in ("before", "after")
+    )
+    console.print(
+        f"FID of {len(found['classes'])} retained classes: {numbers} ({found['features']} Inception features; "
+        f"{generated:,} generated by {_sampler(sampling)}; {real:,} real)"
+    )
+    if "error" in found:
+        console.print(f"FID could not be computed: {found['error']}")
+    if min(real, generated) <= found["features"]:
+        console.print(
+            f"FID is biased upward with at most {found['features']} pictures of a kind: compare before with after only"
+        )
+    fewest, most = min(found["real_by_class"]), max(found["real_by_class"])
+    if fewest != most:
+        console.print(
+            f"each class has as many generated pictures, but from {fewest:,} to {most:,} real ones: that raises both "
+            "FIDs"
+        )
+    if not found["published_weights"]:
+        console.print("the weights are not those that published FIDs use: compare before with after only")
+
+
+def _rounded(distance: float) -> str:
+    return f"{distance:.2f}" if abs(distance) >= 1 else f"{distance:.2g}"  # of few features it may be far below 1
