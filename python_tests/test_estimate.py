@@ -274,13 +274,13 @@ def test_an_estimate_leaves_no_trace(home: Path, tmp_path: Path, model: str) -> 
 
 
 def test_the_table_of_a_large_model_fits_the_line(capsys) -> None:
-    from unlearn_ext.cli.forget import _show_estimate
+    from unlearn_ext.cli.forget_report import show_estimate
     from unlearn_ext.cli.report import plain_console
     from unlearn_ext.diffusion.estimate import Estimate
 
-    found = Estimate(torch.device("cpu"))
-    for stage in ("encoding", "Fisher", "mask", "iterations", "sampling", "judging"):
-        found.memory[stage] = {"weights": 2_700_000_000, "other networks": 10_000_000, "activations": 90_000_000_000}
-    _show_estimate(found, plain_console())
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80 and "other networks" in lines[5] and lines[6].count("90000") == 6
+    stages = ("encoding", "Fisher", "mask", "iterations", "sampling", "judging", "FID")
+    parts = {"weights": 2_700_000_000, "other networks": 10_000_000, "gradients": 0, "activations": 90_000_000_000}
+    show_estimate(Estimate(torch.device("cpu"), dict.fromkeys(stages, parts), {"FID_real": 1.0}, {}), plain_console())
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "gradients" not in text and "FID real 1 s" in text
+    assert all(stage in text for stage in stages) and text.count("92710.0") == 8 and text.count("activations") == 7
