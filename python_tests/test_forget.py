@@ -28,8 +28,7 @@ from pipelines import (
 )
 
 from unlearn_ext.cli import main
-from unlearn_ext.data import images as images_module
-from unlearn_ext.data import load_digits
+from unlearn_ext.data import _folders, load_digits
 from unlearn_ext.diffusion import dry_run
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.errors import InputError
@@ -433,7 +432,7 @@ def test_a_checkpoint_of_another_forget_set_is_not_resumed(home, tmp_path, capsy
     capsys.readouterr()
     for more in ([], ["--dry-run"]):
         with monkeypatch.context() as patch:  # known before a picture is decoded
-            patch.setattr(images_module._Folders, "_decode", lambda self, index: pytest.fail("an image was decoded"))
+            patch.setattr(_folders.Folders, "_decode", lambda self, index: pytest.fail("an image was decoded"))
             again = ["--forget-class", "4", *steps, "--resume-from-checkpoint", "latest", *more]
             assert run(home, "ddpm", tmp_path / "out", *again) == 1
     assert "forget_classes='3'" in capsys.readouterr().err

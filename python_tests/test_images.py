@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from unlearn_ext.data import images as module
+from unlearn_ext.data import _folders as module
 from unlearn_ext.data import label_names, open_data, parse_classes, read_class_map
 from unlearn_ext.errors import InputError
 
@@ -45,7 +45,7 @@ def refused(match, *args, **kwargs):
 
 
 def test_labels_and_counts_are_known_without_decoding(kept, monkeypatch):
-    monkeypatch.setattr(module._Folders, "_decode", None)
+    monkeypatch.setattr(module.Folders, "_decode", None)
     data = open_data(kept, **MODEL, id2label=ID2LABEL)
     assert data.labels.dtype == torch.int64 and data.labels.tolist() == [d for d in range(10) for _ in range(4)]
     assert data.counts == dict.fromkeys(range(10), 4) and len(data) == 40
@@ -240,8 +240,8 @@ def test_strict_refuses_the_first_one(digits):
 
 def test_verified_pictures_are_decoded_once(kept, monkeypatch):
     decoded = []
-    decode = module._Folders._decode
-    monkeypatch.setattr(module._Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decode = module.Folders._decode
+    monkeypatch.setattr(module.Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
     data = open_data(kept, **MODEL)
     data.verify([1, 2])
     again = [data[i]["pixel_values"] for i in (1, 2, 3)]

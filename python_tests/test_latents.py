@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unlearn_ext.data import draw_indices, encode_latents, latents_size, open_data, until_readable
-from unlearn_ext.data import images as images_module
+from unlearn_ext.data import _folders, draw_indices, encode_latents, latents_size, open_data, until_readable
 from unlearn_ext.data import latents as module
 from unlearn_ext.errors import InputError
 
@@ -129,8 +128,8 @@ def test_replacements_are_drawn_from_their_own_classes():
 
 def test_latents_are_the_posteriors_of_the_chosen_images_only(data, vae, tmp_path, monkeypatch):
     decoded = []
-    decode = images_module._Folders._decode
-    monkeypatch.setattr(images_module._Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decode = _folders.Folders._decode
+    monkeypatch.setattr(_folders.Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
     wanted = [41, 3, 17, 3, 58, 41]
     seen = []
     latents = encode_latents(
@@ -225,8 +224,8 @@ def damaged(tmp_path):
 
 def test_unreadable_images_are_left_out_and_each_is_decoded_once(damaged, vae, tmp_path, monkeypatch):
     decoded = []
-    decode = images_module._Folders._decode
-    monkeypatch.setattr(images_module._Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decode = _folders.Folders._decode
+    monkeypatch.setattr(_folders.Folders, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
     data, latents = open_data(damaged, **SETTINGS), []
 
     def batches(exclude):
@@ -255,7 +254,7 @@ def test_unreadable_images_are_left_out_and_each_is_decoded_once(damaged, vae, t
 
 def test_unreadable_images_are_refused_or_all_there_is(damaged, vae, tmp_path):
     data = open_data(damaged, **SETTINGS)
-    with pytest.raises(InputError, match=r"unreadable image: .*3/001.png .*--strict"):
+    with pytest.raises(InputError, match=r"unreadable image: .*3/001.png .*skip_unreadable=True"):
         encode_latents(data, [18, 19, 20], vae, tmp_path / "a")
     with pytest.raises(InputError, match=r"none of 2 images can be read, the first is .*3/001.png"):
         encode_latents(data, [19, 25], vae, tmp_path / "b", skip_unreadable=True)

@@ -65,7 +65,7 @@ def draw_indices(
         check_count(name, value)
     if retain_batches is not None:
         check_count("retain_batches", retain_batches)
-    wanted, shown = (
+    wanted, replacing = (
         torch.tensor(sorted(set(map(int, classes))), dtype=torch.int64) for classes in (forget_classes, replace_classes)
     )
     present = set(labels.unique().tolist())
@@ -75,8 +75,8 @@ def draw_indices(
     usable = _usable(labels, exclude)
     forget = torch.isin(labels, wanted)
     parts = [("forget", forget, batches, 0), ("retain", ~forget, retain_batches or batches, 1)]
-    if len(shown):
-        parts.append(("replacement", torch.isin(labels, shown) & ~forget, batches, 1 << 62))  # no other seed's stream
+    if len(replacing):  # 1 << 62: a stream of its own beside those of all seeds below 2^61
+        parts.append(("replacement", torch.isin(labels, replacing) & ~forget, batches, 1 << 62))
     sets = []
     for name, members, count, salt in parts:
         if not bool((members & usable).any()):

@@ -20,7 +20,6 @@ from .._hashing import weights_hash
 from .._modes import evaluating
 from ..errors import InputError
 from .images import ImageData, decoding_threads, none_readable
-from .images import unreadable as unreadable_image
 
 __all__ = [
     "ENCODED_AT_ONCE",
@@ -172,7 +171,7 @@ def encode_latents(
         for index, sample in zip(batch, found, strict=True):
             if isinstance(sample, str):
                 if not skip_unreadable:
-                    raise unreadable_image(sample)
+                    raise InputError(f"unreadable image: {sample}: replace or remove it, or set skip_unreadable=True")
                 unreadable[str(index)] = dataset.unreadable[index] = sample
             else:
                 pixels[index] = sample
