@@ -30,14 +30,23 @@ def small_vae(channels: int = 3, seed: int = 0):
     ).eval()
 
 
-def small_dit(classes: int = 10, seed: int = 0, *, in_channels: int = 4, sample_size: int = 8, layers: int = 2):
+def small_dit(
+    classes: int = 10,
+    seed: int = 0,
+    *,
+    in_channels: int = 4,
+    sample_size: int = 8,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 8,
+):
     """A DiT with learned variance, whose embedder copies are equal."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
         in_channels=in_channels,
         out_channels=2 * in_channels,
         num_layers=layers,
@@ -183,16 +192,15 @@ def save_text_pipeline(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_classifier(folder: Path, names: Sequence[str] = NAMES, *, seed: int = 0):
-    """A transformers image classifier of 16×16 pictures with its image processor."""
+def save_classifier(folder: Path, names: Sequence[str] = NAMES, *, seed: int = 0, **changes: int):
+    """A transformers image classifier of 16×16 pictures with its image processor; ``changes`` to its configuration."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     torch.manual_seed(seed)
     texts = dict(enumerate(names))
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
-        num_channels=3, id2label=texts, label2id={name: i for i, name in texts.items()},
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"image_size": 16, "patch_size": 8, "num_channels": 3, **changes}
+    config = ViTConfig(**sizes, id2label=texts, label2id={name: i for i, name in texts.items()})
     model = ViTForImageClassification(config)
     model.save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from torch import nn
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import forgetting
 from pipelines import (
     NAMES,
+    save_classifier,
     save_ddpm_pipeline,
     save_digit_folders,
     save_dit_pipeline,
     save_text_pipeline,
+    small_dit,
     small_vae,
 )
 
@@ -28,39 +32,28 @@ from unlearn_ext.diffusion.dry_run import other_networks
 from unlearn_ext.diffusion.estimate import sizes_on_disk
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.methods import SFRon
 from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
     home = tmp_path_factory.mktemp("estimate")
     save_digit_folders(home / "digits", per_class=4, names=NAMES)
     save_ddpm_pipeline(home / "ddpm")
     save_dit_pipeline(home / "dit")
     save_text_pipeline(home / "text")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
-        num_channels=3, id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)},
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(home / "judge")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(home / "judge")
-    (home / "map.json").write_text(str({name: i for i, name in enumerate(NAMES)}).replace("'", '"'))
+    save_classifier(home / "judge", hidden_size=64, num_hidden_layers=2, intermediate_size=64, patch_size=4)
+    (home / "map.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
     return home
 
 
 def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
-    paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
+    """One denoising step; the folders carry names."""
+    own = {"class_map": home / "map.json"}
     if model == "text":
-        options |= {"forget_prompt": "three", "replace_prompt": "two"}
-    else:
-        options |= {"forget_class": "3", "class_map": home / "map.json"}
-    small = {"max_train_steps": 2, "train_batch_size": 4, "fisher_batches": 1, "num_inference_steps": 1}
-    return ForgetJob(ForgetOptions(**{**paths, **small, **options}))
+        own = {"forget_class": None, "forget_prompt": "three", "replace_prompt": "two"}
+    return forgetting.job_of(home, model, output, **{"num_inference_steps": 1, **own, **options})
 
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
@@ -115,20 +108,9 @@ def check_memory(job: ForgetJob, monkeypatch, tolerance: float) -> None:
 
 def test_the_memory_of_a_larger_dit_is_what_was_estimated(home: Path, tmp_path: Path, monkeypatch) -> None:
     """24 million weights, batches of 4, in float32: the forward pass keeps about as many bytes as gradients take."""
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import DDIMScheduler, DiTPipeline
 
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=8,
-        num_layers=8,
-        sample_size=16,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        attention_bias=True,
-    )
+    model = small_dit(sample_size=16, layers=8, heads=6, head_dim=64)
     assert 20e6 < sum(p.numel() for p in model.parameters()) < 30e6
     DiTPipeline(model, small_vae(), DDIMScheduler(num_train_timesteps=50)).save_pretrained(home / "larger")
     job = job_of(home, "larger", tmp_path / "out", tie_embeddings=False, guidance_scale=1.0)
