@@ -244,6 +244,28 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkey
     assert all(p.grad is None for p in job.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 1 TB"),
+    ],
+)
+def test_a_run_without_enough_memory_says_which_options_help(home, tmp_path, monkeypatch, error) -> None:
+    job = job_of(home, "dit", tmp_path / "out")
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(job.task, "losses", fail)
+    with pytest.raises(InputError, match=r"a batch of 4 does not fit in the memory of cpu: lower .*checkpointing$"):
+        job.run()
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    monkeypatch.setattr(job.task, "losses", lambda *_: 1 / 0)  # another error is not taken for it
+    with pytest.raises(ZeroDivisionError):
+        job.run()
+
+
 def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = job_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5)

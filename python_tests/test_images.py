@@ -79,7 +79,7 @@ def test_shorter_side_is_resized_and_the_middle_is_kept(tmp_path, width, height)
     top, left = round((whole.shape[0] - 16) / 2.0), round((whole.shape[1] - 16) / 2.0)
     expected = whole[top : top + 16, left : left + 16].transpose(2, 0, 1).astype(np.float32) / 255
     assert torch.equal(data[0]["pixel_values"], (torch.from_numpy(expected) - 0.5) / 0.5)
-    assert data.enlarged == int(short < 16)
+    assert data.enlarged == ({0} if short < 16 else set())
     assert data.preprocessing["size"] == [16, 16] and data.preprocessing["mode"] == "RGB"
 
 

@@ -14,7 +14,7 @@ from unlearn_ext.data import latents as module
 from unlearn_ext.errors import InputError
 
 pytest.importorskip("mlxtend")
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("diffusers")
 
 SETTINGS = {"size": 16, "channels": 1, "classes": 10}
@@ -250,6 +250,32 @@ def test_unreadable_images_are_left_out_and_each_is_decoded_once(damaged, vae, t
     again = until_readable(data, batches, read)
     assert decoded == [] and torch.equal(again.forget, draw.forget) and torch.equal(again.retain, draw.retain)
     assert sorted(data.unreadable) and latents[-1].manifest["unreadable"].keys() == set(map(str, data.unreadable))
+
+
+@pytest.mark.parametrize("images_before_the_kill", [0, 2, 4, 6])
+def test_a_run_that_goes_on_knows_which_images_were_enlarged(tmp_path, vae, images_before_the_kill):
+    folder = pipelines.save_digit_folders(tmp_path / "digits", 6)
+    for file in ("0/002.png", "0/004.png", "1/001.png", "9/005.png"):  # indices 2, 4, 7 and 59
+        with Image.open(folder / file) as image:
+            image.resize((9, 9)).save(folder / file)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, count):
+        if done >= images_before_the_kill:
+            raise Killed
+
+    indices, settings = [0, 1, 2, 3, 4, 5, 7, 8], {"batch_size": 2, "shard_bytes": 1}  # each batch is a shard
+    if images_before_the_kill:
+        with pytest.raises(Killed):
+            encode_latents(open_data(folder, **SETTINGS), indices, vae, tmp_path / "latents", **settings, progress=kill)
+    data = open_data(folder, **SETTINGS)
+    latents = encode_latents(data, indices, vae, tmp_path / "latents", **settings)
+    assert data.enlarged == {2, 4, 7} and latents.manifest["enlarged"] == [2, 4, 7]
+    data = open_data(folder, **SETTINGS)  # another run, which decodes one image alone
+    latents = encode_latents(data, [4, 5, 59], vae, tmp_path / "latents", **settings)
+    assert data.enlarged == {4, 59} and latents.manifest["enlarged"] == [2, 4, 7, 59]
 
 
 def test_unreadable_images_are_refused_or_all_there_is(damaged, vae, tmp_path):

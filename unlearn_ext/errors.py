@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "NonFiniteError", "ProtectionError", "UnlearnError", "first_line"]
+__all__ = ["InputError", "NonFiniteError", "ProtectionError", "UnlearnError", "first_line", "is_out_of_memory"]
 
 
 class UnlearnError(Exception):
@@ -25,3 +25,9 @@ def first_line(error: Exception) -> str:
     """Of what another library says, which may go on for pages; its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or the CPU, which has no class for it."""
+    name = type(error).__name__
+    return name == "OutOfMemoryError" or (name == "RuntimeError" and "can't allocate memory" in str(error))

@@ -52,7 +52,7 @@ class ImageData(Dataset):
         folders: folder -> class; empty for arrays.
         ignored: files that are no pictures, or lie outside the class folders.
         unreadable: what :meth:`verify` could not decode: index -> file and reason.
-        enlarged: pictures seen so far that were smaller than the model's size.
+        enlarged: indices of pictures seen so far that were smaller than the model's size.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class ImageData(Dataset):
         self.classes, self.id2label = classes, dict(id2label or {})
         self.folders, self.ignored = dict(folders or {}), ignored
         self.unreadable: dict[int, str] = {}
+        self.enlarged: set[int] = getattr(source, "enlarged", set())
         self._verified: set[int] = set()
 
     def __len__(self) -> int:
@@ -107,10 +108,6 @@ class ImageData(Dataset):
         """Index, folder, label text and count of every class that has samples."""
         folder = {index: name for name, index in self.folders.items()}
         return [ClassRow(i, folder.get(i), self.id2label.get(i), n) for i, n in sorted(self.counts.items())]
-
-    @property
-    def enlarged(self) -> int:
-        return len(getattr(self._source, "enlarged", ()))
 
     @cached_property
     def _hash(self) -> tuple[str, str]:

@@ -147,6 +147,7 @@ def encode_latents(
         "dtype": dtype,
         "scaling_factor": float(getattr(getattr(vae, "config", None), "scaling_factor", None) or 1.0),
         "unreadable": {},
+        "enlarged": [],
     }
     old = _read_manifest(directory)
     if old is not None:
@@ -157,6 +158,9 @@ def encode_latents(
     if skip_unreadable:  # else they are tried again, and named
         unreadable.update((old or {}).get("unreadable", {}))
         dataset.unreadable.update({index: unreadable[str(index)] for index in unique if str(index) in unreadable})
+    enlarged = set((old or {}).get("enlarged", ()))
+    dataset.enlarged.update(enlarged.intersection(unique))
+    manifest["enlarged"] = sorted(enlarged)
     missing = [index for index in unique if index not in where and str(index) not in unreadable]
     manifest["indices"] = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
     # First, so that every shard is accounted for by the manifest.
@@ -164,7 +168,16 @@ def encode_latents(
     # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     pending: list[dict[str, Tensor]] = []
-    noted, done = len(unreadable), 0
+    noted, done = (len(unreadable), len(enlarged)), 0
+
+    def note() -> None:
+        """What decoding has found; before a shard, behind whose batches another run goes on."""
+        nonlocal noted
+        enlarged.update(dataset.enlarged.copy())  # threads that decode the next batch add to it
+        if noted != (found := (len(unreadable), len(enlarged))):
+            manifest["enlarged"], noted = sorted(enlarged), found
+            _write_manifest(directory, manifest)
+
     for batch, found in zip(batches, _decoded(dataset, batches), strict=True):
         done += len(batch)
         pixels = {}
@@ -181,17 +194,14 @@ def encode_latents(
         if pending and (done == len(missing) or sum(map(_bytes, pending)) + batch_size * _row(pending) > shard_bytes):
             path = _next_shard(directory, shards)
             tensors = {key: torch.cat([part[key] for part in pending]) for key in pending[0]}
-            if len(unreadable) > noted:  # before the shard, behind whose batches another run goes on
-                _write_manifest(directory, manifest)
-                noted = len(unreadable)
+            note()
             _write_shard(path, tensors)
             where.update((index, (len(shards), row)) for row, index in enumerate(tensors["indices"].tolist()))
             shards.append(path)
             pending = []
         if progress is not None:
             progress(done, len(missing))
-    if len(unreadable) > noted:
-        _write_manifest(directory, manifest)
+    note()
     readable = [index for index in wanted.tolist() if str(index) not in unreadable]
     if not readable:
         raise none_readable([unreadable[str(index)] for index in unique])

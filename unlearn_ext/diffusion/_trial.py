@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..errors import is_out_of_memory
+
 __all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]
 
 _LONG = 2.0  # seconds; on the CPU a run that took as long is not repeated to be timed
@@ -90,8 +92,10 @@ def try_samples(run: Callable[[int], Any], count: int, model: nn.Module, others:
             break
         try:
             found = _try(partial(run, larger), model, others)
-        except torch.OutOfMemoryError:  # the larger trial does not fit: the smaller one is scaled up, and shows it
-            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            break  # the larger trial does not fit: the smaller one is scaled up, and shows it
         size = larger
     return found.scaled(count / size)
 

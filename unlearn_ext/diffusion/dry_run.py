@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import _rng
 from .._modes import keeping_modes
 from ..data.latents import ENCODED_AT_ONCE, encode_batch
-from ..errors import InputError
 from ..evaluation.inception import PICTURES_AT_ONCE
 from ._trial import Trial, try_batch, try_samples
 from .estimate import Estimate, Trials, Workload, estimate
@@ -140,13 +139,8 @@ class _TrialRunner:
             with autocast():
                 return losses(job.model, prepared).mean()
 
-        try:
+        with job.fitting():
             return try_batch(job.model, loss, self.others, batches=batches)
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"a batch of {job.batch_size} does not fit in the memory of {self.device}: lower --train-batch-size, "
-                "or add --gradient-checkpointing"
-            ) from None
 
     def _made_up_batch(self, forget: bool) -> dict[str, Any]:
         """As a loader gives it."""

@@ -23,7 +23,7 @@ from .._names import trainable
 from ..data.drawing import Draw, draw_indices, until_readable
 from ..data.images import ImageData, count_classes, open_data
 from ..data.latents import LatentData, encode_latents, latents_size
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
 from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
@@ -357,16 +357,17 @@ class ForgetJob:
         if self.pictures.fid is not None:
             self._take_real()
         self._take_pictures("before")
-        result = self.unlearner.run(
-            forget,
-            retain,
-            output_dir=own,
-            checkpointing_steps=options.checkpointing_steps,
-            checkpoints_total_limit=options.checkpoints_total_limit,
-            resume_from_checkpoint=options.resume_from_checkpoint,
-            allow_duplicates=True,  # told apart by their labels: a data set may hold a picture twice
-            progress=self.progress,
-        )
+        with self.fitting():
+            result = self.unlearner.run(
+                forget,
+                retain,
+                output_dir=own,
+                checkpointing_steps=options.checkpointing_steps,
+                checkpoints_total_limit=options.checkpoints_total_limit,
+                resume_from_checkpoint=options.resume_from_checkpoint,
+                allow_duplicates=True,  # told apart by their labels: a data set may hold a picture twice
+                progress=self.progress,
+            )
         self.seconds.update(result.timings)
         if options.save_weights == "ema":
             self._take_averages(result)
@@ -384,6 +385,19 @@ class ForgetJob:
         with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
             fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
         return self._report(result, verdict, fid)
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """A batch that does not fit in memory becomes an InputError that names the options."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"a batch of {self.batch_size} does not fit in the memory of {self.options.device}: lower "
+                "--train-batch-size, or add --gradient-checkpointing"
+            ) from None
 
     def _take_real(self) -> None:
         """Before anything is trained: what is wrong with these images is found before time is spent."""
@@ -516,7 +530,7 @@ class ForgetJob:
             "mapping": [row._asdict() for row in self.data.mapping],
             "unreadable": list(self.data.unreadable.values()),
             "ignored": self.data.ignored,
-            "enlarged": self.data.enlarged,
+            "enlarged": len(self.data.enlarged),
             "data_sha256": self.data.sha256,
             "data_sha256_covers": self.data.sha256_covers,
             "preprocessing": self.data.preprocessing,
