@@ -45,7 +45,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of split, training and unlearning.")] = 0,
     samples: Annotated[int, typer.Option(help="Pictures of each digit, before and after (diffusion).")] = 50,
     pretrain: Annotated[
-        bool, typer.Option("--pretrain", help="Train the starting weights and the classifier anew (diffusion).")
+        bool,
+        typer.Option(
+            "--pretrain", help="Train the starting weights and the classifier anew, for this run (diffusion)."
+        ),
     ] = False,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Also train a network without the digit, to compare (diffusion).")
