@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ._shards import local
 
 __all__ = ["Averages"]
 
@@ -26,10 +28,5 @@ class Averages:
     @torch.no_grad()
     def update(self) -> None:
         for name, p in self.named:
-            average = self.tensors[name]
-            average.lerp_(p.detach().to(average.dtype), 1.0 - self.decay)
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, average in self.tensors.items():
-            average.copy_(tensors[name])
+            average = local(self.tensors[name])
+            average.lerp_(local(p).detach().to(average.dtype), 1.0 - self.decay)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checkpoint_tensors import Form, StoredTensors, open_tensors, write_tensors
 from ._files import atomic_directory
 from ._names import own_names, unwrapped
+from ._ranks import ALONE, Ranks
+from ._shards import local
 from .errors import InputError
 from .optim import UnlearnOptimizer
 from .saliency import SaliencyMask
 
 __all__ = ["Checkpoint", "check", "find", "keep_newest", "model_tensors", "read", "restore", "save"]
 
-_FORMAT = "unlearn_ext.checkpoint.4"
+_FORMAT = "unlearn_ext.checkpoint.5"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
 _DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
 _DOCUMENT += ("forget", "retain", "rng", "averaged")
@@ -29,15 +34,12 @@ _DOCUMENT += ("forget", "retain", "rng", "averaged")
 
 @dataclass
 class Checkpoint:
-    """All that a checkpoint holds; ``optimizer`` as :meth:`UnlearnOptimizer.load_state_dict` takes it, ``averages`` the
-    moving averages of the trained weights, by name, where the run keeps them."""
+    """All that a checkpoint holds."""
 
     path: Path
     document: dict[str, Any]
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    tensors: StoredTensors
     mask: SaliencyMask | None
-    averages: dict[str, Tensor]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -59,39 +61,52 @@ def save(
     mask: SaliencyMask | None,
     averages: dict[str, Tensor],
     state: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes ``directory/checkpoint-<iteration>``; ``averages`` may be empty, ``state`` is JSON."""
-    from safetensors.torch import save_file
-
+    """Writes ``directory/checkpoint-<iteration>``; ``averages`` may be empty, ``state`` is JSON. All ranks call it."""
     path = directory / f"checkpoint-{iteration}"
     optimizer_state = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors = {f"model.{name}": value for name, value in model_tensors(model).items()}
+    tensors |= {f"ema.{name}": value for name, value in averages.items()}
+    numbers = {}
     for index, entries in optimizer_state["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
-    with atomic_directory(path) as partial:
-        save_file(
-            {n: t.clone(memory_format=torch.contiguous_format) for n, t in model_tensors(model).items()},
-            partial / "model.safetensors",
-        )
-        save_file({n: t.contiguous() for n, t in tensors.items()}, partial / "optimizer.safetensors")
-        if mask is not None:
-            mask.save(partial / "mask.safetensors")
-        if averages:
-            save_file({n: t.contiguous() for n, t in averages.items()}, partial / "ema.safetensors")
-        document = {
-            "format": _FORMAT,
-            "iteration": iteration,
-            "param_groups": optimizer_state["param_groups"],
-            "optimizer_numbers": numbers,
-            "optimizer_settings": optimizer_state["settings"],
-            "averaged": bool(averages),
-            **state,
-        }
-        (partial / "state.json").write_text(json.dumps(document))
-    for left in directory.glob(".checkpoint-*"):  # by processes that were killed in this very place
-        shutil.rmtree(left, ignore_errors=True)
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                numbers[f"{index}.{key}"] = value
+    document = {
+        "format": _FORMAT,
+        "iteration": iteration,
+        "param_groups": optimizer_state["param_groups"],
+        "optimizer_numbers": numbers,
+        "optimizer_settings": optimizer_state["settings"],
+        "averaged": bool(averages),
+        **state,
+    }
+    with _shared_directory(path, ranks) as partial:
+        write_tensors(partial, tensors, ranks)
+        if ranks.first:
+            if mask is not None:
+                mask.save(partial / "mask.safetensors")
+            (partial / "state.json").write_text(json.dumps(document))
+    if ranks.first:
+        for left in directory.glob(".checkpoint-*"):  # by processes that were killed in this very place
+            shutil.rmtree(left, ignore_errors=True)
     return path
+
+
+@contextlib.contextmanager
+def _shared_directory(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """One that all ranks write into. It has its name when all of them have left the block."""
+    with contextlib.ExitStack() as stack:
+        partial = None
+        with ranks.together():
+            if ranks.first:
+                partial = stack.enter_context(atomic_directory(path))
+        yield ranks.from_first(partial)
+        ranks.wait()
+    ranks.wait()
 
 
 def find(output_dir: Path | None, wanted: str | Path) -> Path:
@@ -124,8 +139,8 @@ def _by_iteration(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads the whole of a checkpoint, so that what is damaged shows before anything is changed."""
+def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
+    """Opens a checkpoint and reads what all ranks need, so that what is damaged shows before anything is changed."""
     try:
         document = json.loads((path / "state.json").read_text())
         version = document.get("format")
@@ -136,33 +151,14 @@ def read(path: Path) -> Checkpoint:
     for key in _DOCUMENT:
         if key not in document:
             raise _damaged(path, f"its state.json lacks {key}")
-    model, tensors = _tensors(path / "model.safetensors"), _tensors(path / "optimizer.safetensors")
+    tensors = open_tensors(path, document["averaged"], lambda what: _damaged(path, what), ranks)
     mask = None
     if document["masked"]:
         try:
             mask = SaliencyMask.load(path / "mask.safetensors")
         except InputError as error:
             raise _damaged(path, str(error)) from None
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **document["optimizer_numbers"]}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
-    optimizer = {"state": state, "param_groups": groups, "settings": document["optimizer_settings"]}
-    averages = _tensors(path / "ema.safetensors") if document["averaged"] else {}
-    return Checkpoint(path, document, model, optimizer, mask, averages)
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise _damaged(file.parent, f"{file.name} is missing")
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError):
-        raise _damaged(file.parent, f"its {file.name} cannot be read") from None
+    return Checkpoint(path, document, tensors, mask)
 
 
 def _damaged(path: Path, what: str) -> InputError:
@@ -193,12 +189,13 @@ def check(
     if mask is not None and mask != checkpoint.mask:
         raise InputError(f"{path} was written with another mask: resume with the same one")
     tensors = model_tensors(model)
-    for name in {**checkpoint.model, **tensors}:
-        if name not in checkpoint.model or name not in tensors or not _alike(checkpoint.model[name], tensors[name]):
+    saved_tensors, averages = checkpoint.tensors.part("model"), checkpoint.tensors.part("ema")
+    for name in {**saved_tensors, **tensors}:
+        if name not in saved_tensors or name not in tensors or saved_tensors[name] != _form(tensors[name]):
             raise InputError(f"{path} holds another model: {name} is missing or has another shape or dtype")
     for name in () if not document["averaged"] else names:
-        if name not in checkpoint.averages or checkpoint.averages[name].shape != tensors[name].shape:
-            raise _damaged(path, f"its ema.safetensors lacks {name}")
+        if name not in averages or averages[name][0] != tuple(tensors[name].shape):
+            raise _damaged(path, f"its moving averages lack {name}")
     trained = {name for group in document["param_groups"] for name in group["param_names"]}
     for name in sorted(trained.symmetric_difference(names)):
         was = "was" if name in trained else "was not"
@@ -212,13 +209,31 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype
+def _form(tensor: Tensor) -> Form:
+    return tuple(tensor.shape), tensor.dtype
 
 
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: UnlearnOptimizer) -> None:
-    """Puts optimizer state, weights and buffers back; :func:`check` has found that they fit."""
-    optimizer.load_state_dict(checkpoint.optimizer)
-    for name, value in model_tensors(model).items():
-        value.copy_(checkpoint.model[name])
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: UnlearnOptimizer, averages: dict[str, Tensor] | None = None
+) -> None:
+    """Puts optimizer state, weights, buffers and moving averages back; :func:`check` has found that they fit."""
+    document, stored = checkpoint.document, checkpoint.tensors
+    own = model_tensors(model)
+    likes = {f"model.{name}": value for name, value in own.items()}
+    likes |= {f"ema.{name}": value for name, value in (averages or {}).items()}
+    indices = itertools.chain(*(group["params"] for group in document["param_groups"]))
+    by_index = {str(index): p for index, (_, p) in zip(indices, optimizer.named_parameters(), strict=True)}
+    of_optimizer = stored.part("optimizer")
+    likes |= {f"optimizer.{key}": by_index[key.partition(".")[0]].detach() for key in of_optimizer}
+    found = stored.load(likes)
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**document["optimizer_numbers"], **{k: found[f"optimizer.{k}"] for k in of_optimizer}}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups, "settings": document["optimizer_settings"]})
+    for name, value in own.items():
+        local(value).copy_(local(found[f"model.{name}"]))
+    for name, value in (averages or {}).items():
+        local(value).copy_(local(found[f"ema.{name}"]))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ._hashing import sample_hashes, samples_hash
+from ._ranks import ALONE, Ranks
 from .errors import InputError
 from .tasks import Task
 
@@ -17,11 +18,15 @@ __all__ = ["DataCheck"]
 class DataCheck:
     """Finds samples that stand in both sets, by content hash: one cannot forget what one is told to keep.
 
-    Also, where ``replaces``, forget batches that do not say what shall stand in their place.
+    Also, where ``replaces``, forget batches that do not say what shall stand in their place. ``ranks`` are those whose
+    loaders give different samples.
     """
 
-    def __init__(self, model: nn.Module, task: Task, allow_duplicates: bool, replaces: bool = False):
+    def __init__(
+        self, model: nn.Module, task: Task, allow_duplicates: bool, replaces: bool = False, ranks: Ranks = ALONE
+    ):
         self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
+        self.ranks = ranks
         self._forget: set[bytes] = set()
         self._seen = {"forget": 0, "retain": 0}
 
@@ -43,6 +48,10 @@ class DataCheck:
                     )
         self._seen[name] += len(hashes)
 
+    def share(self) -> None:
+        """After the forget set: every rank learns of what the others were given of it."""
+        self._forget = set().union(*self.ranks.gather_objects(self._forget))
+
     def scan(self, name: str, data: Iterable[Any]) -> None:
         """A pass over the data alone, for runs that need no Fisher pass."""
         count = 0
@@ -53,6 +62,8 @@ class DataCheck:
             count += 1
         if not count:
             raise InputError(f"the {name} set is empty: pass at least one batch")
+        if name == "forget":
+            self.share()
 
     @property
     def forget_hash(self) -> str | None:

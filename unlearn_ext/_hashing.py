@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._shards import full
+
 __all__ = ["file_hash", "sample_hashes", "samples_hash", "weights_hash"]
 
 
@@ -19,11 +21,11 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, shapes, dtypes and values."""
+    """A hash of names, shapes, dtypes and values. All ranks of a sharded model have to ask for it."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(_raw(tensor))
+        digest.update(_raw(full(tensor)))
     return digest.hexdigest()
 
 

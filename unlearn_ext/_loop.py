@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,11 @@ from ._averages import Averages
 from ._history import History, plain
 from ._modes import evaluating
 from ._names import unwrapped
+from ._parts import own_part
+from ._shards import local
 from ._streams import BatchStream, length
 from .errors import InputError, NonFiniteError, ProtectionError
+from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
 from .saliency.protection import protected_count, protected_hashes
 
@@ -34,6 +38,25 @@ Progress = Callable[[str, int, int | None], None]
 _OF_FORGETTING = ("forget_loss", "alpha", "clip", "largest_share", "forget_skipped")
 
 
+@dataclass(frozen=True)
+class _BatchLoss:
+    """A batch, over all ranks.
+
+    Attributes:
+        loss: whose gradient, averaged over the ranks, is the batch's.
+        mean: of the per-sample losses.
+        told: not finite where a rank's loss is not; the same on all ranks.
+        weight: what the batch counts where several are accumulated.
+        largest_share: of one sample.
+    """
+
+    loss: Tensor
+    mean: Tensor
+    told: Tensor
+    weight: float | Tensor
+    largest_share: Tensor | None
+
+
 class Loop:
     """The iterations of one run, and what a checkpoint needs of them."""
 
@@ -47,13 +70,14 @@ class Loop:
         progress: Progress,
     ):
         self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
+        self.ranks = unlearner.ranks
         self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
         self.forget, self.retain = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
         self.buffers = [(name, buffer, buffer._version) for name, buffer in self.model.named_buffers()]
         self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they held before the step at hand
-        self.history = History(directory, result.history)
+        self.history = History(directory if self.ranks.first else None, result.history)
         self.forgetting: dict[str, Any] = {}  # of the last forget step that no entry has shown yet
         self.iteration = 0
         self.checked = 0  # iterations whose gradients are known to be finite
@@ -96,12 +120,11 @@ class Loop:
         document = checkpoint.document
         for stream in (self.forget, self.retain):
             stream.check(document[stream.name], document["batches"][stream.name])
-        _rng.check(document["rng"], self._generators())
+        _rng.check(document["rng"][0], self._generators())
         for stream in (self.forget, self.retain):
             stream.seek(document[stream.name])
-        _checkpoint.restore(checkpoint, self.model, self.optimizer)
-        if self.averages is not None:
-            self.averages.load(checkpoint.averages)
+        averages = None if self.averages is None else self.averages.tensors
+        _checkpoint.restore(checkpoint, self.model, self.optimizer, averages)
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
@@ -110,7 +133,16 @@ class Loop:
         for side, scaler in self.scalers.items():
             scaler.load_state_dict(document["scalers"][side])
         self.history.keep_until(self.iteration)
-        _rng.restore(document["rng"], self._generators())
+        self.result.history[:] = self.ranks.from_first(self.result.history)
+        self._restore_generators(document["rng"])
+
+    def _restore_generators(self, saved: list[dict[str, Any]]) -> None:
+        """Each rank's own; where there are more or fewer ranks than there were, those of the first, and noise that
+        only modules draw (dropout) goes on otherwise."""
+        rank, size = self.ranks.rank, self.ranks.size
+        _rng.restore(saved[rank if len(saved) == size else 0], self._generators())
+        if len(saved) != size and rank > 0:
+            torch.manual_seed(torch.initial_seed() + rank)
 
     def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
@@ -139,7 +171,7 @@ class Loop:
                 if checkpointing_steps and self.iteration % checkpointing_steps == 0:
                     self._raise_if_non_finite()
                     self._save()
-                    if checkpoints_total_limit is not None:
+                    if checkpoints_total_limit is not None and self.ranks.first:
                         _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
         finally:
             for module, training in modes:
@@ -156,6 +188,7 @@ class Loop:
             verdict = evaluate(self.model, self.iteration)
         _rng.restore(state, generators)
         self._clear()
+        verdict = self.ranks.from_first(verdict)
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
             verdict = verdict.item()
         if verdict is not None and not isinstance(verdict, bool):
@@ -198,20 +231,20 @@ class Loop:
         """
         means, largest, total = [], None, 0.0
         for number in range(self.unlearner.gradient_accumulation_steps):
-            losses = self._losses(self.forget, self.method.replaces)
+            losses, count = self._losses(self.forget, self.method.replaces)
             forget = self.method.forget_loss(losses, t)
-            means.append(losses.detach().mean())
-            weight = len(losses) if forget.weight is None else forget.weight
-            total = total + weight
-            loss, share = forget.loss, forget.largest_share
+            batch = self._over_ranks(forget, losses, count)
+            means.append(batch.mean)
+            total = total + batch.weight
+            loss, share = batch.loss, batch.largest_share
             if number > 0:
-                part = weight / total
-                torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 - part)
+                part = batch.weight / total
+                torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], 1 - part)
                 loss = part * loss
                 if share is not None:
                     largest, share = (1 - part) * largest, part * share
             largest = share if largest is None else torch.maximum(largest, share)
-            self._backward(loss, means[-1], "forget")
+            self._backward(loss, batch, "forget")
         entry.update(forget_loss=torch.stack(means).mean(), alpha=self.method.strength(t), largest_share=largest)
         if self.method.update == "joint":
             gradients = [p.grad for p in self.parameters]
@@ -236,9 +269,10 @@ class Loop:
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
         means, steps = [], self.unlearner.gradient_accumulation_steps
         for _ in range(steps):
-            losses = self._losses(self.retain)
-            means.append(losses.detach().mean())
-            self._backward(self.method.retain_loss(losses, t) / steps, means[-1], "retain")
+            losses, count = self._losses(self.retain)
+            batch = self._over_ranks(ForgetLoss(self.method.retain_loss(losses, t)), losses, count)
+            means.append(batch.mean)
+            self._backward(batch.loss / steps, batch, "retain")
         entry["retain_loss"] = torch.stack(means).mean()
         if forget_grads is None:
             self._step("retain", entry)
@@ -249,19 +283,44 @@ class Loop:
         self.counts["forget_steps"] += 1
         self.counts["retain_steps"] += 1
 
-    def _losses(self, stream: BatchStream, replacement: bool = False) -> Tensor:
-        task, batch = self.unlearner.task, stream.take()
+    def _losses(self, stream: BatchStream, replacement: bool = False) -> tuple[Tensor, int]:
+        """Per-sample losses of this rank's part of a batch, and how many of them count."""
+        unlearner, batch = self.unlearner, stream.take()
         if not self.begun:
             state = _rng.capture()
-            task.begin(self.model, batch)
+            unlearner.task.begin(self.model, batch)
             _rng.restore(state)
             self.begun = True
-        return self.unlearner.losses(task.prepare(batch, self.unlearner.device), replacement)
+        prepared = unlearner.task.prepare(batch, unlearner.device)
+        count = unlearner.task.size(prepared)
+        if unlearner.split_batches:
+            prepared, count = own_part(prepared, count, self.ranks)
+        return unlearner.losses(prepared, replacement), count
 
-    def _backward(self, loss: Tensor, mean: Tensor, side: str) -> None:
-        if self.unlearner.device.type == "cpu" and not bool(torch.isfinite(loss)):
+    def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:
+        """What this rank has of a batch, from what its own samples give.
+
+        The ranks' gradients are averaged, each counting alike, and a method weighs its samples to a sum of 1: the loss
+        times W c_r / Σ_r c_r, c_r being the sum of a rank's unnormalised weights and W the ranks, gives the gradient of
+        the whole batch.
+        """
+        mean, weight = losses.detach().mean(), count if own.weight is None else own.weight
+        if self.ranks.size == 1:
+            return _BatchLoss(own.loss, mean, own.loss.detach(), weight, own.largest_share)
+        numbers = [weight, count, mean * count, own.loss.detach() * count]
+        numbers.append(0.0 if own.largest_share is None else own.largest_share * weight)
+        row = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=mean.device) for x in numbers])
+        rows = self.ranks.gather(row if count else torch.zeros_like(row))
+        totals = rows.sum(0)
+        factor = rows[self.ranks.rank, 0] * self.ranks.size / totals[0]
+        share = None if own.largest_share is None else rows[:, 4].max() / totals[0]
+        return _BatchLoss(own.loss * factor.to(own.loss.dtype), totals[2] / totals[1], totals[3], totals[0], share)
+
+    def _backward(self, loss: Tensor, batch: _BatchLoss, side: str) -> None:
+        if self.unlearner.device.type == "cpu" and not bool(torch.isfinite(batch.told)):
             raise NonFiniteError(
-                f"the {side} loss is {mean.item()} and the step was not made: check the data, lower lr or forget_alpha"
+                f"the {side} loss is {batch.mean.item()} and the step was not made: check the data, lower lr or "
+                "forget_alpha"
             )
         if not loss.requires_grad:
             raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
@@ -320,8 +379,9 @@ class Loop:
                 "batches": {stream.name: length(stream.data) for stream in (self.forget, self.retain)},
                 "forget": self.forget.position(),
                 "retain": self.retain.position(),
-                "rng": _rng.capture(self._generators()),
+                "rng": self.ranks.gather_objects(_rng.capture(self._generators())),
             },
+            self.ranks,
         )
 
     def _finish(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import ops
 from ._arguments import check_count, check_finite, check_number
 from ._python_checks import check_writable
+from ._shards import all_local, is_sharded, local, part_like, shard_groups, sum_over
 from .errors import InputError, NonFiniteError
 from .saliency import SaliencyMask
 
@@ -111,13 +112,15 @@ def _is_decay(x: float) -> bool:
 
 @dataclass
 class _Bucket:
-    """Parameters that one operator call can take: same group, same gradients present, same step count, one device."""
+    """Parameters that one operator call can take: same group, same gradients present, same step count, one device, and
+    cut over the same ranks."""
 
     group: dict[str, Any]
     indices: list[int]
     has_forget: bool
     has_retain: bool
     count: int
+    ranks: tuple[Any, ...]
 
 
 # Fires the step hooks of torch.optim, which wraps step() alone by itself.
@@ -220,7 +223,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self._rounding_base = int(torch.randint(2**31, (1,))) if stochastic_rounding else None
         super().__init__(params_or_named_params, defaults)
         try:  # A step takes the parameters in several calls; what two of them share would be moved twice.
-            check_writable("UnlearnOptimizer", parameters=self._parameters())
+            check_writable("UnlearnOptimizer", parameters=all_local(self._parameters()))
         except RuntimeError as error:
             raise InputError(f"{error}: clone() one, or make both the same Parameter") from None
         if mask is not None:
@@ -265,6 +268,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         aligned = [p.grad for p in parameters] if grads is None else list(grads)
         if len(aligned) != len(parameters):
             raise InputError(f"{op}: expected {len(parameters)} gradients, one for each parameter, got {len(aligned)}")
+        if any(map(is_sharded, parameters)):
+            aligned = [self._own_part(op, i, g, p) for i, (g, p) in enumerate(zip(aligned, parameters, strict=True))]
+            parameters = all_local(parameters)
         if _fit_as_they_are(aligned, parameters):
             return aligned
         for i, gradient in enumerate(aligned):
@@ -288,6 +294,16 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             if not _same_memory_order(gradient, parameters[i]):  # once here, not once in each operator
                 aligned[i] = torch.empty_like(parameters[i], dtype=gradient.dtype).copy_(gradient)
         return aligned
+
+    def _own_part(self, op: str, index: int, gradient: Tensor | None, p: Tensor) -> Tensor | None:
+        if gradient is None or not is_sharded(p):
+            return gradient
+        if not is_sharded(gradient) or gradient.device_mesh != p.device_mesh or gradient.shape != p.shape:
+            raise InputError(
+                f"{op}: the gradient of {self._names()[index]} is not cut over the ranks as the parameter is: pass "
+                ".grad as backward() leaves it"
+            )
+        return _cut_like(gradient, p)
 
     # --- Public steps ---------------------------------------------------------------------------------------
 
@@ -396,6 +412,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         counter: str,
     ) -> list[_Bucket]:
         buckets: list[_Bucket] = []
+        cut = any(map(is_sharded, parameters))
+        groups = [shard_groups(p) for p in parameters] if cut else [()] * len(parameters)
         start = 0
         for group in self.param_groups:
             stop = start + len(group["params"])
@@ -404,6 +422,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 [gradient is not None for gradient in retain[start:stop]],
                 [state.get(counter, 0) + 1 for state in states[start:stop]],
                 list(map(_DEVICE, parameters[start:stop])),
+                groups[start:stop],
             )
             members: dict[tuple, list[int]] = {}
             if start < stop and all(values.count(values[0]) == len(values) for values in kinds):
@@ -412,7 +431,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 for i, kind in enumerate(zip(*kinds, strict=True), start):
                     members.setdefault(kind, []).append(i)
             start = stop
-            buckets += [_Bucket(group, found, *kind[:3]) for kind, found in members.items() if kind[0] or kind[1]]
+            buckets += [
+                _Bucket(group, found, *kind[:3], kind[4]) for kind, found in members.items() if kind[0] or kind[1]
+            ]
         if not buckets:
             raise InputError(f"{op}: every gradient is None; call backward() on a loss of these parameters first")
         return buckets
@@ -422,8 +443,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         them, else 0-d tensors on the parameters' device."""
         home = parameters[buckets[0].indices[0]].device
         on_cpu = home.type == "cpu"
-        squares = [0.0, 0.0, 0.0]  # weighted forget, weighted retain, non-finite
+        by_ranks: dict[tuple[Any, ...], list[Any]] = {}  # weighted forget, weighted retain, non-finite
         for bucket in buckets:
+            squares = by_ranks.setdefault(bucket.ranks, [0.0, 0.0, 0.0])
             products = ops.gradient_products(
                 [forget[i] for i in bucket.indices] if bucket.has_forget else (),
                 [retain[i] for i in bucket.indices] if bucket.has_retain else (),
@@ -434,6 +456,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             squares[0] = squares[0] + of_forget * bucket.group["forget_weight"] ** 2
             squares[1] = squares[1] + of_retain * bucket.group["retain_weight"] ** 2
             squares[2] = squares[2] + non_finite
+        squares = [sum(parts) for parts in zip(*itertools.starmap(_over_ranks, by_ranks.items()), strict=True)]
         skip = squares[2] > 0
         if not on_cpu:
             self._non_finite = skip if self._non_finite is None else self._non_finite | skip
@@ -448,6 +471,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         return (clips[0], clips[1]), skip
 
     def _raise_non_finite(self, op, parameters, forget, retain, masked) -> None:
+        parameters = all_local(parameters)
         for i, name in enumerate(self._names()):
             for part, gradient in (("forget", forget[i]), ("retain", retain[i])):
                 if gradient is None or torch.isfinite(gradient).all():
@@ -461,13 +485,18 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                     f"{op}: the {part} gradient of {name} is not finite and no weight was changed: lower the learning "
                     "rate or forget_alpha, or set max_norm"
                 )
+        raise NonFiniteError(
+            f"{op}: a gradient is not finite in the part of it that another rank holds, and no weight was changed: "
+            "lower the learning rate or forget_alpha, or set max_norm"
+        )
 
     def _step_bucket(
         self, bucket, parameters, states, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
     ) -> None:
         group, indices = bucket.group, bucket.indices
         weights, states = [parameters[i] for i in indices], [states[i] for i in indices]
-        moments = [self._moments(weights, states, prefix + name) for name in _MOMENTS[rule]]
+        moments = [all_local(self._moments(weights, states, prefix + name)) for name in _MOMENTS[rule]]
+        weights = all_local(weights)
         interpolate = interpolate and group["slow_rate"] != 1.0
         device = weights[0].device
         ops.step_(
@@ -491,7 +520,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             ),
             forget_grads=[forget[i] for i in indices] if bucket.has_forget else (),
             retain_grads=[retain[i] for i in indices] if bucket.has_retain else (),
-            slow=[state["slow"] for state in states] if interpolate else (),
+            slow=all_local([state["slow"] for state in states]) if interpolate else (),
             first_moments=moments[0] if moments else (),
             second_moments=moments[1] if len(moments) > 1 else (),
             bits=[self.mask_bits[i] for i in indices] if masked else (),
@@ -508,10 +537,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         for i in indices:
             group = groups[id(parameters[i])]
             ops.step_(
-                [parameters[i]],
+                [local(parameters[i])],
                 rule="sgd",
                 scalars=ops.scalars(lr=0.0, slow_rate=group["slow_rate"], skip=skip, device=parameters[i].device),
-                slow=[self.state[parameters[i]]["slow"]],
+                slow=[local(self.state[parameters[i]]["slow"])],
                 bits=[self.mask_bits[i]] if self.protect and masked else (),
                 protect=self.protect and masked,
                 rounding_seed=self._next_rounding_seed(group),
@@ -607,9 +636,30 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 continue
             entries = state_dict["state"][index]
             self.state[p] = {
-                key: torch.empty_like(p, dtype=value.dtype).copy_(value) if isinstance(value, Tensor) else value
-                for key, value in entries.items()
+                key: _placed(value, p) if isinstance(value, Tensor) else value for key, value in entries.items()
             }
+
+
+def _over_ranks(groups: tuple[Any, ...], sums: list[Any]) -> list[Any]:
+    """Sums over the weights of every rank, from this rank's; as they are where it holds all of them."""
+    if not groups:
+        return sums
+    if isinstance(sums[2], Tensor):
+        return list(sum_over(groups, torch.stack([torch.as_tensor(s, device=sums[2].device) for s in sums])))
+    return sum_over(groups, torch.tensor(sums, dtype=torch.float64)).tolist()
+
+
+@torch.no_grad()
+def _placed(value: Tensor, p: Tensor) -> Tensor:
+    """A saved state on its weight's device, in its memory order, and cut over the ranks as it is."""
+    placed = torch.empty_like(p, dtype=value.dtype)
+    local(placed).copy_(_cut_like(value, p) if is_sharded(value) else part_like(value, p))
+    return placed
+
+
+def _cut_like(value: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the way that a parameter on the same ranks is cut."""
+    return local(value if value.placements == p.placements else value.redistribute(placements=p.placements))
 
 
 def _at_most_one(factor: float | Tensor) -> float | Tensor:

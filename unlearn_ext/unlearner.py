@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from . import _checkpoint, ops
 from ._arguments import check_count, check_number
@@ -22,6 +23,8 @@ from ._hashing import weights_hash
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
+from ._ranks import ALONE, Ranks
+from ._shards import is_sharded
 from ._streams import BatchStream, length
 from .errors import InputError
 from .methods import Method
@@ -29,6 +32,12 @@ from .saliency import FisherDiagonal, SaliencyMask
 from .tasks import Task
 
 __all__ = ["Result", "Unlearner"]
+
+_RANK_SEED = 1_000_003  # between the seeds of two ranks' draws
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass
@@ -81,6 +90,10 @@ class Unlearner:
         ema_decay: also keep moving averages of the trained weights, ``decay · average + (1 − decay) · weight`` after
             every iteration: :attr:`Result.ema`.
         identity: what else a run must have in common with the one that it resumes, such as a hash of its data.
+        split_batches: of a model in DistributedDataParallel or sharded by ``fully_shard``: True, every rank's loaders
+            give the same, whole batches, of which it takes its part, so that the result is that of one process; False,
+            they give it samples of its own, as with a ``DistributedSampler`` or from ``accelerator.prepare``, and the
+            task's draws differ from rank to rank.
     """
 
     def __init__(
@@ -94,6 +107,7 @@ class Unlearner:
         gradient_accumulation_steps: int = 1,
         ema_decay: float | None = None,
         identity: dict[str, str] | None = None,
+        split_batches: bool = True,
     ):
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
@@ -117,6 +131,9 @@ class Unlearner:
         if device is not None:
             model.to(device)
         self.device = self._named[0][1].device
+        self.ranks, self.split_batches = Ranks.of(model), split_batches
+        if mixed_precision == "fp16" and any(is_sharded(p) for _, p in self._named):
+            raise InputError("fp16 is not supported for sharded weights: use bf16 or no")
         self.mixed_precision = mixed_precision
         self._half = PRECISIONS[mixed_precision]
 
@@ -180,16 +197,24 @@ class Unlearner:
                 check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
-        directory = None if output_dir is None else writable_directory(output_dir)
+        with self.ranks.together():
+            directory = None if output_dir is None else writable_directory(output_dir)
+            self._check_loaders(forget, retain)
         checkpoint = None
         if resume_from_checkpoint is not None:
-            checkpoint = self.read_checkpoint(_checkpoint.find(directory, resume_from_checkpoint))
+            with self.ranks.together():
+                found = _checkpoint.find(directory, resume_from_checkpoint)
+            checkpoint = self.read_checkpoint(self.ranks.from_first(found))
         elif directory is not None and any(directory.glob("checkpoint-*")):
             raise InputError(
                 f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
                 "choose another directory"
             )
-        progress = progress or (lambda stage, done, total: None)
+        if progress is None or not self.ranks.first:
+            progress = _silent
+        if not self.split_batches and self.ranks.size > 1:
+            for generator in self.task.generators():
+                generator.manual_seed(generator.initial_seed() + _RANK_SEED * self.ranks.rank)
         streams = BatchStream("forget", forget), BatchStream("retain", retain)
         result = Result(update=self.method.update, backend=ops.backend(self.device))
         if checkpoint is None:
@@ -210,9 +235,10 @@ class Unlearner:
         Raises:
             InputError: it is damaged, or of a run with other settings, weights or mask.
         """
-        found = _checkpoint.read(path)
-        names = [name for name, _ in self._named]
-        _checkpoint.check(found, self.model, names, self.settings(), self.method.mask)
+        with self.ranks.together():
+            found = _checkpoint.read(path, self.ranks)
+            names = [name for name, _ in self._named]
+            _checkpoint.check(found, self.model, names, self.settings(), self.method.mask)
         return found
 
     def settings(self) -> dict[str, Any]:
@@ -223,6 +249,7 @@ class Unlearner:
             "mixed_precision": self.mixed_precision,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "ema_decay": self.ema_decay,
+            "split_batches": self.split_batches,
             **self.identity,
         }
 
@@ -237,12 +264,29 @@ class Unlearner:
         with self.autocast():
             return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
 
+    def _check_loaders(self, *data: Iterable[Any]) -> None:
+        """Whether loaders that give each rank samples of its own are taken for such that give whole batches."""
+        if self.ranks.size == 1 or not self.split_batches:
+            return
+        for loader in data:
+            samplers = (
+                getattr(loader, "sampler", None),
+                getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+            )
+            shards = type(loader).__name__ in ("DataLoaderShard", "DataLoaderDispatcher")  # accelerate's
+            if shards or any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+                raise InputError(
+                    "the loaders give each rank samples of its own: set split_batches=False, or pass loaders that give "
+                    "every rank the whole batches"
+                )
+
     # --- Before the loop ------------------------------------------------------------------------------------
 
     def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress):
         """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case."""
         method = self.method
-        check = DataCheck(self.model, self.task, allow_duplicates, method.replaces)
+        ranks = ALONE if self.split_batches else self.ranks
+        check = DataCheck(self.model, self.task, allow_duplicates, method.replaces, ranks)
         passes = {"forget": forget, "retain": retain}
         mask = method.mask
         if not method.needs_fisher:
@@ -273,8 +317,16 @@ class Unlearner:
                 progress(f"Fisher, {name} set", done, total)
 
             with self.fisher_autocast():
-                fisher = FisherDiagonal(self.model, self.task, batches=limit, max_norm=method.fisher_max_norm)
+                fisher = FisherDiagonal(
+                    self.model,
+                    self.task,
+                    batches=limit,
+                    max_norm=method.fisher_max_norm,
+                    split_batches=self.split_batches,
+                )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
+            if name == "forget":
+                check.share()
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = SaliencyMask.from_fisher(

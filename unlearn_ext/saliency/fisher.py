@@ -14,6 +14,9 @@ from .. import ops
 from .._arguments import check_count, check_number
 from .._modes import evaluating
 from .._names import trainable, unwrapped
+from .._parts import map_tensors, own_part
+from .._ranks import Ranks
+from .._shards import all_local, is_sharded, local, shard_groups, sum_over
 from ..errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -37,9 +40,12 @@ class FisherDiagonal:
         batches: use at most this many batches of each data set.
         chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
+        split_batches: as in :class:`~unlearn_ext.Unlearner`. Gradients are averaged over the ranks before they are
+            squared, so that the diagonal is that of one process on the whole batches.
 
     Attributes:
-        sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
+        sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order, and sharded
+            as it is.
         count: how many batches or samples were summed.
         seen: names of parameters that received a gradient.
 
@@ -55,6 +61,7 @@ class FisherDiagonal:
         batches: int | None = None,
         chunk: int = 8,
         max_norm: float | None = None,
+        split_batches: bool = True,
     ):
         if batches is not None:
             check_count("Fisher batches", batches)
@@ -62,7 +69,7 @@ class FisherDiagonal:
         if max_norm is not None:
             check_number("Fisher max_norm", max_norm, "more than 0, or None for no clipping", lambda x: x > 0.0)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
-        self.max_norm = max_norm
+        self.max_norm, self.split_batches, self.ranks = max_norm, split_batches, Ranks.of(model)
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
@@ -70,6 +77,9 @@ class FisherDiagonal:
             name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
             for name, p in self._parameters.items()
         }
+        self._groups = {name: shard_groups(p) for name, p in self._parameters.items()}
+        if per_sample and any(map(is_sharded, self._parameters.values())):
+            raise InputError("per_sample=True differentiates through whole weights: use DistributedDataParallel for it")
         self.count = 0
         self.seen: set[str] = set()
 
@@ -89,6 +99,10 @@ class FisherDiagonal:
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
         before = self.count
+        if self.per_sample and not self.ranks.first:  # what was measured before is added up with the rest, once
+            for total in self.sums.values():
+                total.zero_()
+            self.count = 0
         with evaluating(self.model):
             limit = self.batches if watch is None else None
             for number, batch in enumerate(itertools.islice(iter(data), limit)):
@@ -98,42 +112,56 @@ class FisherDiagonal:
                     watch(batch)
                 if self.batches is None or number < self.batches:
                     self._update(batch, f"batch {number} of the {name} set")
-        if self.per_sample:  # torch.func gives zeros where autograd gives None
+        if self.per_sample:
+            self._add_up()
+            # torch.func gives zeros where autograd gives None.
             self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
         if self.count == before:
             raise InputError(f"the {name} set is empty: pass at least one batch")
         if not self.seen:
             raise InputError(f"no trainable weight received a gradient from the {name} set: check the loss")
-        if ops.gradient_products(list(self.sums.values()))[3] > 0:
+        if self._products(self.sums)[1] > 0:
             raise NonFiniteError(
                 f"Fisher of the {name} set: a squared gradient is not finite; check loss and precision"
             )
         return self
 
     def _update(self, batch: Any, where: str) -> None:
-        batch = self.task.prepare(batch, next(iter(self._parameters.values())).device)
+        batch = self.task.prepare(batch, self._device)
+        count = size = self.task.size(batch)
+        if self.split_batches:
+            batch, count = own_part(batch, size, self.ranks)
         if self.per_sample:
-            self._add_per_sample(batch, where)
+            self._add_per_sample(batch, count, where)
         else:
-            self._add_batch(batch, where)
+            self._add_batch(batch, count, where)
 
-    def _add_batch(self, batch: Any, where: str) -> None:
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    def _add_batch(self, batch: Any, count: int, where: str) -> None:
         for p in self._parameters.values():
             p.grad = None
         loss = self.task.fisher_losses(self.model, batch).mean()
-        _check_finite(loss, where)
+        mean = loss.detach()
+        if self.ranks.size > 1:
+            found = self.ranks.gather(torch.stack([mean.double() * count, mean.new_tensor(count).double()])).sum(0)
+            mean = found[0] / found[1]
+            loss = loss * (count * self.ranks.size / found[1]).to(loss.dtype)  # ranks are averaged alike
+        _check_finite(mean, where)
         if not loss.requires_grad:
             return
         loss.backward()
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         with torch.no_grad():
-            self._accumulate([self.sums[name] for name in found], list(found.values()))
+            self._accumulate(found)
         self.seen |= found.keys()
         self.count += 1
         for p in self._parameters.values():
             p.grad = None
 
-    def _add_per_sample(self, batch: Any, where: str) -> None:
+    def _add_per_sample(self, batch: Any, count: int, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
         values = {n: p.detach() for n, p in own.named_parameters() if p.requires_grad}
 
@@ -141,39 +169,46 @@ class FisherDiagonal:
             def model(*args, **kwargs):
                 return torch.func.functional_call(own, parameters, args, kwargs)
 
-            loss = self.task.fisher_losses(model, _map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
+            loss = self.task.fisher_losses(model, map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
             return loss, loss
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
-        size = self.task.size(batch)
-        for start in range(0, size, self.chunk):
-            part = _map_tensors(batch, lambda t, start=start: t[start : start + self.chunk])
+        for start in range(0, count, self.chunk):
+            part = map_tensors(batch, lambda t, start=start: t[start : start + self.chunk])
             gradients, losses = gradients_of(values, part)
             _check_finite(losses.mean(), where)
             for i in range(losses.shape[0]):
-                self._accumulate(list(self.sums.values()), [g[i].detach() for g in gradients.values()])
-        self.count += size
+                self._accumulate({name: gradient[i].detach() for name, gradient in gradients.items()})
+        self.count += count
 
-    def _accumulate(self, sums: list[Tensor], gradients: list[Tensor]) -> None:
+    def _add_up(self) -> None:
+        """What the ranks have each measured on their own samples."""
+        if self.ranks.size == 1:
+            return
+        for total in self.sums.values():
+            self.ranks.sum(total)
+        self.count = int(self.ranks.sum(torch.tensor(self.count, device=self._device)))
+
+    def _accumulate(self, gradients: dict[str, Tensor]) -> None:
+        """By name; those of all weights with ``per_sample``."""
         weight = 1.0
         if self.max_norm is not None:
-            norm = math.sqrt(float(ops.gradient_products(gradients)[0]))
+            norm = math.sqrt(self._products(gradients)[0])
             if math.isfinite(norm):  # else it is found at the end
                 weight = min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
-        ops.accumulate_fisher_(sums, gradients, weight)
+        sums = [self.sums[name] for name in gradients]
+        ops.accumulate_fisher_(all_local(sums), all_local(list(gradients.values())), weight)
+
+    def _products(self, tensors: dict[str, Tensor]) -> tuple[float, float]:
+        """The sum of squares and the number of entries that are not finite, over all weights of all ranks."""
+        square, non_finite = 0.0, 0.0
+        for groups in dict.fromkeys(self._groups[name] for name in tensors):
+            own = [local(tensor) for name, tensor in tensors.items() if self._groups[name] == groups]
+            found = sum_over(groups, ops.gradient_products(own).to(own[0].device))
+            square, non_finite = square + float(found[0]), non_finite + float(found[3])
+        return square, non_finite
 
 
 def _check_finite(loss: Tensor, where: str) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"Fisher: the loss of {where} is {loss.item()}; check the data and the precision")
-
-
-def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to every tensor of a tuple, list or dict of tensors."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return {key: _map_tensors(value, function) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_map_tensors(value, function) for value in batch)
-    return batch

@@ -14,8 +14,9 @@ from .. import ops
 from .._files import atomic_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
+from .._shards import is_sharded, local, part_like
 from ..errors import InputError
-from . import foreign
+from . import foreign, sharded
 
 if TYPE_CHECKING:
     from .fisher import FisherDiagonal
@@ -171,16 +172,20 @@ class SaliencyMask:
         f, r = [forget[name] for name in names], [retain[name] for name in names]
         if mask_fraction is None:
             gamma = 1.0 if gamma is None else gamma
-            bits, _ = ops.ratio_bits(f, r, gamma=gamma, **ratio)
+            found = sharded.ratio_masks(f, r, gamma, **ratio)
             origin = {"gamma": repr(gamma)}
         else:
             check_fraction("mask_fraction", mask_fraction)
-            f = [total.contiguous() for total in f]  # ties are broken in logical order
             wanted = _part_of(sum(mask.numel() for mask in masks.values()), mask_fraction)
             k = min(wanted, sum(total.numel() for total in f))
-            bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
+            if any(map(is_sharded, f)):
+                found = sharded.top_ratio_masks(f, r, k, **ratio)
+            else:
+                f = [total.contiguous() for total in f]  # ties are broken in logical order
+                bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
+                found = ops.unpack_bits(bits, f)
             origin = {"mask_fraction": repr(float(mask_fraction))}
-        masks.update(zip(names, ops.unpack_bits(bits, f), strict=True))
+        masks.update(zip(names, found, strict=True))
         return cls.from_dict(masks, {**origin, **(metadata or {})})
 
     # --- What it holds --------------------------------------------------------------------------------------
@@ -235,7 +240,8 @@ class SaliencyMask:
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         """Bits for these parameters, in their order, memory order and device.
 
-        A frozen parameter (``requires_grad=False``) needs none in the mask: it gets zeros.
+        A frozen parameter (``requires_grad=False``) needs none in the mask: it gets zeros. Of a parameter that is
+        sharded over several ranks each gets the bits of its own part.
 
         Raises:
             InputError: a name is missing or unknown, or a shape differs.
@@ -257,13 +263,14 @@ class SaliencyMask:
                 )
         bound = []
         for name, p in named.items():
-            bits = self._bits.get(name)
+            bits, own = self._bits.get(name), local(p)
             if bits is None:
-                bits = torch.zeros((p.numel() + 31) // 32, dtype=torch.int32)
-            elif not p.is_contiguous():
+                bits = torch.zeros((own.numel() + 31) // 32, dtype=torch.int32)
+            elif is_sharded(p) or not own.is_contiguous():
                 logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool)])[0]
-                bits = ops.pack_bits([torch.empty_like(p, dtype=torch.bool, device="cpu").copy_(logical)])[0]
-            bound.append(bits.to(p.device))
+                part = torch.empty_like(own, dtype=torch.bool, device="cpu").copy_(part_like(logical, p))
+                bits = ops.pack_bits([part])[0]
+            bound.append(bits.to(own.device))
         return bound
 
     def check_model(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:

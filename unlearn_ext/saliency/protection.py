@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._shards import local, positions, shard_groups, sum_over
 
 __all__ = ["protected_count", "protected_hashes"]
 
@@ -21,25 +22,30 @@ _MULTIPLIER, _POSITION = -7046029254386353131, -4417276706812531889
 def protected_hashes(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> list[int]:
     """One 64-bit hash for each tensor over the bit patterns and positions of weights whose bit is 0.
 
-    It is a sum modulo 2^64 of mixed terms, so it does not depend on threads or devices.
+    It is a sum modulo 2^64 of mixed terms, so it does not depend on threads, devices, or the ranks that a tensor is cut
+    over, whose sums are added.
     """
     result = []
-    for weight, words in zip(weights, bits, strict=True):
+    for whole, words in zip(weights, bits, strict=True):
+        weight = local(whole)
         keep = ops.unpack_bits([words], [weight])[0]
         raw = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
         free = keep.contiguous().flatten()
         total = torch.zeros((), dtype=torch.int64, device=weight.device)
         for start in range(0, raw.numel(), _CHUNK):
             part = raw[start : start + _CHUNK].long()
-            position = torch.arange(start, start + part.numel(), device=weight.device)
+            position = positions(whole, start, start + part.numel())
             mixed = part ^ (position * _POSITION)
             for factor in (_MULTIPLIER, _POSITION, _MULTIPLIER):
                 mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * factor  # the shift alone is arithmetic
             total += torch.where(free[start : start + _CHUNK], 0, mixed).sum()
-        result.append(int(total))
+        result.append(int(sum_over(shard_groups(whole), total)))
     return result
 
 
 def protected_count(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> int:
-    """Weights whose bit is 0."""
-    return sum(w.numel() for w in weights) - int(ops.count_bits(list(bits)).sum())
+    """Weights whose bit is 0, those of other ranks included."""
+    total = sum(w.numel() for w in weights)
+    for weight, count in zip(weights, ops.count_bits(list(bits)), strict=True):
+        total -= int(sum_over(shard_groups(weight), count.clone().to(local(weight).device)))
+    return total

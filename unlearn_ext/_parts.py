@@ -1,0 +1,37 @@
+"""This rank's samples of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ._ranks import Ranks
+
+__all__ = ["map_tensors", "own_part"]
+
+
+def own_part(batch: Any, size: int, ranks: Ranks) -> tuple[Any, int]:
+    """This rank's part of a prepared batch of ``size`` samples, and how many samples count.
+
+    A rank that gets none takes part all the same, since the others wait for it in every backward pass: with the first
+    sample, which counts nothing.
+    """
+    part = ranks.part(size)
+    count = part.stop - part.start
+    if ranks.size == 1:
+        return batch, count
+    chosen = part if count else slice(0, 1)
+    return map_tensors(batch, lambda tensor: tensor[chosen]), count
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to every tensor of a tuple, list or dict of tensors."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
