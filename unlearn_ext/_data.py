@@ -29,6 +29,7 @@ class DataCheck:
         self.ranks = ranks
         self._forget: set[bytes] = set()
         self._seen = {"forget": 0, "retain": 0}
+        self._duplicate: InputError | None = None
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
@@ -41,16 +42,25 @@ class DataCheck:
             self._forget.update(hashes)
         else:
             for i, found in enumerate(hashes):
-                if found in self._forget:
-                    raise InputError(
+                if found in self._forget and self._duplicate is None:
+                    self._duplicate = InputError(
                         f"sample {self._seen['retain'] + i} of the retain set is also in the forget set: remove it "
                         "from one of them, or set allow_duplicates=True (--allow-duplicates) to go on"
                     )
         self._seen[name] += len(hashes)
+        if self.ranks.size == 1:
+            self._raise()
 
-    def share(self) -> None:
-        """After the forget set: every rank learns of what the others were given of it."""
-        self._forget = set().union(*self.ranks.gather_objects(self._forget))
+    def _raise(self) -> None:
+        if self._duplicate is not None:
+            raise self._duplicate
+
+    def finish(self, name: str) -> None:
+        """After a pass over a set: every rank learns of what the others were given, and none goes on alone."""
+        if name == "forget":
+            self._forget = set().union(*self.ranks.gather_objects(self._forget))
+        with self.ranks.together():
+            self._raise()
 
     def scan(self, name: str, data: Iterable[Any]) -> None:
         """A pass over the data alone, for runs that need no Fisher pass."""
@@ -62,8 +72,7 @@ class DataCheck:
             count += 1
         if not count:
             raise InputError(f"the {name} set is empty: pass at least one batch")
-        if name == "forget":
-            self.share()
+        self.finish(name)
 
     @property
     def forget_hash(self) -> str | None:

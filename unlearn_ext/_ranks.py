@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._names import unwrapped
 from ._shards import is_sharded
-from .errors import InputError, UnlearnError
+from .errors import InputError, LostRankError, UnlearnError, first_line
 
 __all__ = ["ALONE", "Ranks"]
 
@@ -106,6 +106,19 @@ class Ranks:
             torch.distributed.barrier(group=self.group)
 
     @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A rank that has ended shows in what the others wait for: it becomes a LostRankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.group is None or isinstance(error, UnlearnError) or not _is_lost(error):
+                raise
+            raise LostRankError(
+                f"another rank has ended or cannot be reached ({first_line(error)}): see its own message, and go on "
+                "from the last checkpoint (resume_from_checkpoint='latest'), with as many ranks as there are"
+            ) from None
+
+    @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What the user can mend on one rank ends all of them, with its sentence, where they would wait for it.
 
@@ -129,6 +142,10 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _replicated(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:

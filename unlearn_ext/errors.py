@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "NonFiniteError", "ProtectionError", "UnlearnError", "first_line", "is_out_of_memory"]
+__all__ = ["InputError", "LostRankError", "NonFiniteError", "ProtectionError", "UnlearnError"]
+__all__ += ["first_line", "is_out_of_memory"]
 
 
 class UnlearnError(Exception):
@@ -15,6 +16,10 @@ class InputError(UnlearnError, ValueError):
 
 class NonFiniteError(UnlearnError, ArithmeticError):
     """A loss or a gradient is inf or NaN. The weights are those before the step: nothing was written."""
+
+
+class LostRankError(UnlearnError, RuntimeError):
+    """Another process of a run by several cannot be reached any more."""
 
 
 class ProtectionError(UnlearnError, RuntimeError):

@@ -184,6 +184,7 @@ class Unlearner:
             NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
                 update the forget step of the same iteration may have been made before, and the message says so.
             ProtectionError: a weight that every step protects has changed.
+            LostRankError: another process of the run has ended.
         """
         if checkpointing_steps is not None and output_dir is None:
             raise InputError("checkpointing_steps needs an output_dir to write to")
@@ -214,7 +215,8 @@ class Unlearner:
             progress = _silent
         if not self.split_batches and self.ranks.size > 1:
             for generator in self.task.generators():
-                generator.manual_seed(generator.initial_seed() + _RANK_SEED * self.ranks.rank)
+                seed = self.ranks.from_first(generator.initial_seed())
+                generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
         streams = BatchStream("forget", forget), BatchStream("retain", retain)
         result = Result(update=self.method.update, backend=ops.backend(self.device))
         if checkpoint is None:
@@ -226,7 +228,8 @@ class Unlearner:
         optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
         loop = Loop(self, optimizer, streams, result, directory, progress)
         loop.start(checkpoint)
-        loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
+        with self.ranks.watched():
+            loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         return result
 
     def read_checkpoint(self, path: Path) -> _checkpoint.Checkpoint:
@@ -325,8 +328,7 @@ class Unlearner:
                     split_batches=self.split_batches,
                 )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
-            if name == "forget":
-                check.share()
+            check.finish(name)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = SaliencyMask.from_fisher(

@@ -1,0 +1,360 @@
+"""What a small network does alone and on several ranks, for test_ranks.py.
+
+    torchrun --nproc-per-node 2 python_tests/rank_cases.py DIRECTORY ddp fsdp
+
+does every case with every wrapper and writes ``DIRECTORY/<case>-<wrapper>-<ranks>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
+from unlearn_ext._names import trainable, unwrapped
+from unlearn_ext._shards import full
+from unlearn_ext.errors import UnlearnError
+from unlearn_ext.methods import SFRon
+from unlearn_ext.saliency import FisherDiagonal
+from unlearn_ext.tasks import Classification
+
+Case = Callable[..., dict[str, Any]]
+CASES: dict[str, Case] = {}
+SETTINGS: dict[str, Any] = {
+    "rule": "adamw",
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "iterations": 6,
+    "forget_alpha": 0.5,
+    "lambd": 0.5,
+    "adaptive_eps": 1e-8,
+    "max_norm": 0.01,
+    "retain_max_norm": 0.3,
+    "slow_rate": 0.7,
+    "slow_freq": 2,
+    "gamma": 0.5,
+}
+
+
+class Network(nn.Module):
+    """Rows that no number of ranks divides, a tensor smaller than the world, tied weights and frozen ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 7)
+        self.again = nn.Linear(7, 7)
+        self.tied = nn.Linear(7, 7)
+        self.tied.weight = self.again.weight
+        self.scale = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Linear(7, 7)
+        self.frozen.requires_grad_(False)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = torch.tanh(self.again(x)) + self.scale * torch.tanh(self.frozen(x))
+        return self.head(torch.tanh(self.tied(x)))
+
+
+def network(wrapper: str | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = Network().double()
+    if wrapper == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if wrapper == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model.first)
+        fully_shard(model)
+    return model
+
+
+def samples(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, generator=generator).double(), torch.randint(0, 3, (count,), generator=generator)
+
+
+def batches(count: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    inputs, labels = samples(count * size, seed)
+    return list(zip(inputs.split(size), labels.split(size), strict=True))
+
+
+def sets(size: int = 5) -> dict[str, Any]:
+    return {"forget": batches(3, size, 1), "retain": batches(4, size, 2)}
+
+
+def weights(model: nn.Module) -> dict[str, list[float]]:
+    return {name: full(p).flatten().tolist() for name, p in unwrapped(model).named_parameters()}
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def go(
+    wrapper: str | None,
+    *,
+    data: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+    model: nn.Module | None = None,
+    arguments: dict[str, Any] | None = None,
+    **run: Any,
+) -> dict[str, Any]:
+    model = network(wrapper) if model is None else model
+    method = SFRon(**{**SETTINGS, **(changes or {})})
+    unlearner = Unlearner(model, Classification(), method, **(arguments or {}))
+    result = unlearner.run(**(data or sets()), **run)
+    found: dict[str, Any] = {"weights": weights(model), "history": result.history, "protection": result.protection}
+    found["counts"] = result.counts
+    if result.mask is not None:
+        found["mask"] = {name: bits.flatten().tolist() for name, bits in result.mask.unpack().items()}
+        found["weights_hash"] = result.mask.metadata.get("weights_hash")
+        found["forget_hash"] = result.mask.metadata.get("forget_hash")
+    if result.ema is not None:
+        found["ema"] = {name: full(value).flatten().tolist() for name, value in result.ema.items()}
+    return found
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+@case
+def sequential(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    return go(wrapper)
+
+
+@case
+def joint(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    return go(wrapper, changes={"update": "joint", "rule": "momentum", "momentum": 0.9})
+
+
+@case
+def two_states(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    changes = {"dual_state": True, "forget_rule": "adam", "forget_lr": 0.003, "rule": "momentum", "momentum": 0.5}
+    return go(wrapper, changes={**changes, "param_groups": {"head.*": {"lr": 0.002}}})
+
+
+@case
+def fraction(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    return go(wrapper, changes={"gamma": None, "mask_fraction": 0.3, "fisher_max_norm": 0.02})
+
+
+@case
+def accumulated(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    return go(wrapper, arguments={"gradient_accumulation_steps": 2, "ema_decay": 0.8})
+
+
+@case
+def protected(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """With a mask from a file of one process."""
+    file = directory / "given.safetensors"
+    shapes = {name: p.shape for name, p in trainable(network(None)).items()}
+    generator = torch.Generator().manual_seed(3)
+    masks = {name: torch.rand(shape, generator=generator) < 0.4 for name, shape in shapes.items()}
+    if rank() == 0:
+        SaliencyMask.from_dict(masks).save(file)
+    if ranks() > 1:
+        torch.distributed.barrier()
+    mask = SaliencyMask.load(file)
+    before = weights(network(None))
+    found = go(wrapper, changes={"mask": mask, "gamma": None, "mask_scope": "all", "protect": True})
+    for name, bits in masks.items():
+        kept = zip(bits.flatten().tolist(), before[name], found["weights"][name], strict=True)
+        assert all(free or a == b for free, a, b in kept), name
+    return found
+
+
+@case
+def one_sample(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Batches smaller than the world."""
+    return go(wrapper, data={"forget": batches(3, 1, 1), "retain": batches(4, 3, 2)})
+
+
+@case
+def resumed(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """From a checkpoint of as many ranks."""
+    own = directory / f"run-{wrapper}-{ranks()}"
+    whole = go(wrapper, output_dir=own, checkpointing_steps=2, arguments={"ema_decay": 0.9})
+    again = {"output_dir": own, "resume_from_checkpoint": own / "checkpoint-4", "arguments": {"ema_decay": 0.9}}
+    found = go(wrapper, **again)
+    assert found["counts"] == whole["counts"] and len(found["history"]) == len(whole["history"])
+    for key in ("weights", "ema"):  # DDP groups its buckets anew after the first pass: other sums, other last bits
+        for name, values in whole[key].items():
+            torch.testing.assert_close(
+                *(torch.tensor(v, dtype=torch.float64) for v in (found[key][name], values)), rtol=1e-12, atol=1e-12
+            )
+    if rank() == 0:
+        lines = [json.loads(line) for line in (own / "history.jsonl").read_text().splitlines()]
+        assert lines == found["history"]
+    return found
+
+
+@case
+def evaluated(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Only the first rank says stop."""
+    found = go(wrapper, evaluate=lambda model, done: rank() == 0 and done == 4, evaluate_every=2)
+    assert len(found["history"]) == 4
+    return found
+
+
+@case
+def not_finite(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """One sample, which is the last rank's."""
+    data = sets(8)
+    data["forget"][0][0][-1, 2] = torch.nan
+    model = network(wrapper)
+    before = weights(model)
+    try:
+        go(wrapper, model=model, data=data, changes={"gamma": None})
+    except UnlearnError as error:
+        assert weights(model) == before
+        return {"error": f"{type(error).__name__}: {error}"}
+    raise AssertionError("nothing was noticed")
+
+
+@case
+def fisher(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """The diagonal, as released and, where weights are whole, exact."""
+    found: dict[str, Any] = {}
+    for per_sample in (False, True):
+        try:
+            diagonal = FisherDiagonal(network(wrapper), Classification(), per_sample=per_sample, chunk=2)
+        except UnlearnError as error:
+            found["error"] = str(error)
+            continue
+        for seed in (1, 2):
+            diagonal.measure(batches(3, 5, seed))
+        means = {name: full(value).flatten().tolist() for name, value in diagonal.means().items()}
+        found[f"per sample {per_sample}"] = {"weights": means, "count": diagonal.count}
+    return found
+
+
+@case
+def optimizer_alone(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """The README's loop, the state saved and loaded into a new optimizer in the middle."""
+    model = network(wrapper)
+    settings = {"rule": "adam", "lr": 0.01, "max_norm": 0.05, "retain_max_norm": 0.1, "slow_rate": 0.5}
+    optimizer = UnlearnOptimizer(model.named_parameters(), **settings)
+    data = sets(4)
+    part = slice(rank() * 4 // ranks(), (rank() + 1) * 4 // ranks())
+    for i, ((x, y), (u, v)) in enumerate(zip(data["forget"], data["retain"], strict=False)):
+        (-nn.functional.cross_entropy(model(x[part]), y[part])).backward()
+        optimizer.forget_step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(u[part]), v[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if i == 1:
+            state = optimizer.state_dict()
+            optimizer = UnlearnOptimizer(model.named_parameters(), **settings)
+            optimizer.load_state_dict(state)
+    return {"weights": weights(model), "clip": float(optimizer.last_clip)}
+
+
+@case
+def own_samples(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Loaders that give each rank every W-th sample; alone, the same samples in one batch."""
+    found = {}
+    for name, seed in (("forget", 1), ("retain", 2)):
+        data = list(zip(*samples(16, seed), strict=True))
+        if ranks() > 1:
+            sampler = DistributedSampler(data, shuffle=False)
+            found[name] = DataLoader(data, batch_size=8 // ranks(), sampler=sampler)
+        else:
+            found[name] = DataLoader(data, batch_size=8)
+    if ranks() > 1:
+        try:
+            go(wrapper, data=found)
+        except UnlearnError as error:
+            assert "set split_batches=False" in str(error)
+        else:
+            raise AssertionError("taken for whole batches")
+    return go(wrapper, data=found, arguments={"split_batches": False})
+
+
+def duplicates(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """A sample that one rank is to forget and another to keep."""
+    forget, retain = batches(2, 4, 1 + 10 * rank()), batches(2, 4, 2 + 10 * rank())
+    if rank() == ranks() - 1:
+        retain[0][0][0] = batches(2, 4, 1)[1][0][2]
+    try:
+        go(wrapper, data={"forget": forget, "retain": retain}, arguments={"split_batches": False})
+    except UnlearnError as error:
+        told = str(error)
+        return {"error": told if told.startswith("rank") or ranks() == 1 else f"rank {rank()}: {told}"}
+    raise AssertionError("nothing was noticed")
+
+
+def unwrapped_model(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    try:
+        go(None)
+    except UnlearnError as error:
+        return {"error": str(error)}
+    raise AssertionError("nothing was noticed")
+
+
+def accelerated(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """What ``accelerator.prepare`` makes of model and loaders."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    data = {}
+    for name, seed in (("forget", 1), ("retain", 2)):
+        loader = DataLoader(list(zip(*samples(16, seed), strict=True)), batch_size=8 // ranks())
+        data[name] = accelerator.prepare(loader)
+    model = accelerator.prepare(network(None))
+    assert isinstance(model, nn.parallel.DistributedDataParallel) == (ranks() > 1)
+    return go(None, model=model, data=data, arguments={"split_batches": False})
+
+
+def lost(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """The last rank ends in the middle of the run."""
+
+    def evaluate(model: nn.Module, done: int) -> None:
+        if rank() == ranks() - 1 and done == 5:
+            os._exit(7)
+
+    try:
+        go(wrapper, output_dir=directory / "lost", checkpointing_steps=2, evaluate=evaluate, evaluate_every=1)
+    except UnlearnError as error:
+        (directory / f"lost-{rank()}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+    raise AssertionError("nothing was noticed")
+
+
+# Not done by all wrappers in one launch.
+OTHERS = {f.__name__: f for f in (duplicates, unwrapped_model, accelerated, lost)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    directory, *wanted = Path(sys.argv[1]), *sys.argv[2:]
+    jobs = [(name, OTHERS[name], "ddp") for name in wanted if name in OTHERS]
+    jobs += [(name, CASES[name], wrapper) for wrapper in wanted if wrapper not in OTHERS for name in CASES]
+    for name, function, wrapper in jobs:
+        found = function(wrapper, directory)
+        told: list[Any] = [None] * ranks()
+        torch.distributed.all_gather_object(told, found)
+        assert all(other == told[0] for other in told), f"{name}: the ranks differ"
+        if rank() == 0:
+            (directory / f"{name}-{wrapper}-{ranks()}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Several ranks give what one process gives: DistributedDataParallel and fully_shard over gloo, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+from rank_cases import CASES
+
+from unlearn_ext._ranks import Ranks
+from unlearn_ext._shards import full, local, part_like
+from unlearn_ext.errors import InputError
+
+TESTS = Path(__file__).parent
+WORLDS, WRAPPERS = (2, 4), ("ddp", "fsdp")
+TOLERANCE = 1e-9  # float64; the bar
+
+
+def launch(ranks: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*torchrun, str(TESTS / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    if check and done.returncode:
+        pytest.fail(f"{script} on {ranks} ranks failed:\n{done.stdout[-2000:]}{_of_rank_0(done.stderr)}")
+    return done
+
+
+def _of_rank_0(errors: str) -> str:
+    return "\n".join(line for line in errors.splitlines() if line.startswith("[rank0]"))[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """What every case gave with every wrapper on 2 and on 4 ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    for ranks in WORLDS:
+        launch(ranks, "rank_cases.py", directory, *WRAPPERS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same cases in this process."""
+    directory = tmp_path_factory.mktemp("alone")
+    return cache(lambda name: CASES[name](None, directory))
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Numbers to the tolerance, everything else exactly."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("ranks", WORLDS)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"fisher", "optimizer_alone"}))
+def test_ranks_give_what_one_process_gives(results, alone, name, ranks, wrapper):
+    found = json.loads((results / f"{name}-{wrapper}-{ranks}.json").read_text())
+    expected = json.loads(json.dumps(alone(name)))
+    assert expected.get("error") or max(map(abs, expected["weights"]["head.weight"])) > 0
+    assert_same(found, expected, name)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_the_fisher_is_that_of_one_process(results, alone, ranks, wrapper):
+    found = json.loads((results / f"fisher-{wrapper}-{ranks}.json").read_text())
+    expected = json.loads(json.dumps(alone("fisher")))
+    assert list(expected) == ["per sample False", "per sample True"] and expected["per sample True"]["count"] == 30
+    assert expected["per sample True"] != expected["per sample False"]
+    if wrapper == "fsdp":
+        assert found.pop("error").startswith("per_sample=True differentiates through whole weights: use Distributed")
+        expected.pop("per sample True")
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_the_optimizer_alone_clips_by_the_norm_of_all_ranks(results, alone, ranks, wrapper):
+    found = json.loads((results / f"optimizer_alone-{wrapper}-{ranks}.json").read_text())
+    assert 0 < found["clip"] < 1
+    assert_same(found, alone("optimizer_alone"))
+
+
+def test_what_the_cases_are_about(alone):
+    """That clipping, masks and moments have their part in what is compared."""
+    whole = alone("sequential")
+    assert all(0 < entry["clip"] < 1 for entry in whole["history"])
+    kept = [sum(bits) / len(bits) for bits in whole["mask"].values()]
+    assert min(kept) < 1 and max(kept) > 0
+    part = alone("fraction")
+    assert sum(map(sum, part["mask"].values())) == int(0.3 * part["counts"]["trainable_weights"])
+    assert alone("protected")["protection"].startswith("0 of")
+    assert alone("not_finite")["error"].startswith("NonFiniteError: iteration 0: the forget loss is nan")
+    assert whole["weights_hash"] and whole["forget_hash"]
+    before = rank_cases.weights(rank_cases.network(None))
+    assert whole["weights"]["frozen.weight"] == before["frozen.weight"]
+    assert whole["weights"]["scale"] != before["scale"]
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_checkpoint_of_two_ranks_goes_on_alone(results, alone, wrapper):
+    expected = json.loads((results / f"resumed-{wrapper}-2.json").read_text())
+    directory = results / f"run-{wrapper}-2"
+    files = sorted(path.name for path in (directory / "checkpoint-2").iterdir())
+    assert files == ["mask.safetensors", "state.json", "tensors"]
+    assert all(path.suffix == ".safetensors" for path in (directory / "checkpoint-2" / "tensors").iterdir())
+    again = {"resume_from_checkpoint": directory / "checkpoint-2", "arguments": {"ema_decay": 0.9}}
+    found = rank_cases.go(None, **again)
+    assert_same(found["weights"], expected["weights"])
+    assert_same(found["ema"], expected["ema"])
+    assert_same(found["history"], expected["history"][2:])
+
+
+def test_a_part_of_a_checkpoint_that_is_missing_is_noticed(results, tmp_path):
+    import shutil
+
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(results / "run-fsdp-2" / "checkpoint-2", checkpoint)
+    files = sorted((checkpoint / "tensors").iterdir())
+    content = files[0].read_bytes()
+    for damage, message in (
+        (files[0].unlink, "checkpoint-2 is damaged: a part of .* is missing; resume from an earlier one"),
+        (lambda: files[0].write_bytes(content[:100]), "is damaged: a file in tensors cannot be read; resume"),
+    ):
+        damage()
+        model = rank_cases.network(None)
+        before = rank_cases.weights(model)
+        with pytest.raises(InputError, match=message):
+            rank_cases.go(None, model=model, resume_from_checkpoint=checkpoint, arguments={"ema_decay": 0.9})
+        assert rank_cases.weights(model) == before
+
+
+# --- What can go wrong, and accelerate -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("others")
+    launch(2, "rank_cases.py", directory, "unwrapped_model", "duplicates", "accelerated")
+    return directory
+
+
+def test_a_model_that_nobody_has_wrapped_is_refused(others):
+    error = json.loads((others / "unwrapped_model-ddp-2.json").read_text())["error"]
+    assert error == (
+        "there are 2 ranks and the model is on each of them alone: wrap it in DistributedDataParallel, or call "
+        "fully_shard on it"
+    )
+
+
+def test_a_sample_that_one_rank_forgets_and_another_keeps_is_told_on_all(others):
+    error = json.loads((others / "duplicates-ddp-2.json").read_text())["error"]
+    assert error.startswith("rank 1: sample 0 of the retain set is also in the forget set: remove it")
+
+
+def test_what_accelerate_prepares_gives_what_one_process_gives(others, tmp_path):
+    pytest.importorskip("accelerate")
+    found = json.loads((others / "accelerated-ddp-2.json").read_text())
+    assert_same(found, rank_cases.accelerated(None, tmp_path))
+
+
+def test_a_rank_that_ends_ends_the_job_and_the_last_checkpoint_goes_on_alone(tmp_path):
+    done = launch(2, "rank_cases.py", tmp_path, "lost", check=False)
+    assert done.returncode != 0
+    told = (tmp_path / "lost-0.txt").read_text()
+    assert told.startswith("LostRankError: another rank has ended or cannot be reached (") and told.endswith(
+        "see its own message, and go on from the last checkpoint (resume_from_checkpoint='latest'), with as many ranks "
+        "as there are"
+    )
+    assert told in done.stderr.replace("unlearn_ext.errors.", "")
+    checkpoints = sorted(path.name for path in (tmp_path / "lost").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+    found = rank_cases.go(None, output_dir=tmp_path / "lost", resume_from_checkpoint="latest")
+    assert_same(found["weights"], rank_cases.go(None)["weights"])
+    assert len(found["history"]) == 6
+
+
+# --- In one process ----------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_cut_into_even_parts():
+    for size in (1, 2, 3, 4, 7):
+        for count in (0, 1, 2, 5, 8, 64):
+            parts = [Ranks(size, rank).part(count) for rank in range(size)]
+            assert [i for part in parts for i in range(count)[part]] == list(range(count))
+            lengths = [part.stop - part.start for part in parts]
+            assert max(lengths) - min(lengths) <= 1 and lengths == sorted(lengths, reverse=True)
+
+
+def test_a_plain_tensor_is_whole():
+    plain = torch.arange(6.0).view(2, 3)
+    assert local(plain) is plain and part_like(plain, torch.zeros(2, 3)) is plain and torch.equal(full(plain), plain)
+
+
+def test_duplicates_are_told(tmp_path):
+    assert "is also in the forget set" in rank_cases.duplicates(None, tmp_path)["error"]
