@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 import rank_cases
+import rank_jobs
 import torch
 from rank_cases import CASES
+from safetensors.torch import load_file
 
 from unlearn_ext._ranks import Ranks
 from unlearn_ext._shards import full, local, part_like
@@ -222,3 +225,100 @@ def test_a_plain_tensor_is_whole():
 
 def test_duplicates_are_told(tmp_path):
     assert "is also in the forget set" in rank_cases.duplicates(None, tmp_path)["error"]
+
+
+# --- Real networks -------------------------------------------------------------------------------------------------
+
+# Each network, wrapper, rule and number of ranks has its turn; `-m slow` makes all of the pairs.
+CHOSEN = [("resnet", "ddp", "adamw", 2), ("dit", "fsdp", "adamw", 2), ("resnet", "fsdp", "momentum", 4)]
+CHOSEN += [("dit", "ddp", "momentum", 4)]
+ALL = [(m, w, r, n) for m in rank_jobs.MODELS for w in WRAPPERS for r in rank_jobs.RULES for n in WORLDS]
+DTYPES = ("float64", "float32")
+
+
+def _name(network: str, wrapper: str, rule: str, ranks: int, dtype: str) -> str:
+    return f"{network}-{wrapper}-{rule}-{ranks}-{dtype}.safetensors"
+
+
+class Trained:
+    """Runs of real networks: on several ranks, all of one number in one launch; alone; and alone with passes in parts,
+    which shows what grouping sums anew does."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.alone = cache(rank_jobs.run)
+        self.ratios = cache(rank_jobs.ratios)
+
+    def prepare(self, chosen: list[tuple[str, str, str, int]]) -> None:
+        for ranks in WORLDS:
+            jobs = []
+            for network, wrapper, rule, number in chosen:
+                for dtype in DTYPES if number == ranks else ():
+                    output = self.directory / _name(network, wrapper, rule, ranks, dtype)
+                    if not output.exists():
+                        jobs.append({"model": network, "rule": rule, "dtype": dtype, "wrapper": wrapper})
+                        jobs[-1]["output"] = str(output)
+            if jobs:
+                file = self.directory / f"jobs-{ranks}.json"
+                file.write_text(json.dumps(jobs))
+                launch(ranks, "rank_jobs.py", file)
+
+    def ranked(self, *key: Any) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / _name(*key))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request) -> Trained:
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("diffusers")
+    found = Trained(tmp_path_factory.mktemp("trained"))
+    found.prepare(CHOSEN)
+    return found
+
+
+def weights_of(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.double() for name, value in found.items() if not name.startswith("mask.") and name != "history"}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max((a[name] - b[name]).abs().max().item() for name in b)
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Euclidean distance: of float32 runs the largest difference is a matter of luck, and of some last bits."""
+    a, b = weights_of(a), weights_of(b)
+    return math.sqrt(sum((a[name] - b[name]).square().sum().item() for name in b))
+
+
+def compare(trained: Trained, network: str, wrapper: str, rule: str, ranks: int) -> dict[str, float]:
+    """Holds what the ranks gave against one process; the figures, for who wants to see them."""
+    figures: dict[str, float] = {}
+    ratios = trained.ratios(network)
+    for dtype in DTYPES:
+        found, expected = trained.ranked(network, wrapper, rule, ranks, dtype), trained.alone(network, rule, dtype)
+        assert found.keys() == expected.keys() and len(found["history"]) == rank_jobs.SETTINGS["iterations"]
+        distance = furthest(weights_of(found), weights_of(expected))
+        flipped = 0
+        for name in (name for name in expected if name.startswith("mask.")):
+            differ = found[name] != expected[name]
+            flipped += int(differ.sum())
+            close = (ratios[name.removeprefix("mask.")] - 1.0).abs() < 1e-5
+            assert not bool((differ & ~close).any()), f"{name}: bits differ far from the cut"
+        if dtype == "float64":
+            assert distance <= TOLERANCE and flipped == 0
+            assert torch.allclose(found["history"], expected["history"], rtol=TOLERANCE, atol=TOLERANCE)
+        else:
+            regrouped = trained.alone(network, rule, dtype, chunks=ranks)
+            distance, allowed = apart(found, expected), 2 * apart(regrouped, expected)
+            figures["regrouped"] = allowed / 2
+            assert allowed > 0 and distance <= allowed, f"{distance:g} of {allowed:g}"
+        figures |= {dtype: distance, f"{dtype} mask": flipped}
+    return figures
+
+
+@pytest.mark.parametrize("network, wrapper, rule, ranks", CHOSEN)
+def test_a_real_network_ends_where_one_process_ends(trained, network, wrapper, rule, ranks):
+    start = rank_jobs.state(rank_jobs.MODELS[network][0](torch.float64)[0])
+    moved = furthest(weights_of(trained.alone(network, rule, "float64")), start)
+    assert moved > 1e-3
+    print(network, wrapper, rule, ranks, compare(trained, network, wrapper, rule, ranks))
