@@ -21,7 +21,7 @@ from unlearn_ext.demo.diffusion import judging, networks, pretraining, weights
 from unlearn_ext.diffusion.sampling import draw_noise
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_3 = ("ddpm", "text")
+WITHOUT_3 = ("ddpm", "dit", "text")
 ALL = (*networks.DENOISERS, "judge")
 
 
