@@ -19,6 +19,7 @@ from ._arguments import check_count, check_number
 from ._data import DataCheck
 from ._files import writable_directory
 from ._hashing import weights_hash
+from ._in_backward import check_in_backward
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
@@ -81,6 +82,10 @@ class Unlearner:
         ema_decay: also keep moving averages of the trained weights, ``decay · average + (1 − decay) · weight`` after
             every iteration: :attr:`Result.ema`.
         identity: what else a run must have in common with the one that it resumes, such as a hash of its data.
+        optimizer_in_backward: make the steps of a side that no global norm clips (``max_norm``, ``retain_max_norm``)
+            within its backward pass, :meth:`UnlearnOptimizer.step_in_backward`, and the Fisher passes likewise where
+            no ``fisher_max_norm`` clips: about one layer's gradients are alive instead of all. The weights are the
+            same. A gradient that is not finite then ends the run in mid-step: it goes on from a checkpoint only.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Unlearner:
         gradient_accumulation_steps: int = 1,
         ema_decay: float | None = None,
         identity: dict[str, str] | None = None,
+        optimizer_in_backward: bool = False,
     ):
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
@@ -102,6 +108,9 @@ class Unlearner:
         check_count("gradient_accumulation_steps", gradient_accumulation_steps)
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+        self.sides_in_backward = ()
+        if optimizer_in_backward:
+            self.sides_in_backward = check_in_backward(method, mixed_precision, gradient_accumulation_steps)
         self.identity = dict(identity or {})
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
         if method.replaces and type(task).replacement_losses is Task.replacement_losses:
@@ -226,6 +235,10 @@ class Unlearner:
             **self.identity,
         }
 
+    @property
+    def fisher_in_backward(self) -> bool:
+        return bool(self.sides_in_backward) and getattr(self.method, "fisher_max_norm", None) is None
+
     def fisher_autocast(self):
         """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
         return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
@@ -273,7 +286,13 @@ class Unlearner:
                 progress(f"Fisher, {name} set", done, total)
 
             with self.fisher_autocast():
-                fisher = FisherDiagonal(self.model, self.task, batches=limit, max_norm=method.fisher_max_norm)
+                fisher = FisherDiagonal(
+                    self.model,
+                    self.task,
+                    batches=limit,
+                    max_norm=method.fisher_max_norm,
+                    in_backward=self.fisher_in_backward,
+                )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()

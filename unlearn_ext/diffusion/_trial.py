@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._in_backward import consuming
 from ..errors import is_out_of_memory
 
 __all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]
@@ -46,7 +47,12 @@ def held_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def try_batch(
-    model: nn.Module, loss: Callable[[], Tensor], others: Iterable[nn.Module] = (), *, batches: int = 1
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    others: Iterable[nn.Module] = (),
+    *,
+    batches: int = 1,
+    in_backward: bool = False,
 ) -> Trial:
     """Runs ``loss`` forward and backward, and leaves no gradient.
 
@@ -57,10 +63,17 @@ def try_batch(
         others: networks whose weights are not counted either.
         batches: in a step. From the second on, there are gradients already, and what is added to one is there beside.
             Of them all, two are tried, and the seconds are those of one.
+        in_backward: whether each gradient is used in the backward pass and freed.
     """
+    parameters = list(model.parameters())
 
     def step() -> None:
-        loss().backward()
+        if not in_backward:
+            loss().backward()
+            return
+        found = loss()
+        with consuming(parameters, str, lambda i, gradient: None):
+            found.backward()
 
     def steps() -> None:
         for _ in range(min(batches, 2)):

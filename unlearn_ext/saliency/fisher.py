@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._arguments import check_count, check_number
+from .._in_backward import consuming
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
@@ -37,6 +38,7 @@ class FisherDiagonal:
         batches: use at most this many batches of each data set.
         chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
+        in_backward: square each gradient within the backward pass and free it: about one layer's are alive at a time.
 
     Attributes:
         sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
@@ -55,14 +57,18 @@ class FisherDiagonal:
         batches: int | None = None,
         chunk: int = 8,
         max_norm: float | None = None,
+        in_backward: bool = False,
     ):
+        if in_backward and (per_sample or max_norm is not None):
+            other = "per_sample" if per_sample else "max_norm"
+            raise InputError(f"in_backward frees each gradient at once, and {other} needs all of them: leave one out")
         if batches is not None:
             check_count("Fisher batches", batches)
         check_count("chunk", chunk)
         if max_norm is not None:
             check_number("Fisher max_norm", max_norm, "more than 0, or None for no clipping", lambda x: x > 0.0)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
-        self.max_norm = max_norm
+        self.max_norm, self.in_backward = max_norm, in_backward
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
@@ -123,6 +129,17 @@ class FisherDiagonal:
         loss = self.task.fisher_losses(self.model, batch).mean()
         _check_finite(loss, where)
         if not loss.requires_grad:
+            return
+        if self.in_backward:
+            names = list(self._parameters)
+
+            def take(i: int, gradient: Tensor) -> None:
+                self._accumulate([self.sums[names[i]]], [gradient])
+                self.seen.add(names[i])
+
+            with consuming(list(self._parameters.values()), names.__getitem__, take):
+                loss.backward()
+            self.count += 1
             return
         loss.backward()
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
