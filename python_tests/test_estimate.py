@@ -25,6 +25,7 @@ from pipelines import (
 )
 
 from unlearn_ext import _loop
+from unlearn_ext._names import trainable
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion import pictures as pictures_module
 from unlearn_ext.diffusion._trial import try_batch, try_samples
@@ -83,12 +84,17 @@ def peaks(job: ForgetJob, monkeypatch) -> dict[str, int]:
 
     for stage, (owner, name) in STAGES.items():
         monkeypatch.setattr(owner, name, marked(stage, getattr(owner, name)))
+    weights = [t for network in (job.model, *other_networks(job)) for t in network.state_dict().values()]
+    now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
+    del weights
+    trained = [(p, p.data) for p in trainable(job.model).values()]
+    now -= sum(data.untyped_storage().nbytes() for _, data in trained)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for p, data in trained:  # the profiler does not see the end of what was there before it
+            p.data = data.clone()
         job.run()
     events = profiled.profiler.kineto_results.events()
     ranges = [(e.name()[7:], e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name()[:7] == "stage: "]
-    weights = [t for network in (job.model, *other_networks(job)) for t in network.state_dict().values()]
-    now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
     found: dict[str, int] = {}
     for moment, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += size
@@ -132,6 +138,56 @@ def test_the_memory_of_activations_is_what_was_estimated(home: Path, tmp_path, m
     if "samples" in options:
         options = {**options, "classifier": home / "judge"}
     check_memory(job_of(home, model, tmp_path / "out", train_batch_size=32, **options), monkeypatch, 0.1)
+
+
+@pytest.fixture(scope="module")
+def medium(home: Path) -> str:
+    """3.5 million weights, and a forward pass of one sample that keeps little beside them."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    model = small_dit(layers=6, heads=4, head_dim=48)
+    DiTPipeline(model, small_vae(), DDIMScheduler(num_train_timesteps=50)).save_pretrained(home / "medium")
+    return "medium"
+
+
+LESS = [
+    {"optimizer_in_backward": True},
+    {"optimizer_in_backward": True, "max_norm": None},
+    {"fisher_storage": "host"},
+    {"fisher_storage": "disk"},
+    {"weights_dtype": "bfloat16"},
+    {"weights_dtype": "bfloat16", "optimizer_in_backward": True, "max_norm": None, "fisher_storage": "disk"},
+]
+
+
+@pytest.mark.parametrize("options", LESS, ids=str)
+def test_the_memory_of_each_way_to_need_less_is_what_was_estimated(home, medium, tmp_path, monkeypatch, options):
+    options = dict(options)
+    if "max_norm" in options:  # the preset's clip of the forget gradient needs all of it
+        preset = {**SFRon.presets["dit-xl-2-256"], "max_norm": options.pop("max_norm")}
+        monkeypatch.setitem(SFRon.presets, "dit-xl-2-256", preset)
+    job = job_of(
+        home, medium, tmp_path / "out", tie_embeddings=False, guidance_scale=1.0, train_batch_size=1, **options
+    )
+    check_memory(job, monkeypatch, 0.1)
+
+
+def test_each_way_to_need_less_needs_less(home, medium, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(SFRon.presets, "dit-xl-2-256", {**SFRon.presets["dit-xl-2-256"], "max_norm": None})
+
+    def needed(**options) -> dict[str, int]:
+        job = job_of(home, medium, tmp_path / "out", tie_embeddings=False, train_batch_size=1, **options)
+        return {stage: sum(parts.values()) for stage, parts in job.estimate().memory.items()}
+
+    plain, count = needed(), sum(p.numel() for p in small_dit(layers=6, heads=4, head_dim=48).parameters())
+    freed = needed(optimizer_in_backward=True)
+    for stage in ("Fisher", "iterations"):
+        assert 0.75 * 4 * count < plain[stage] - freed[stage] < 4 * count
+    stored = needed(fisher_storage="disk")
+    assert plain["Fisher"] - stored["Fisher"] == pytest.approx(4 * count, rel=0.01)
+    narrow = needed(weights_dtype="bfloat16")
+    assert plain["iterations"] - narrow["iterations"] > 0.9 * 4 * count  # weights and gradients, 2 bytes less of each
+    assert plain["sampling"] == pytest.approx(narrow["sampling"], rel=0.01)
 
 
 def test_what_is_alive_at_once_is_counted() -> None:

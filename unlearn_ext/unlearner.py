@@ -72,6 +72,10 @@ class Result:
 class Unlearner:
     """Makes a trained model forget, in place.
 
+    A model of bfloat16 weights (``model.to(torch.bfloat16)``) runs without a float32 copy: moments, slow weights and
+    Fisher sums are float32, and with the method's ``stochastic_rounding=True`` steps smaller than half a unit in the
+    last place are made on average instead of being lost.
+
     Args:
         model: the trained network; parameters with ``requires_grad=False`` stay as they are.
         task: how its batches become losses.
@@ -129,6 +133,11 @@ class Unlearner:
         self._named = list(trainable(model).items())
         if not self._named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
+        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in self._named):
+            raise InputError(
+                "stochastic_rounding is for bfloat16 weights, and the model trains none: convert it with "
+                "model.to(torch.bfloat16), or leave it out"
+            )
         method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
         if device is not None:
             model.to(device)
