@@ -85,7 +85,7 @@ def forget(
         bool,
         typer.Option(
             "--optimizer-in-backward",
-            help="Less memory: steps that no norm clips are made, and gradients freed, layer by layer.",
+            help="Less memory: gradients are used and freed layer by layer; clipped sides take longer.",
         ),
     ] = False,
     fisher_storage: Annotated[

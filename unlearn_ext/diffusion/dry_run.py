@@ -44,7 +44,7 @@ def estimate_run(job: ForgetJob) -> Estimate:
         fisher_batches=sum(job.fisher_batches),
         accumulation=job.options.gradient_accumulation_steps,
         ema=job.ema_decay is not None,
-        freed=frozenset(job.unlearner.sides_in_backward) | ({"fisher"} if job.unlearner.fisher_in_backward else set()),
+        in_backward=job.unlearner.optimizer_in_backward,
         fisher_storage=job.options.fisher_storage,
         checkpoints=job.checkpoints_at_once() > 0,
         real=0 if fid is None else fid.planned,
@@ -117,21 +117,17 @@ class _TrialRunner:
         if job.method.needs_fisher:
             job.model.eval()
             found["fisher"] = self._batch(
-                task.fisher_losses, unlearner.fisher_autocast, in_backward=unlearner.fisher_in_backward
+                task.fisher_losses, unlearner.fisher_autocast, clipped=job.method.fisher_max_norm is not None
             )
         job.model.train()
-        sides = unlearner.sides_in_backward
+        clips = job.method.max_norm is not None, job.method.retain_max_norm is not None
         found["retain"] = found["forget"] = self._batch(
-            task.losses, unlearner.autocast, batches=steps, in_backward="retain" in sides
+            task.losses, unlearner.autocast, batches=steps, clipped=clips[1]
         )
-        if job.method.replaces or ("forget" in sides) != ("retain" in sides):
+        if job.method.replaces or (unlearner.optimizer_in_backward and clips[0] != clips[1]):
             losses = task.replacement_losses if job.method.replaces else task.losses
             found["forget"] = self._batch(
-                losses,
-                unlearner.autocast,
-                forget=job.method.replaces,
-                batches=steps,
-                in_backward="forget" in sides,
+                losses, unlearner.autocast, forget=job.method.replaces, batches=steps, clipped=clips[0]
             )
         return Trials(**found)
 
@@ -145,7 +141,7 @@ class _TrialRunner:
         *,
         forget: bool = False,
         batches: int = 1,
-        in_backward: bool = False,
+        clipped: bool = False,
     ) -> Trial:
         job, batch = self.job, self._made_up_batch(forget)
         job.task.begin(job.model, batch)
@@ -156,7 +152,8 @@ class _TrialRunner:
                 return losses(job.model, prepared).mean()
 
         with job.fitting():
-            return try_batch(job.model, loss, self.others, batches=batches, in_backward=in_backward)
+            passes = (1 + clipped) if job.unlearner.optimizer_in_backward else 0
+            return try_batch(job.model, loss, self.others, batches=batches, passes_in_backward=passes)
 
     def _made_up_batch(self, forget: bool) -> dict[str, Any]:
         """As a loader gives it."""

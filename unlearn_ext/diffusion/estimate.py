@@ -83,7 +83,7 @@ class Workload:
         fisher_batches: of both sets together.
         accumulation: batches in a step.
         ema: whether moving averages are kept.
-        freed: of ``fisher``, ``forget`` and ``retain``, those whose gradients are freed in the backward pass.
+        in_backward: whether each gradient is used in the backward pass and freed.
         fisher_storage: where the forget set's Fisher sums wait.
         checkpoints: whether any are written.
         real, generated: pictures whose features are compared: real ones, and made ones before, and again after.
@@ -99,7 +99,7 @@ class Workload:
     fisher_batches: int
     accumulation: int = 1
     ema: bool = False
-    freed: frozenset[str] = frozenset()
+    in_backward: bool = False
     fisher_storage: str = "device"
     checkpoints: bool = False
     real: int = 0
@@ -166,12 +166,8 @@ def _memory(
 
     found: dict[str, dict[str, int]] = {}
     trained = trainable(model)
-    whole, layer = sum(map(_bytes, trained.values())), max(map(_bytes, trained.values()))
-
-    def gradients(*sides: str) -> int:
-        """Of all weights, or of one at a time where every one of these sides frees them."""
-        return layer if work.freed.issuperset(sides) else whole
-
+    size = max if work.in_backward else sum  # of one weight's gradient at a time, or of all
+    gradients = size(map(_bytes, trained.values()))
     state, words = _state_bytes(trained.values()), _words_bytes(trained.values())
     weights = sum(map(_bytes, held_tensors([model])))
     network = {"weights": weights, "other networks": sum(map(_bytes, held_tensors([model, *others]))) - weights}
@@ -194,9 +190,9 @@ def _memory(
         sums = state if away else 2 * state
         found["Fisher"] = {
             **training,
-            "gradients": gradients("fisher"),
+            "gradients": gradients,
             "Fisher sums": sums,
-            "activations": max(0, trials.fisher.peak - gradients("fisher")),
+            "activations": max(0, trials.fisher.peak - gradients),
         }
         count = sum(p.numel() for p in trained.values())
         found["mask"] = {**training, "Fisher sums": sums}
@@ -210,12 +206,11 @@ def _memory(
     kept = _kept(trained, method, work.ema)
     # A checkpoint is written from a copy of the model, when gradients and activations are gone.
     copied = sum(map(_bytes, model_tensors(model).values())) if work.checkpoints else 0
-    made = gradients("forget", "retain")
     found["iterations"] = {
         **training,
-        "gradients": made * (2 if method.update == "joint" else 1),
+        "gradients": gradients * (2 if method.update == "joint" else 1),
         **kept,
-        "activations": max(0, max(trials.forget.peak, trials.retain.peak, copied) - made),
+        "activations": max(0, max(trials.forget.peak, trials.retain.peak, copied) - gradients),
     }
     after = {"mask bits": host(kept["mask bits"]), "averages": kept["averages"], "features": real}
     # Before and after; noise and what comes of it, which are the pictures themselves where there is no VAE.

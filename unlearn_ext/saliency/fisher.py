@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._arguments import check_count, check_number
-from .._in_backward import consuming
+from .._in_backward import clip_factor, consuming
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
@@ -39,6 +39,7 @@ class FisherDiagonal:
         chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
         in_backward: square each gradient within the backward pass and free it: about one layer's are alive at a time.
+            With ``max_norm`` a backward pass before it measures the norm.
 
     Attributes:
         sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
@@ -59,9 +60,8 @@ class FisherDiagonal:
         max_norm: float | None = None,
         in_backward: bool = False,
     ):
-        if in_backward and (per_sample or max_norm is not None):
-            other = "per_sample" if per_sample else "max_norm"
-            raise InputError(f"in_backward frees each gradient at once, and {other} needs all of them: leave one out")
+        if in_backward and per_sample:
+            raise InputError("in_backward is for batch gradients, and per_sample has no backward pass: leave one out")
         if batches is not None:
             check_count("Fisher batches", batches)
         check_count("chunk", chunk)
@@ -131,14 +131,7 @@ class FisherDiagonal:
         if not loss.requires_grad:
             return
         if self.in_backward:
-            names = list(self._parameters)
-
-            def take(i: int, gradient: Tensor) -> None:
-                self._accumulate([self.sums[names[i]]], [gradient])
-                self.seen.add(names[i])
-
-            with consuming(list(self._parameters.values()), names.__getitem__, take):
-                loss.backward()
+            self._square_in_backward(loss)
             self.count += 1
             return
         loss.backward()
@@ -149,6 +142,26 @@ class FisherDiagonal:
         self.count += 1
         for p in self._parameters.values():
             p.grad = None
+
+    def _square_in_backward(self, loss: Tensor) -> None:
+        names, parameters = list(self._parameters), list(self._parameters.values())
+        weight = 1.0
+        if self.max_norm is not None:
+            squares: dict[int, float] = {}
+
+            def measure(i: int, gradient: Tensor) -> None:
+                squares[i] = float(ops.gradient_products([gradient])[0])
+
+            with consuming(parameters, names.__getitem__, measure):
+                loss.backward(retain_graph=True)
+            weight = self._weight(sum(squares[i] for i in sorted(squares)))
+
+        def take(i: int, gradient: Tensor) -> None:
+            ops.accumulate_fisher_([self.sums[names[i]]], [gradient], weight)
+            self.seen.add(names[i])
+
+        with consuming(parameters, names.__getitem__, take):
+            loss.backward()
 
     def _add_per_sample(self, batch: Any, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
@@ -172,12 +185,12 @@ class FisherDiagonal:
         self.count += size
 
     def _accumulate(self, sums: list[Tensor], gradients: list[Tensor]) -> None:
-        weight = 1.0
-        if self.max_norm is not None:
-            norm = math.sqrt(float(ops.gradient_products(gradients)[0]))
-            if math.isfinite(norm):  # else it is found at the end
-                weight = min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
+        weight = 1.0 if self.max_norm is None else self._weight(float(ops.gradient_products(gradients)[0]))
         ops.accumulate_fisher_(sums, gradients, weight)
+
+    def _weight(self, square: float) -> float:
+        """Of a gradient's squares, by that of its norm; one that is not finite is found at the end."""
+        return clip_factor(self.max_norm, square) ** 2 if math.isfinite(square) else 1.0
 
 
 def _check_finite(loss: Tensor, where: str) -> None:
