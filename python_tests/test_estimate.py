@@ -28,9 +28,9 @@ from unlearn_ext import _loop
 from unlearn_ext._names import trainable
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion import pictures as pictures_module
-from unlearn_ext.diffusion._trial import try_batch, try_samples
+from unlearn_ext.diffusion._trial import Trial, try_batch, try_samples
 from unlearn_ext.diffusion.dry_run import other_networks
-from unlearn_ext.diffusion.estimate import sizes_on_disk
+from unlearn_ext.diffusion.estimate import Trials, Workload, estimate, sizes_on_disk
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.judge import Judge
 from unlearn_ext.methods import SFRon
@@ -181,6 +181,30 @@ def test_each_way_to_need_less_needs_less(home: Path, medium: str, tmp_path: Pat
     narrow = needed(weights_dtype="bfloat16")
     assert plain["iterations"] - narrow["iterations"] > 0.9 * 4 * count  # weights and gradients, 2 bytes less of each
     assert plain["sampling"] == pytest.approx(narrow["sampling"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "work", "fisher", "mask"),
+    [
+        ({}, {}, 8, 8),
+        ({}, {"fisher_storage": "host"}, 4, 4 + 4 * 0.75),
+        ({}, {"fisher_storage": "disk"}, 4, 4 + 4 * 0.75),
+        ({"gamma": None, "mask_fraction": 0.5}, {}, 8, 8 + 2 / 8 + 1),
+    ],
+)
+def test_what_waits_in_the_hosts_memory_is_not_on_the_device(settings, work, fisher, mask) -> None:
+    """Bytes for each weight, by hand; of the larger of two layers, with three quarters of the weights, while a mask is
+    made of it. Meta tensors stand for those of a GPU."""
+    model = nn.Sequential(nn.Linear(96, 96, bias=False), nn.Linear(96, 32, bias=False)).to("meta")
+    count, trial = 96 * 128, Trial(1000, 1.0)
+    method = SFRon(iterations=1, rule="sgd", **settings)
+    given = Workload(
+        read=1, held=0, sampled=1, steps=1, shape=(1, 2, 2), latent_shape=(1, 2, 2), fisher_batches=2, **work
+    )
+    found = estimate(model, [], method, Trials(trial, trial, trial, fisher=trial), given, {}).memory
+    assert found["Fisher"]["Fisher sums"] == fisher * count
+    assert sum(found["mask"].values()) == (4 + mask) * count
+    assert found["Fisher"]["gradients"] == found["iterations"]["gradients"] == 4 * count
 
 
 def test_what_is_alive_at_once_is_counted() -> None:

@@ -366,12 +366,20 @@ def test_fisher_sums_are_the_ordinary_ones_to_the_bit() -> None:
 
 
 def test_fisher_whose_gradients_are_clipped() -> None:
-    model, data = make(WithUnused).double(), batches(4, 6, seed=1, dtype=torch.float64)
+    model, data = make(WithUnused).double().eval(), batches(4, 6, seed=1, dtype=torch.float64)
     ordinary = FisherDiagonal(model, Classification(), max_norm=0.1).measure(data)
     freed = FisherDiagonal(model, Classification(), max_norm=0.1, in_backward=True).measure(data)
     whole = FisherDiagonal(model, Classification(), in_backward=True).measure(data)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for inputs, labels in data:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        assert float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)) > 0.1
+        for name, p in model.named_parameters():
+            expected[name] += 0 if p.grad is None else p.grad**2
     for name, total in ordinary.sums.items():
         torch.testing.assert_close(freed.sums[name], total, rtol=1e-13, atol=0)
+        torch.testing.assert_close(freed.sums[name], expected[name], rtol=1e-10, atol=1e-30)
         assert name == "unused" or float(total.sum()) < 0.5 * float(whole.sums[name].sum())
     with pytest.raises(InputError, match="in_backward is for batch gradients, and per_sample has no backward pass"):
         FisherDiagonal(model, Classification(), in_backward=True, per_sample=True)

@@ -427,7 +427,7 @@ class ForgetJob:
                 raise
             raise InputError(
                 f"a batch of {self.batch_size} does not fit in the memory of {self.options.device}: lower "
-                "--train-batch-size, or add --gradient-checkpointing"
+                "--train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
             ) from None
 
     def _take_real(self) -> None:
