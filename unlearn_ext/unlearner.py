@@ -20,6 +20,7 @@ from ._arguments import check_count, check_number
 from ._data import DataCheck
 from ._files import writable_directory
 from ._hashing import weights_hash
+from ._in_backward import check_in_backward
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
@@ -29,6 +30,7 @@ from ._streams import BatchStream, length
 from .errors import InputError
 from .methods import Method
 from .saliency import FisherDiagonal, SaliencyMask
+from .saliency.storage import check_storage, stored
 from .tasks import Task
 
 __all__ = ["Result", "Unlearner"]
@@ -79,6 +81,10 @@ class Result:
 class Unlearner:
     """Makes a trained model forget, in place.
 
+    A model of bfloat16 weights (``model.to(torch.bfloat16)``) runs without a float32 copy: moments, slow weights and
+    Fisher sums are float32, and with the method's ``stochastic_rounding=True`` steps smaller than half a unit in the
+    last place are made on average instead of being lost.
+
     Args:
         model: the trained network; parameters with ``requires_grad=False`` stay as they are.
         task: how its batches become losses.
@@ -94,6 +100,14 @@ class Unlearner:
             give the same, whole batches, of which it takes its part, so that the result is that of one process; False,
             they give it samples of its own, as with a ``DistributedSampler`` or from ``accelerator.prepare``, and the
             task's draws differ from rank to rank.
+        optimizer_in_backward: make each step within its backward pass, and square each gradient for Fisher there:
+            about one layer's gradients are alive instead of all, and the weights are the same
+            (:meth:`UnlearnOptimizer.step_in_backward`). What is clipped by a norm (``max_norm``, ``retain_max_norm``,
+            ``fisher_max_norm``) takes a second backward pass over the same graph. Where nothing is clipped, a gradient
+            that is not finite ends the run in mid-step: it goes on from a checkpoint only.
+        fisher_storage: where the forget set's Fisher sums wait while the retain set's are measured: ``device``,
+            ``host`` (the CPU's memory) or ``disk`` (a safetensors file in ``output_dir``, removed afterwards). The mask
+            is the same.
     """
 
     def __init__(
@@ -108,6 +122,8 @@ class Unlearner:
         ema_decay: float | None = None,
         identity: dict[str, str] | None = None,
         split_batches: bool = True,
+        optimizer_in_backward: bool = False,
+        fisher_storage: str = "device",
     ):
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
@@ -116,6 +132,11 @@ class Unlearner:
         check_count("gradient_accumulation_steps", gradient_accumulation_steps)
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+        if optimizer_in_backward:
+            check_in_backward(method, mixed_precision, gradient_accumulation_steps)
+        self.optimizer_in_backward = optimizer_in_backward
+        check_storage("fisher_storage", fisher_storage, gamma=method.needs_fisher and method.mask_fraction is None)
+        self.fisher_storage = fisher_storage
         self.identity = dict(identity or {})
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
         if method.replaces and type(task).replacement_losses is Task.replacement_losses:
@@ -127,13 +148,17 @@ class Unlearner:
         self._named = list(trainable(model).items())
         if not self._named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
+        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in self._named):
+            raise InputError(
+                "stochastic_rounding is for bfloat16 weights, and the model trains none: convert it with "
+                "model.to(torch.bfloat16), or leave it out"
+            )
         method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
         if device is not None:
             model.to(device)
         self.device = self._named[0][1].device
         self.ranks, self.split_batches = Ranks.of(model), split_batches
-        if mixed_precision == "fp16" and any(is_sharded(p) for _, p in self._named):
-            raise InputError("fp16 is not supported for sharded weights: use bf16 or no")
+        self._check_ranks(mixed_precision)
         self.mixed_precision = mixed_precision
         self._half = PRECISIONS[mixed_precision]
 
@@ -188,6 +213,8 @@ class Unlearner:
         """
         if checkpointing_steps is not None and output_dir is None:
             raise InputError("checkpointing_steps needs an output_dir to write to")
+        if self.fisher_storage == "disk" and output_dir is None:
+            raise InputError("fisher_storage='disk' needs an output_dir to write to")
         for name, count in (
             ("checkpointing_steps", checkpointing_steps),
             ("checkpoints_total_limit", checkpoints_total_limit),
@@ -222,10 +249,20 @@ class Unlearner:
         if checkpoint is None:
             if self.method.mask is not None:
                 self.method.mask.check_model(self._named)
-            result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
+            with contextlib.ExitStack() as kept:
+                result.mask = self._make_mask(
+                    forget,
+                    retain,
+                    result,
+                    allow_duplicates,
+                    progress,
+                    lambda sums: kept.enter_context(stored(sums, self.fisher_storage, directory)),
+                )
         else:
             result.mask = checkpoint.mask
         optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
+        for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
+            group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
         loop = Loop(self, optimizer, streams, result, directory, progress)
         loop.start(checkpoint)
         with self.ranks.watched():
@@ -267,6 +304,20 @@ class Unlearner:
         with self.autocast():
             return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
 
+    def _check_ranks(self, mixed_precision: str) -> None:
+        """What several ranks cannot do."""
+        if self.ranks.size == 1:
+            return
+        if mixed_precision == "fp16" and any(is_sharded(p) for _, p in self._named):
+            raise InputError("fp16 is not supported for sharded weights: use bf16 or no")
+        if self.optimizer_in_backward:
+            raise InputError(
+                "optimizer_in_backward is for one process: several reduce their gradients after the hooks of the "
+                "backward pass; leave it out, and shard the model to save memory"
+            )
+        if self.fisher_storage != "device":
+            raise InputError("fisher_storage is for one process: leave it out, and shard the model to save memory")
+
     def _check_loaders(self, *data: Iterable[Any]) -> None:
         """Whether loaders that give each rank samples of its own are taken for such that give whole batches."""
         if self.ranks.size == 1 or not self.split_batches:
@@ -285,8 +336,9 @@ class Unlearner:
 
     # --- Before the loop ------------------------------------------------------------------------------------
 
-    def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress):
-        """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case."""
+    def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress, keep: Callable):
+        """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case. ``keep``
+        takes Fisher sums that are not needed for a while."""
         method = self.method
         ranks = ALONE if self.split_batches else self.ranks
         check = DataCheck(self.model, self.task, allow_duplicates, method.replaces, ranks)
@@ -326,9 +378,12 @@ class Unlearner:
                     batches=limit,
                     max_norm=method.fisher_max_norm,
                     split_batches=self.split_batches,
+                    in_backward=self.optimizer_in_backward,
                 )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
             check.finish(name)
+            if name == "forget":
+                fisher.sums = keep(fisher.sums)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = SaliencyMask.from_fisher(

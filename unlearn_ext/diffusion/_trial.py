@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._in_backward import consuming
 from ..errors import is_out_of_memory
 
 __all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]
@@ -46,7 +47,12 @@ def held_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def try_batch(
-    model: nn.Module, loss: Callable[[], Tensor], others: Iterable[nn.Module] = (), *, batches: int = 1
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    others: Iterable[nn.Module] = (),
+    *,
+    batches: int = 1,
+    passes_in_backward: int = 0,
 ) -> Trial:
     """Runs ``loss`` forward and backward, and leaves no gradient.
 
@@ -57,10 +63,17 @@ def try_batch(
         others: networks whose weights are not counted either.
         batches: in a step. From the second on, there are gradients already, and what is added to one is there beside.
             Of them all, two are tried, and the seconds are those of one.
+        passes_in_backward: 1 or 2 (over one graph) where each gradient is used in the backward pass and freed.
     """
+    parameters = list(model.parameters())
 
     def step() -> None:
-        loss().backward()
+        found = loss()
+        if not passes_in_backward:
+            found.backward()
+        for left in reversed(range(passes_in_backward)):
+            with consuming(parameters, str, lambda i, gradient: None):
+                found.backward(retain_graph=left > 0)
 
     def steps() -> None:
         for _ in range(min(batches, 2)):

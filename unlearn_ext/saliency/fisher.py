@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._arguments import check_count, check_number
+from .._in_backward import clip_factor, consuming
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from .._parts import map_tensors, own_part
@@ -42,6 +43,8 @@ class FisherDiagonal:
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
         split_batches: as in :class:`~unlearn_ext.Unlearner`. Gradients are averaged over the ranks before they are
             squared, so that the diagonal is that of one process on the whole batches.
+        in_backward: square each gradient within the backward pass and free it: about one layer's are alive at a time.
+            With ``max_norm`` a backward pass before it measures the norm.
 
     Attributes:
         sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order, and sharded
@@ -62,14 +65,18 @@ class FisherDiagonal:
         chunk: int = 8,
         max_norm: float | None = None,
         split_batches: bool = True,
+        in_backward: bool = False,
     ):
+        if in_backward and per_sample:
+            raise InputError("in_backward is for batch gradients, and per_sample has no backward pass: leave one out")
         if batches is not None:
             check_count("Fisher batches", batches)
         check_count("chunk", chunk)
         if max_norm is not None:
             check_number("Fisher max_norm", max_norm, "more than 0, or None for no clipping", lambda x: x > 0.0)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
-        self.max_norm, self.split_batches, self.ranks = max_norm, split_batches, Ranks.of(model)
+        self.max_norm, self.in_backward = max_norm, in_backward
+        self.split_batches, self.ranks = split_batches, Ranks.of(model)
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
@@ -152,6 +159,10 @@ class FisherDiagonal:
         _check_finite(mean, where)
         if not loss.requires_grad:
             return
+        if self.in_backward:
+            self._square_in_backward(loss)
+            self.count += 1
+            return
         loss.backward()
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         with torch.no_grad():
@@ -160,6 +171,26 @@ class FisherDiagonal:
         self.count += 1
         for p in self._parameters.values():
             p.grad = None
+
+    def _square_in_backward(self, loss: Tensor) -> None:
+        names, parameters = list(self._parameters), list(self._parameters.values())
+        weight = 1.0
+        if self.max_norm is not None:
+            squares: dict[int, float] = {}
+
+            def measure(i: int, gradient: Tensor) -> None:
+                squares[i] = float(ops.gradient_products([gradient])[0])
+
+            with consuming(parameters, names.__getitem__, measure):
+                loss.backward(retain_graph=True)
+            weight = self._weight(sum(squares[i] for i in sorted(squares)))
+
+        def take(i: int, gradient: Tensor) -> None:
+            ops.accumulate_fisher_([self.sums[names[i]]], [gradient], weight)
+            self.seen.add(names[i])
+
+        with consuming(parameters, names.__getitem__, take):
+            loss.backward()
 
     def _add_per_sample(self, batch: Any, count: int, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
@@ -191,11 +222,7 @@ class FisherDiagonal:
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
         """By name; those of all weights with ``per_sample``."""
-        weight = 1.0
-        if self.max_norm is not None:
-            norm = math.sqrt(self._products(gradients)[0])
-            if math.isfinite(norm):  # else it is found at the end
-                weight = min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
+        weight = 1.0 if self.max_norm is None else self._weight(self._products(gradients)[0])
         sums = [self.sums[name] for name in gradients]
         ops.accumulate_fisher_(all_local(sums), all_local(list(gradients.values())), weight)
 
@@ -207,6 +234,10 @@ class FisherDiagonal:
             found = sum_over(groups, ops.gradient_products(own).to(own[0].device))
             square, non_finite = square + float(found[0]), non_finite + float(found[3])
         return square, non_finite
+
+    def _weight(self, square: float) -> float:
+        """Of a gradient's squares, by that of its norm; one that is not finite is found at the end."""
+        return clip_factor(self.max_norm, square) ** 2 if math.isfinite(square) else 1.0
 
 
 def _check_finite(loss: Tensor, where: str) -> None:

@@ -167,26 +167,26 @@ class SaliencyMask:
         """From Fisher sums of equal names; those that were not ``seen`` are kept out."""
         if gamma is not None and mask_fraction is not None:
             raise InputError("gamma and mask_fraction both say which weights are salient: give one of them")
+        if mask_fraction is None:
+            gamma = 1.0 if gamma is None else gamma
+            plain = by_plain_name((name, name) for name in forget)
+            bits = {own: _ratio_words(forget, retain, name, seen, gamma, ratio) for own, name in plain.items()}
+            shapes = {own: tuple(retain[name].shape) for own, name in plain.items()}
+            return cls(bits, shapes, {"gamma": repr(gamma), **(metadata or {})})
+        check_fraction("mask_fraction", mask_fraction)
         masks = {name: torch.zeros(total.shape, dtype=torch.bool) for name, total in forget.items()}
         names = [name for name in forget if name in seen]
         f, r = [forget[name] for name in names], [retain[name] for name in names]
-        if mask_fraction is None:
-            gamma = 1.0 if gamma is None else gamma
-            found = sharded.ratio_masks(f, r, gamma, **ratio)
-            origin = {"gamma": repr(gamma)}
+        wanted = _part_of(sum(mask.numel() for mask in masks.values()), mask_fraction)
+        k = min(wanted, sum(total.numel() for total in f))
+        if any(map(is_sharded, f)):
+            found = sharded.top_ratio_masks(f, r, k, **ratio)
         else:
-            check_fraction("mask_fraction", mask_fraction)
-            wanted = _part_of(sum(mask.numel() for mask in masks.values()), mask_fraction)
-            k = min(wanted, sum(total.numel() for total in f))
-            if any(map(is_sharded, f)):
-                found = sharded.top_ratio_masks(f, r, k, **ratio)
-            else:
-                f = [total.contiguous() for total in f]  # ties are broken in logical order
-                bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
-                found = ops.unpack_bits(bits, f)
-            origin = {"mask_fraction": repr(float(mask_fraction))}
+            f = [total.contiguous() for total in f]  # ties are broken in logical order
+            bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
+            found = ops.unpack_bits(bits, f)
         masks.update(zip(names, found, strict=True))
-        return cls.from_dict(masks, {**origin, **(metadata or {})})
+        return cls.from_dict(masks, {"mask_fraction": repr(float(mask_fraction)), **(metadata or {})})
 
     # --- What it holds --------------------------------------------------------------------------------------
 
@@ -404,6 +404,26 @@ class SaliencyMask:
         A file of :meth:`save` is 8 times smaller, and no pickle.
         """
         foreign.write_masks(self.unpack(), path)
+
+
+def _ratio_words(
+    forget: Mapping[str, Tensor],
+    retain: Mapping[str, Tensor],
+    name: str,
+    seen: Set[str],
+    gamma: float,
+    ratio: dict[str, float],
+) -> Tensor:
+    """One tensor's bits in logical order, on the CPU. Its forget Fisher may wait elsewhere, and comes back here."""
+    if name not in seen:
+        return torch.zeros(-(-retain[name].numel() // 32), dtype=torch.int32)
+    f = forget[name]
+    if is_sharded(f):
+        return ops.pack_bits(sharded.ratio_masks([f], [retain[name]], gamma, **ratio))[0].cpu()
+    bits, _ = ops.ratio_bits([f], [retain[name]], gamma=gamma, **ratio)
+    if not f.is_contiguous():
+        bits = ops.pack_bits([keep.contiguous() for keep in ops.unpack_bits(bits, [f])])
+    return bits[0].cpu()
 
 
 def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:

@@ -1,0 +1,237 @@
+"""Gradients used in the backward pass: each as soon as it is whole, and freed before the next layers' appear."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from .methods import Method
+    from .optim import UnlearnOptimizer
+
+__all__ = ["check_in_backward", "clip_factor", "consuming", "measuring", "stepping"]
+
+_LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
+
+
+def check_in_backward(method: Method, mixed_precision: str, gradient_accumulation_steps: int) -> None:
+    """Whether a run's other settings go without whole gradients; InputError if not."""
+    for needed, why in (
+        (method.update == "joint", "update='joint' needs the gradients of both sides at once"),
+        (gradient_accumulation_steps > 1, "gradient_accumulation_steps above 1 adds up whole gradients before a step"),
+        (mixed_precision == "fp16", "mixed_precision='fp16' looks at all gradients before a step; use bf16 or no"),
+    ):
+        if needed:
+            raise InputError(f"optimizer_in_backward frees each gradient at once, and {why}: leave one of them out")
+
+
+@contextlib.contextmanager
+def consuming(
+    parameters: Sequence[Tensor], name_of: Callable[[int], str], take: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Within the block ``take(i, gradient)`` gets parameter i's gradient once it is summed over all uses of the
+    parameter, and ``.grad`` is freed.
+
+    Raises:
+        InputError: a gradient is there already, comes in parts, or is reduced over several processes afterwards.
+    """
+    if any(p.grad is not None for p in parameters):
+        raise InputError("a step in the backward pass starts without gradients: call zero_grad() first")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise InputError(
+            "several processes reduce their gradients after the hooks of the backward pass: leave "
+            "optimizer_in_backward out"
+        )
+    taken: set[int] = set()
+
+    def hook_of(i: int) -> Callable[[Tensor], None]:
+        def hook(p: Tensor) -> None:
+            if i in taken:
+                raise InputError(
+                    f"the gradient of {name_of(i)} came in parts and its first part has been used: call backward() "
+                    "once, and checkpoint activations with use_reentrant=False"
+                )
+            taken.add(i)
+            gradient, p.grad = p.grad, None
+            with torch.no_grad():
+                take(i, gradient)
+
+        return hook
+
+    handles = [p.register_post_accumulate_grad_hook(hook_of(i)) for i, p in enumerate(parameters) if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def measuring(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
+    """The norm for a step that clips; :meth:`UnlearnOptimizer.norm_in_backward`."""
+    norm = _Norm(optimizer, side)
+    with consuming(norm.parameters, norm.name, norm.take):
+        yield
+    norm.finish()
+
+
+@contextlib.contextmanager
+def stepping(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
+    """One forget or retain step, made by the backward pass of the block; :meth:`UnlearnOptimizer.step_in_backward`."""
+    step = _Step(optimizer, side)
+    try:
+        with consuming(step.parameters, step.name, step.take):
+            yield
+    except BaseException as error:
+        if step.made:
+            optimizer.broken = (
+                f"{len(step.made)} of {len(step.parameters)} parameters have made a step that the others have not"
+            )
+        if step.made and isinstance(error, NonFiniteError):
+            raise NonFiniteError(
+                f"{side}_step: the gradient of {step.name(step.at)} is not finite, and {optimizer.broken} (the last "
+                f"was {step.name(step.made[-1])}): go on from a checkpoint, with a lower learning rate or forget_alpha"
+            ) from None
+        raise
+    step.finish()
+
+
+class _Pass:
+    """What both passes know of a side, one parameter at a time, in whatever order gradients appear."""
+
+    def __init__(self, optimizer: UnlearnOptimizer, side: str):
+        if side not in _LIMITS:
+            raise InputError(f"side: expected forget or retain, got {side!r}")
+        optimizer.check_whole()
+        self.optimizer, self.side, self.op = optimizer, side, f"{side}_step"
+        self.limit = getattr(optimizer, _LIMITS[side])
+        self.parameters = optimizer._parameters()
+        self.masked = optimizer.mask_bits is not None and (side == "forget" or optimizer.mask_scope == "all")
+        self.places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
+        # As the optimizer's own methods take them: a list of each side, here with one gradient at a time.
+        self.gradients: dict[str, list[Tensor | None]] = {s: [None] * len(self.parameters) for s in _LIMITS}
+
+    def name(self, i: int) -> str:
+        return self.optimizer._names()[i]
+
+    def take(self, i: int, gradient: Tensor) -> None:
+        if gradient.layout != torch.strided:
+            raise InputError(f"{self.op}: the gradient of {self.name(i)} is sparse; make it dense with .to_dense()")
+        own = self.gradients[self.side]
+        (own[i],) = self.optimizer._aligned(self.op, [gradient], [self.parameters[i]])
+        try:
+            self.use(i)
+        finally:
+            own[i] = None
+
+    def use(self, i: int) -> None:
+        raise NotImplementedError
+
+    def check_any(self, found: Collection[int]) -> None:
+        if not found:
+            raise InputError(f"{self.op}: every gradient is None; call backward() on a loss of these parameters first")
+
+
+class _Norm(_Pass):
+    def __init__(self, optimizer: UnlearnOptimizer, side: str):
+        super().__init__(optimizer, side)
+        self.found: dict[int, Any] = {}  # the weighted square, and how many entries are not finite
+
+    def use(self, i: int) -> None:
+        optimizer = self.optimizer
+        forget, retain = ([g[i]] if g[i] is not None else () for g in self.gradients.values())
+        bits = [optimizer.mask_bits[i]] if self.masked else ()
+        products = ops.gradient_products(forget, retain, bits, optimizer.mask_scope)
+        if self.parameters[i].device.type == "cpu":
+            products = products.tolist()
+            if products[3]:
+                optimizer._raise_non_finite(self.op, self.parameters, *self.gradients.values(), self.masked)
+        square = products[0 if forget else 1] * self.places[i][0][f"{self.side}_weight"] ** 2
+        self.found[i] = square, products[3]
+
+    def finish(self) -> None:
+        """Summed in the parameters' order, not in that of their gradients."""
+        self.check_any(self.found)
+        squares, non_finite = zip(*(self.found[i] for i in sorted(self.found)), strict=True)
+        self.optimizer.measured[self.side] = clip_factor(self.limit, sum(squares)), sum(non_finite) > 0
+
+
+class _Step(_Pass):
+    """What :meth:`UnlearnOptimizer._step` does."""
+
+    def __init__(self, optimizer: UnlearnOptimizer, side: str):
+        super().__init__(optimizer, side)
+        self.clip, self.skip = optimizer.measured.pop(side, (None, False))
+        if self.clip is None and self.limit is not None:
+            raise InputError(
+                f"step_in_backward: {_LIMITS[side]} clips by the norm of all gradients: measure it first, in a "
+                "backward pass of its own within norm_in_backward"
+            )
+        self.states = optimizer._states(self.parameters)
+        optimizer._make_slow_weights(self.states)
+        own_state = side == "forget" and optimizer.dual_state
+        self.prefix = "forget_" if own_state else ""
+        self.rule = optimizer.forget_rule if own_state else optimizer.rule
+        closes = (optimizer.param_groups[0]["retain_steps"] + 1) % optimizer.slow_freq == 0
+        self.interpolate = side == "retain" and closes
+        # Noise by place, not by the order in which gradients appear.
+        self.seeds = {id(group): group["rounding_seed"] for group in optimizer.param_groups}
+        self.made: list[int] = []
+        self.at = 0
+
+    def use(self, i: int) -> None:
+        from .optim import _Bucket
+
+        self.at = i
+        optimizer, (group, place) = self.optimizer, self.places[i]
+        count = self.states[i].get(f"{self.prefix}step", 0) + 1
+        bucket = _Bucket(group, [i], self.side == "forget", self.side == "retain", count, ())
+        if group["rounding_seed"] is not None:
+            group["rounding_seed"] = self.seeds[id(group)] + place
+        both = (*self.gradients.values(),)
+        clips, skip = optimizer._clip(self.op, self.parameters, *both, [bucket], self.masked)
+        if self.limit is not None:  # that was of one gradient
+            clips, skip = (self.clip, self.clip), self.skip
+        else:
+            self.skip = self.skip | skip
+        optimizer._step_bucket(
+            bucket, self.parameters, self.states, *both, self.rule, self.prefix, self.masked, clips, skip,
+            self.interpolate, self.side == "forget",
+        )  # fmt: skip
+        optimizer.in_parts |= self.limit is None  # else none moves where one gradient is not finite
+        self.made.append(i)
+
+    def finish(self) -> None:
+        """Once for all parameters: what closes a step and a round."""
+        optimizer = self.optimizer
+        self.check_any(self.made)
+        if self.side == "forget" and self.limit is not None:
+            optimizer.last_clip = torch.as_tensor(self.clip, dtype=torch.float64)
+        for group in optimizer.param_groups:
+            if group["rounding_seed"] is not None:
+                group["rounding_seed"] = self.seeds[id(group)] + len(group["params"])
+        with torch.no_grad():
+            if self.interpolate:
+                left = set(range(len(self.parameters))).difference(self.made)
+                left = [i for i in sorted(left) if "slow" in self.states[i]]
+                optimizer._interpolate(left, self.parameters, self.masked, self.skip)
+        if self.side == "retain":
+            for group in optimizer.param_groups:
+                group["retain_steps"] += 1
+        optimizer._opt_called = True
+
+
+def clip_factor(limit: float | None, square: float | Tensor) -> float | Tensor:
+    """min(1, limit / (norm + 1e-6)), as torch's clip_grad_norm_; ``square`` is the norm's."""
+    if limit is None:
+        return 1.0
+    factor = limit / (square**0.5 + 1e-6)
+    return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)
