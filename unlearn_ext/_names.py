@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -10,12 +11,20 @@ from torch import nn
 
 from .errors import InputError
 
-__all__ = ["by_plain_name", "own_names", "trainable", "unwrapped"]
+__all__ = ["by_plain_name", "own_names", "reshard", "trainable", "unwrapped"]
 
 Value = TypeVar("Value")
 
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's, around the model or any block of it
 _PARALLEL = "module."  # DistributedDataParallel's and DataParallel's, and what a model may call a part of its own
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward pass without a backward one ``fully_shard`` leaves whole parameters in the place of its parts."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    for part in model.modules() if module is not None else ():
+        if isinstance(part, module.FSDPModule):
+            part.reshard()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -49,5 +58,6 @@ def by_plain_name(named: Iterable[tuple[str, Value]]) -> dict[str, Value]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters to be moved, by name."""
+    """The parameters to be moved, by name; of a sharded model the parts, also where a pass has left it whole."""
+    reshard(model)
     return own_names((n, p) for n, p in unwrapped(model).named_parameters() if p.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,11 @@ from .forget_report import planned, show_estimate, show_fid, show_plan, show_ver
 from .report import check_file, plain_console, write_report
 
 __all__ = ["forget"]
+
+
+class Parallel(str, Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class Weights(str, Enum):
@@ -114,6 +120,9 @@ def forget(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the drawn images, noise and pictures.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    parallel: Annotated[
+        Parallel, typer.Option(help="Under torchrun: each rank holds the denoiser (ddp), or a part of it (fsdp).")
+    ] = Parallel.ddp,
 ) -> int:
     """Make a diffusion model forget a class or a concept, in diffusers' own format.
 
@@ -125,6 +134,7 @@ def forget(
     """
     from ..diffusion.job import ForgetJob
     from ..diffusion.options import ForgetOptions
+    from ..diffusion.parallel import start_ranks
     from ..diffusion.pretrained import OWN_FOLDER
     from ..errors import InputError
     from .backend import load_backend
@@ -133,12 +143,13 @@ def forget(
     given = dict(locals())
     names = ForgetOptions.__dataclass_fields__
     chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
-    chosen["device"] = checked_device(device)
+    chosen["device"] = start_ranks(checked_device(device))
     options = ForgetOptions(**chosen)
     if dry_run and json_file is not None and json_file.parent.resolve() == output_dir.resolve():
         raise InputError("--json: a dry run writes nothing to --output-dir: name a file outside it")
     check_file("--json", json_file, output_dir)
-    console, errors = plain_console(), plain_console(stderr=True)
+    quiet = int(os.environ.get("RANK", "0")) > 0  # the first rank tells
+    console, errors = plain_console(quiet=quiet), plain_console(stderr=True, quiet=quiet)
     with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
     show_plan(job, console)
@@ -153,6 +164,8 @@ def forget(
     with stages(errors) as progress:
         job.progress = progress
         found = job.run()
+    if not job.first:
+        return 0
     report = write_report(found, output_dir / OWN_FOLDER / "result.json", json_file)
     if report["left_out"]:
         console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)

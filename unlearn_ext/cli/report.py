@@ -14,14 +14,14 @@ from rich.console import Console
 __all__ = ["check_file", "plain_console", "versions", "write_report"]
 
 
-def plain_console(*, stderr: bool = False) -> Console:
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Stdout's is 80 columns wide where that is no terminal; stderr's is as wide as rich finds it.
 
     Text is printed as it is: a path may hold brackets, which rich would take for markup, or a name between colons,
     which it would take for an emoji.
     """
     width = None if stderr or sys.stdout.isatty() else 80
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 def check_file(option: str, file: Path | None, output_dir: Path | None = None) -> None:

@@ -20,6 +20,7 @@ from .._files import writable_directory
 from .._hashing import weights_hash
 from .._loop import Progress
 from .._names import trainable
+from .._shards import local
 from ..data.drawing import Draw, draw_indices, until_readable
 from ..data.images import ImageData, count_classes, open_data
 from ..data.latents import LatentData, encode_latents, latents_size
@@ -34,6 +35,7 @@ from .fid import RetainedFID
 from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
+from .parallel import gather_weights, ranks, wrap
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, WithReplacements, read_prompts
@@ -106,6 +108,9 @@ class ForgetJob:
             self.model.enable_gradient_checkpointing()
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.ranks = ranks()
+        self._check_ranks()
+        whole = self.model if self.ranks == 1 else wrap(self.model, options.parallel)
         if self.pretrained.image_shape is None:
             raise InputError(
                 f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
@@ -116,13 +121,24 @@ class ForgetJob:
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if self.method.mask is not None:
             self._check_mask(self.method.mask)
-        self.unlearner = self._make_unlearner()
+        self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
             try:
                 found = _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
             except InputError as error:
                 raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
             self.unlearner.read_checkpoint(found)
+
+    def _check_ranks(self) -> None:
+        """What several ranks cannot do, by the names of the options."""
+        options = self.options
+        for option, given in (
+            ("--weights-dtype bfloat16", options.weights_dtype == "bfloat16"),
+            ("--optimizer-in-backward", options.optimizer_in_backward),
+            ("--fisher-storage", options.fisher_storage != "device"),
+        ):
+            if given and self.ranks > 1:
+                raise InputError(f"{option} is for one process: leave it out, or --parallel fsdp saves memory as well")
 
     # --- Opening --------------------------------------------------------------------------------------------
 
@@ -229,7 +245,7 @@ class ForgetJob:
             settings.update(label_dropout=0.0, guidance=None)
         return ClassConditionalDiffusion(pretrained.scheduler, null_label=pretrained.classes.null_label, **settings)
 
-    def _make_unlearner(self) -> Unlearner:
+    def _make_unlearner(self, model: nn.Module) -> Unlearner:
         options = self.options
         identity = {
             **self._identity(),
@@ -239,7 +255,7 @@ class ForgetJob:
             "task": json.dumps(self.task_settings),
         }
         return Unlearner(
-            self.model,
+            model,
             self.task,
             self.method,
             device=options.device,
@@ -327,6 +343,8 @@ class ForgetJob:
 
     def estimate(self) -> Estimate:
         """Memory by stage and part, time and disk. Nothing is written, and the run that may follow is not disturbed."""
+        if self.ranks > 1:
+            raise InputError("--dry-run tries batches in one process: run it without torchrun")
         return estimate_run(self)
 
     @property
@@ -359,11 +377,12 @@ class ForgetJob:
         options = self.options
         if options.strict or not self.encodes:  # before anything is written
             self._verify()
-        output = claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
-        own = writable_directory(output / OWN_FOLDER)
-        forget, retain = self._loaders(self._encode(own / "latents") if self.encodes else self.data)
+        own = self._claim() / OWN_FOLDER
+        forget, retain = self._loaders(self._encode_in_turn(own / "latents") if self.encodes else self.data)
         if self.pictures.fid is not None:
-            self._take_real()
+            with self._together():
+                if self.first:
+                    self._take_real()
         with self.in_float32():
             self._take_pictures("before")
         if self.in_bfloat16:
@@ -388,16 +407,43 @@ class ForgetJob:
         if result.mask is not None:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
             result.mask.metadata.update(self._identity())
+        weights = gather_weights(self.model)
+        if not self.first:
+            return {}
+        if result.mask is not None:
             result.mask.save(own / "mask.safetensors")
-        if self.tied:
+        if self.tied and weights is None:
             untie_embeddings(self.model)
-        write_output(self.pretrained, output)  # before anything that may go wrong with the pictures
+        # Before anything that may go wrong with the pictures.
+        write_output(self.pretrained, options.output_dir, weights)
         self.pictures.write_grid(own / "before-after.png")
         with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
             verdict = self.pictures.verdict()
         with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
             fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
         return self._report(result, verdict, fid)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and tells what all ranks have done."""
+        return self.unlearner.ranks.first
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return self.unlearner.ranks.together()
+
+    def _claim(self) -> Path:
+        options = self.options
+        with self._together():
+            if self.first:
+                claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
+                writable_directory(options.output_dir / OWN_FOLDER)
+        return options.output_dir
+
+    def _encode_in_turn(self, directory: Path) -> LatentData:
+        """By the first rank; the others find what it has written."""
+        with self._together():
+            latents = self._encode(directory) if self.first else None
+        return latents or self._encode(directory)
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -531,7 +577,7 @@ class ForgetJob:
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():
             for name, p in trainable(self.model).items():
-                p.copy_(result.ema[name])
+                local(p).copy_(local(result.ema[name]))
 
     def _ema_decay(self) -> float | None:
         if self.options.save_weights == "last":

@@ -14,6 +14,7 @@ from .._modes import PRECISIONS
 from ..errors import InputError
 from ..evaluation.inception import check_file
 from ..saliency.storage import check_storage
+from .parallel import PARALLEL
 
 __all__ = ["WEIGHTS_DTYPES", "ForgetOptions"]
 
@@ -63,6 +64,7 @@ class ForgetOptions:
     strict: bool = False
     seed: int = 0
     device: str = "cpu"
+    parallel: str = "ddp"
 
     def __post_init__(self) -> None:
         if not self.data.exists():
@@ -121,6 +123,8 @@ class ForgetOptions:
                     "leave one of them out"
                 )
         check_storage("--fisher-storage", self.fisher_storage, gamma=self.mask is None and self.mask_fraction is None)
+        if self.parallel not in PARALLEL:
+            raise InputError(f"--parallel: expected one of {', '.join(PARALLEL)}, got {self.parallel!r}")
         sources = [n for n in ("gamma", "mask_fraction", "mask") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise InputError(f"{' and '.join(map(_option, sources))} each say which weights are masked: give only one")

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from .._files import writable_directory
 from ..errors import InputError
 from .pretrained import OWN_FOLDER, Pretrained, write_result
@@ -80,10 +82,14 @@ def claim_output(output: Path, source: Path, needed: Mapping[str, int], *, resum
     return output
 
 
-def write_output(pretrained: Pretrained, output: Path) -> None:
-    """The whole folder is made first, and moved to its place entry by entry, the index last."""
+def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """The whole folder is made first, and moved to its place entry by entry, the index last.
+
+    Args:
+        weights: the denoiser's, by name, where it holds but a part of them.
+    """
     whole = output / OWN_FOLDER / _WHOLE
-    write_result(pretrained.folder, pretrained, whole)
+    write_result(pretrained.folder, pretrained, whole, weights=weights)
     _move(whole, output)
 
 
