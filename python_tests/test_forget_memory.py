@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from forgetting import denoiser, job_of, result, run, run_killed_at
 from pipelines import NAMES, save_ddpm_pipeline, save_digit_folders, save_dit_pipeline, save_text_pipeline
 
-from unlearn_ext import _loop
+from unlearn_ext import InputError, _loop
 from unlearn_ext.saliency import SaliencyMask
 
 WHAT = {"text": ("--forget-prompt", "three", "--replace-prompt", "two")}
@@ -126,6 +126,19 @@ def test_a_killed_run_in_bfloat16_is_resumed_to_the_same_weights(
     assert identical(denoiser(forgotten("dit", *own), "dit"), denoiser(tmp_path / "out", "dit"))
 
 
+def test_a_mask_is_for_the_weights_that_it_was_measured_on(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
+    """Rounded ones are others."""
+    own = ("--weights-dtype", "bfloat16")
+    first = forgotten("ddpm", *own)
+    mask = str(first / "unlearning" / "mask.safetensors")
+    given = {"mask": Path(mask), "fisher_batches": None}
+    job_of(home, "ddpm", tmp_path / "again", weights_dtype="bfloat16", **given).run()
+    again = tmp_path / "again" / "unlearning" / "mask.safetensors"
+    assert SaliencyMask.load(again) == SaliencyMask.load(mask)
+    with pytest.raises(InputError, match="was made for other weights"):
+        job_of(home, "ddpm", tmp_path / "other", **given)
+
+
 def test_averages_of_bfloat16_weights_are_written_in_full(forgotten: Forgotten) -> None:
     own = ("--weights-dtype", "bfloat16", "--save-weights", "ema", "--ema-decay", "0.5", "--learning-rate", "1e-2")
     after = denoiser(forgotten("ddpm", *own), "ddpm")
@@ -177,8 +190,6 @@ def test_what_does_not_go_together_is_refused(home, tmp_path, capsys, model, arg
 
 
 def test_fp16_is_refused_beside_bfloat16_and_steps_in_the_backward_pass(home: Path, tmp_path: Path) -> None:
-    from unlearn_ext import InputError
-
     for option, words in (
         ({"weights_dtype": "bfloat16"}, "--weights-dtype bfloat16 computes in bf16: leave out --mixed-precision fp16"),
         ({"optimizer_in_backward": True}, "and --mixed-precision fp16 needs all of them: leave one of them out"),

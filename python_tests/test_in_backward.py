@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -215,13 +216,16 @@ def test_a_norm_is_for_one_step() -> None:
     model = Net()
     optimizer = optimizer_of(model, rule="sgd", max_norm=1.0)
     words = r"^step_in_backward: max_norm clips by the norm of all gradients: measure it first"
-    for measured in (False, True):
-        if measured:
+    for between in (None, "forget", "retain", "ordinary"):
+        optimizer.zero_grad()
+        if between is not None:
             loss = loss_of(model, 0)
             with optimizer.norm_in_backward("forget"):
                 loss.backward(retain_graph=True)
-            with optimizer.step_in_backward("forget"):
+            with contextlib.nullcontext() if between == "ordinary" else optimizer.step_in_backward(between):
                 loss.backward()
+            if between == "ordinary":
+                optimizer.retain_step()
         with pytest.raises(InputError, match=words):
             optimizer.step_in_backward("forget").__enter__()
     with pytest.raises(InputError, match=r"^side: expected forget or retain, got 'both'"):

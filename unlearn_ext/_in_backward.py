@@ -175,6 +175,7 @@ class _Step(_Pass):
                 f"step_in_backward: {_LIMITS[side]} clips by the norm of all gradients: measure it first, in a "
                 "backward pass of its own within norm_in_backward"
             )
+        optimizer.measured.clear()  # the weights will be others
         self.states = optimizer._states(self.parameters)
         optimizer._make_slow_weights(self.states)
         own_state = side == "forget" and optimizer.dual_state

@@ -428,6 +428,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         closes_round: bool,
     ) -> None:
         self.check_whole()
+        self.measured.clear()  # the weights will be others
         forgets = op != "retain_step"
         own_state = op == "forget_step" and self.dual_state
         masked = self.mask_bits is not None and (forgets or self.mask_scope == "all")

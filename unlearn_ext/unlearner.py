@@ -207,7 +207,8 @@ class Unlearner:
         Raises:
             InputError: data, masks or directories that do not fit.
             NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
-                update the forget step of the same iteration may have been made before, and the message says so.
+                update the forget step of the same iteration may have been made before, and the message says so. With
+                ``optimizer_in_backward`` and no clip, a part of the step may have been made, and the message says that.
             ProtectionError: a weight that every step protects has changed.
             LostRankError: another process of the run has ended.
         """
