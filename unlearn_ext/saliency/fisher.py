@@ -15,6 +15,7 @@ from .._arguments import check_count, check_number
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
+from ._arriving import arriving, in_parts
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -28,14 +29,16 @@ class FisherDiagonal:
     As released with SFR-on, :math:`F = \frac{1}{B} \sum_b (\nabla \bar l_b)^2` over B batches, with
     :math:`\bar l_b` the batch-mean loss; with ``per_sample=True`` the exact diagonal
     :math:`F = \frac{1}{N} \sum_i (\nabla l_i)^2` over samples, through ``torch.func``. The model is in eval mode
-    while it is measured.
+    while it is measured. Without ``max_norm`` each gradient of a batch is squared and freed as soon as the backward
+    pass has made it, so that those of all weights are never there at once.
 
     Args:
         model: whose trainable parameters are measured.
         task: how a batch becomes per-sample losses.
         per_sample: exact per-sample gradients; B/chunk times the work of one batch gradient.
         batches: use at most this many batches of each data set.
-        chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
+        chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights. 1: a backward pass
+            for each sample, without ``torch.func``, of the model as it is given: compiled, or checkpointing gradients.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
 
     Attributes:
@@ -85,7 +88,7 @@ class FisherDiagonal:
         ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
-            InputError: no batches, or no parameter received a gradient.
+            InputError: no batches, or no parameter received a gradient, or one received it in parts.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
         before = self.count
@@ -112,10 +115,13 @@ class FisherDiagonal:
 
     def _update(self, batch: Any, where: str) -> None:
         batch = self.task.prepare(batch, next(iter(self._parameters.values())).device)
-        if self.per_sample:
-            self._add_per_sample(batch, where)
-        else:
+        if not self.per_sample:
             self._add_batch(batch, where)
+        elif self.chunk == 1:
+            for i in range(self.task.size(batch)):
+                self._add_batch(_part(batch, i, i + 1), where)
+        else:
+            self._add_per_sample(batch, where)
 
     def _add_batch(self, batch: Any, where: str) -> None:
         for p in self._parameters.values():
@@ -124,14 +130,22 @@ class FisherDiagonal:
         _check_finite(loss, where)
         if not loss.requires_grad:
             return
-        loss.backward()
-        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        with torch.no_grad():
-            self._accumulate([self.sums[name] for name in found], list(found.values()))
-        self.seen |= found.keys()
+        if self.max_norm is None and not _averaged_later():
+            with arriving(self._parameters, self._square) as seen:
+                loss.backward()
+        else:
+            loss.backward()
+            found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+            with torch.no_grad():
+                self._accumulate([self.sums[name] for name in found], list(found.values()))
+            seen = found.keys()
+        self.seen |= seen
         self.count += 1
         for p in self._parameters.values():
             p.grad = None
+
+    def _square(self, gradients: dict[str, Tensor]) -> None:
+        ops.accumulate_fisher_([self.sums[name] for name in gradients], list(gradients.values()))
 
     def _add_per_sample(self, batch: Any, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
@@ -147,25 +161,42 @@ class FisherDiagonal:
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         size = self.task.size(batch)
         for start in range(0, size, self.chunk):
-            part = _map_tensors(batch, lambda t, start=start: t[start : start + self.chunk])
-            gradients, losses = gradients_of(values, part)
+            gradients, losses = gradients_of(values, _part(batch, start, start + self.chunk))
             _check_finite(losses.mean(), where)
-            for i in range(losses.shape[0]):
-                self._accumulate(list(self.sums.values()), [g[i].detach() for g in gradients.values()])
+            samples = [[g[i].detach() for g in gradients.values()] for i in range(losses.shape[0])]
+            weights = [self._weight(sample) for sample in samples]
+            sums, device = list(self.sums.values()), losses.device
+            for few in in_parts(sums, device):  # all samples, while the sums of these few are in the cache
+                for sample, weight in zip(samples, weights, strict=True):
+                    ops.accumulate_fisher_(sums[few], sample[few], weight)
         self.count += size
 
     def _accumulate(self, sums: list[Tensor], gradients: list[Tensor]) -> None:
-        weight = 1.0
-        if self.max_norm is not None:
-            norm = math.sqrt(float(ops.gradient_products(gradients)[0]))
-            if math.isfinite(norm):  # else it is found at the end
-                weight = min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
-        ops.accumulate_fisher_(sums, gradients, weight)
+        ops.accumulate_fisher_(sums, gradients, self._weight(gradients))
+
+    def _weight(self, gradients: list[Tensor]) -> float:
+        """Of the squares: that of the gradient scaled to ``max_norm``, where it is longer."""
+        if self.max_norm is None:
+            return 1.0
+        norm = math.sqrt(float(ops.gradient_products(gradients)[0]))
+        if not math.isfinite(norm):  # it is found at the end
+            return 1.0
+        return min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
+
+
+def _averaged_later() -> bool:
+    """Whether other processes have a share in each gradient, which is added after it has arrived."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_finite(loss: Tensor, where: str) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"Fisher: the loss of {where} is {loss.item()}; check the data and the precision")
+
+
+def _part(batch: Any, start: int, stop: int) -> Any:
+    """These samples of a prepared batch."""
+    return _map_tensors(batch, lambda t: t[start:stop])
 
 
 def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -166,7 +166,8 @@ class SaliencyMask:
         """From Fisher sums of equal names; those that were not ``seen`` are kept out."""
         if gamma is not None and mask_fraction is not None:
             raise InputError("gamma and mask_fraction both say which weights are salient: give one of them")
-        masks = {name: torch.zeros(total.shape, dtype=torch.bool) for name, total in forget.items()}
+        if not forget:
+            raise InputError("Fisher diagonals of no tensors were given: none holds a gradient")
         names = [name for name in forget if name in seen]
         f, r = [forget[name] for name in names], [retain[name] for name in names]
         if mask_fraction is None:
@@ -176,12 +177,14 @@ class SaliencyMask:
         else:
             check_fraction("mask_fraction", mask_fraction)
             f = [total.contiguous() for total in f]  # ties are broken in logical order
-            wanted = _part_of(sum(mask.numel() for mask in masks.values()), mask_fraction)
+            wanted = _part_of(sum(total.numel() for total in forget.values()), mask_fraction)
             k = min(wanted, sum(total.numel() for total in f))
             bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
             origin = {"mask_fraction": repr(float(mask_fraction))}
-        masks.update(zip(names, ops.unpack_bits(bits, f), strict=True))
-        return cls.from_dict(masks, {**origin, **(metadata or {})})
+        kept = dict(zip(names, _logical(bits, f), strict=True))
+        words = {name: kept[name] if name in kept else _no_bits(total) for name, total in forget.items()}
+        shapes = {name: tuple(total.shape) for name, total in forget.items()}
+        return cls(by_plain_name(words.items()), by_plain_name(shapes.items()), {**origin, **(metadata or {})})
 
     # --- What it holds --------------------------------------------------------------------------------------
 
@@ -259,7 +262,7 @@ class SaliencyMask:
         for name, p in named.items():
             bits = self._bits.get(name)
             if bits is None:
-                bits = torch.zeros((p.numel() + 31) // 32, dtype=torch.int32)
+                bits = _no_bits(p)
             elif not p.is_contiguous():
                 logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool)])[0]
                 bits = ops.pack_bits([torch.empty_like(p, dtype=torch.bool, device="cpu").copy_(logical)])[0]
@@ -397,6 +400,20 @@ class SaliencyMask:
         A file of :meth:`save` is 8 times smaller, and no pickle.
         """
         foreign.write_masks(self.unpack(), path)
+
+
+def _logical(bits: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Bits on the CPU and in logical order, of those in the memory order of ``like``."""
+    words = [word.cpu() for word in bits]
+    for i, tensor in enumerate(like):
+        if not tensor.is_contiguous():
+            ordered = ops.unpack_bits([words[i]], [torch.empty_like(tensor, dtype=torch.bool, device="cpu")])[0]
+            words[i] = ops.pack_bits([ordered.contiguous()])[0]
+    return words
+
+
+def _no_bits(like: Tensor) -> Tensor:
+    return torch.zeros((like.numel() + 31) // 32, dtype=torch.int32)
 
 
 def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
