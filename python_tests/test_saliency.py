@@ -592,6 +592,7 @@ class Tied(nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the task's trial without gradients
 def test_a_weight_in_two_places_has_one_gradient(monkeypatch) -> None:
     monkeypatch.setattr(_arriving, "_AT_ONCE", {"cpu": 1})
     data = [(torch.randn(5, 6, dtype=torch.float64), torch.arange(5))]

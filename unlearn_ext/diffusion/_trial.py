@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import is_out_of_memory
 
-__all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]
+__all__ = ["LiveBytes", "Trial", "held_tensors", "try_batch", "try_samples"]
 
 _LONG = 2.0  # seconds; on the CPU a run that took as long is not repeated to be timed
 _CHEAP = 2.0  # seconds; as many samples as should take less are tried at once
@@ -107,7 +107,7 @@ def _try(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) 
 
 def _watched(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) -> Trial:
     device = next(model.parameters()).device
-    live = _LiveBytes(device, held_tensors([model, *others]))
+    live = LiveBytes(device, held_tensors([model, *others]))
     started = time.perf_counter()
     with live:
         run()
@@ -131,7 +131,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts storages that operators are given or return, from then until they are freed.
 
     What an operator takes and gives back within itself is not seen.
@@ -146,6 +146,11 @@ class _LiveBytes(TorchDispatchMode):
         self.device, self.peak, self._now = device, 0, 0
         self._held = {t.untyped_storage()._cdata for t in held}
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
+
+    def lap(self) -> int:
+        """The peak so far; the next one starts from what is alive now."""
+        peak, self.peak = self.peak, self._now
+        return peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
