@@ -19,11 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from unlearn_ext import ops
 from unlearn_ext.errors import InputError, NonFiniteError
-from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _arriving
+from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _arriving, _parts
 from unlearn_ext.saliency import fisher as fisher_module
 from unlearn_ext.saliency.mask import _part_of
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
@@ -557,62 +556,25 @@ def test_per_sample_does_not_depend_on_the_chunk() -> None:
         torch.testing.assert_close(one.sums[name], many.sums[name], rtol=1e-12, atol=1e-18)
 
 
-@pytest.mark.parametrize("options", ({}, {"per_sample": True, "chunk": 3}, {"per_sample": True, "chunk": 1}), ids=str)
+@pytest.mark.parametrize("options", ({"in_backward": True}, {"per_sample": True, "chunk": 3}), ids=str)
 def test_gradients_are_squared_some_at_a_time(options, monkeypatch) -> None:
     """As large models have it: each call of the operator takes one tensor."""
     model, data, calls = trained(), batches(2, 7, seed=1, dtype=torch.float64), []
-    monkeypatch.setattr(_arriving, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(_parts, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
     accumulate = fisher_module.ops.accumulate_fisher_
 
     def watched(sums: list[Tensor], grads: list[Tensor], weight: float = 1.0) -> None:
         calls.append(len(sums))
-        assert options or sum(p.grad is not None for p in model.parameters()) == 0
+        assert all(p.grad is None for p in model.parameters())
         accumulate(sums, grads, weight)
 
     monkeypatch.setattr(fisher_module.ops, "accumulate_fisher_", watched)
     means = FisherDiagonal(model, Classification(), **options).measure(data).means()
-    for name, want in plain_fisher(model, data, bool(options)).items():
+    for name, want in plain_fisher(model, data, "per_sample" in options).items():
         torch.testing.assert_close(means[name], want, rtol=1e-12, atol=1e-18)
-    assert calls == [1] * (len(means) * (14 if options else 2))
+    assert calls == [1] * (len(means) * (14 if "per_sample" in options else 2))
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-class Tied(nn.Module):
-    """One weight in two places, each under gradient checkpointing."""
-
-    def __init__(self, reentrant: bool):
-        super().__init__()
-        self.first, self.second, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 6), reentrant
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_(self.reentrant)  # which asks for it
-        for layer in (self.first, self.second):
-            x = checkpoint(layer, x, use_reentrant=self.reentrant)
-        return x
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the task's trial without gradients
-def test_a_weight_in_two_places_has_one_gradient(monkeypatch) -> None:
-    monkeypatch.setattr(_arriving, "_AT_ONCE", {"cpu": 1})
-    data = [(torch.randn(5, 6, dtype=torch.float64), torch.arange(5))]
-    model = Tied(reentrant=False).double()
-    means = FisherDiagonal(model, Classification()).measure(data).means()
-    for name, want in plain_fisher(model, data).items():
-        torch.testing.assert_close(means[name], want, rtol=1e-12, atol=1e-18)
-    model.reentrant = True  # whose backward passes within the backward pass give it in two parts
-    with pytest.raises(InputError, match=r"gradient of first\.weight came in parts: use .* use_reentrant=False"):
-        FisherDiagonal(model, Classification()).measure(data)
-    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def test_gradients_that_other_processes_share_are_squared_when_whole(monkeypatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(fisher_module, "arriving", None)
-    model, data = trained(), batches(2, 7, seed=1, dtype=torch.float64)
-    means = FisherDiagonal(model, Classification()).measure(data).means()
-    for name, want in plain_fisher(model, data).items():
-        torch.testing.assert_close(means[name], want, rtol=1e-12, atol=1e-18)
 
 
 @pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))

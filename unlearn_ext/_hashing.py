@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["file_hash", "sample_hashes", "samples_hash", "weights_hash"]
+__all__ = ["file_hash", "raw_bytes", "sample_hashes", "samples_hash", "weights_hash"]
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in logical order, whatever its dtype and device."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return memoryview(flat.view(torch.uint8).numpy())
@@ -23,7 +23,7 @@ def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(_raw(tensor))
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -31,7 +31,7 @@ def sample_hashes(inputs: Tensor) -> list[bytes]:
     """One hash for each sample of a batch (the first dimension)."""
     inputs = inputs.detach().cpu().contiguous()
     header = f"{inputs.dtype}\0{list(inputs.shape[1:])}\0".encode()
-    return [hashlib.blake2b(header + bytes(_raw(sample)), digest_size=16).digest() for sample in inputs]
+    return [hashlib.blake2b(header + bytes(raw_bytes(sample)), digest_size=16).digest() for sample in inputs]
 
 
 def samples_hash(hashes: Iterable[bytes]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -265,12 +266,16 @@ class Loop:
             )
         if not loss.requires_grad:
             raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
-        (self.scalers[side].scale(loss) if self.scalers else loss).backward()
+        own = side in self.unlearner.sides_in_backward
+        with self.optimizer.step_in_backward(side) if own else contextlib.nullcontext():
+            (self.scalers[side].scale(loss) if self.scalers else loss).backward()
 
     def _step(self, side: str, entry: dict[str, Any]) -> None:
         """A forget or retain step on ``.grad``; a GradScaler leaves it out when a scaled gradient overflowed."""
         step = self.optimizer.forget_step if side == "forget" else self.optimizer.retain_step
-        if not self.scalers:
+        if side in self.unlearner.sides_in_backward:
+            made = True  # by the backward pass
+        elif not self.scalers:
             step()
             made = True
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from ._arguments import check_count, check_finite, check_number
+from ._in_backward import stepping
 from ._python_checks import check_writable
 from .errors import InputError, NonFiniteError
 from .saliency import SaliencyMask
@@ -159,6 +161,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     Attributes:
         mask_bits: the mask as packed bits, aligned with the parameters, or None.
         last_clip: the last forget gradient's clip factor, a 0-d tensor.
+        broken: what a step in the backward pass left undone when it met an error, or None; until a state is loaded
+            the optimizer then makes no step.
 
     Source: SFR-on, arXiv 2409.19732.
     """
@@ -214,6 +218,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self.slow_freq, self.mask_scope, self.protect, self.dual_state = slow_freq, mask_scope, protect, dual_state
         self.last_clip: Tensor | None = None
         self._non_finite: Tensor | None = None
+        self.broken: str | None = None
+        self.in_parts = False  # whether a step in the backward pass was made
         self.mask_bits: list[Tensor] | None = None
         # Progress within the round and noise stand in the groups, so that state_dict carries them.
         defaults = {name: getattr(config, name) for name in _PER_GROUP} | {"retain_steps": 0, "rounding_seed": None}
@@ -342,10 +348,42 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         retain = self._aligned("joint_step", retain_grads, parameters)
         self._step("joint_step", parameters, forget, retain, closes_round=True)
 
+    def step_in_backward(self, side: str) -> contextlib.AbstractContextManager[None]:
+        """Makes the ``forget`` or ``retain`` step within a backward pass, and frees each gradient at once::
+
+            with optimizer.step_in_backward("retain"):
+                loss_of(model, retain_batch).backward()
+
+        A parameter moves when its gradient is whole (of a tied one: summed over all its uses), so that about one
+        layer's gradients are alive at a time. Weights, moments and counters are afterwards those of
+        :meth:`forget_step` or :meth:`retain_step` on the same gradients, to the bit; only stochastic rounding draws
+        other noise. Step hooks of torch.optim are not called.
+
+        A gradient that is not finite is found when others have moved already. Nothing takes that back: the error says
+        how many have, and the optimizer makes no step any more until a state is loaded. Load the weights with it, from
+        a checkpoint.
+
+        Raises:
+            InputError: this side is clipped by the norm of all gradients, a gradient is there already, or comes in
+                parts.
+            NonFiniteError: a gradient that counts is not finite (on the CPU at once).
+
+        Source: "fused backward", as LOMO, arXiv 2306.09782.
+        """
+        return stepping(self, side)
+
+    def check_whole(self) -> None:
+        """Raises InputError after a step in the backward pass that stopped half-way."""
+        if self.broken is not None:
+            raise InputError(f"{self.broken}: load weights and optimizer of a checkpoint to go on")
+
     def raise_if_non_finite(self) -> None:
         """Raises if a gradient since the last call was not finite. Waits for the device."""
         flag, self._non_finite = self._non_finite, None
         if flag is not None and bool(flag):
+            if self.in_parts:
+                self.broken = "a step in the backward pass left out weights whose gradient was not finite"
+                raise NonFiniteError(f"{self.broken}, and others moved: go on from a checkpoint, with a lower rate")
             raise NonFiniteError(
                 "a gradient was not finite, and the steps that met it wrote nothing: lower the learning rate or "
                 "forget_alpha, or set max_norm"
@@ -361,6 +399,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         retain: list[Tensor | None],
         closes_round: bool,
     ) -> None:
+        self.check_whole()
         forgets = op != "retain_step"
         own_state = op == "forget_step" and self.dual_state
         masked = self.mask_bits is not None and (forgets or self.mask_scope == "all")
@@ -601,6 +640,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         """
         self.check_state_dict(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
+        self.broken = None
         saved = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
         for index, p in zip(saved, self._parameters(), strict=True):
             if index not in state_dict["state"]:

@@ -19,6 +19,7 @@ from ._arguments import check_count, check_number
 from ._data import DataCheck
 from ._files import writable_directory
 from ._hashing import weights_hash
+from ._in_backward import check_in_backward
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
@@ -26,6 +27,7 @@ from ._streams import BatchStream, length
 from .errors import InputError
 from .methods import Method
 from .saliency import FisherDiagonal, SaliencyMask
+from .saliency.storage import check_storage, stored
 from .tasks import Task
 
 __all__ = ["Result", "Unlearner"]
@@ -81,6 +83,13 @@ class Unlearner:
         ema_decay: also keep moving averages of the trained weights, ``decay · average + (1 − decay) · weight`` after
             every iteration: :attr:`Result.ema`.
         identity: what else a run must have in common with the one that it resumes, such as a hash of its data.
+        optimizer_in_backward: make the steps of a side that no global norm clips (``max_norm``, ``retain_max_norm``)
+            within its backward pass, :meth:`UnlearnOptimizer.step_in_backward`, and the Fisher passes likewise where
+            no ``fisher_max_norm`` clips: about one layer's gradients are alive instead of all. The weights are the
+            same. A gradient that is not finite then ends the run in mid-step: it goes on from a checkpoint only.
+        fisher_storage: where the forget set's Fisher sums wait while the retain set's are measured: ``device``,
+            ``host`` (the CPU's memory) or ``disk`` (a safetensors file in ``output_dir``, removed afterwards). The mask
+            is the same.
     """
 
     def __init__(
@@ -94,6 +103,8 @@ class Unlearner:
         gradient_accumulation_steps: int = 1,
         ema_decay: float | None = None,
         identity: dict[str, str] | None = None,
+        optimizer_in_backward: bool = False,
+        fisher_storage: str = "device",
     ):
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
@@ -102,6 +113,11 @@ class Unlearner:
         check_count("gradient_accumulation_steps", gradient_accumulation_steps)
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+        self.sides_in_backward = ()
+        if optimizer_in_backward:
+            self.sides_in_backward = check_in_backward(method, mixed_precision, gradient_accumulation_steps)
+        check_storage("fisher_storage", fisher_storage, gamma=method.needs_fisher and method.mask_fraction is None)
+        self.fisher_storage = fisher_storage
         self.identity = dict(identity or {})
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
         if method.replaces and type(task).replacement_losses is Task.replacement_losses:
@@ -170,6 +186,8 @@ class Unlearner:
         """
         if checkpointing_steps is not None and output_dir is None:
             raise InputError("checkpointing_steps needs an output_dir to write to")
+        if self.fisher_storage == "disk" and output_dir is None:
+            raise InputError("fisher_storage='disk' needs an output_dir to write to")
         for name, count in (
             ("checkpointing_steps", checkpointing_steps),
             ("checkpoints_total_limit", checkpoints_total_limit),
@@ -195,7 +213,15 @@ class Unlearner:
         if checkpoint is None:
             if self.method.mask is not None:
                 self.method.mask.check_model(self._named)
-            result.mask = self._make_mask(forget, retain, result, allow_duplicates, progress)
+            with contextlib.ExitStack() as kept:
+                result.mask = self._make_mask(
+                    forget,
+                    retain,
+                    result,
+                    allow_duplicates,
+                    progress,
+                    lambda sums: kept.enter_context(stored(sums, self.fisher_storage, directory)),
+                )
         else:
             result.mask = checkpoint.mask
         optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
@@ -226,6 +252,10 @@ class Unlearner:
             **self.identity,
         }
 
+    @property
+    def fisher_in_backward(self) -> bool:
+        return bool(self.sides_in_backward) and getattr(self.method, "fisher_max_norm", None) is None
+
     def fisher_autocast(self):
         """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
         return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
@@ -239,8 +269,9 @@ class Unlearner:
 
     # --- Before the loop ------------------------------------------------------------------------------------
 
-    def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress):
-        """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case."""
+    def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress, keep: Callable):
+        """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case. ``keep``
+        takes Fisher sums that are not needed for a while."""
         method = self.method
         check = DataCheck(self.model, self.task, allow_duplicates, method.replaces)
         passes = {"forget": forget, "retain": retain}
@@ -273,8 +304,16 @@ class Unlearner:
                 progress(f"Fisher, {name} set", done, total)
 
             with self.fisher_autocast():
-                fisher = FisherDiagonal(self.model, self.task, batches=limit, max_norm=method.fisher_max_norm)
+                fisher = FisherDiagonal(
+                    self.model,
+                    self.task,
+                    batches=limit,
+                    max_norm=method.fisher_max_norm,
+                    in_backward=self.fisher_in_backward,
+                )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
+            if name == "forget":
+                fisher.sums = keep(fisher.sums)
         result.timings["fisher"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = SaliencyMask.from_fisher(

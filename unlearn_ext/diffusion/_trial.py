@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._in_backward import consuming
 from ..errors import is_out_of_memory
 
-__all__ = ["LiveBytes", "Trial", "held_tensors", "try_batch", "try_samples"]
+__all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]
 
 _LONG = 2.0  # seconds; on the CPU a run that took as long is not repeated to be timed
 _CHEAP = 2.0  # seconds; as many samples as should take less are tried at once
@@ -46,7 +47,12 @@ def held_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def try_batch(
-    model: nn.Module, loss: Callable[[], Tensor], others: Iterable[nn.Module] = (), *, batches: int = 1
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    others: Iterable[nn.Module] = (),
+    *,
+    batches: int = 1,
+    in_backward: bool = False,
 ) -> Trial:
     """Runs ``loss`` forward and backward, and leaves no gradient.
 
@@ -57,10 +63,17 @@ def try_batch(
         others: networks whose weights are not counted either.
         batches: in a step. From the second on, there are gradients already, and what is added to one is there beside.
             Of them all, two are tried, and the seconds are those of one.
+        in_backward: whether each gradient is used in the backward pass and freed.
     """
+    parameters = list(model.parameters())
 
     def step() -> None:
-        loss().backward()
+        if not in_backward:
+            loss().backward()
+            return
+        found = loss()
+        with consuming(parameters, str, lambda i, gradient: None):
+            found.backward()
 
     def steps() -> None:
         for _ in range(min(batches, 2)):
@@ -107,7 +120,7 @@ def _try(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) 
 
 def _watched(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) -> Trial:
     device = next(model.parameters()).device
-    live = LiveBytes(device, held_tensors([model, *others]))
+    live = _LiveBytes(device, held_tensors([model, *others]))
     started = time.perf_counter()
     with live:
         run()
@@ -131,7 +144,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):
     """Counts storages that operators are given or return, from then until they are freed.
 
     What an operator takes and gives back within itself is not seen.

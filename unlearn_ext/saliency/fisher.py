@@ -15,7 +15,8 @@ from .._arguments import check_count, check_number
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
-from ._arriving import arriving, in_parts
+from ._arriving import arriving
+from ._parts import in_parts
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -29,8 +30,7 @@ class FisherDiagonal:
     As released with SFR-on, :math:`F = \frac{1}{B} \sum_b (\nabla \bar l_b)^2` over B batches, with
     :math:`\bar l_b` the batch-mean loss; with ``per_sample=True`` the exact diagonal
     :math:`F = \frac{1}{N} \sum_i (\nabla l_i)^2` over samples, through ``torch.func``. The model is in eval mode
-    while it is measured. Without ``max_norm`` each gradient of a batch is squared and freed as soon as the backward
-    pass has made it, so that those of all weights are never there at once.
+    while it is measured.
 
     Args:
         model: whose trainable parameters are measured.
@@ -40,6 +40,7 @@ class FisherDiagonal:
         chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights. 1: a backward pass
             for each sample, without ``torch.func``, of the model as it is given: compiled, or checkpointing gradients.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
+        in_backward: square each gradient within the backward pass and free it: about one layer's are alive at a time.
 
     Attributes:
         sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
@@ -58,14 +59,18 @@ class FisherDiagonal:
         batches: int | None = None,
         chunk: int = 8,
         max_norm: float | None = None,
+        in_backward: bool = False,
     ):
+        if in_backward and (per_sample or max_norm is not None):
+            other = "per_sample" if per_sample else "max_norm"
+            raise InputError(f"in_backward frees each gradient at once, and {other} needs all of them: leave one out")
         if batches is not None:
             check_count("Fisher batches", batches)
         check_count("chunk", chunk)
         if max_norm is not None:
             check_number("Fisher max_norm", max_norm, "more than 0, or None for no clipping", lambda x: x > 0.0)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
-        self.max_norm = max_norm
+        self.max_norm, self.in_backward = max_norm, in_backward
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
@@ -130,7 +135,7 @@ class FisherDiagonal:
         _check_finite(loss, where)
         if not loss.requires_grad:
             return
-        if self.max_norm is None and not _averaged_later():
+        if self.in_backward:
             with arriving(self._parameters, self._square) as seen:
                 loss.backward()
         else:
@@ -165,8 +170,8 @@ class FisherDiagonal:
             _check_finite(losses.mean(), where)
             samples = [[g[i].detach() for g in gradients.values()] for i in range(losses.shape[0])]
             weights = [self._weight(sample) for sample in samples]
-            sums, device = list(self.sums.values()), losses.device
-            for few in in_parts(sums, device):  # all samples, while the sums of these few are in the cache
+            sums = list(self.sums.values())
+            for few in in_parts(sums):  # all samples, while the sums of these few are in the cache
                 for sample, weight in zip(samples, weights, strict=True):
                     ops.accumulate_fisher_(sums[few], sample[few], weight)
         self.count += size
@@ -182,11 +187,6 @@ class FisherDiagonal:
         if not math.isfinite(norm):  # it is found at the end
             return 1.0
         return min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
-
-
-def _averaged_later() -> bool:
-    """Whether other processes have a share in each gradient, which is added after it has arrived."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_finite(loss: Tensor, where: str) -> None:

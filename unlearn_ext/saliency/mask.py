@@ -16,6 +16,7 @@ from .._hashing import weights_hash
 from .._names import by_plain_name
 from ..errors import InputError
 from . import foreign
+from ._parts import in_parts
 
 if TYPE_CHECKING:
     from .fisher import FisherDiagonal
@@ -169,21 +170,21 @@ class SaliencyMask:
         if not forget:
             raise InputError("Fisher diagonals of no tensors were given: none holds a gradient")
         names = [name for name in forget if name in seen]
-        f, r = [forget[name] for name in names], [retain[name] for name in names]
         if mask_fraction is None:
             gamma = 1.0 if gamma is None else gamma
-            bits, _ = ops.ratio_bits(f, r, gamma=gamma, **ratio)
+            kept = _ratio_words(forget, retain, names, gamma=gamma, **ratio)
             origin = {"gamma": repr(gamma)}
         else:
             check_fraction("mask_fraction", mask_fraction)
-            f = [total.contiguous() for total in f]  # ties are broken in logical order
-            wanted = _part_of(sum(total.numel() for total in forget.values()), mask_fraction)
+            # Ties are broken in logical order.
+            f, r = [forget[name].contiguous() for name in names], [retain[name] for name in names]
+            wanted = _part_of(sum(total.numel() for total in retain.values()), mask_fraction)
             k = min(wanted, sum(total.numel() for total in f))
             bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
+            kept = dict(zip(names, _logical(bits, f), strict=True))
             origin = {"mask_fraction": repr(float(mask_fraction))}
-        kept = dict(zip(names, _logical(bits, f), strict=True))
-        words = {name: kept[name] if name in kept else _no_bits(total) for name, total in forget.items()}
-        shapes = {name: tuple(total.shape) for name, total in forget.items()}
+        words = {name: kept[name] if name in kept else _no_bits(retain[name]) for name in forget}
+        shapes = {name: tuple(retain[name].shape) for name in forget}
         return cls(by_plain_name(words.items()), by_plain_name(shapes.items()), {**origin, **(metadata or {})})
 
     # --- What it holds --------------------------------------------------------------------------------------
@@ -400,6 +401,18 @@ class SaliencyMask:
         A file of :meth:`save` is 8 times smaller, and no pickle.
         """
         foreign.write_masks(self.unpack(), path)
+
+
+def _ratio_words(
+    forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], names: list[str], **ratio: float
+) -> dict[str, Tensor]:
+    """Bits by name, a few tensors at a time: those of the forget Fisher may wait elsewhere, and come back here."""
+    kept: dict[str, Tensor] = {}
+    for few in in_parts([retain[name] for name in names]):
+        f = [forget[name] for name in names[few]]
+        bits, _ = ops.ratio_bits(f, [retain[name] for name in names[few]], **ratio)
+        kept.update(zip(names[few], _logical(bits, f), strict=True))
+    return kept
 
 
 def _logical(bits: list[Tensor], like: list[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...diffusion._trial import LiveBytes
+from ...diffusion._trial import _LiveBytes
 from .ways import SIDES, Way
 
 __all__ = ["COUNTED", "peaks"]
@@ -50,7 +50,7 @@ def peaks(way: Way, batches: Sequence[Any]) -> dict[str, int]:
         _allocated(way.bench.device)
         stages(lambda: _allocated(way.bench.device))
     else:
-        with LiveBytes(way.bench.device, ()) as live:
+        with _LiveBytes(way.bench.device, ()) as live:
             stages(live.lap)
     return found
 
