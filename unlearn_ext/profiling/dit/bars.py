@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from .measure import Measured
 
 __all__ = ["Bar", "bars", "condition"]
 
-_RIVALS = ("plain", "tuned")
+_OURS, _RIVALS = ("ours", "ours, in backward"), ("plain", "tuned")
+_BATCHED = ("ours, per sample", "ours, compiled")
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,15 @@ class Bar:
     """One comparison.
 
     Attributes:
-        what: is compared, ours by name included.
-        least: how many times as fast ours must be; for memory, how many times ours must go into the rival's.
+        what: is compared.
+        ours: the better of ours, or None where none was measured.
+        least: how many times as fast ours must be. For memory more than so many times ours must go into the rival's.
         found: how many times it is, or None where it was not measured.
-        rival: the faster one, which it is compared to.
+        rival: what it is compared to.
     """
 
     what: str
+    ours: str | None
     least: float
     found: float | None
     rival: str | None
@@ -33,41 +37,48 @@ class Bar:
     def holds(self) -> bool | None:
         if self.found is None:
             return None
-        return self.found > 1.0 if self.least == 1.0 else self.found >= self.least
+        return self.found > self.least if self.least == 1.0 else self.found >= self.least
 
     def document(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
 
     def __str__(self) -> str:
-        sign = ">" if self.least == 1.0 else "≥"
-        asked = f"{self.what} {sign} {self.least:g} ×"
+        asked = f"{self.what} {'>' if self.least == 1.0 else '≥'} {self.least:g} ×"
         if self.found is None:
             return f"not measured: {asked}"
-        return f"{'holds' if self.holds else 'missed'}: {asked}: {self.found:.2f} × against {self.rival}"
+        return f"{'holds' if self.holds else 'missed'}: {asked}: {self.found:.2f} × ({self.ours} against {self.rival})"
 
 
 def bars(measured: Measured) -> list[Bar]:
-    """Against the faster rival; memory against the plain loop."""
-    exact = [name for name in ("ours, per sample", "ours, compiled") if measured.median("fisher", name)]
-    best = min(exact, key=lambda name: measured.median("fisher", name), default="ours, per sample or compiled")
+    """The faster of ours against the faster rival; memory against the plain loop."""
+    plain = _peak(measured, "plain")
+    peaks = {name: peak for name in _OURS if (peak := _peak(measured, name))}
+    least = min(peaks, key=peaks.get, default=None)
     found = [
-        _speed(measured, "iteration", "ours", 1.2, "whole iteration"),
-        _speed(measured, "fisher", "ours", 1.1, "Fisher"),
-        _speed(measured, "fisher", best, 1.5, f"Fisher, {best.removeprefix('ours, ')}"),
-        _speed(measured, "mask", "ours", 5.0, "mask"),
+        _speed(measured, "iteration", _OURS, 1.2, "whole iteration"),
+        _speed(measured, "fisher", _OURS, 1.1, "Fisher"),
+        _speed(measured, "fisher", _BATCHED, 1.5, "Fisher, batched or compiled"),
+        _speed(measured, "mask", _OURS, 5.0, "mask"),
     ]
-    own, plain = (max(measured.peaks.get(name, {}).values(), default=0) for name in ("ours", "plain"))
-    ratio = plain / own if own and plain else None
-    return [*found, Bar("peak memory below the plain loop's", 1.0, ratio, "plain" if ratio else None)]
+    if plain is None or least is None:
+        return [*found, Bar("peak memory", None, 1.0, None, None)]
+    return [*found, Bar("peak memory", least, 1.0, plain / peaks[least], "plain")]
 
 
-def _speed(measured: Measured, stage: str, ours: str, least: float, what: str) -> Bar:
-    own = measured.median(stage, ours)
-    seconds = {name: value for name in _RIVALS if (value := measured.median(stage, name)) is not None}
-    if own is None or not seconds:
-        return Bar(what, least, None, None)
-    rival = min(seconds, key=seconds.get)
-    return Bar(what, least, seconds[rival] / own, rival)
+def _peak(measured: Measured, name: str) -> int | None:
+    """Over all stages."""
+    return max(measured.peaks.get(name, {}).values(), default=None)
+
+
+def _speed(measured: Measured, stage: str, ours: Sequence[str], least: float, what: str) -> Bar:
+    own, rivals = (
+        {name: value for name in names if (value := measured.median(stage, name)) is not None}
+        for names in (ours, _RIVALS)
+    )
+    if not own or not rivals:
+        return Bar(what, None, least, None, None)
+    best, rival = min(own, key=own.get), min(rivals, key=rivals.get)
+    return Bar(what, best, least, rivals[rival] / own[best], rival)
 
 
 def condition(measured: Measured, threads: int) -> str | None:

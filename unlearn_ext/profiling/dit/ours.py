@@ -17,11 +17,16 @@ class Ours(Way):
     """
     Args:
         chunk: None: a batch's mean gradient, as released. Else exact gradients of samples, so many at once.
+        in_backward: use and free gradients in the backward pass: in Fisher passes and retain steps, which no norm over
+            all gradients clips.
     """
 
-    def __init__(self, bench: Bench, chunk: int | None = None):
+    def __init__(self, bench: Bench, chunk: int | None = None, in_backward: bool = False):
         super().__init__(bench)
-        self.options = {} if chunk is None else {"per_sample": True, "chunk": chunk}
+        self.in_backward = in_backward
+        self.options: dict[str, Any] = {"in_backward": in_backward}
+        if chunk is not None:
+            self.options.update(per_sample=True, chunk=chunk)
 
     def start_fisher(self) -> None:
         self.diagonals: dict[str, FisherDiagonal] = {}
@@ -59,6 +64,11 @@ class Ours(Way):
 
     def retain_step(self) -> None:
         bench = self.bench
-        bench.method.retain_loss(bench.losses(bench.retain), 0).backward()
-        self.optimizer.retain_step()
+        loss = bench.method.retain_loss(bench.losses(bench.retain), 0)
+        if self.in_backward:
+            with self.optimizer.step_in_backward("retain"):
+                loss.backward()
+        else:
+            loss.backward()
+            self.optimizer.retain_step()
         bench.clear()
