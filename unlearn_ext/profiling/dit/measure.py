@@ -104,6 +104,7 @@ class Measured:
             for name, values in ways.items():
                 p20, p50, p80 = (1e3 * quantile(values, q) for q in (0.2, 0.5, 0.8))
                 own = self.peaks.get(name, {})
+                of_both = max((own[part] for part in ("forget", "retain") if part in own), default=None)
                 rows.append(
                     {
                         "stage": stage,
@@ -113,7 +114,7 @@ class Measured:
                         "p80_ms": p80,
                         "per_second": 1e3 / p50,
                         "speedup_of_ours": p50 / (1e3 * self.median(stage, "ours")),
-                        "peak_bytes": max(own.values()) if stage == "iteration" and own else own.get(stage),
+                        "peak_bytes": of_both if stage == "iteration" else own.get(stage),
                         "first_call_s": self.first_seconds.get(stage, {}).get(name),
                     }
                 )
