@@ -24,7 +24,7 @@ from unlearn_ext import ops
 from unlearn_ext.errors import InputError, NonFiniteError
 from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _arriving, _parts
 from unlearn_ext.saliency import fisher as fisher_module
-from unlearn_ext.saliency.mask import _part_of
+from unlearn_ext.saliency.mask import _on_host, _part_of
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
 
@@ -687,6 +687,16 @@ def test_from_fisher_by_fraction(fraction: float, channels_last: bool) -> None:
     assert list(unpacked) == list(f) and not unpacked.pop("unused").any()
     assert_equal(unpacked, expected)
     assert mask.kept == k
+
+
+def test_words_that_came_from_a_device_together_can_be_saved(tmp_path) -> None:
+    named = masks()
+    words = ops.pack_bits(list(named.values()))
+    together = _on_host(words)  # views of one tensor
+    mask = SaliencyMask(dict(zip(named, together, strict=True)), {name: tuple(m.shape) for name, m in named.items()})
+    assert mask == SaliencyMask.from_dict(named)
+    mask.save(tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(tmp_path / "mask.safetensors") == mask
 
 
 def test_gamma_and_fraction_exclude_each_other() -> None:

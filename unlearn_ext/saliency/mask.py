@@ -417,12 +417,17 @@ def _ratio_words(
 
 def _logical(bits: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     """Bits on the CPU and in logical order, of those in the memory order of ``like``."""
-    words = [word.cpu() for word in bits]
+    words = bits if all(word.device.type == "cpu" for word in bits) else _on_host(bits)
     for i, tensor in enumerate(like):
         if not tensor.is_contiguous():
             ordered = ops.unpack_bits([words[i]], [torch.empty_like(tensor, dtype=torch.bool, device="cpu")])[0]
             words[i] = ops.pack_bits([ordered.contiguous()])[0]
     return words
+
+
+def _on_host(words: list[Tensor]) -> list[Tensor]:
+    """In one copy: each would wait for the device."""
+    return list(torch.cat(words).cpu().split([word.numel() for word in words]))
 
 
 def _no_bits(like: Tensor) -> Tensor:
