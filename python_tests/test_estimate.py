@@ -25,11 +25,12 @@ from pipelines import (
 )
 
 from unlearn_ext import _loop
+from unlearn_ext._names import trainable
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.diffusion import pictures as pictures_module
-from unlearn_ext.diffusion._trial import try_batch, try_samples
+from unlearn_ext.diffusion._trial import Trial, try_batch, try_samples
 from unlearn_ext.diffusion.dry_run import other_networks
-from unlearn_ext.diffusion.estimate import sizes_on_disk
+from unlearn_ext.diffusion.estimate import Trials, Workload, estimate, sizes_on_disk
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.judge import Judge
 from unlearn_ext.methods import SFRon
@@ -83,12 +84,17 @@ def peaks(job: ForgetJob, monkeypatch) -> dict[str, int]:
 
     for stage, (owner, name) in STAGES.items():
         monkeypatch.setattr(owner, name, marked(stage, getattr(owner, name)))
+    weights = [t for network in (job.model, *other_networks(job)) for t in network.state_dict().values()]
+    now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
+    del weights
+    trained = [(p, p.data) for p in trainable(job.model).values()]
+    now -= sum(data.untyped_storage().nbytes() for _, data in trained)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for p, data in trained:  # the profiler does not see the end of what was there before it
+            p.data = data.clone()
         job.run()
     events = profiled.profiler.kineto_results.events()
     ranges = [(e.name()[7:], e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name()[:7] == "stage: "]
-    weights = [t for network in (job.model, *other_networks(job)) for t in network.state_dict().values()]
-    now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
     found: dict[str, int] = {}
     for moment, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += size
@@ -132,6 +138,73 @@ def test_the_memory_of_activations_is_what_was_estimated(home: Path, tmp_path, m
     if "samples" in options:
         options = {**options, "classifier": home / "judge"}
     check_memory(job_of(home, model, tmp_path / "out", train_batch_size=32, **options), monkeypatch, 0.1)
+
+
+@pytest.fixture(scope="module")
+def medium(home: Path) -> str:
+    """3.5 million weights, and a forward pass of one sample that keeps little beside them."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    model = small_dit(layers=6, heads=4, head_dim=48)
+    DiTPipeline(model, small_vae(), DDIMScheduler(num_train_timesteps=50)).save_pretrained(home / "medium")
+    return "medium"
+
+
+LESS = [
+    {"optimizer_in_backward": True},
+    {"fisher_storage": "host"},
+    {"fisher_storage": "disk"},
+    {"weights_dtype": "bfloat16"},
+    {"weights_dtype": "bfloat16", "optimizer_in_backward": True, "fisher_storage": "disk"},
+]
+
+
+@pytest.mark.parametrize("options", LESS, ids=str)
+def test_the_memory_of_each_way_to_need_less_is_what_was_estimated(home, medium, tmp_path, monkeypatch, options):
+    job = job_of(
+        home, medium, tmp_path / "out", tie_embeddings=False, guidance_scale=1.0, train_batch_size=1, **options
+    )
+    check_memory(job, monkeypatch, 0.1)
+
+
+def test_each_way_to_need_less_needs_less(home: Path, medium: str, tmp_path: Path) -> None:
+    def needed(**options) -> dict[str, int]:
+        job = job_of(home, medium, tmp_path / "out", tie_embeddings=False, train_batch_size=1, **options)
+        return {stage: sum(parts.values()) for stage, parts in job.estimate().memory.items()}
+
+    plain, count = needed(), sum(p.numel() for p in small_dit(layers=6, heads=4, head_dim=48).parameters())
+    freed = needed(optimizer_in_backward=True)
+    for stage in ("Fisher", "iterations"):
+        assert 0.75 * 4 * count < plain[stage] - freed[stage] < 4 * count
+    stored = needed(fisher_storage="disk")
+    assert plain["Fisher"] - stored["Fisher"] == pytest.approx(4 * count, rel=0.01)
+    narrow = needed(weights_dtype="bfloat16")
+    assert plain["iterations"] - narrow["iterations"] > 0.9 * 4 * count  # weights and gradients, 2 bytes less of each
+    assert plain["sampling"] == pytest.approx(narrow["sampling"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "work", "fisher", "mask"),
+    [
+        ({}, {}, 8, 8),
+        ({}, {"fisher_storage": "host"}, 4, 4 + 4 * 0.75),
+        ({}, {"fisher_storage": "disk"}, 4, 4 + 4 * 0.75),
+        ({"gamma": None, "mask_fraction": 0.5}, {}, 8, 8 + 2 / 8 + 1),
+    ],
+)
+def test_what_waits_in_the_hosts_memory_is_not_on_the_device(settings, work, fisher, mask) -> None:
+    """Bytes for each weight, by hand; of the larger of two layers, with three quarters of the weights, while a mask is
+    made of it. Meta tensors stand for those of a GPU."""
+    model = nn.Sequential(nn.Linear(96, 96, bias=False), nn.Linear(96, 32, bias=False)).to("meta")
+    count, trial = 96 * 128, Trial(1000, 1.0)
+    method = SFRon(iterations=1, rule="sgd", **settings)
+    given = Workload(
+        read=1, held=0, sampled=1, steps=1, shape=(1, 2, 2), latent_shape=(1, 2, 2), fisher_batches=2, **work
+    )
+    found = estimate(model, [], method, Trials(trial, trial, trial, fisher=trial), given, {}).memory
+    assert found["Fisher"]["Fisher sums"] == fisher * count
+    assert sum(found["mask"].values()) == (4 + mask) * count
+    assert found["Fisher"]["gradients"] == found["iterations"]["gradients"] == 4 * count
 
 
 def test_what_is_alive_at_once_is_counted() -> None:

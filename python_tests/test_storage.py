@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 
@@ -129,6 +130,15 @@ def test_the_file_goes_when_the_retain_pass_fails(tmp_path: Path) -> None:
             DATA["forget"], bad, output_dir=tmp_path
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    with stored({"a": torch.ones(3), "b": torch.ones(3)}, "disk", tmp_path) as found:
+        path = tmp_path / "fisher-forget.safetensors"
+        os.truncate(path, path.stat().st_size - 1)
+        assert torch.equal(found["a"], torch.ones(3))
+        with pytest.raises(InputError, match=r"fisher-forget\.safetensors has become shorter"):
+            found["b"]
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from .methods import Method
     from .optim import UnlearnOptimizer
 
-__all__ = ["check_in_backward", "consuming", "stepping"]
+__all__ = ["check_in_backward", "clip_factor", "consuming", "measuring", "stepping"]
 
 _LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
 
 
-def check_in_backward(method: Method, mixed_precision: str, gradient_accumulation_steps: int) -> tuple[str, ...]:
-    """The sides of a run whose steps can be made in the backward pass: those that no norm over all gradients clips.
-
-    Raises:
-        InputError: there is none, or the run's other settings need whole gradients.
-    """
+def check_in_backward(method: Method, mixed_precision: str, gradient_accumulation_steps: int) -> None:
+    """Whether a run's other settings go without whole gradients; InputError if not."""
     for needed, why in (
         (method.update == "joint", "update='joint' needs the gradients of both sides at once"),
         (gradient_accumulation_steps > 1, "gradient_accumulation_steps above 1 adds up whole gradients before a step"),
@@ -33,13 +30,6 @@ def check_in_backward(method: Method, mixed_precision: str, gradient_accumulatio
     ):
         if needed:
             raise InputError(f"optimizer_in_backward frees each gradient at once, and {why}: leave one of them out")
-    sides = tuple(side for side, limit in _LIMITS.items() if getattr(method, limit) is None)
-    if not sides:
-        raise InputError(
-            "optimizer_in_backward does nothing where max_norm and retain_max_norm clip both sides by the norm of all "
-            "gradients: set one of them to None, or leave it out"
-        )
-    return sides
 
 
 @contextlib.contextmanager
@@ -85,15 +75,17 @@ def consuming(
 
 
 @contextlib.contextmanager
+def measuring(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
+    """The norm for a step that clips; :meth:`UnlearnOptimizer.norm_in_backward`."""
+    norm = _Norm(optimizer, side)
+    with consuming(norm.parameters, norm.name, norm.take):
+        yield
+    norm.finish()
+
+
+@contextlib.contextmanager
 def stepping(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
     """One forget or retain step, made by the backward pass of the block; :meth:`UnlearnOptimizer.step_in_backward`."""
-    if side not in _LIMITS:
-        raise InputError(f"step_in_backward: side: expected forget or retain, got {side!r}")
-    if getattr(optimizer, _LIMITS[side]) is not None:
-        raise InputError(
-            f"step_in_backward: {_LIMITS[side]} clips by the norm of all gradients, which is not known before the last "
-            f"of them: make an ordinary {side}_step, or set {_LIMITS[side]}=None"
-        )
     step = _Step(optimizer, side)
     try:
         with consuming(step.parameters, step.name, step.take):
@@ -112,64 +104,118 @@ def stepping(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
     step.finish()
 
 
-class _Step:
-    """What :meth:`UnlearnOptimizer._step` does, one parameter at a time, in whatever order gradients appear."""
+class _Pass:
+    """What both passes know of a side, one parameter at a time, in whatever order gradients appear."""
 
     def __init__(self, optimizer: UnlearnOptimizer, side: str):
+        if side not in _LIMITS:
+            raise InputError(f"side: expected forget or retain, got {side!r}")
         optimizer.check_whole()
         self.optimizer, self.side, self.op = optimizer, side, f"{side}_step"
+        self.limit = getattr(optimizer, _LIMITS[side])
         self.parameters = optimizer._parameters()
-        self.states = optimizer._states(self.parameters)
-        optimizer._make_slow_weights(self.states)
-        own_state = side == "forget" and optimizer.dual_state
-        self.prefix = "forget_" if own_state else ""
-        self.rule = optimizer.forget_rule if own_state else optimizer.rule
         self.masked = optimizer.mask_bits is not None and (side == "forget" or optimizer.mask_scope == "all")
-        closes = (optimizer.param_groups[0]["retain_steps"] + 1) % optimizer.slow_freq == 0
-        self.interpolate = side == "retain" and closes
-        # Noise by place, not by the order in which gradients appear.
         self.places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
-        self.seeds = {id(group): group["rounding_seed"] for group in optimizer.param_groups}
         # As the optimizer's own methods take them: a list of each side, here with one gradient at a time.
         self.gradients: dict[str, list[Tensor | None]] = {s: [None] * len(self.parameters) for s in _LIMITS}
-        self.made: list[int] = []
-        self.at = 0
-        self.skip: bool | Tensor = False
 
     def name(self, i: int) -> str:
         return self.optimizer._names()[i]
 
     def take(self, i: int, gradient: Tensor) -> None:
+        if gradient.layout != torch.strided:
+            raise InputError(f"{self.op}: the gradient of {self.name(i)} is sparse; make it dense with .to_dense()")
+        own = self.gradients[self.side]
+        (own[i],) = self.optimizer._aligned(self.op, [gradient], [self.parameters[i]])
+        try:
+            self.use(i)
+        finally:
+            own[i] = None
+
+    def use(self, i: int) -> None:
+        raise NotImplementedError
+
+    def check_any(self, found: Collection[int]) -> None:
+        if not found:
+            raise InputError(f"{self.op}: every gradient is None; call backward() on a loss of these parameters first")
+
+
+class _Norm(_Pass):
+    def __init__(self, optimizer: UnlearnOptimizer, side: str):
+        super().__init__(optimizer, side)
+        self.found: dict[int, Any] = {}  # the weighted square, and how many entries are not finite
+
+    def use(self, i: int) -> None:
+        optimizer = self.optimizer
+        forget, retain = ([g[i]] if g[i] is not None else () for g in self.gradients.values())
+        bits = [optimizer.mask_bits[i]] if self.masked else ()
+        products = ops.gradient_products(forget, retain, bits, optimizer.mask_scope)
+        if self.parameters[i].device.type == "cpu":
+            products = products.tolist()
+            if products[3]:
+                optimizer._raise_non_finite(self.op, self.parameters, *self.gradients.values(), self.masked)
+        square = products[0 if forget else 1] * self.places[i][0][f"{self.side}_weight"] ** 2
+        self.found[i] = square, products[3]
+
+    def finish(self) -> None:
+        """Summed in the parameters' order, not in that of their gradients."""
+        self.check_any(self.found)
+        squares, non_finite = zip(*(self.found[i] for i in sorted(self.found)), strict=True)
+        self.optimizer.measured[self.side] = clip_factor(self.limit, sum(squares)), sum(non_finite) > 0
+
+
+class _Step(_Pass):
+    """What :meth:`UnlearnOptimizer._step` does."""
+
+    def __init__(self, optimizer: UnlearnOptimizer, side: str):
+        super().__init__(optimizer, side)
+        self.clip, self.skip = optimizer.measured.pop(side, (None, False))
+        if self.clip is None and self.limit is not None:
+            raise InputError(
+                f"step_in_backward: {_LIMITS[side]} clips by the norm of all gradients: measure it first, in a "
+                "backward pass of its own within norm_in_backward"
+            )
+        optimizer.measured.clear()  # the weights will be others
+        self.states = optimizer._states(self.parameters)
+        optimizer._make_slow_weights(self.states)
+        own_state = side == "forget" and optimizer.dual_state
+        self.prefix = "forget_" if own_state else ""
+        self.rule = optimizer.forget_rule if own_state else optimizer.rule
+        closes = (optimizer.param_groups[0]["retain_steps"] + 1) % optimizer.slow_freq == 0
+        self.interpolate = side == "retain" and closes
+        # Noise by place, not by the order in which gradients appear.
+        self.seeds = {id(group): group["rounding_seed"] for group in optimizer.param_groups}
+        self.made: list[int] = []
+        self.at = 0
+
+    def use(self, i: int) -> None:
         from .optim import _Bucket
 
         self.at = i
         optimizer, (group, place) = self.optimizer, self.places[i]
-        if gradient.layout != torch.strided:
-            raise InputError(f"{self.op}: the gradient of {self.name(i)} is sparse; make it dense with .to_dense()")
-        own = self.gradients[self.side]
-        (own[i],) = optimizer._aligned(self.op, [gradient], [self.parameters[i]])
-        forget, retain = self.gradients["forget"], self.gradients["retain"]
         count = self.states[i].get(f"{self.prefix}step", 0) + 1
         bucket = _Bucket(group, [i], self.side == "forget", self.side == "retain", count)
         if group["rounding_seed"] is not None:
             group["rounding_seed"] = self.seeds[id(group)] + place
-        try:
-            clips, skip = optimizer._clip(self.op, self.parameters, forget, retain, [bucket], self.masked)
-            optimizer._step_bucket(
-                bucket, self.parameters, self.states, forget, retain, self.rule, self.prefix, self.masked, clips, skip,
-                self.interpolate, self.side == "forget",
-            )  # fmt: skip
-        finally:
-            own[i] = None
-        self.skip = self.skip | skip
-        optimizer.in_parts = True
+        both = (*self.gradients.values(),)
+        clips, skip = optimizer._clip(self.op, self.parameters, *both, [bucket], self.masked)
+        if self.limit is not None:  # that was of one gradient
+            clips, skip = (self.clip, self.clip), self.skip
+        else:
+            self.skip = self.skip | skip
+        optimizer._step_bucket(
+            bucket, self.parameters, self.states, *both, self.rule, self.prefix, self.masked, clips, skip,
+            self.interpolate, self.side == "forget",
+        )  # fmt: skip
+        optimizer.in_parts |= self.limit is None  # else none moves where one gradient is not finite
         self.made.append(i)
 
     def finish(self) -> None:
         """Once for all parameters: what closes a step and a round."""
         optimizer = self.optimizer
-        if not self.made:
-            raise InputError(f"{self.op}: every gradient is None; call backward() on a loss of these parameters first")
+        self.check_any(self.made)
+        if self.side == "forget" and self.limit is not None:
+            optimizer.last_clip = torch.as_tensor(self.clip, dtype=torch.float64)
         for group in optimizer.param_groups:
             if group["rounding_seed"] is not None:
                 group["rounding_seed"] = self.seeds[id(group)] + len(group["params"])
@@ -182,3 +228,11 @@ class _Step:
             for group in optimizer.param_groups:
                 group["retain_steps"] += 1
         optimizer._opt_called = True
+
+
+def clip_factor(limit: float | None, square: float | Tensor) -> float | Tensor:
+    """min(1, limit / (norm + 1e-6)), as torch's clip_grad_norm_; ``square`` is the norm's."""
+    if limit is None:
+        return 1.0
+    factor = limit / (square**0.5 + 1e-6)
+    return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)

@@ -266,14 +266,17 @@ class Loop:
             )
         if not loss.requires_grad:
             raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
-        own = side in self.unlearner.sides_in_backward
-        with self.optimizer.step_in_backward(side) if own else contextlib.nullcontext():
+        own, optimizer = self.unlearner.optimizer_in_backward, self.optimizer
+        if own and (optimizer.max_norm if side == "forget" else optimizer.retain_max_norm) is not None:
+            with optimizer.norm_in_backward(side):
+                loss.backward(retain_graph=True)
+        with optimizer.step_in_backward(side) if own else contextlib.nullcontext():
             (self.scalers[side].scale(loss) if self.scalers else loss).backward()
 
     def _step(self, side: str, entry: dict[str, Any]) -> None:
         """A forget or retain step on ``.grad``; a GradScaler leaves it out when a scaled gradient overflowed."""
         step = self.optimizer.forget_step if side == "forget" else self.optimizer.retain_step
-        if side in self.unlearner.sides_in_backward:
+        if self.unlearner.optimizer_in_backward:
             made = True  # by the backward pass
         elif not self.scalers:
             step()

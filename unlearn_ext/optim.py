@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from ._arguments import check_count, check_finite, check_number
-from ._in_backward import stepping
+from ._in_backward import clip_factor, measuring, stepping
 from ._python_checks import check_writable
 from .errors import InputError, NonFiniteError
 from .saliency import SaliencyMask
@@ -220,6 +220,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self._non_finite: Tensor | None = None
         self.broken: str | None = None
         self.in_parts = False  # whether a step in the backward pass was made
+        self.measured: dict[str, Any] = {}  # side -> clip factor and skip flag of its next step in the backward pass
         self.mask_bits: list[Tensor] | None = None
         # Progress within the round and noise stand in the groups, so that state_dict carries them.
         defaults = {name: getattr(config, name) for name in _PER_GROUP} | {"retain_steps": 0, "rounding_seed": None}
@@ -357,20 +358,31 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         A parameter moves when its gradient is whole (of a tied one: summed over all its uses), so that about one
         layer's gradients are alive at a time. Weights, moments and counters are afterwards those of
         :meth:`forget_step` or :meth:`retain_step` on the same gradients, to the bit; only stochastic rounding draws
-        other noise. Step hooks of torch.optim are not called.
+        other noise, and a clip factor may differ in the last bits of float64. Step hooks of torch.optim are not called.
 
-        A gradient that is not finite is found when others have moved already. Nothing takes that back: the error says
-        how many have, and the optimizer makes no step any more until a state is loaded. Load the weights with it, from
-        a checkpoint.
+        Where this side is clipped, its norm is measured first, in a pass over the same graph::
+
+            with optimizer.norm_in_backward("forget"):
+                loss.backward(retain_graph=True)
+            with optimizer.step_in_backward("forget"):
+                loss.backward()
+
+        A gradient that is not finite is found when others have moved already, unless the norm was measured. Nothing
+        takes that back: the error says how many have, and the optimizer makes no step any more until a state is loaded.
+        Load the weights with it, from a checkpoint.
 
         Raises:
-            InputError: this side is clipped by the norm of all gradients, a gradient is there already, or comes in
-                parts.
+            InputError: the norm has not been measured, a gradient is there already, or comes in parts.
             NonFiniteError: a gradient that counts is not finite (on the CPU at once).
 
-        Source: "fused backward", as LOMO, arXiv 2306.09782.
+        Source: "fused backward", and two passes to clip, as LOMO, arXiv 2306.09782.
         """
         return stepping(self, side)
+
+    def norm_in_backward(self, side: str) -> contextlib.AbstractContextManager[None]:
+        """Measures the norm by which :meth:`step_in_backward` clips the ``forget`` or ``retain`` step that follows, and
+        frees each gradient at once. Nothing is written; a gradient that counts and is not finite raises."""
+        return measuring(self, side)
 
     def check_whole(self) -> None:
         """Raises InputError after a step in the backward pass that stopped half-way."""
@@ -400,6 +412,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         closes_round: bool,
     ) -> None:
         self.check_whole()
+        self.measured.clear()  # the weights will be others
         forgets = op != "retain_step"
         own_state = op == "forget_step" and self.dual_state
         masked = self.mask_bits is not None and (forgets or self.mask_scope == "all")
@@ -479,7 +492,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         elif skip:
             self._raise_non_finite(op, parameters, forget, retain, masked)
         clips = [
-            1.0 if limit is None else _at_most_one(limit / (square**0.5 + 1e-6))
+            clip_factor(limit, square)
             for limit, square in zip((self.max_norm, self.retain_max_norm), squares[:2], strict=True)
         ]
         if op != "retain_step":
@@ -641,6 +654,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self.check_state_dict(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         self.broken = None
+        self.measured.clear()
         saved = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
         for index, p in zip(saved, self._parameters(), strict=True):
             if index not in state_dict["state"]:
@@ -650,10 +664,6 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 key: torch.empty_like(p, dtype=value.dtype).copy_(value) if isinstance(value, Tensor) else value
                 for key, value in entries.items()
             }
-
-
-def _at_most_one(factor: float | Tensor) -> float | Tensor:
-    return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)
 
 
 def _fit_as_they_are(grads: list[Tensor | None], parameters: list[Tensor]) -> bool:

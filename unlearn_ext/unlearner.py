@@ -72,6 +72,10 @@ class Result:
 class Unlearner:
     """Makes a trained model forget, in place.
 
+    A model of bfloat16 weights (``model.to(torch.bfloat16)``) runs without a float32 copy: moments, slow weights and
+    Fisher sums are float32, and with the method's ``stochastic_rounding=True`` steps smaller than half a unit in the
+    last place are made on average instead of being lost.
+
     Args:
         model: the trained network; parameters with ``requires_grad=False`` stay as they are.
         task: how its batches become losses.
@@ -83,10 +87,11 @@ class Unlearner:
         ema_decay: also keep moving averages of the trained weights, ``decay · average + (1 − decay) · weight`` after
             every iteration: :attr:`Result.ema`.
         identity: what else a run must have in common with the one that it resumes, such as a hash of its data.
-        optimizer_in_backward: make the steps of a side that no global norm clips (``max_norm``, ``retain_max_norm``)
-            within its backward pass, :meth:`UnlearnOptimizer.step_in_backward`, and the Fisher passes likewise where
-            no ``fisher_max_norm`` clips: about one layer's gradients are alive instead of all. The weights are the
-            same. A gradient that is not finite then ends the run in mid-step: it goes on from a checkpoint only.
+        optimizer_in_backward: make each step within its backward pass, and square each gradient for Fisher there:
+            about one layer's gradients are alive instead of all, and the weights are the same
+            (:meth:`UnlearnOptimizer.step_in_backward`). What is clipped by a norm (``max_norm``, ``retain_max_norm``,
+            ``fisher_max_norm``) takes a second backward pass over the same graph. Where nothing is clipped, a gradient
+            that is not finite ends the run in mid-step: it goes on from a checkpoint only.
         fisher_storage: where the forget set's Fisher sums wait while the retain set's are measured: ``device``,
             ``host`` (the CPU's memory) or ``disk`` (a safetensors file in ``output_dir``, removed afterwards). The mask
             is the same.
@@ -113,9 +118,9 @@ class Unlearner:
         check_count("gradient_accumulation_steps", gradient_accumulation_steps)
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
-        self.sides_in_backward = ()
         if optimizer_in_backward:
-            self.sides_in_backward = check_in_backward(method, mixed_precision, gradient_accumulation_steps)
+            check_in_backward(method, mixed_precision, gradient_accumulation_steps)
+        self.optimizer_in_backward = optimizer_in_backward
         check_storage("fisher_storage", fisher_storage, gamma=method.needs_fisher and method.mask_fraction is None)
         self.fisher_storage = fisher_storage
         self.identity = dict(identity or {})
@@ -129,6 +134,11 @@ class Unlearner:
         self._named = list(trainable(model).items())
         if not self._named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
+        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in self._named):
+            raise InputError(
+                "stochastic_rounding is for bfloat16 weights, and the model trains none: convert it with "
+                "model.to(torch.bfloat16), or leave it out"
+            )
         method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
         if device is not None:
             model.to(device)
@@ -181,7 +191,8 @@ class Unlearner:
         Raises:
             InputError: data, masks or directories that do not fit.
             NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
-                update the forget step of the same iteration may have been made before, and the message says so.
+                update the forget step of the same iteration may have been made before, and the message says so. With
+                ``optimizer_in_backward`` and no clip, a part of the step may have been made, and the message says that.
             ProtectionError: a weight that every step protects has changed.
         """
         if checkpointing_steps is not None and output_dir is None:
@@ -252,10 +263,6 @@ class Unlearner:
             **self.identity,
         }
 
-    @property
-    def fisher_in_backward(self) -> bool:
-        return bool(self.sides_in_backward) and getattr(self.method, "fisher_max_norm", None) is None
-
     def fisher_autocast(self):
         """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
         return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
@@ -309,7 +316,7 @@ class Unlearner:
                     self.task,
                     batches=limit,
                     max_norm=method.fisher_max_norm,
-                    in_backward=self.fisher_in_backward,
+                    in_backward=self.optimizer_in_backward,
                 )
                 diagonals[name] = fisher.measure(data, name=name, watch=watch)
             if name == "forget":

@@ -22,6 +22,17 @@ class Weights(str, Enum):
     ema = "ema"
 
 
+class WeightsDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class FisherStorage(str, Enum):
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
 def forget(
     pretrained_model_name_or_path: Annotated[Path, typer.Option(help="A diffusers folder on this machine.")],
     data: Annotated[Path, typer.Option(help="One folder per class, or .npz / .safetensors of images or latents.")],
@@ -66,6 +77,20 @@ def forget(
         Weights, typer.Option(help="The last iteration's, or moving averages over all of them.")
     ] = Weights.last,
     mixed_precision: Annotated[Precision, typer.Option(help="Autocast of forward and backward.")] = Precision.no,
+    weights_dtype: Annotated[
+        WeightsDtype,
+        typer.Option(help="Of the trained weights in the run; bfloat16 rounds stochastically. Written as float32."),
+    ] = WeightsDtype.float32,
+    optimizer_in_backward: Annotated[
+        bool,
+        typer.Option(
+            "--optimizer-in-backward",
+            help="Less memory: gradients are used and freed layer by layer; clipped sides take longer.",
+        ),
+    ] = False,
+    fisher_storage: Annotated[
+        FisherStorage, typer.Option(help="Where the forget set's Fisher waits for the retain set's.")
+    ] = FisherStorage.device,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of convolutions.")] = False,
     checkpointing_steps: Annotated[int | None, typer.Option(help="Iterations between checkpoints.")] = None,

@@ -52,7 +52,7 @@ def try_batch(
     others: Iterable[nn.Module] = (),
     *,
     batches: int = 1,
-    in_backward: bool = False,
+    passes_in_backward: int = 0,
 ) -> Trial:
     """Runs ``loss`` forward and backward, and leaves no gradient.
 
@@ -63,17 +63,17 @@ def try_batch(
         others: networks whose weights are not counted either.
         batches: in a step. From the second on, there are gradients already, and what is added to one is there beside.
             Of them all, two are tried, and the seconds are those of one.
-        in_backward: whether each gradient is used in the backward pass and freed.
+        passes_in_backward: 1 or 2 (over one graph) where each gradient is used in the backward pass and freed.
     """
     parameters = list(model.parameters())
 
     def step() -> None:
-        if not in_backward:
-            loss().backward()
-            return
         found = loss()
-        with consuming(parameters, str, lambda i, gradient: None):
+        if not passes_in_backward:
             found.backward()
+        for left in reversed(range(passes_in_backward)):
+            with consuming(parameters, str, lambda i, gradient: None):
+                found.backward(retain_graph=left > 0)
 
     def steps() -> None:
         for _ in range(min(batches, 2)):

@@ -44,6 +44,8 @@ def estimate_run(job: ForgetJob) -> Estimate:
         fisher_batches=sum(job.fisher_batches),
         accumulation=job.options.gradient_accumulation_steps,
         ema=job.ema_decay is not None,
+        in_backward=job.unlearner.optimizer_in_backward,
+        fisher_storage=job.options.fisher_storage,
         checkpoints=job.checkpoints_at_once() > 0,
         real=0 if fid is None else fid.planned,
         generated=0 if fid is None else fid.generated,
@@ -94,7 +96,8 @@ class _TrialRunner:
                 lambda n: encode_batch(pretrained.vae, torch.zeros(n, *pretrained.image_shape), range(n)),
                 min(used, ENCODED_AT_ONCE),
             )
-        found["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
+        with job.in_float32():
+            found["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
         if pretrained.vae is not None:
             found["decode"] = self._samples(
                 lambda n: decode(pretrained.vae, torch.zeros(n, *pretrained.latent_shape)),
@@ -113,11 +116,19 @@ class _TrialRunner:
         unlearner, steps = job.unlearner, job.options.gradient_accumulation_steps
         if job.method.needs_fisher:
             job.model.eval()
-            found["fisher"] = self._batch(task.fisher_losses, unlearner.fisher_autocast)
+            found["fisher"] = self._batch(
+                task.fisher_losses, unlearner.fisher_autocast, clipped=job.method.fisher_max_norm is not None
+            )
         job.model.train()
-        found["retain"] = found["forget"] = self._batch(task.losses, unlearner.autocast, batches=steps)
-        if job.method.replaces:
-            found["forget"] = self._batch(task.replacement_losses, unlearner.autocast, forget=True, batches=steps)
+        clips = job.method.max_norm is not None, job.method.retain_max_norm is not None
+        found["retain"] = found["forget"] = self._batch(
+            task.losses, unlearner.autocast, batches=steps, clipped=clips[1]
+        )
+        if job.method.replaces or (unlearner.optimizer_in_backward and clips[0] != clips[1]):
+            losses = task.replacement_losses if job.method.replaces else task.losses
+            found["forget"] = self._batch(
+                losses, unlearner.autocast, forget=job.method.replaces, batches=steps, clipped=clips[0]
+            )
         return Trials(**found)
 
     def _samples(self, run: Callable[[int], Any], count: int) -> Trial:
@@ -130,6 +141,7 @@ class _TrialRunner:
         *,
         forget: bool = False,
         batches: int = 1,
+        clipped: bool = False,
     ) -> Trial:
         job, batch = self.job, self._made_up_batch(forget)
         job.task.begin(job.model, batch)
@@ -140,7 +152,8 @@ class _TrialRunner:
                 return losses(job.model, prepared).mean()
 
         with job.fitting():
-            return try_batch(job.model, loss, self.others, batches=batches)
+            passes = (1 + clipped) if job.unlearner.optimizer_in_backward else 0
+            return try_batch(job.model, loss, self.others, batches=batches, passes_in_backward=passes)
 
     def _made_up_batch(self, forget: bool) -> dict[str, Any]:
         """As a loader gives it."""

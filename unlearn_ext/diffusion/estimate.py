@@ -83,6 +83,8 @@ class Workload:
         fisher_batches: of both sets together.
         accumulation: batches in a step.
         ema: whether moving averages are kept.
+        in_backward: whether each gradient is used in the backward pass and freed.
+        fisher_storage: where the forget set's Fisher sums wait.
         checkpoints: whether any are written.
         real, generated: pictures whose features are compared: real ones, and made ones before, and again after.
         features: numbers of each.
@@ -97,6 +99,8 @@ class Workload:
     fisher_batches: int
     accumulation: int = 1
     ema: bool = False
+    in_backward: bool = False
+    fisher_storage: str = "device"
     checkpoints: bool = False
     real: int = 0
     generated: int = 0
@@ -162,7 +166,8 @@ def _memory(
 
     found: dict[str, dict[str, int]] = {}
     trained = trainable(model)
-    gradients = sum(map(_bytes, trained.values()))
+    size = max if work.in_backward else sum  # of one weight's gradient at a time, or of all
+    gradients = size(map(_bytes, trained.values()))
     state, words = _state_bytes(trained.values()), _words_bytes(trained.values())
     weights = sum(map(_bytes, held_tensors([model])))
     network = {"weights": weights, "other networks": sum(map(_bytes, held_tensors([model, *others]))) - weights}
@@ -180,19 +185,24 @@ def _memory(
     real = host(4 * work.features * work.real)
     training = {**network, "pictures": host(work.held + sampled), "features": real}
     if trials.fisher is not None:
+        # On the CPU, the host's memory is the device's.
+        away = work.fisher_storage == "disk" or (work.fisher_storage == "host" and not on_host)
+        sums = state if away else 2 * state
         found["Fisher"] = {
             **training,
             "gradients": gradients,
-            "Fisher sums": 2 * state,
+            "Fisher sums": sums,
             "activations": max(0, trials.fisher.peak - gradients),
         }
         count = sum(p.numel() for p in trained.values())
-        found["mask"] = {
-            **training,
-            "Fisher sums": 2 * state,
-            "mask bits": 2 * words,  # as they are found, and in the order of a file
-            "mask as bool": count + host(count),  # those that are unpacked, and the zeros whose place they take
-        }
+        found["mask"] = {**training, "Fisher sums": sums}
+        if method.mask_fraction is not None:
+            found["mask"]["mask bits"] = 2 * words  # as they are found, and in the order of a file
+            # Those that are unpacked, and the zeros whose place they take.
+            found["mask"]["mask as bool"] = count + host(count)
+        else:  # tensor by tensor
+            found["mask"]["Fisher sums"] += max(_state_bytes([p]) for p in trained.values()) if away else 0
+            found["mask"]["mask bits"] = host(words)
     kept = _kept(trained, method, work.ema)
     # A checkpoint is written from a copy of the model, when gradients and activations are gone.
     copied = sum(map(_bytes, model_tensors(model).values())) if work.checkpoints else 0
@@ -204,11 +214,13 @@ def _memory(
     }
     after = {"mask bits": host(kept["mask bits"]), "averages": kept["averages"], "features": real}
     # Before and after; noise and what comes of it, which are the pictures themselves where there is no VAE.
-    made = 2 * sampled + (2 * work.sampled * latent if trials.decode is not None else sampled)
+    pictures = 2 * sampled + (2 * work.sampled * latent if trials.decode is not None else sampled)
     through_vae = 0 if trials.decode is None else trials.decode.peak
+    # Pictures are made in float32.
+    network["weights"] += sum(2 * p.numel() for p in trained.values() if p.dtype == torch.bfloat16)
     found["sampling"] = {
         **network,
-        "pictures": host(work.held + made),
+        "pictures": host(work.held + pictures),
         **after,
         "activations": max(trials.sample.peak, through_vae, host(sampled)),  # the last: all batches in one tensor
     }

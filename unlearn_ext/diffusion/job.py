@@ -97,6 +97,11 @@ class ForgetJob:
             self.model, options.trained_weights or self.domain["run"].get("trained_weights", "all")
         )
         self.trained_count = sum(p.numel() for p in trainable(self.model).values())  # tied copies once
+        self.in_bfloat16 = options.weights_dtype == "bfloat16"
+        self.mixed_precision = "bf16" if self.in_bfloat16 else options.mixed_precision
+        if self.in_bfloat16:
+            _ = self._plan  # of the sizes that are written
+            self._cast(torch.bfloat16)
         if options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if options.channels_last:
@@ -200,6 +205,7 @@ class ForgetJob:
             "mask_fraction": options.mask_fraction,
             "fisher_batches": options.fisher_batches,
             "mask": None if options.mask is None else SaliencyMask.load(options.mask),
+            "stochastic_rounding": options.weights_dtype == "bfloat16" or None,
         }
         return SFRon.preset(self.preset, **{name: value for name, value in changes.items() if value is not None})
 
@@ -237,10 +243,12 @@ class ForgetJob:
             self.task,
             self.method,
             device=options.device,
-            mixed_precision=options.mixed_precision,
+            mixed_precision=self.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             ema_decay=self.ema_decay,
             identity=identity,
+            optimizer_in_backward=options.optimizer_in_backward,
+            fisher_storage=options.fisher_storage,
         )
 
     @property
@@ -356,7 +364,10 @@ class ForgetJob:
         forget, retain = self._loaders(self._encode(own / "latents") if self.encodes else self.data)
         if self.pictures.fid is not None:
             self._take_real()
-        self._take_pictures("before")
+        with self.in_float32():
+            self._take_pictures("before")
+        if self.in_bfloat16:
+            torch.manual_seed(options.seed)  # of the rounding
         with self.fitting():
             result = self.unlearner.run(
                 forget,
@@ -369,6 +380,8 @@ class ForgetJob:
                 progress=self.progress,
             )
         self.seconds.update(result.timings)
+        if self.in_bfloat16:
+            self._cast(torch.float32)
         if options.save_weights == "ema":
             self._take_averages(result)
         self._take_pictures("after")
@@ -387,6 +400,24 @@ class ForgetJob:
         return self._report(result, verdict, fid)
 
     @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """The trained weights are as wide as they are written: for pictures before and after alike."""
+        if not self.in_bfloat16:
+            yield
+            return
+        self._cast(torch.float32)
+        try:
+            yield
+        finally:
+            self._cast(torch.bfloat16)
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Frozen weights and buffers stay as they were read, for they are written so."""
+        for p in trainable(self.model).values():
+            if p.dtype != dtype:
+                p.data = p.data.to(dtype)
+
+    @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:
         """A batch that does not fit in memory becomes an InputError that names the options."""
         try:
@@ -396,7 +427,7 @@ class ForgetJob:
                 raise
             raise InputError(
                 f"a batch of {self.batch_size} does not fit in the memory of {self.options.device}: lower "
-                "--train-batch-size, or add --gradient-checkpointing"
+                "--train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
             ) from None
 
     def _take_real(self) -> None:

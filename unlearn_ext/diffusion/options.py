@@ -13,8 +13,11 @@ from .._arguments import check_count, check_finite, check_number
 from .._modes import PRECISIONS
 from ..errors import InputError
 from ..evaluation.inception import check_file
+from ..saliency.storage import check_storage
 
-__all__ = ["ForgetOptions"]
+__all__ = ["WEIGHTS_DTYPES", "ForgetOptions"]
+
+WEIGHTS_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,9 @@ class ForgetOptions:
     ema_decay: float | None = None
     save_weights: str = "last"
     mixed_precision: str = "no"
+    weights_dtype: str = "float32"
+    optimizer_in_backward: bool = False
+    fisher_storage: str = "device"
     gradient_checkpointing: bool = False
     channels_last: bool = False
     checkpointing_steps: int | None = None
@@ -99,6 +105,22 @@ class ForgetOptions:
             )
         if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
             raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
+        if self.weights_dtype not in WEIGHTS_DTYPES:
+            raise InputError(
+                f"--weights-dtype: expected one of {', '.join(WEIGHTS_DTYPES)}, got {self.weights_dtype!r}"
+            )
+        if self.weights_dtype == "bfloat16" and self.mixed_precision == "fp16":
+            raise InputError("--weights-dtype bfloat16 computes in bf16: leave out --mixed-precision fp16")
+        for name, given in (
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps > 1),
+            ("mixed_precision fp16", self.mixed_precision == "fp16"),
+        ):
+            if self.optimizer_in_backward and given:
+                raise InputError(
+                    f"--optimizer-in-backward frees each gradient at once, and {_option(name)} needs all of them: "
+                    "leave one of them out"
+                )
+        check_storage("--fisher-storage", self.fisher_storage, gamma=self.mask is None and self.mask_fraction is None)
         sources = [n for n in ("gamma", "mask_fraction", "mask") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise InputError(f"{' and '.join(map(_option, sources))} each say which weights are masked: give only one")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._arguments import check_count, check_number
+from .._in_backward import clip_factor, consuming
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
@@ -41,6 +42,7 @@ class FisherDiagonal:
             for each sample, without ``torch.func``, of the model as it is given: compiled, or checkpointing gradients.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
         in_backward: square each gradient within the backward pass and free it: about one layer's are alive at a time.
+            With ``max_norm`` a backward pass before it measures the norm.
 
     Attributes:
         sums: name -> float32 (float64 for float64 weights) sum of squares, in the parameter's memory order.
@@ -61,9 +63,8 @@ class FisherDiagonal:
         max_norm: float | None = None,
         in_backward: bool = False,
     ):
-        if in_backward and (per_sample or max_norm is not None):
-            other = "per_sample" if per_sample else "max_norm"
-            raise InputError(f"in_backward frees each gradient at once, and {other} needs all of them: leave one out")
+        if in_backward and per_sample:
+            raise InputError("in_backward is for batch gradients, and per_sample has no backward pass: leave one out")
         if batches is not None:
             check_count("Fisher batches", batches)
         check_count("chunk", chunk)
@@ -136,21 +137,38 @@ class FisherDiagonal:
         if not loss.requires_grad:
             return
         if self.in_backward:
-            with arriving(self._parameters, self._square) as seen:
-                loss.backward()
+            seen = self._square_in_backward(loss)
         else:
             loss.backward()
             found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
             with torch.no_grad():
                 self._accumulate([self.sums[name] for name in found], list(found.values()))
-            seen = found.keys()
+            seen = set(found)
         self.seen |= seen
         self.count += 1
         for p in self._parameters.values():
             p.grad = None
 
-    def _square(self, gradients: dict[str, Tensor]) -> None:
-        ops.accumulate_fisher_([self.sums[name] for name in gradients], list(gradients.values()))
+    def _square_in_backward(self, loss: Tensor) -> set[str]:
+        """Adds the squares as gradients appear; the names of the parameters that had one."""
+        names, parameters = list(self._parameters), list(self._parameters.values())
+        weight = 1.0
+        if self.max_norm is not None:
+            squares: dict[int, float] = {}
+
+            def measure(i: int, gradient: Tensor) -> None:
+                squares[i] = float(ops.gradient_products([gradient])[0])
+
+            with consuming(parameters, names.__getitem__, measure):
+                loss.backward(retain_graph=True)
+            weight = self._weight(sum(squares[i] for i in sorted(squares)))
+
+        def take(gradients: dict[str, Tensor]) -> None:
+            ops.accumulate_fisher_([self.sums[name] for name in gradients], list(gradients.values()), weight)
+
+        with arriving(self._parameters, take) as seen:
+            loss.backward()
+        return seen
 
     def _add_per_sample(self, batch: Any, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
@@ -169,7 +187,7 @@ class FisherDiagonal:
             gradients, losses = gradients_of(values, _part(batch, start, start + self.chunk))
             _check_finite(losses.mean(), where)
             samples = [[g[i].detach() for g in gradients.values()] for i in range(losses.shape[0])]
-            weights = [self._weight(sample) for sample in samples]
+            weights = [self._weight_of(sample) for sample in samples]
             sums = list(self.sums.values())
             for few in in_parts(sums):  # all samples, while the sums of these few are in the cache
                 for sample, weight in zip(samples, weights, strict=True):
@@ -177,16 +195,14 @@ class FisherDiagonal:
         self.count += size
 
     def _accumulate(self, sums: list[Tensor], gradients: list[Tensor]) -> None:
-        ops.accumulate_fisher_(sums, gradients, self._weight(gradients))
+        ops.accumulate_fisher_(sums, gradients, self._weight_of(gradients))
 
-    def _weight(self, gradients: list[Tensor]) -> float:
-        """Of the squares: that of the gradient scaled to ``max_norm``, where it is longer."""
-        if self.max_norm is None:
-            return 1.0
-        norm = math.sqrt(float(ops.gradient_products(gradients)[0]))
-        if not math.isfinite(norm):  # it is found at the end
-            return 1.0
-        return min(1.0, self.max_norm / (norm + 1e-6)) ** 2  # as torch's clip_grad_norm_
+    def _weight_of(self, gradients: list[Tensor]) -> float:
+        return 1.0 if self.max_norm is None else self._weight(float(ops.gradient_products(gradients)[0]))
+
+    def _weight(self, square: float) -> float:
+        """Of a gradient's squares, by that of its norm; one that is not finite is found at the end."""
+        return clip_factor(self.max_norm, square) ** 2 if math.isfinite(square) else 1.0
 
 
 def _check_finite(loss: Tensor, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -68,28 +69,28 @@ def stored(sums: dict[str, Tensor], storage: str, directory: Path | None) -> Ite
         kept = {name: sums.pop(name).cpu() for name in names}
         yield StoredSums(names, device, kept.__getitem__)
         return
-    from safetensors import safe_open
-
     path = directory / _FILE
     for left in directory.glob(f".{_FILE}-*"):  # by a run that was killed in this very place
         left.unlink(missing_ok=True)
+    likes = {name: torch.empty_like(total, device="meta") for name, total in sums.items()}
     try:
         with atomic_path(path) as partial:
-            _write(partial, sums)
+            starts = _write(partial, sums)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror or error}): make room there, or set fisher_storage to host or "
             "device"
         ) from None
     try:
-        with safe_open(path, framework="pt") as file:
-            yield StoredSums(names, device, file.get_tensor)
+        with open(path, "rb", buffering=0) as file:
+            yield StoredSums(names, device, lambda name: _read(file, starts[name], likes[name]))
     finally:
         path.unlink(missing_ok=True)
 
 
-def _write(path: Path, sums: dict[str, Tensor]) -> None:
-    """A safetensors file, one tensor after the other: safetensors' own writer wants all of them on the CPU at once."""
+def _write(path: Path, sums: dict[str, Tensor]) -> dict[str, int]:
+    """A safetensors file, one tensor after the other, and where each starts in it; safetensors' own writer wants all of
+    them on the CPU at once."""
     header, end = {}, 0
     for name, total in sums.items():
         start, end = end, end + total.numel() * total.element_size()
@@ -100,3 +101,17 @@ def _write(path: Path, sums: dict[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in list(sums):
             file.write(raw_bytes(sums.pop(name)))
+    return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def _read(file: FileIO, start: int, like: Tensor) -> Tensor:
+    """One tensor; safetensors' own reader maps the whole file."""
+    found = torch.empty(like.shape, dtype=like.dtype)
+    view = raw_bytes(found)
+    file.seek(start)
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise InputError(f"{file.name} has become shorter than it was written: run again")
+        view = view[count:]
+    return found
