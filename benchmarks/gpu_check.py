@@ -105,13 +105,23 @@ def check(device: str, scale: float, repeats: int | None, implementations: list[
     options += ["--implementations", *implementations] if implementations else []
     shaped = ["--shapes", SHAPES, "--weights", weights]
     scripts = {"bench_step": shaped, "bench_saliency": shaped, "bench_iteration": [] if scale >= 1 else ["--width", 24]}
+    scripts = {name: [*options, *more] for name, more in scripts.items()}
+    scripts["bench_dit"] = transformer(device, scale, repeats)
     with tempfile.TemporaryDirectory() as directory:
         for name, more in scripts.items():
             file = Path(directory, f"{name}.json")
-            record(name, run(ROOT / "benchmarks" / f"{name}.py", *options, *more, "--json", file))
+            record(name, run(ROOT / "benchmarks" / f"{name}.py", *more, "--json", file))
             if file.is_file():
                 document["rows"] += [{"benchmark": name, **row} for row in json.loads(file.read_text())["rows"]]
     return document
+
+
+def transformer(device: str, scale: float, repeats: int | None) -> list[object]:
+    """bench_dit's options: DiT-XL/2 whole or a tiny one. Nothing is compiled, which would take minutes; the plain loop
+    copies gradients of 3 GB to the host, so there are few batches."""
+    shape = ["--network", SHAPES] if scale >= 1 else ["--depth", 1, "--width", 24, "--heads", 2]
+    options = ["--device", device, "--samples", 2, "--chunk", 2, "--repeats", repeats or 3]
+    return [*options, *shape, "--implementations", "plain", "tuned", "ours_in_backward", "ours_per_sample"]
 
 
 def _numel(shape: tuple[int, ...]) -> int:

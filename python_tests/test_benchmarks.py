@@ -22,7 +22,7 @@ from unlearn_ext.errors import InputError
 from unlearn_ext.profiling import memory, report, saliency, shapes, steps
 from unlearn_ext.profiling.loop import Pass, loop, loop_holds
 from unlearn_ext.profiling.tensors import Tensors
-from unlearn_ext.profiling.timing import interleaved, quantile
+from unlearn_ext.profiling.timing import interleaved, interleaved_stages, quantile
 from unlearn_ext.profiling.work import MismatchError
 
 ROOT = Path(__file__).parents[1]
@@ -319,6 +319,11 @@ def test_rivals_take_turns() -> None:
     seconds = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, repeats=3)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert all(len(values) == 3 for values in seconds.values())
+    order.clear()
+    turns = {name: {stage: lambda both=name + stage: order.append(both) for stage in "12"} for name in "ab"}
+    seconds = interleaved_stages(turns, repeats=2)
+    assert " ".join(order) == "a1 a2 b1 b2" + " a1 a2 b1 b2" + " b1 b2 a1 a2"
+    assert all(len(values) == 2 for stages in seconds.values() for values in stages.values())
     assert quantile([1.0, 2.0, 3.0], 0.5) == 2.0 and quantile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.2) == 2.0
 
 
@@ -331,10 +336,11 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(file.read_text())
-    assert set(document["steps"]) == {"build", "tests", "bench_step", "bench_saliency", "bench_iteration"}
+    scripts = {"bench_step", "bench_saliency", "bench_iteration", "bench_dit"}
+    assert set(document["steps"]) == {"build", "tests", *scripts}
     assert all(step["exit_code"] == 0 for step in document["steps"].values())
     assert "passed" in document["steps"]["tests"]["summary"]
-    assert {row["benchmark"] for row in document["rows"]} == {"bench_step", "bench_saliency", "bench_iteration"}
+    assert {row["benchmark"] for row in document["rows"]} == scripts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -312,6 +312,32 @@ def test_a_function_does_for_a_model() -> None:
     assert all((total[name] - value).abs().max() < 1e-12 for name, value in fisher.means().items())
 
 
+def test_a_compiled_dit_unlearns_as_it_does_uncompiled() -> None:
+    """torch.compile(model) is handed over in the model's place, to the Fisher pass and to the iterations."""
+    results, fishers = [], []
+    data = [[(normal(3, 2, 4, 4, seed=seed), labels(3))] for seed in (1, 2)]
+    for compiled in (False, True):
+        own = denoisers.dit().double()
+        torch.compiler.reset()
+        model = torch.compile(own, backend="aot_eager") if compiled else own
+        exact = FisherDiagonal(model, class_task(), per_sample=True, chunk=1).measure(data[0])
+        fishers.append(exact.means())
+        method = SFRon.preset("dit-xl-2-256", iterations=3, forget_alpha=1.0, fisher_batches=1)
+        unlearner = Unlearner(model, class_task(label_dropout=0.5), method)
+        result = unlearner.run(forget=data[0], retain=data[1])
+        results.append((dict(own.named_parameters()), result))
+    (plain, one), (moved, other) = results
+    assert set(fishers[0]) == set(fishers[1]) == set(plain), "plain names"
+    for name, want in fishers[0].items():
+        torch.testing.assert_close(fishers[1][name], want, rtol=1e-9, atol=1e-20)
+    assert one.mask.kept == other.mask.kept
+    for entry, same in zip(one.history, other.history, strict=True):
+        assert entry["retain_loss"] == pytest.approx(same["retain_loss"], rel=1e-9)
+    assert all((plain[name] - p).abs().max() < 1e-8 for name, p in moved.items())
+    start = dict(denoisers.dit().double().named_parameters())
+    assert max((plain[name] - p).abs().max() for name, p in start.items()) > 1e-4
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, "much"])
 def test_fisher_clipping_needs_a_norm(max_norm) -> None:
     with pytest.raises(InputError, match="Fisher max_norm: expected more than 0"):
@@ -654,6 +680,7 @@ def test_embedders_are_tied_and_untied(tmp_path) -> None:
     model, copies = denoisers.dit(layers=3), denoisers.dit(layers=3)
     one = sum(p.numel() for p in model.transformer_blocks[0].norm1.emb.parameters())
     total = sum(p.numel() for p in model.parameters())
+    assert tie_embeddings(copy.deepcopy(model).to("meta")) == 2 * one, "where there are no numbers to compare"
     assert tie_embeddings(model) == 2 * one and tie_embeddings(model) == 0
     assert sum(p.numel() for p in model.parameters()) == total - 2 * one
 

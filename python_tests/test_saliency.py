@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from unlearn_ext import ops
 from unlearn_ext.errors import InputError, NonFiniteError
-from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
-from unlearn_ext.saliency.mask import _part_of
+from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _arriving, _parts
+from unlearn_ext.saliency import fisher as fisher_module
+from unlearn_ext.saliency.mask import _on_host, _part_of
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
 
@@ -555,6 +556,27 @@ def test_per_sample_does_not_depend_on_the_chunk() -> None:
         torch.testing.assert_close(one.sums[name], many.sums[name], rtol=1e-12, atol=1e-18)
 
 
+@pytest.mark.parametrize("options", ({"in_backward": True}, {"per_sample": True, "chunk": 3}), ids=str)
+def test_gradients_are_squared_some_at_a_time(options, monkeypatch) -> None:
+    """As large models have it: each call of the operator takes one tensor."""
+    model, data, calls = trained(), batches(2, 7, seed=1, dtype=torch.float64), []
+    monkeypatch.setattr(_parts, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
+    accumulate = fisher_module.ops.accumulate_fisher_
+
+    def watched(sums: list[Tensor], grads: list[Tensor], weight: float = 1.0) -> None:
+        calls.append(len(sums))
+        assert all(p.grad is None for p in model.parameters())
+        accumulate(sums, grads, weight)
+
+    monkeypatch.setattr(fisher_module.ops, "accumulate_fisher_", watched)
+    means = FisherDiagonal(model, Classification(), **options).measure(data).means()
+    for name, want in plain_fisher(model, data, "per_sample" in options).items():
+        torch.testing.assert_close(means[name], want, rtol=1e-12, atol=1e-18)
+    assert calls == [1] * (len(means) * (14 if "per_sample" in options else 2))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
 @pytest.mark.parametrize("per_sample", (False, True), ids=("batch", "sample"))
 def test_fisher_takes_so_many_batches(per_sample: bool) -> None:
     model, data = trained(), batches(5, 4, seed=1, dtype=torch.float64)
@@ -665,6 +687,16 @@ def test_from_fisher_by_fraction(fraction: float, channels_last: bool) -> None:
     assert list(unpacked) == list(f) and not unpacked.pop("unused").any()
     assert_equal(unpacked, expected)
     assert mask.kept == k
+
+
+def test_words_that_came_from_a_device_together_can_be_saved(tmp_path) -> None:
+    named = masks()
+    words = ops.pack_bits(list(named.values()))
+    together = _on_host(words)  # views of one tensor
+    mask = SaliencyMask(dict(zip(named, together, strict=True)), {name: tuple(m.shape) for name, m in named.items()})
+    assert mask == SaliencyMask.from_dict(named)
+    mask.save(tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(tmp_path / "mask.safetensors") == mask
 
 
 def test_gamma_and_fraction_exclude_each_other() -> None:

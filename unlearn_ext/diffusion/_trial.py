@@ -160,6 +160,11 @@ class _LiveBytes(TorchDispatchMode):
         self._held = {t.untyped_storage()._cdata for t in held}
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
 
+    def lap(self) -> int:
+        """The peak so far; the next one starts from what is alive now."""
+        peak, self.peak = self.peak, self._now
+        return peak
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves((args, kwargs, result)):

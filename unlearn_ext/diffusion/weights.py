@@ -67,7 +67,7 @@ def tie_embeddings(model: nn.Module) -> int:
     :func:`untie_embeddings` before the model is saved.
 
     Returns:
-        How many weights were saved by it.
+        How many weights were saved by it. On the meta device, where copies have no numbers, they are taken to be equal.
 
     Raises:
         InputError: the model has no such copies, or they differ; nothing was changed.
@@ -76,7 +76,7 @@ def tie_embeddings(model: nn.Module) -> int:
     shared = dict(first.named_parameters())
     for number, embedder in enumerate(others, 1):
         for name, copy in embedder.named_parameters():
-            if copy is not shared[name] and not torch.equal(copy, shared[name]):
+            if copy is not shared[name] and not copy.is_meta and not torch.equal(copy, shared[name]):
                 raise InputError(
                     f"the embedders differ: {name} of block {number} is not that of block 0; they have been trained as "
                     "copies and cannot be tied"

@@ -17,7 +17,7 @@ from .report import Measurement, device_name, document, measure, show, write
 from .timing import repeats_for
 from .work import IMPLEMENTATIONS, Work
 
-__all__ = ["CPU_WEIGHTS", "main", "options"]
+__all__ = ["CPU_WEIGHTS", "main", "options", "positive"]
 
 CPU_WEIGHTS = 40_000_000  # of a network that has more, unless --weights says otherwise; on a GPU all
 
@@ -31,11 +31,11 @@ def options(description: str, weights: bool = True) -> argparse.ArgumentParser:
     if weights:
         known = ", ".join(shapes.SHAPES)
         parser.add_argument("--shapes", nargs="+", help=f"{known}; 300x1000; or a .safetensors file")
-        parser.add_argument("--weights", type=_positive, help="about how many, in whole tensors; 40 M on the CPU")
+        parser.add_argument("--weights", type=positive, help="about how many, in whole tensors; 40 M on the CPU")
         parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="of weights")
-    parser.add_argument("--threads", type=_positive, help="PyTorch's own choice unless given")
+    parser.add_argument("--threads", type=positive, help="PyTorch's own choice unless given")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--repeats", type=_positive, help="as many as take some seconds, unless given")
+    parser.add_argument("--repeats", type=positive, help="as many as take some seconds, unless given")
     parser.add_argument(
         "--implementations",
         nargs="+",
@@ -47,7 +47,7 @@ def options(description: str, weights: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text.replace("_", ""))
     if number < 1:
         raise argparse.ArgumentTypeError("expected a count from 1")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["interleaved", "quantile", "repeats_for"]
+__all__ = ["interleaved", "interleaved_stages", "quantile", "repeats_for"]
 
 
 def interleaved(
@@ -19,19 +19,32 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each run, ``repeats`` times. Each repetition begins with another one: none always follows the same
     neighbour's caches. One round before the clock starts."""
+    whole = interleaved_stages({name: {"": run} for name, run in runs.items()}, repeats, device, progress)
+    return {name: stages[""] for name, stages in whole.items()}
+
+
+def interleaved_stages(
+    runs: Mapping[str, Mapping[str, Callable[[], object]]],
+    repeats: int,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, list[float]]]:
+    """The same for runs of several stages, which follow each other in a turn and are timed one by one."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for run in runs.values():
-        run()
+    seconds: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in runs[name]} for name in names}
+    for stages in runs.values():
+        for run in stages.values():
+            run()
     for repetition in range(repeats):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            wait()
-            started = time.perf_counter()
-            runs[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - started)
+            for stage, run in runs[name].items():
+                wait()
+                started = time.perf_counter()
+                run()
+                wait()
+                seconds[name][stage].append(time.perf_counter() - started)
         progress(repetition + 1, repeats)
     return seconds
 

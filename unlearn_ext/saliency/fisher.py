@@ -19,6 +19,8 @@ from .._parts import map_tensors, own_part
 from .._ranks import Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
 from ..errors import InputError, NonFiniteError
+from ._arriving import arriving
+from ._parts import in_parts
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -39,7 +41,8 @@ class FisherDiagonal:
         task: how a batch becomes per-sample losses.
         per_sample: exact per-sample gradients; B/chunk times the work of one batch gradient.
         batches: use at most this many batches of each data set.
-        chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights.
+        chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights. 1: a backward pass
+            for each sample, without ``torch.func``, of the model as it is given: compiled, or checkpointing gradients.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
         split_batches: as in :class:`~unlearn_ext.Unlearner`. Gradients are averaged over the ranks before they are
             squared, so that the diagonal is that of one process on the whole batches.
@@ -102,7 +105,7 @@ class FisherDiagonal:
         ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
-            InputError: no batches, or no parameter received a gradient.
+            InputError: no batches, or no parameter received a gradient, or one received it in parts.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
         before = self.count
@@ -138,10 +141,13 @@ class FisherDiagonal:
         count = size = self.task.size(batch)
         if self.split_batches:
             batch, count = own_part(batch, size, self.ranks)
-        if self.per_sample:
-            self._add_per_sample(batch, count, where)
-        else:
+        if not self.per_sample:
             self._add_batch(batch, count, where)
+        elif self.chunk == 1 and self.ranks.size == 1:  # several ranks would average what their samples give
+            for i in range(count):
+                self._add_batch(_samples(batch, i, i + 1), 1, where)
+        else:
+            self._add_per_sample(batch, count, where)
 
     @property
     def _device(self) -> torch.device:
@@ -160,19 +166,20 @@ class FisherDiagonal:
         if not loss.requires_grad:
             return
         if self.in_backward:
-            self._square_in_backward(loss)
-            self.count += 1
-            return
-        loss.backward()
-        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        with torch.no_grad():
-            self._accumulate(found)
-        self.seen |= found.keys()
+            seen = self._square_in_backward(loss)
+        else:
+            loss.backward()
+            found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+            with torch.no_grad():
+                self._accumulate(found)
+            seen = set(found)
+        self.seen |= seen
         self.count += 1
         for p in self._parameters.values():
             p.grad = None
 
-    def _square_in_backward(self, loss: Tensor) -> None:
+    def _square_in_backward(self, loss: Tensor) -> set[str]:
+        """Adds the squares as gradients appear; the names of the parameters that had one."""
         names, parameters = list(self._parameters), list(self._parameters.values())
         weight = 1.0
         if self.max_norm is not None:
@@ -185,12 +192,12 @@ class FisherDiagonal:
                 loss.backward(retain_graph=True)
             weight = self._weight(sum(squares[i] for i in sorted(squares)))
 
-        def take(i: int, gradient: Tensor) -> None:
-            ops.accumulate_fisher_([self.sums[names[i]]], [gradient], weight)
-            self.seen.add(names[i])
+        def take(gradients: dict[str, Tensor]) -> None:
+            ops.accumulate_fisher_([self.sums[name] for name in gradients], list(gradients.values()), weight)
 
-        with consuming(parameters, names.__getitem__, take):
+        with arriving(self._parameters, take) as seen:
             loss.backward()
+        return seen
 
     def _add_per_sample(self, batch: Any, count: int, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
@@ -205,11 +212,14 @@ class FisherDiagonal:
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):
-            part = map_tensors(batch, lambda t, start=start: t[start : start + self.chunk])
-            gradients, losses = gradients_of(values, part)
+            gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
             _check_finite(losses.mean(), where)
-            for i in range(losses.shape[0]):
-                self._accumulate({name: gradient[i].detach() for name, gradient in gradients.items()})
+            samples = [{name: g[i].detach() for name, g in gradients.items()} for i in range(losses.shape[0])]
+            weights = [self._weight_of(sample) for sample in samples]
+            sums, rows = list(self.sums.values()), [list(sample.values()) for sample in samples]
+            for few in in_parts(sums):  # all samples, while the sums of these few are in the cache
+                for row, weight in zip(rows, weights, strict=True):
+                    ops.accumulate_fisher_(sums[few], row[few], weight)
         self.count += count
 
     def _add_up(self) -> None:
@@ -221,10 +231,11 @@ class FisherDiagonal:
         self.count = int(self.ranks.sum(torch.tensor(self.count, device=self._device)))
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
-        """By name; those of all weights with ``per_sample``."""
-        weight = 1.0 if self.max_norm is None else self._weight(self._products(gradients)[0])
         sums = [self.sums[name] for name in gradients]
-        ops.accumulate_fisher_(all_local(sums), all_local(list(gradients.values())), weight)
+        ops.accumulate_fisher_(all_local(sums), all_local(list(gradients.values())), self._weight_of(gradients))
+
+    def _weight_of(self, gradients: dict[str, Tensor]) -> float:
+        return 1.0 if self.max_norm is None else self._weight(self._products(gradients)[0])
 
     def _products(self, tensors: dict[str, Tensor]) -> tuple[float, float]:
         """The sum of squares and the number of entries that are not finite, over all weights of all ranks."""
@@ -243,3 +254,8 @@ class FisherDiagonal:
 def _check_finite(loss: Tensor, where: str) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"Fisher: the loss of {where} is {loss.item()}; check the data and the precision")
+
+
+def _samples(batch: Any, start: int, stop: int) -> Any:
+    """These samples of a prepared batch."""
+    return map_tensors(batch, lambda tensor: tensor[start:stop])

@@ -17,6 +17,7 @@ from .._names import by_plain_name
 from .._shards import is_sharded, local, part_like
 from ..errors import InputError
 from . import foreign, sharded
+from ._parts import in_parts
 
 if TYPE_CHECKING:
     from .fisher import FisherDiagonal
@@ -167,26 +168,29 @@ class SaliencyMask:
         """From Fisher sums of equal names; those that were not ``seen`` are kept out."""
         if gamma is not None and mask_fraction is not None:
             raise InputError("gamma and mask_fraction both say which weights are salient: give one of them")
+        if not forget:
+            raise InputError("Fisher diagonals of no tensors were given: none holds a gradient")
+        names = [name for name in forget if name in seen]
         if mask_fraction is None:
             gamma = 1.0 if gamma is None else gamma
-            plain = by_plain_name((name, name) for name in forget)
-            bits = {own: _ratio_words(forget, retain, name, seen, gamma, ratio) for own, name in plain.items()}
-            shapes = {own: tuple(retain[name].shape) for own, name in plain.items()}
-            return cls(bits, shapes, {"gamma": repr(gamma), **(metadata or {})})
-        check_fraction("mask_fraction", mask_fraction)
-        masks = {name: torch.zeros(total.shape, dtype=torch.bool) for name, total in forget.items()}
-        names = [name for name in forget if name in seen]
-        f, r = [forget[name] for name in names], [retain[name] for name in names]
-        wanted = _part_of(sum(mask.numel() for mask in masks.values()), mask_fraction)
-        k = min(wanted, sum(total.numel() for total in f))
-        if any(map(is_sharded, f)):
-            found = sharded.top_ratio_masks(f, r, k, **ratio)
+            kept = _ratio_words(forget, retain, names, gamma=gamma, **ratio)
+            origin = {"gamma": repr(gamma)}
         else:
-            f = [total.contiguous() for total in f]  # ties are broken in logical order
-            bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
-            found = ops.unpack_bits(bits, f)
-        masks.update(zip(names, found, strict=True))
-        return cls.from_dict(masks, {"mask_fraction": repr(float(mask_fraction)), **(metadata or {})})
+            check_fraction("mask_fraction", mask_fraction)
+            # Ties are broken in logical order.
+            f, r = [forget[name].contiguous() for name in names], [retain[name] for name in names]
+            wanted = _part_of(sum(total.numel() for total in retain.values()), mask_fraction)
+            k = min(wanted, sum(total.numel() for total in f))
+            if any(map(is_sharded, f)):
+                words = _on_host(ops.pack_bits(sharded.top_ratio_masks(f, r, k, **ratio)))
+            else:
+                bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
+                words = _logical(bits, f)
+            kept = dict(zip(names, words, strict=True))
+            origin = {"mask_fraction": repr(float(mask_fraction))}
+        words = {name: kept[name] if name in kept else _no_bits(retain[name]) for name in forget}
+        shapes = {name: tuple(retain[name].shape) for name in forget}
+        return cls(by_plain_name(words.items()), by_plain_name(shapes.items()), {**origin, **(metadata or {})})
 
     # --- What it holds --------------------------------------------------------------------------------------
 
@@ -265,7 +269,7 @@ class SaliencyMask:
         for name, p in named.items():
             bits, own = self._bits.get(name), local(p)
             if bits is None:
-                bits = torch.zeros((own.numel() + 31) // 32, dtype=torch.int32)
+                bits = _no_bits(own)
             elif is_sharded(p) or not own.is_contiguous():
                 logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool)])[0]
                 part = torch.empty_like(own, dtype=torch.bool, device="cpu").copy_(part_like(logical, p))
@@ -407,23 +411,38 @@ class SaliencyMask:
 
 
 def _ratio_words(
-    forget: Mapping[str, Tensor],
-    retain: Mapping[str, Tensor],
-    name: str,
-    seen: Set[str],
-    gamma: float,
-    ratio: dict[str, float],
-) -> Tensor:
-    """One tensor's bits in logical order, on the CPU. Its forget Fisher may wait elsewhere, and comes back here."""
-    if name not in seen:
-        return torch.zeros(-(-retain[name].numel() // 32), dtype=torch.int32)
-    f = forget[name]
-    if is_sharded(f):
-        return ops.pack_bits(sharded.ratio_masks([f], [retain[name]], gamma, **ratio))[0].cpu()
-    bits, _ = ops.ratio_bits([f], [retain[name]], gamma=gamma, **ratio)
-    if not f.is_contiguous():
-        bits = ops.pack_bits([keep.contiguous() for keep in ops.unpack_bits(bits, [f])])
-    return bits[0].cpu()
+    forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], names: list[str], **ratio: float
+) -> dict[str, Tensor]:
+    """Bits by name, a few tensors at a time: those of the forget Fisher may wait elsewhere, and come back here."""
+    kept: dict[str, Tensor] = {}
+    for few in in_parts([retain[name] for name in names]):
+        f, r = [forget[name] for name in names[few]], [retain[name] for name in names[few]]
+        if any(map(is_sharded, f)):
+            words = _on_host(ops.pack_bits(sharded.ratio_masks(f, r, **ratio)))
+        else:
+            bits, _ = ops.ratio_bits(f, r, **ratio)
+            words = _logical(bits, f)
+        kept.update(zip(names[few], words, strict=True))
+    return kept
+
+
+def _logical(bits: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Bits on the CPU and in logical order, of those in the memory order of ``like``."""
+    words = bits if all(word.device.type == "cpu" for word in bits) else _on_host(bits)
+    for i, tensor in enumerate(like):
+        if not tensor.is_contiguous():
+            ordered = ops.unpack_bits([words[i]], [torch.empty_like(tensor, dtype=torch.bool, device="cpu")])[0]
+            words[i] = ops.pack_bits([ordered.contiguous()])[0]
+    return words
+
+
+def _on_host(words: list[Tensor]) -> list[Tensor]:
+    """In one copy: each would wait for the device."""
+    return list(torch.cat(words).cpu().split([word.numel() for word in words]))
+
+
+def _no_bits(like: Tensor) -> Tensor:
+    return torch.zeros((like.numel() + 31) // 32, dtype=torch.int32)
 
 
 def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
