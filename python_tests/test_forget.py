@@ -644,6 +644,20 @@ def test_unreadable_images_are_named_and_skipped_or_refused(home: Path, tmp_path
     assert "000.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("files", ["3/*.png", "*/*.png"])
+def test_nothing_stays_where_a_class_has_no_readable_image(home: Path, tmp_path: Path, capsys, files: str) -> None:
+    data = tmp_path / "damaged"
+    shutil.copytree(home / "digits", data)
+    for image in data.glob(files):
+        image.write_bytes(b"no picture")
+    own = ["--pretrained-model-name-or-path", str(home / "dit"), "--data", str(data), "--forget-class", "3", *SMALL]
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 1
+    assert "none of " in capsys.readouterr().err and not (tmp_path / "out").exists()
+    shutil.rmtree(data)
+    shutil.copytree(home / "digits", data)  # mended, and run again
+    assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize("model", ["dit", "text"])
 def test_unreadable_images_are_left_out_where_latents_are_made_of_them(home, tmp_path, capsys, model: str) -> None:
     shutil.copytree(home / "named", tmp_path / "damaged")

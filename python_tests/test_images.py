@@ -379,6 +379,7 @@ def test_arrays_that_are_refused(tmp_path, pixels):
     bad(r"images of shape \[5, 7, 1\]", images=pixels[..., :1], labels=LABELS)
     bad(r"expected uint8, or floats in \[-1, 1\], got torch.int64", images=pixels.astype(np.int64), labels=LABELS)
     bad("no pixel below 0: .* 2 x - 1", images=(floats + 1) / 2, labels=LABELS)
+    bad("no byte above 1: black is 0 and white is 255", images=(pixels > 127).astype(np.uint8), labels=LABELS)
     bad("has pixels from .* to .*: floats must be in", images=floats * 127, labels=LABELS)
     bad("sample 0 of .* has pixels from nan", images=np.full_like(floats, np.nan), labels=LABELS)
     bad("has no samples", images=pixels[:0], labels=LABELS[:0])

@@ -202,6 +202,21 @@ DAMAGES = {
         lambda s: edit(s / "scheduler" / "scheduler_config.json", _class_name="Other"),
         "is a Other, which this diffusers does not have",
     ),
+    "odd scheduler": (
+        "bare",
+        lambda s: edit(s / "scheduler" / "scheduler_config.json", beta_schedule="odd"),
+        r"the scheduler in .* cannot be opened \(odd is not implemented",
+    ),
+    "scheduler of text": (
+        "ddpm",
+        lambda s: edit(s / "scheduler" / "scheduler_config.json", num_train_timesteps="x"),
+        "the scheduler in .* cannot be opened",
+    ),
+    "vocabulary": (
+        "text",
+        lambda s: [path.unlink() for path in (s / "tokenizer").iterdir() if path.name != "tokenizer_config.json"],
+        "the tokenizer in .* has no vocabulary: add its vocab.json and merges.txt",
+    ),
     "flow": (
         "bare",
         lambda s: diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(s / "scheduler"),

@@ -19,7 +19,7 @@ __all__ = ["array_labels", "open_arrays", "read_arrays"]
 
 _KEYS = ("images", "latents", "latent_mean", "latent_std", "labels")
 _KINDS = {"images": "pixel_values", "latents": "latents", "latent_mean": "latent_moments"}
-_ROWS_LOOKED_AT = 64  # of a float array, when it is opened
+_ROWS_LOOKED_AT = 64  # when an array is opened
 _LARGEST_PIXEL = 1.001  # float16 and resampling round
 
 
@@ -223,14 +223,15 @@ class _Images(ArrayFile):
                 f"{list(wanted['hwc'])}: resize them, or give pictures in class folders, which are resized"
             )
         self._bytes = array.dtype == torch.uint8
-        if not self._bytes:
-            if not array.dtype.is_floating_point:
-                raise InputError(f"{path}: images: expected uint8, or floats in [-1, 1], got {array.dtype}")
-            count = array.shape[0]
-            looked = min(count, _ROWS_LOOKED_AT)
-            rows = [self.read(i * count // looked)["pixel_values"] for i in range(looked)]
-            if min(float(row.min()) for row in rows) >= 0:
-                raise InputError(f"{path} has no pixel below 0: floats must be in [-1, 1]; scale them by 2 x - 1")
+        if not self._bytes and not array.dtype.is_floating_point:
+            raise InputError(f"{path}: images: expected uint8, or floats in [-1, 1], got {array.dtype}")
+        count = array.shape[0]
+        looked = min(count, _ROWS_LOOKED_AT)
+        rows = [self.read(i * count // looked)["pixel_values"] for i in range(looked)]
+        if not self._bytes and min(float(row.min()) for row in rows) >= 0:
+            raise InputError(f"{path} has no pixel below 0: floats must be in [-1, 1]; scale them by 2 x - 1")
+        if self._bytes and abs(max(float(row.max()) for row in rows) - (2 / 255 - 1)) < 1e-6:
+            raise InputError(f"{path} has no byte above 1: black is 0 and white is 255; multiply them by 255")
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from .._shards import local
 from ..data.drawing import Draw, draw_indices, until_readable
 from ..data.images import ImageData, count_classes, open_data
 from ..data.latents import LatentData, encode_latents, latents_size
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, UnlearnError, is_out_of_memory
 from ..methods import DOMAINS, SFRon
 from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
@@ -442,8 +443,21 @@ class ForgetJob:
     def _encode_in_turn(self, directory: Path) -> LatentData:
         """By the first rank; the others find what it has written."""
         with self._together():
-            latents = self._encode(directory) if self.first else None
-        return latents or self._encode(directory)
+            latents = self._encode_or_clear(directory) if self.first else None
+        return self._encode(directory) if latents is None else latents
+
+    def _encode_or_clear(self, directory: Path) -> LatentData:
+        """What is wrong with the data or the VAE may show late: then nothing stays of a folder that this run made."""
+        own = not directory.exists()
+        try:
+            return self._encode(directory)
+        except UnlearnError:
+            if own:
+                shutil.rmtree(directory, ignore_errors=True)
+                for folder in (directory.parent, directory.parent.parent):
+                    with contextlib.suppress(OSError):  # it holds something else
+                        folder.rmdir()
+            raise
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:

@@ -322,7 +322,8 @@ def _open_scheduler(folder: Path, place: str, index: Mapping[str, Any] | None) -
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(f"the scheduler of {home} is a {name}, which this diffusers does not have: name another")
-    scheduler = kind.from_pretrained(home, local_files_only=True)
+    with _as_input_error(home, "scheduler"):
+        scheduler = kind.from_pretrained(home, local_files_only=True)
     if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         raise InputError(
             f"the scheduler of {home}, a {name}, has no alphas_cumprod: expected one of a model that predicts noise, "
@@ -391,7 +392,10 @@ def _open_tokenizer(home: Path) -> Any:
     from transformers import CLIPTokenizer
 
     with _as_input_error(home, "tokenizer"):
-        return CLIPTokenizer.from_pretrained(home, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(home, local_files_only=True)
+    if len(tokenizer) < 3:  # transformers makes one of the special tokens alone where the vocabulary is missing
+        raise InputError(f"the tokenizer in {home} has no vocabulary: add its vocab.json and merges.txt")
+    return tokenizer
 
 
 @contextlib.contextmanager
