@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext._names import trainable, unwrapped
-from unlearn_ext._shards import full
+from unlearn_ext._shards import full, local, part_like
 from unlearn_ext.errors import UnlearnError
 from unlearn_ext.methods import SFRon
 from unlearn_ext.saliency import FisherDiagonal
+from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
 
 Case = Callable[..., dict[str, Any]]
@@ -227,6 +228,61 @@ def not_finite(wrapper: str | None, directory: Path) -> dict[str, Any]:
 
 
 @case
+def shuffled(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Loaders without generators of their own, and ranks whose global generators differ."""
+    found = {}
+    for name, seed in (("forget", 1), ("retain", 2)):
+        data = list(zip(*samples(11, seed), strict=True))
+        found[name] = DataLoader(data, batch_size=4, shuffle=True)
+    torch.manual_seed(7 + rank())
+    model = network(wrapper)
+    torch.manual_seed(7 + rank())
+    return go(wrapper, model=model, data=found)
+
+
+@case
+def protected_bits(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Hashes of what is protected, the same however it is cut; and a bit that a single rank moves is noticed."""
+    model = network(wrapper)
+    named = list(trainable(model).items())
+    generator = torch.Generator().manual_seed(3)
+    masks = {name: torch.rand(p.shape, generator=generator) < 0.4 for name, p in named}
+    bits = SaliencyMask.from_dict(masks).bind(named)
+    weights = [p for _, p in named]
+    found = {"hashes": protected_hashes(weights, bits), "count": protected_count(weights, bits)}
+    assert found["count"] == sum(int((~mask).sum()) for mask in masks.values())
+    masks["first.weight"][:] = False
+    bits = SaliencyMask.from_dict(masks).bind(named)
+    before = protected_hashes(weights, bits)
+    moved = [name for name, _ in named].index("first.weight")
+    own = local(weights[moved])
+    if own.numel():
+        with torch.no_grad():
+            own.view(-1)[-1] += 1
+    after = protected_hashes(weights, bits)
+    assert [i for i, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]] == [moved]
+    return found
+
+
+@case
+def ties(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Equal ratios are kept in the order of the tensors, then in logical order; none, some and all of them."""
+    model = network(wrapper).float()
+    found: dict[str, Any] = {}
+    diagonals = [FisherDiagonal(model, Classification()) for _ in range(2)]
+    for number, diagonal in enumerate(diagonals):
+        diagonal.count, diagonal.seen = 1, set(diagonal.sums)
+        for i, total in enumerate(diagonal.sums.values()):
+            generator = torch.Generator().manual_seed(10 * number + i)
+            values = torch.randint(0, 3, total.shape, generator=generator).float()
+            local(total).copy_(part_like(values, total))
+    for part in (0.0, 0.1, 0.35, 0.5, 0.8, 1.0):
+        mask = SaliencyMask.from_fisher(*diagonals, mask_fraction=part)
+        found[str(part)] = {name: bits.flatten().tolist() for name, bits in mask.unpack().items()}
+    return found
+
+
+@case
 def fisher(wrapper: str | None, directory: Path) -> dict[str, Any]:
     """The diagonal, as released and, where weights are whole, exact."""
     found: dict[str, Any] = {}
@@ -321,6 +377,47 @@ def accelerated(wrapper: str | None, directory: Path) -> dict[str, Any]:
     return go(None, model=model, data=data, arguments={"split_batches": False})
 
 
+def partly_sharded(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = network(None)
+    fully_shard(model.first)
+    try:
+        go(None, model=model)
+    except UnlearnError as error:
+        return {"error": str(error)}
+    raise AssertionError("nothing was noticed")
+
+
+def uneven(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    data = {"forget": batches(2 + rank(), 4, 1), "retain": batches(2, 4, 2)}
+    try:
+        go(wrapper, data=data, arguments={"split_batches": False})
+    except UnlearnError as error:
+        return {"error": str(error)}
+    raise AssertionError("nothing was noticed")
+
+
+def sampled_before(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """A pass without a backward one leaves fully_shard's weights whole."""
+    model = network("fsdp")
+    with torch.no_grad():
+        model(samples(3, 5)[0])
+    diagonal = FisherDiagonal(model, Classification()).measure(batches(3, 5, 1))
+    return {name: full(value).flatten().tolist() for name, value in diagonal.means().items()}
+
+
+def continued(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """From checkpoints of another number of ranks, as they lie in ``directory``, with both wrappers."""
+    found = {}
+    for run in sorted(directory.glob("run-*")):
+        if not run.name.endswith(f"-{ranks()}"):
+            for way in ("ddp", "fsdp"):
+                again = {"resume_from_checkpoint": run / "checkpoint-4", "arguments": {"ema_decay": 0.9}}
+                found[f"{run.name} {way}"] = {k: v for k, v in go(way, **again).items() if k in ("weights", "ema")}
+    return found
+
+
 def lost(wrapper: str | None, directory: Path) -> dict[str, Any]:
     """The last rank ends in the middle of the run."""
 
@@ -337,15 +434,16 @@ def lost(wrapper: str | None, directory: Path) -> dict[str, Any]:
 
 
 # Not done by all wrappers in one launch.
-OTHERS = {f.__name__: f for f in (duplicates, unwrapped_model, accelerated, lost)}
+OTHERS = {f.__name__: f for f in (duplicates, unwrapped_model, accelerated, lost, partly_sharded, uneven)}
+OTHERS |= {f.__name__: f for f in (sampled_before, continued)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     directory, *wanted = Path(sys.argv[1]), *sys.argv[2:]
-    jobs = [(name, OTHERS[name], "ddp") for name in wanted if name in OTHERS]
-    jobs += [(name, CASES[name], wrapper) for wrapper in wanted if wrapper not in OTHERS for name in CASES]
+    jobs = [(name, CASES[name], wrapper) for wrapper in wanted if wrapper not in OTHERS for name in CASES]
+    jobs += [(name, OTHERS[name], "ddp") for name in wanted if name in OTHERS]
     for name, function, wrapper in jobs:
         found = function(wrapper, directory)
         told: list[Any] = [None] * ranks()

@@ -80,11 +80,12 @@ def test_two_ranks_write_what_one_process_writes(home: Path, tmp_path: Path, mod
 def test_what_ranks_cannot_do_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
     from unlearn_ext.diffusion import job
 
-    monkeypatch.setattr(job, "ranks", lambda: 2)
+    monkeypatch.setattr(job, "world_size", lambda: 2)
     for options, message in (
-        ({"weights_dtype": "bfloat16"}, "--weights-dtype bfloat16 is for one process: leave it out, or --parallel"),
+        ({"weights_dtype": "bfloat16"}, "--weights-dtype bfloat16 is for one process: leave it out, or run without"),
         ({"optimizer_in_backward": True}, "--optimizer-in-backward is for one process"),
         ({"fisher_storage": "host"}, "--fisher-storage is for one process"),
+        ({"channels_last": True, "parallel": "fsdp"}, "--channels-last with --parallel fsdp is for one process"),
     ):
         with pytest.raises(InputError, match=message):
             job_of(home, "dit", tmp_path / "out", **options)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checkpoint_tensors import Form, StoredTensors, open_tensors, write_tensors
+from ._checkpoint_tensors import Form, StoredTensors, described, open_tensors, write_tensors
 from ._files import atomic_directory
 from ._names import own_names, unwrapped
 from ._ranks import ALONE, Ranks
-from ._shards import local
+from ._shards import is_sharded, local, part_like
 from .errors import InputError
 from .optim import UnlearnOptimizer
 from .saliency import SaliencyMask
@@ -29,7 +29,7 @@ __all__ = ["Checkpoint", "check", "find", "keep_newest", "model_tensors", "read"
 _FORMAT = "unlearn_ext.checkpoint.5"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
 _DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
-_DOCUMENT += ("forget", "retain", "rng", "averaged")
+_DOCUMENT += ("forget", "retain", "rng", "averaged", "tensors")
 
 
 @dataclass
@@ -82,14 +82,16 @@ def save(
         "optimizer_numbers": numbers,
         "optimizer_settings": optimizer_state["settings"],
         "averaged": bool(averages),
+        "tensors": described(tensors),
         **state,
     }
     with _shared_directory(path, ranks) as partial:
         write_tensors(partial, tensors, ranks)
-        if ranks.first:
-            if mask is not None:
-                mask.save(partial / "mask.safetensors")
-            (partial / "state.json").write_text(json.dumps(document))
+        with ranks.together():
+            if ranks.first:
+                if mask is not None:
+                    mask.save(partial / "mask.safetensors")
+                (partial / "state.json").write_text(json.dumps(document))
     if ranks.first:
         for left in directory.glob(".checkpoint-*"):  # by processes that were killed in this very place
             shutil.rmtree(left, ignore_errors=True)
@@ -105,8 +107,8 @@ def _shared_directory(path: Path, ranks: Ranks) -> Iterator[Path]:
             if ranks.first:
                 partial = stack.enter_context(atomic_directory(path))
         yield ranks.from_first(partial)
-        ranks.wait()
-    ranks.wait()
+        with ranks.together():
+            stack.close()
 
 
 def find(output_dir: Path | None, wanted: str | Path) -> Path:
@@ -151,7 +153,7 @@ def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
     for key in _DOCUMENT:
         if key not in document:
             raise _damaged(path, f"its state.json lacks {key}")
-    tensors = open_tensors(path, document["averaged"], lambda what: _damaged(path, what), ranks)
+    tensors = open_tensors(path, document["tensors"], document["averaged"], lambda what: _damaged(path, what), ranks)
     mask = None
     if document["masked"]:
         try:
@@ -233,7 +235,9 @@ def restore(
         state.setdefault(int(index), {})[name] = value
     groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups, "settings": document["optimizer_settings"]})
-    for name, value in own.items():
-        local(value).copy_(local(found[f"model.{name}"]))
-    for name, value in (averages or {}).items():
-        local(value).copy_(local(found[f"ema.{name}"]))
+    for key, value in {
+        **{f"model.{n}": v for n, v in own.items()},
+        **{f"ema.{n}": v for n, v in (averages or {}).items()},
+    }.items():
+        saved = found[key]
+        local(value).copy_(local(saved) if is_sharded(saved) else part_like(saved, value))

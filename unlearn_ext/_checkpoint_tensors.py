@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ._ranks import Ranks
-from ._shards import local, part_like
-from .errors import InputError
+from ._shards import is_sharded
+from .errors import InputError, first_line
 
-__all__ = ["StoredTensors", "open_tensors", "write_tensors"]
+__all__ = ["StoredTensors", "described", "open_tensors", "write_tensors"]
 
 _SHARDED = "tensors"  # the directory of a checkpoint of several ranks
 _PARTS = ("model", "optimizer", "ema")
@@ -35,31 +35,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
     if ranks.size > 1:
         from torch.distributed import checkpoint
 
-        with _quiet():
-            checkpoint.save(
-                {name: tensor.detach() for name, tensor in tensors.items()},
-                storage_writer=checkpoint.HuggingFaceStorageWriter(str(path / _SHARDED), save_distributed=True),
-                process_group=ranks.group,
-            )
+        writer = checkpoint.HuggingFaceStorageWriter(str(path / _SHARDED), save_distributed=True)
+        own = {name: t.detach() if is_sharded(t) else t.detach().contiguous() for name, t in tensors.items()}
+        try:
+            with _quiet():
+                checkpoint.save(own, storage_writer=writer, process_group=ranks.group)
+        except checkpoint.CheckpointException as error:  # no Exception, so that nothing else would tell of it
+            raise InputError(f"{path.parent}: a checkpoint cannot be written ({first_line(error)})") from None
         return
     from safetensors.torch import save_file
 
     for part in _PARTS:
         found = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
         if found or part != "ema":
-            copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in found.items()}
-            save_file(copies, path / f"{part}.safetensors")
+            if part == "model":  # parts of it may share memory, which safetensors refuse
+                found = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in found.items()}
+            save_file({name: t.detach().contiguous() for name, t in found.items()}, path / f"{part}.safetensors")
 
 
-def open_tensors(path: Path, averaged: bool, damaged: Damaged, ranks: Ranks) -> StoredTensors:
+def described(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Shapes by key, for JSON: a file that is gone takes all that it held of a tensor with it."""
+    return {key: list(tensor.shape) for key, tensor in tensors.items()}
+
+
+def open_tensors(
+    path: Path, shapes: Mapping[str, Any], averaged: bool, damaged: Damaged, ranks: Ranks
+) -> StoredTensors:
     """Those of a checkpoint. What is damaged is an error here, as far as it can be known.
 
     Args:
+        shapes: what :func:`described` gave of them.
         averaged: whether it has moving averages.
         damaged: makes the error of what is wrong.
     """
     if (path / _SHARDED).is_dir():
-        return _Sharded(path / _SHARDED, damaged, ranks)
+        return _Sharded(path / _SHARDED, shapes, damaged, ranks)
     return _Whole(path, [part for part in _PARTS if averaged or part != "ema"], damaged)
 
 
@@ -74,7 +84,7 @@ class StoredTensors(ABC):
 
     @abstractmethod
     def load(self, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by key, in memory of their own, each on the device and cut over the ranks as that in ``likes`` is."""
+        """Tensors by key: each whole, or on the device and cut over the ranks as that in ``likes`` is."""
 
 
 class _Whole(StoredTensors):
@@ -95,22 +105,17 @@ class _Whole(StoredTensors):
                 raise damaged(f"its {file.name} cannot be read") from None
         self.forms = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
 
-    @torch.no_grad()
     def load(self, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for key, like in likes.items():
-            found[key] = torch.empty_like(like, dtype=self._tensors[key].dtype)
-            local(found[key]).copy_(part_like(self._tensors[key], like))
-        return found
+        return {key: self._tensors[key] for key in likes}
 
 
 class _Sharded(StoredTensors):
     """The files of several ranks, of which each reads what it needs."""
 
-    def __init__(self, path: Path, damaged: Damaged, ranks: Ranks):
+    def __init__(self, path: Path, shapes: Mapping[str, Any], damaged: Damaged, ranks: Ranks):
         self._path, self._damaged, self._ranks = path, damaged, ranks
-        if missing := self._missing():
-            raise damaged(missing)
+        if missing := self._missing(shapes):
+            raise damaged(f"{missing} or a part of it is missing")
 
     @cached_property
     def _metadata(self) -> Any:
@@ -127,12 +132,13 @@ class _Sharded(StoredTensors):
         entries = self._metadata.state_dict_metadata.items()
         return {key: (tuple(entry.size), entry.properties.dtype) for key, entry in entries}
 
-    def _missing(self) -> str | None:
-        """Of the pieces of every tensor, those that were in a file that is gone leave a hole."""
-        for key, entry in self._metadata.state_dict_metadata.items():
-            pieces = sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks)
-            if pieces != torch.Size(entry.size).numel():
-                return f"a part of {key} is missing"
+    def _missing(self, shapes: Mapping[str, Any]) -> str | None:
+        """The first tensor that the files do not hold whole."""
+        entries = self._metadata.state_dict_metadata
+        for key, shape in shapes.items():
+            pieces = sum(torch.Size(chunk.sizes).numel() for chunk in entries[key].chunks) if key in entries else -1
+            if pieces != torch.Size(shape).numel():
+                return key
         return None
 
     @torch.no_grad()
@@ -142,13 +148,14 @@ class _Sharded(StoredTensors):
         found: dict[str, Tensor] = {}
         for key, like in likes.items():
             found[key] = torch.empty_like(like, dtype=self.forms[key][1], memory_format=torch.contiguous_format)
-        with _quiet():
-            checkpoint.load(
-                found,
-                storage_reader=checkpoint.HuggingFaceStorageReader(str(self._path)),
-                process_group=self._ranks.group,
-                no_dist=self._ranks.size == 1,
-            )
+        reader = checkpoint.HuggingFaceStorageReader(str(self._path))
+        try:
+            with _quiet():
+                checkpoint.load(
+                    found, storage_reader=reader, process_group=self._ranks.group, no_dist=self._ranks.size == 1
+                )
+        except checkpoint.CheckpointException as error:
+            raise self._damaged(f"its tensors cannot be read ({first_line(error)})") from None
         return found
 
 

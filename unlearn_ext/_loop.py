@@ -119,11 +119,19 @@ class Loop:
                 self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
             return
         document = checkpoint.document
+        size, split = len(document["rng"]), self.unlearner.split_batches
+        if size != self.ranks.size and not split:
+            raise InputError(
+                f"{checkpoint.path} is of {size} ranks that had samples of their own: go on with as many, or start "
+                "anew with whole batches (split_batches=True)"
+            )
+        saved = self.ranks.rank if size == self.ranks.size else 0
+        with self.ranks.together():
+            for stream in (self.forget, self.retain):
+                stream.check(document[stream.name][saved], document["batches"][saved][stream.name])
+            _rng.check(document["rng"][saved], self._generators())
         for stream in (self.forget, self.retain):
-            stream.check(document[stream.name], document["batches"][stream.name])
-        _rng.check(document["rng"][0], self._generators())
-        for stream in (self.forget, self.retain):
-            stream.seek(document[stream.name])
+            stream.seek(document[stream.name][saved])
         averages = None if self.averages is None else self.averages.tensors
         _checkpoint.restore(checkpoint, self.model, self.optimizer, averages)
         self.iteration = self.checked = document["iteration"]
@@ -189,9 +197,9 @@ class Loop:
             verdict = evaluate(self.model, self.iteration)
         _rng.restore(state, generators)
         self._clear()
-        verdict = self.ranks.from_first(verdict)
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
             verdict = verdict.item()
+        verdict = self.ranks.from_first(verdict)
         if verdict is not None and not isinstance(verdict, bool):
             entry["evaluation"] = verdict
         return verdict is True, time.perf_counter() - started
@@ -310,7 +318,8 @@ class Loop:
             return _BatchLoss(own.loss, mean, own.loss.detach(), weight, own.largest_share)
         numbers = [weight, count, mean * count, own.loss.detach() * count]
         numbers.append(0.0 if own.largest_share is None else own.largest_share * weight)
-        row = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=mean.device) for x in numbers])
+        numbers = [x if isinstance(x, Tensor) else mean.new_full((), x, dtype=torch.float64) for x in numbers]
+        row = torch.stack([x.double() for x in numbers])
         rows = self.ranks.gather(row if count else torch.zeros_like(row))
         totals = rows.sum(0)
         factor = rows[self.ranks.rank, 0] * self.ranks.size / totals[0]
@@ -384,9 +393,9 @@ class Loop:
                 "stopped_at": self.result.stopped_at,
                 "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
                 "forgetting": plain(self.forgetting),
-                "batches": {stream.name: length(stream.data) for stream in (self.forget, self.retain)},
-                "forget": self.forget.position(),
-                "retain": self.retain.position(),
+                "batches": self.ranks.gather_objects({s.name: length(s.data) for s in (self.forget, self.retain)}),
+                "forget": self.ranks.gather_objects(self.forget.position()),
+                "retain": self.ranks.gather_objects(self.retain.position()),
                 "rng": self.ranks.gather_objects(_rng.capture(self._generators())),
             },
             self.ranks,

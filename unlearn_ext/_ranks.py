@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._names import unwrapped
+from ._names import reshard, unwrapped
 from ._shards import is_sharded
 from .errors import InputError, LostRankError, UnlearnError, first_line
 
@@ -49,11 +49,19 @@ class Ranks:
             if distributed.get_world_size(group) != world:
                 raise InputError("DistributedDataParallel has a group of its own: let it span all ranks")
             return cls(world, distributed.get_rank(), group)
-        meshes = {p.device_mesh for p in unwrapped(model).parameters() if is_sharded(p)}
+        reshard(model)
+        named = list(unwrapped(model).named_parameters())
+        meshes = {p.device_mesh for _, p in named if is_sharded(p)}
         if not meshes:
             raise InputError(
                 f"there are {world} ranks and the model is on each of them alone: wrap it in DistributedDataParallel, "
                 "or call fully_shard on it"
+            )
+        alone = [name for name, p in named if p.requires_grad and not is_sharded(p)]
+        if alone:
+            raise InputError(
+                f"{alone[0]} is whole on every rank where other weights are sharded, and nothing averages its "
+                "gradient: call fully_shard on the model as a whole, after its blocks"
             )
         if any(mesh.size() != world for mesh in meshes):
             raise InputError(f"the model is sharded over a part of the {world} ranks: shard it over all of them")

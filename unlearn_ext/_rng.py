@@ -57,7 +57,8 @@ def check(state: dict[str, Any], generators: list[torch.Generator]) -> None:
 def restore(state: dict[str, Any], generators: list[torch.Generator] | None = None) -> None:
     torch.set_rng_state(_decode(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_decode(text) for text in state["cuda"]])
+        for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):  # there may have been more
+            torch.cuda.set_rng_state(_decode(text), index)
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = state["numpy"]

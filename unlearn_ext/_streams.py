@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from . import _rng
+from ._ranks import ALONE, Ranks
 from .errors import InputError
 
-__all__ = ["BatchStream", "length"]
+__all__ = ["BatchStream", "in_step", "length"]
 
 
 def length(data: Iterable[Any]) -> int | None:
@@ -18,21 +20,51 @@ def length(data: Iterable[Any]) -> int | None:
         return None
 
 
+@contextlib.contextmanager
+def _as_first(data: Iterable[Any], ranks: Ranks) -> Iterator[dict[str, Any]]:
+    """A pass that starts in the block is the first rank's: its shuffling too, which may draw from the global generator.
+    Gives the state of all generators at that start."""
+    generators = _rng.generators_of(data)
+    own = None if ranks.first else _rng.capture()
+    state = ranks.from_first(_rng.capture(generators))
+    if own is not None:
+        _rng.restore(state, generators)
+    try:
+        yield state
+    finally:
+        if own is not None:  # what modules draw stays this rank's
+            _rng.restore(own)
+
+
+def in_step(data: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
+    """One pass, in the first rank's order."""
+    with _as_first(data, ranks):
+        iterator = iter(data)
+        batch = next(iterator, _END)
+    while batch is not _END:
+        yield batch
+        batch = next(iterator, _END)
+
+
+_END = object()
+
+
 class BatchStream:
     """Batches of one data set, iterated again with ``iter()`` when it ends and never stored.
 
     A DataLoader shuffles anew each time. The position is the state of all generators at the last start and the
-    number of batches taken since: a resumed stream starts from the one and skips the other.
+    number of batches taken since: a resumed stream starts from the one and skips the other. ``ranks`` are those that
+    take the same batches.
     """
 
-    def __init__(self, name: str, data: Iterable[Any]):
+    def __init__(self, name: str, data: Iterable[Any], ranks: Ranks = ALONE):
         if not hasattr(data, "__iter__"):
             raise InputError(f"the {name} set is no iterable of batches but a {type(data).__name__}: pass a DataLoader")
         if isinstance(data, Iterator):
             raise InputError(
                 f"the {name} set is a one-shot iterator, and several passes are needed: pass a list or a DataLoader"
             )
-        self.name, self.data = name, data
+        self.name, self.data, self.ranks = name, data, ranks
         self._iterator: Iterator[Any] | None = None
         self._start_state: dict[str, Any] | None = None
         self._taken = 0
@@ -47,12 +79,12 @@ class BatchStream:
                 self._taken += 1
                 return batch
         # A sampler may draw its seed at iter() or at the first batch: the two stand together, here and in seek().
-        self._start_state = _rng.capture(_rng.generators_of(self.data))
-        self._iterator = iter(self.data)
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            raise InputError(f"the {self.name} set is empty: pass at least one batch") from None
+        with _as_first(self.data, self.ranks) as self._start_state:
+            self._iterator = iter(self.data)
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                raise InputError(f"the {self.name} set is empty: pass at least one batch") from None
         self._taken = 1
         return batch
 

@@ -26,7 +26,7 @@ from ._modes import PRECISIONS
 from ._names import trainable
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
-from ._streams import BatchStream, length
+from ._streams import BatchStream, in_step, length
 from .errors import InputError
 from .methods import Method
 from .saliency import FisherDiagonal, SaliencyMask
@@ -195,7 +195,8 @@ class Unlearner:
                 written before all of it is found to fit. A checkpoint of the iteration at which an evaluation stopped
                 the run is its end: resumed from there it returns at once, with the same result. From an earlier one it
                 goes on, and it is for ``evaluate`` to stop it again.
-            evaluate: called as ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
+            evaluate: called on every rank, of which the first one's word counts, as
+                ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and
                 gradients that it leaves are dropped.
             evaluate_every: iterations between two calls.
@@ -229,6 +230,12 @@ class Unlearner:
         with self.ranks.together():
             directory = None if output_dir is None else writable_directory(output_dir)
             self._check_loaders(forget, retain)
+        lengths = self.ranks.gather_objects([length(forget), length(retain)])
+        if any(other != lengths[0] for other in lengths):
+            raise InputError(
+                f"the ranks have forget and retain sets of {lengths} batches: give all of them as many, since they "
+                "take every step together"
+            )
         checkpoint = None
         if resume_from_checkpoint is not None:
             with self.ranks.together():
@@ -245,28 +252,29 @@ class Unlearner:
             for generator in self.task.generators():
                 seed = self.ranks.from_first(generator.initial_seed())
                 generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
-        streams = BatchStream("forget", forget), BatchStream("retain", retain)
+        alike = self.ranks if self.split_batches else ALONE
+        streams = BatchStream("forget", forget, alike), BatchStream("retain", retain, alike)
         result = Result(update=self.method.update, backend=ops.backend(self.device))
-        if checkpoint is None:
-            if self.method.mask is not None:
-                self.method.mask.check_model(self._named)
-            with contextlib.ExitStack() as kept:
-                result.mask = self._make_mask(
-                    forget,
-                    retain,
-                    result,
-                    allow_duplicates,
-                    progress,
-                    lambda sums: kept.enter_context(stored(sums, self.fisher_storage, directory)),
-                )
-        else:
-            result.mask = checkpoint.mask
-        optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
-        for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
-            group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-        loop = Loop(self, optimizer, streams, result, directory, progress)
-        loop.start(checkpoint)
         with self.ranks.watched():
+            if checkpoint is None:
+                if self.method.mask is not None:
+                    self.method.mask.check_model(self._named)
+                with contextlib.ExitStack() as kept:
+                    result.mask = self._make_mask(
+                        forget,
+                        retain,
+                        result,
+                        allow_duplicates,
+                        progress,
+                        lambda sums: kept.enter_context(stored(sums, self.fisher_storage, directory)),
+                    )
+            else:
+                result.mask = checkpoint.mask
+            optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
+            for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
+                group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
+            loop = Loop(self, optimizer, streams, result, directory, progress)
+            loop.start(checkpoint)
             loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         return result
 
@@ -362,7 +370,7 @@ class Unlearner:
         for (name, data), limit in zip(passes.items(), method.fisher_limits, strict=True):
             total = length(data)
             if not whole:
-                data = itertools.islice(iter(data), limit)
+                data = itertools.islice(in_step(data, self.ranks if self.split_batches else ALONE), limit)
                 total = limit if total is None else min(total, limit)
             done = 0
 

@@ -36,7 +36,7 @@ from .fid import RetainedFID
 from .judge import Judge
 from .options import ForgetOptions
 from .output import check_claim, claim_output, write_output
-from .parallel import gather_weights, ranks, wrap
+from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, WithReplacements, read_prompts
@@ -109,9 +109,9 @@ class ForgetJob:
             self.model.enable_gradient_checkpointing()
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.ranks = ranks()
+        self.world_size = world_size()
         self._check_ranks()
-        whole = self.model if self.ranks == 1 else wrap(self.model, options.parallel)
+        whole = self.model if self.world_size == 1 else wrap(self.model, options.parallel)
         if self.pretrained.image_shape is None:
             raise InputError(
                 f"{options.pretrained_model_name_or_path} makes latents and has no VAE to show them: give the whole "
@@ -137,9 +137,10 @@ class ForgetJob:
             ("--weights-dtype bfloat16", options.weights_dtype == "bfloat16"),
             ("--optimizer-in-backward", options.optimizer_in_backward),
             ("--fisher-storage", options.fisher_storage != "device"),
+            ("--channels-last with --parallel fsdp", options.channels_last and options.parallel == "fsdp"),
         ):
-            if given and self.ranks > 1:
-                raise InputError(f"{option} is for one process: leave it out, or --parallel fsdp saves memory as well")
+            if given and self.world_size > 1:
+                raise InputError(f"{option} is for one process: leave it out, or run without torchrun")
 
     # --- Opening --------------------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ class ForgetJob:
 
     def estimate(self) -> Estimate:
         """Memory by stage and part, time and disk. Nothing is written, and the run that may follow is not disturbed."""
-        if self.ranks > 1:
+        if self.world_size > 1:
             raise InputError("--dry-run tries batches in one process: run it without torchrun")
         return estimate_run(self)
 

@@ -14,7 +14,7 @@ from .._names import own_names, reshard
 from .._shards import full, is_sharded
 from ..errors import InputError
 
-__all__ = ["PARALLEL", "gather_weights", "ranks", "shard", "start_ranks", "wrap"]
+__all__ = ["PARALLEL", "gather_weights", "shard", "start_ranks", "world_size", "wrap"]
 
 PARALLEL = ("ddp", "fsdp")
 _BLOCKS = ("transformer_blocks", "down_blocks", "mid_block", "up_blocks")
@@ -47,7 +47,7 @@ def start_ranks(device: str) -> str:
     return str(place)
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many there are."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
@@ -76,16 +76,20 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def gather_weights(model: nn.Module) -> Mapping[str, Tensor] | None:
-    """All parameters by name, whole, on the CPU of every rank; None where they are whole already."""
+    """All parameters by name, whole, on the CPU of the first rank, and nothing by name on the others; None where they
+    are whole already."""
     reshard(model)
     if not any(map(is_sharded, model.parameters())):
         return None
-    found: dict[int, Tensor] = {}
-    weights = {}
+    first = torch.distributed.get_rank() == 0
+    found: dict[int, Tensor | None] = {}
+    weights: dict[str, Tensor] = {}
     for name, p in own_names(model.named_parameters(remove_duplicate=False)).items():
         if id(p) not in found:
-            found[id(p)] = full(p).cpu()
-        weights[name] = found[id(p)]
+            whole = full(p)
+            found[id(p)] = whole.cpu() if first else None
+        if first:
+            weights[name] = found[id(p)]
     return weights
 
 

@@ -16,8 +16,9 @@ from .._in_backward import clip_factor, consuming
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from .._parts import map_tensors, own_part
-from .._ranks import Ranks
+from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
+from .._streams import in_step
 from ..errors import InputError, NonFiniteError
 from ._arriving import arriving
 from ._parts import in_parts
@@ -43,6 +44,7 @@ class FisherDiagonal:
         batches: use at most this many batches of each data set.
         chunk: samples differentiated at once with ``per_sample``; memory grows with chunk × weights. 1: a backward pass
             for each sample, without ``torch.func``, of the model as it is given: compiled, or checkpointing gradients.
+            On several ranks always through ``torch.func``.
         max_norm: each gradient is scaled to this norm over all weights before it is squared, if it is longer.
         split_batches: as in :class:`~unlearn_ext.Unlearner`. Gradients are averaged over the ranks before they are
             squared, so that the diagonal is that of one process on the whole batches.
@@ -115,7 +117,8 @@ class FisherDiagonal:
             self.count = 0
         with evaluating(self.model):
             limit = self.batches if watch is None else None
-            for number, batch in enumerate(itertools.islice(iter(data), limit)):
+            alike = self.ranks if self.split_batches else ALONE
+            for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
                 if number == 0:
                     self.task.begin(self.model, batch)
                 if watch is not None:
@@ -159,7 +162,8 @@ class FisherDiagonal:
         loss = self.task.fisher_losses(self.model, batch).mean()
         mean = loss.detach()
         if self.ranks.size > 1:
-            found = self.ranks.gather(torch.stack([mean.double() * count, mean.new_tensor(count).double()])).sum(0)
+            own = mean.new_full((), count, dtype=torch.float64)
+            found = self.ranks.gather(torch.stack([mean.double() * own if count else own, own])).sum(0)
             mean = found[0] / found[1]
             loss = loss * (count * self.ranks.size / found[1]).to(loss.dtype)  # ranks are averaged alike
         _check_finite(mean, where)
