@@ -18,6 +18,7 @@ from .._shards import is_sharded, local, part_like
 from ..errors import InputError
 from . import foreign, sharded
 from ._parts import in_parts
+from .storage import StoredSums
 
 if TYPE_CHECKING:
     from .fisher import FisherDiagonal
@@ -413,9 +414,10 @@ class SaliencyMask:
 def _ratio_words(
     forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], names: list[str], **ratio: float
 ) -> dict[str, Tensor]:
-    """Bits by name, a few tensors at a time: those of the forget Fisher may wait elsewhere, and come back here."""
+    """Bits by name, a few tensors at a time; one by one of a forget Fisher that waits elsewhere and comes back here."""
     kept: dict[str, Tensor] = {}
-    for few in in_parts([retain[name] for name in names]):
+    waits = isinstance(forget, StoredSums)
+    for few in (slice(i, i + 1) for i in range(len(names))) if waits else in_parts([retain[name] for name in names]):
         f, r = [forget[name] for name in names[few]], [retain[name] for name in names[few]]
         if any(map(is_sharded, f)):
             words = _on_host(ops.pack_bits(sharded.ratio_masks(f, r, **ratio)))
