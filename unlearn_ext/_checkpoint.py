@@ -221,23 +221,19 @@ def restore(
 ) -> None:
     """Puts optimizer state, weights, buffers and moving averages back; :func:`check` has found that they fit."""
     document, stored = checkpoint.document, checkpoint.tensors
-    own = model_tensors(model)
-    likes = {f"model.{name}": value for name, value in own.items()}
-    likes |= {f"ema.{name}": value for name, value in (averages or {}).items()}
+    targets = {f"model.{name}": value for name, value in model_tensors(model).items()}
+    targets |= {f"ema.{name}": value for name, value in (averages or {}).items()}
     indices = itertools.chain(*(group["params"] for group in document["param_groups"]))
     by_index = {str(index): p for index, (_, p) in zip(indices, optimizer.named_parameters(), strict=True)}
     of_optimizer = stored.part("optimizer")
-    likes |= {f"optimizer.{key}": by_index[key.partition(".")[0]].detach() for key in of_optimizer}
-    found = stored.load(likes)
+    of_weights = {f"optimizer.{key}": by_index[key.partition(".")[0]].detach() for key in of_optimizer}
+    found = stored.load({**targets, **of_weights})
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**document["optimizer_numbers"], **{k: found[f"optimizer.{k}"] for k in of_optimizer}}.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups, "settings": document["optimizer_settings"]})
-    for key, value in {
-        **{f"model.{n}": v for n, v in own.items()},
-        **{f"ema.{n}": v for n, v in (averages or {}).items()},
-    }.items():
+    for key, value in targets.items():
         saved = found[key]
         local(value).copy_(local(saved) if is_sharded(saved) else part_like(saved, value))

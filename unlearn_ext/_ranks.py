@@ -108,11 +108,6 @@ class Ranks:
         torch.distributed.broadcast_object_list(found, src=0, group=self.group)
         return found[0]
 
-    def wait(self) -> None:
-        """Until all ranks have come here."""
-        if self.group is not None:
-            torch.distributed.barrier(group=self.group)
-
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """A rank that has ended shows in what the others wait for: it becomes a LostRankError."""
