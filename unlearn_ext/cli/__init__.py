@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError
-    from . import demo, forget, profile
+    from . import compare, demo, forget, profile
     from .report import plain_console
 
     app = typer.Typer(
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     app.command("demo")(demo.demo)
     app.command("forget")(forget.forget)
+    app.command("compare")(compare.compare)
     app.command("profile")(profile.profile)
     errors, label = plain_console(stderr=True), Text("error:", "red")
     try:

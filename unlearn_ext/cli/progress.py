@@ -1,4 +1,4 @@
-"""Progress bars on stderr, one for each stage."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-__all__ = ["stages"]
+__all__ = ["stages", "two_bars"]
 
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
     """Yields ``report(stage, done, total)``; a bar appears when its stage begins and stays when it is done."""
-    columns = (
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description:<30}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*_columns(), console=console) as bars:
         tasks: dict[str, int] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:
@@ -30,3 +31,29 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+@contextlib.contextmanager
+def two_bars(
+    console: Console, whole: str, count: int
+) -> Iterator[tuple[Callable[[str, int, int | None], None], Callable[[], None]]]:
+    """Yields ``report(stage, done, total)``, of the stage that runs, and ``advance()``, of the whole."""
+    with Progress(*_columns(), console=console, transient=True) as bars:
+        overall, current = bars.add_task(whole, total=count), bars.add_task("", total=None)
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if bars.tasks[current].description != stage:
+                bars.reset(current, description=stage)
+            bars.update(current, completed=done, total=total)
+
+        yield report, lambda: bars.advance(overall)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description:<30}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )

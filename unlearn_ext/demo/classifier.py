@@ -17,7 +17,7 @@ from .._loop import Progress
 from ..data import Digits, DigitSplit, load_digits
 from ..data.digits import CLASSES
 from ..errors import InputError
-from ..evaluation import accuracy, average_gap, entropy_mia, js_divergence, kl_divergence, predict
+from ..evaluation import Parts, distance, knowledge, predict
 from ..methods import SFRon
 from ..tasks import Classification
 from ..unlearner import Result, Unlearner
@@ -164,27 +164,19 @@ class ClassifierDemo:
         In the class scenario the MIA's test set and the gap use the retained classes only: a retrained model gives
         the forgotten class no chance, so its test samples say nothing about membership.
         """
-        split = self.split
+        split, device = self.split, self.options.device
         kept = torch.ones_like(split.test_labels, dtype=torch.bool)
         if self.options.scenario == "class":
             kept = split.test_labels != self.options.forget_class
+        labels = Parts(split.train_labels[self.forget], split.train_labels[~self.forget], split.test_labels)
         found, logits = {}, {}
         for name, model in self.models.items():
-            train, _ = predict(model, [(split.train_images, split.train_labels)], device=self.options.device)
-            test, _ = predict(model, [(split.test_images, split.test_labels)], device=self.options.device)
-            logits[name] = train[self.forget]
-            found[name] = {
-                "FA": accuracy(train[self.forget], split.train_labels[self.forget]),
-                "RA": accuracy(train[~self.forget], split.train_labels[~self.forget]),
-                "TA": accuracy(test, split.test_labels),
-                "TA_retained": accuracy(test[kept], split.test_labels[kept]),
-                "MIA_entropy": entropy_mia(train[~self.forget], test[kept], train[self.forget]),
-            }
+            train, _ = predict(model, [(split.train_images, split.train_labels)], device=device)
+            test, _ = predict(model, [(split.test_images, split.test_labels)], device=device)
+            logits[name] = Parts(train[self.forget], train[~self.forget], test)
+            found[name] = knowledge(logits[name], labels, kept)
         for name, values in found.items():
-            values["UA"] = 1.0 - values["FA"]
-            values["KL"] = kl_divergence(logits["retrained"], logits[name])
-            values["JS"] = js_divergence(logits["retrained"], logits[name])
-            values["gap"] = average_gap(values, found["retrained"], keys=("FA", "RA", "TA_retained", "MIA_entropy"))
+            values.update(distance(values, logits[name].forget, found["retrained"], logits["retrained"].forget))
             values["seconds"] = self.seconds[name]
         return found
 

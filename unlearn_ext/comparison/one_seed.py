@@ -1,0 +1,166 @@
+"""One seed: its split and models, what each method makes of the original, and how far that is from retraining."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..data import Digits
+from ..errors import NonFiniteError
+from ..evaluation import Parts, distance, knowledge, predict
+from ..methods import SFRon
+from ..tasks import Classification
+from ..unlearner import Unlearner
+from .keys import machine, sources_hash
+from .oracles import ROLES, Oracles
+from .protocol import Protocol
+from .records import Records
+from .runners import Runner
+from .splits import Samples, split_digits
+
+__all__ = ["OneSeed"]
+
+# Whose code a result depends on. On that of tables and the command line it does not.
+_SOURCES = (
+    "_data.py", "_in_backward.py", "_loop.py", "_modes.py", "_python_ops.py", "_streams.py", "comparison/one_seed.py",
+    "comparison/runners.py", "comparison/splits.py", "demo/batches.py", "evaluation", "methods", "ops.py", "optim.py",
+    "saliency", "tasks", "unlearner.py",
+)  # fmt: skip
+_FORGET, _RETAIN, _HELD_OUT = 17, 29, 41  # added to the seed: the orders of the samples
+
+
+class OneSeed:
+    """Runs methods on one seed's data. A record is ``{"metrics": {...}, "summary": {...}}``, or says how it failed.
+
+    Args:
+        models_dir: where the trained models are kept.
+        records: where finished runs are kept.
+        progress, tell: as in :class:`~unlearn_ext.comparison.run.Comparison`.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        digits: Digits,
+        seed: int,
+        models_dir: Path,
+        records: Records,
+        *,
+        progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+        tell: Callable[[str], None] = lambda sentence: None,
+    ):
+        self.protocol, self.seed, self.records, self.progress = protocol, seed, records, progress
+        self.split = split_digits(digits, protocol, seed)
+        self.oracles = Oracles(models_dir, protocol, self.split, seed, digits.sha256, progress=progress, tell=tell)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        split = self.split
+        return {name: len(getattr(split, name)) for name in ("forget", "retain", "held_out", "test")} | {
+            "test_retained": int(split.kept.sum())
+        }
+
+    # --- The models that methods stand between ---------------------------------------------------------------
+
+    def references(self) -> dict[str, dict[str, Any]]:
+        """The record of each role: the original model, which is what doing nothing gives, and two retrained ones."""
+        found = self.records.read(self.seed, "references", self._ingredients)
+        if found is None:
+            found = {role: {"metrics": self._judge(self.oracles[role].model)} for role in ROLES}
+            retraining = self.oracles["retrained"].seconds
+            for role, record in found.items():
+                seconds = 0.0 if role == "original" else self.oracles[role].seconds
+                record["metrics"] |= {"RTE": seconds, "RTE_share": seconds / retraining}
+                record["training_seconds"] = self.oracles[role].seconds
+            self.records.write(self.seed, "references", self._ingredients, found)
+        return found
+
+    @cached_property
+    def _retrained(self) -> tuple[dict[str, float], Parts]:
+        logits = self._logits(self.oracles["retrained"].model)
+        return knowledge(logits, self.split.labels, self.split.kept), logits
+
+    @cached_property
+    def _ingredients(self) -> dict[str, Any]:
+        """What every result of this seed depends on."""
+        return {
+            "protocol": self.protocol.describe(),
+            "seed": self.seed,
+            "models": {role: self.oracles.key(role) for role in ROLES},
+            "sources": sources_hash(_SOURCES),
+            "backend": ops.backend(self.protocol.device),
+            **machine(self.protocol.device),
+        }
+
+    # --- One method ------------------------------------------------------------------------------------------
+
+    def run(self, runner: Runner) -> tuple[dict[str, Any], bool]:
+        """The runner's record, and whether it was there already."""
+        ingredients = {**self._ingredients, "runner": runner.settings()}
+        found = self.records.read(self.seed, runner.label, ingredients)
+        if found is not None:
+            return found, True
+        record = self._measure(runner)
+        self.records.write(self.seed, runner.label, ingredients, record)
+        return record, False
+
+    def _measure(self, runner: Runner) -> dict[str, Any]:
+        protocol, seed, split, device = self.protocol, self.seed, self.split, self.protocol.device
+        self.progress(f"seed {seed}: {runner.label}", 0, None)
+        model = copy.deepcopy(self.oracles["original"].model)
+        retraining = self.oracles["retrained"].seconds
+
+        def batches(samples: Samples, offset: int):
+            return samples.to(device).batches(protocol.batch_size, seed + offset)
+
+        forget, retain = batches(split.forget, _FORGET), batches(split.retain, _RETAIN)
+        held_out = batches(split.held_out, _HELD_OUT) if len(split.held_out) else None
+        _warm_up(model, split.retain.to(device), protocol.batch_size)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            started = _now(device)
+            try:
+                summary = runner(model, forget, retain, held_out, seed)
+            except NonFiniteError as error:  # settings may be too strong: that is a result, too
+                return {"failed": str(error), "metrics": {}}
+            seconds = _now(device) - started
+        if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
+            return {"failed": "weights are inf or NaN after the run", "metrics": {}}
+        metrics = self._judge(model) | {"RTE": seconds, "RTE_share": seconds / retraining}
+        return {"metrics": metrics, "summary": summary}
+
+    # --- Judging ---------------------------------------------------------------------------------------------
+
+    def _judge(self, model: nn.Module) -> dict[str, float]:
+        logits, (reference, retrained) = self._logits(model), self._retrained
+        found = knowledge(logits, self.split.labels, self.split.kept)
+        return found | distance(found, logits.forget, reference, retrained.forget)
+
+    def _logits(self, model: nn.Module) -> Parts:
+        parts = (self.split.forget, self.split.retain, self.split.test)
+        return Parts(*(predict(model, [(part.images, part.labels)])[0] for part in parts))
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _warm_up(model: nn.Module, samples: Samples, batch_size: int) -> None:
+    """What the first run of a process pays for once: the native library, PyTorch's kernels for these shapes."""
+    images, labels = samples.images[: 2 * batch_size], samples.labels[: 2 * batch_size]
+    half = -(-len(labels) // 2)
+    batches = [[(images[:half], labels[:half])], [(images[half:], labels[half:])]]
+    with torch.random.fork_rng():
+        Unlearner(copy.deepcopy(model), Classification(), SFRon(iterations=2, gamma=None)).run(
+            *batches, allow_duplicates=True
+        )

@@ -1,0 +1,94 @@
+"""What a comparison runs: a method of the registry, or anything else that makes a model forget."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .._hashing import file_hash
+from ..methods import Method
+from ..tasks import Classification
+from ..unlearner import Unlearner
+
+__all__ = ["MethodRunner", "Runner"]
+
+Batches = Iterable[Any]
+
+
+class Runner(ABC):
+    """Makes a model forget, in place. All of a call is timed, so all that the method needs belongs into it.
+
+    Attributes:
+        label: its name in the table and the JSON.
+        origin: where its settings are from: ``tuned``, ``published``.
+        needs_held_out: whether it looks at samples that nobody trained on.
+    """
+
+    label: str
+    origin: str = "published"
+
+    @property
+    def needs_held_out(self) -> bool:
+        return False
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What its result depends on, as JSON has it."""
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - optional
+        """Raises InputError if it cannot run on such a model; changes nothing."""
+
+    @abstractmethod
+    def __call__(
+        self, model: nn.Module, forget: Batches, retain: Batches, held_out: Batches | None, seed: int
+    ) -> dict[str, Any]:
+        """Runs, and returns what is to be kept of it, as JSON has it.
+
+        Args:
+            model: the trained network.
+            forget, retain: re-iterables of ``(images, labels)``.
+            held_out: the same, of samples that are in neither, to look at and never to train on.
+            seed: of everything random in it.
+        """
+
+
+class MethodRunner(Runner):
+    """A gradient method, through :class:`~unlearn_ext.Unlearner`."""
+
+    def __init__(self, label: str, method: Method, origin: str = "published"):
+        self.label, self.method, self.origin = label, method, origin
+
+    @property
+    def needs_held_out(self) -> bool:
+        return getattr(self.method, "needs_unseen", False)
+
+    def settings(self) -> dict[str, Any]:
+        source = inspect.getsourcefile(type(self.method))  # another package's method may change under the same name
+        return {
+            "method": self.method.name,
+            **self.method.settings(),
+            "source": None if source is None else file_hash(source),
+        }
+
+    def check(self, model: nn.Module) -> None:
+        Unlearner(model, Classification(), self.method)
+
+    def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:
+        # A copy: a run may tell its method the number of iterations, or the loss on unseen data.
+        unlearner = Unlearner(model, Classification(), copy.deepcopy(self.method))
+        unseen = {"unseen": held_out} if self.needs_held_out else {}
+        result = unlearner.run(forget, retain, **unseen)
+        return {
+            "update": result.update,
+            "timings": result.timings,
+            "counts": result.counts,
+            "mask_density": result.mask.density if result.mask is not None else None,
+            "moved_protected": result.moved_protected,
+            "protection": result.protection,
+            "backend": result.backend,
+        }
