@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +15,13 @@ from .. import ops
 from ..data import Digits
 from ..errors import NonFiniteError
 from ..evaluation import Parts, distance, knowledge, predict
-from ..methods import SFRon
-from ..tasks import Classification
-from ..unlearner import Unlearner
 from .keys import machine, sources_hash
 from .oracles import ROLES, Oracles
 from .protocol import Protocol
 from .records import Records
 from .runners import Runner
 from .splits import Samples, split_digits
+from .timing import now, warm_up
 
 __all__ = ["OneSeed"]
 
@@ -123,15 +120,15 @@ class OneSeed:
 
         forget, retain = batches(split.forget, _FORGET), batches(split.retain, _RETAIN)
         held_out = batches(split.held_out, _HELD_OUT) if len(split.held_out) else None
-        _warm_up(model, split.retain.to(device), protocol.batch_size)
+        warm_up(protocol.batch_size, device)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            started = _now(device)
+            started = now(device)
             try:
                 summary = runner(model, forget, retain, held_out, seed)
             except NonFiniteError as error:  # settings may be too strong: that is a result, too
                 return {"failed": str(error), "metrics": {}}
-            seconds = _now(device) - started
+            seconds = now(device) - started
         if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
             return {"failed": "weights are inf or NaN after the run", "metrics": {}}
         metrics = self._judge(model) | {"RTE": seconds, "RTE_share": seconds / retraining}
@@ -147,20 +144,3 @@ class OneSeed:
     def _logits(self, model: nn.Module) -> Parts:
         parts = (self.split.forget, self.split.retain, self.split.test)
         return Parts(*(predict(model, [(part.images, part.labels)])[0] for part in parts))
-
-
-def _now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _warm_up(model: nn.Module, samples: Samples, batch_size: int) -> None:
-    """What the first run of a process pays for once: the native library, PyTorch's kernels for these shapes."""
-    images, labels = samples.images[: 2 * batch_size], samples.labels[: 2 * batch_size]
-    half = -(-len(labels) // 2)
-    batches = [[(images[:half], labels[:half])], [(images[half:], labels[half:])]]
-    with torch.random.fork_rng():
-        Unlearner(copy.deepcopy(model), Classification(), SFRon(iterations=2, gamma=None)).run(
-            *batches, allow_duplicates=True
-        )

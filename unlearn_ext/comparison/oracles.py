@@ -7,7 +7,6 @@ retraining comes to itself.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..demo.training import train_classifier
 from .keys import file_key, machine, sources_hash, tensor_hash
 from .protocol import Protocol
 from .splits import Samples, Split
+from .timing import now, warm_up
 
 __all__ = ["ROLES", "Oracles", "Trained"]
 
@@ -103,7 +103,8 @@ class Oracles:
 
         data, protocol = self._samples(role), self.protocol
         stage = f"seed {self.seed}: training {role.replace('_', ' ')}"
-        started = time.perf_counter()
+        warm_up(protocol.batch_size, protocol.device)
+        started = now(protocol.device)
         model = train_classifier(
             self.network(ingredients["seed"]),
             data.images,
@@ -114,7 +115,7 @@ class Oracles:
             device=protocol.device,
             progress=lambda done, total: self.progress(stage, done, total),
         )
-        trained = Trained(model, time.perf_counter() - started)
+        trained = Trained(model, now(protocol.device) - started)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         metadata = {
             "seconds": repr(trained.seconds),
