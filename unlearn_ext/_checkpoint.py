@@ -26,10 +26,10 @@ from .saliency import SaliencyMask
 
 __all__ = ["Checkpoint", "check", "find", "keep_newest", "model_tensors", "read", "restore", "save"]
 
-_FORMAT = "unlearn_ext.checkpoint.5"
+_FORMAT = "unlearn_ext.checkpoint.6"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
 _DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
-_DOCUMENT += ("forget", "retain", "rng", "averaged", "tensors")
+_DOCUMENT += ("method", "streams", "rng", "parts", "tensors")
 
 
 @dataclass
@@ -60,14 +60,17 @@ def save(
     optimizer: UnlearnOptimizer,
     mask: SaliencyMask | None,
     averages: dict[str, Tensor],
+    teacher: dict[str, Tensor],
     state: dict[str, Any],
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes ``directory/checkpoint-<iteration>``; ``averages`` may be empty, ``state`` is JSON. All ranks call it."""
+    """Writes ``directory/checkpoint-<iteration>``; ``averages`` and ``teacher`` may be empty, ``state`` is JSON. All
+    ranks call it."""
     path = directory / f"checkpoint-{iteration}"
     optimizer_state = optimizer.state_dict()
     tensors = {f"model.{name}": value for name, value in model_tensors(model).items()}
     tensors |= {f"ema.{name}": value for name, value in averages.items()}
+    tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
     numbers = {}
     for index, entries in optimizer_state["state"].items():
         for key, value in entries.items():
@@ -81,7 +84,7 @@ def save(
         "param_groups": optimizer_state["param_groups"],
         "optimizer_numbers": numbers,
         "optimizer_settings": optimizer_state["settings"],
-        "averaged": bool(averages),
+        "parts": ["model", "optimizer"] + ["ema"] * bool(averages) + ["teacher"] * bool(teacher),
         "tensors": described(tensors),
         **state,
     }
@@ -153,7 +156,7 @@ def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
     for key in _DOCUMENT:
         if key not in document:
             raise _damaged(path, f"its state.json lacks {key}")
-    tensors = open_tensors(path, document["tensors"], document["averaged"], lambda what: _damaged(path, what), ranks)
+    tensors = open_tensors(path, document["tensors"], document["parts"], lambda what: _damaged(path, what), ranks)
     mask = None
     if document["masked"]:
         try:
@@ -195,9 +198,13 @@ def check(
     for name in {**saved_tensors, **tensors}:
         if name not in saved_tensors or name not in tensors or saved_tensors[name] != _form(tensors[name]):
             raise InputError(f"{path} holds another model: {name} is missing or has another shape or dtype")
-    for name in () if not document["averaged"] else names:
+    for name in names if "ema" in document["parts"] else ():
         if name not in averages or averages[name][0] != tuple(tensors[name].shape):
             raise _damaged(path, f"its moving averages lack {name}")
+    teacher = checkpoint.tensors.part("teacher")
+    for name in saved_tensors if "teacher" in document["parts"] else ():
+        if teacher.get(name) != saved_tensors[name]:
+            raise _damaged(path, f"its teacher lacks {name}")
     trained = {name for group in document["param_groups"] for name in group["param_names"]}
     for name in sorted(trained.symmetric_difference(names)):
         was = "was" if name in trained else "was not"
@@ -217,12 +224,18 @@ def _form(tensor: Tensor) -> Form:
 
 @torch.no_grad()
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: UnlearnOptimizer, averages: dict[str, Tensor] | None = None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: UnlearnOptimizer,
+    averages: dict[str, Tensor] | None = None,
+    teacher: dict[str, Tensor] | None = None,
 ) -> None:
-    """Puts optimizer state, weights, buffers and moving averages back; :func:`check` has found that they fit."""
+    """Puts optimizer state, weights, buffers, moving averages and a teacher's weights back; :func:`check` has found
+    that they fit."""
     document, stored = checkpoint.document, checkpoint.tensors
     targets = {f"model.{name}": value for name, value in model_tensors(model).items()}
     targets |= {f"ema.{name}": value for name, value in (averages or {}).items()}
+    targets |= {f"teacher.{name}": value for name, value in (teacher or {}).items()}
     indices = itertools.chain(*(group["params"] for group in document["param_groups"]))
     by_index = {str(index): p for index, (_, p) in zip(indices, optimizer.named_parameters(), strict=True)}
     of_optimizer = stored.part("optimizer")

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: of one process as three safetensors files, of several through torch.distributed.
 
-Keys are ``model.<name>``, ``optimizer.<index>.<entry>`` and ``ema.<name>``. Either kind is read by any number of ranks;
-both are safetensors, without pickles.
+Keys are ``model.<name>``, ``optimizer.<index>.<entry>``, ``ema.<name>`` and ``teacher.<name>``. Either kind is read by
+any number of ranks; both are safetensors, without pickles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import InputError, first_line
 __all__ = ["StoredTensors", "described", "open_tensors", "write_tensors"]
 
 _SHARDED = "tensors"  # the directory of a checkpoint of several ranks
-_PARTS = ("model", "optimizer", "ema")
+_PARTS = ("model", "optimizer", "ema", "teacher")
 
 Form = tuple[tuple[int, ...], torch.dtype]
 Damaged = Callable[[str], InputError]
@@ -47,8 +47,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
 
     for part in _PARTS:
         found = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
-        if found or part != "ema":
-            if part == "model":  # parts of it may share memory, which safetensors refuse
+        if found or part in ("model", "optimizer"):
+            if part in ("model", "teacher"):  # parts of it may share memory, which safetensors refuse
                 found = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in found.items()}
             save_file({name: t.detach().contiguous() for name, t in found.items()}, path / f"{part}.safetensors")
 
@@ -59,18 +59,18 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def open_tensors(
-    path: Path, shapes: Mapping[str, Any], averaged: bool, damaged: Damaged, ranks: Ranks
+    path: Path, shapes: Mapping[str, Any], parts: list[str], damaged: Damaged, ranks: Ranks
 ) -> StoredTensors:
     """Those of a checkpoint. What is damaged is an error here, as far as it can be known.
 
     Args:
         shapes: what :func:`described` gave of them.
-        averaged: whether it has moving averages.
+        parts: the first words of its keys.
         damaged: makes the error of what is wrong.
     """
     if (path / _SHARDED).is_dir():
         return _Sharded(path / _SHARDED, shapes, damaged, ranks)
-    return _Whole(path, [part for part in _PARTS if averaged or part != "ema"], damaged)
+    return _Whole(path, parts, damaged)
 
 
 class StoredTensors(ABC):
@@ -79,7 +79,7 @@ class StoredTensors(ABC):
     forms: Mapping[str, Form]
 
     def part(self, name: str) -> dict[str, Form]:
-        """Shapes and dtypes of ``model``, ``optimizer`` or ``ema``, without that prefix."""
+        """Shapes and dtypes of ``model``, ``optimizer``, ``ema`` or ``teacher``, without that prefix."""
         return {key.removeprefix(f"{name}."): form for key, form in self.forms.items() if key.startswith(f"{name}.")}
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,8 @@ __all__ = ["DataCheck"]
 
 
 class DataCheck:
-    """Finds samples that stand in both sets, by content hash: one cannot forget what one is told to keep.
+    """Finds samples that stand in two sets, by content hash: one cannot forget what one is told to keep, and what is
+    trained on is not unseen. An unseen set is to be looked at first, and the forget set before the others.
 
     Also, where ``replaces``, forget batches that do not say what shall stand in their place. ``ranks`` are those whose
     loaders give different samples.
@@ -27,26 +28,27 @@ class DataCheck:
     ):
         self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
         self.ranks = ranks
-        self._forget: set[bytes] = set()
-        self._seen = {"forget": 0, "retain": 0}
+        self._finished: set[str] = set()
+        self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
+        self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
         self._duplicate: InputError | None = None
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
         if name == "forget" and self.replaces:
             self.task.check_replacement(batch)
-        if name == "retain" and self.allow_duplicates:
+        if name != "forget" and self.allow_duplicates:
             return
         hashes = sample_hashes(self.task.inputs(batch))
-        if name == "forget":
-            self._forget.update(hashes)
-        else:
-            for i, found in enumerate(hashes):
-                if found in self._forget and self._duplicate is None:
+        for other, known in self._hashes.items():
+            for i, found in enumerate(hashes) if other != name else ():
+                if found in known and self._duplicate is None:
                     self._duplicate = InputError(
-                        f"sample {self._seen['retain'] + i} of the retain set is also in the forget set: remove it "
+                        f"sample {self._seen[name] + i} of the {name} set is also in the {other} set: remove it "
                         "from one of them, or set allow_duplicates=True (--allow-duplicates) to go on"
                     )
+        if name in self._hashes:
+            self._hashes[name].update(hashes)
         self._seen[name] += len(hashes)
         if self.ranks.size == 1:
             self._raise()
@@ -57,8 +59,9 @@ class DataCheck:
 
     def finish(self, name: str) -> None:
         """After a pass over a set: every rank learns of what the others were given, and none goes on alone."""
-        if name == "forget":
-            self._forget = set().union(*self.ranks.gather_objects(self._forget))
+        self._finished.add(name)
+        if name in self._hashes:
+            self._hashes[name] = set().union(*self.ranks.gather_objects(self._hashes[name]))
         with self.ranks.together():
             self._raise()
 
@@ -74,6 +77,12 @@ class DataCheck:
             raise InputError(f"the {name} set is empty: pass at least one batch")
         self.finish(name)
 
+    def scan_rest(self, sets: Mapping[str, Iterable[Any]]) -> None:
+        """Those that have not been looked at."""
+        for name, data in sets.items():
+            if name not in self._finished:
+                self.scan(name, data)
+
     @property
     def forget_hash(self) -> str | None:
-        return samples_hash(self._forget) if self._forget else None
+        return samples_hash(self._hashes["forget"]) if self._hashes["forget"] else None

@@ -24,6 +24,7 @@ _LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
 def check_in_backward(method: Method, mixed_precision: str, gradient_accumulation_steps: int) -> None:
     """Whether a run's other settings go without whole gradients; InputError if not."""
     for needed, why in (
+        (method.learns, "a method that learns adds up the gradients of two sets"),
         (method.update == "joint", "update='joint' needs the gradients of both sides at once"),
         (gradient_accumulation_steps > 1, "gradient_accumulation_steps above 1 adds up whole gradients before a step"),
         (mixed_precision == "fp16", "mixed_precision='fp16' looks at all gradients before a step; use bf16 or no"),

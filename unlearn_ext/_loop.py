@@ -21,7 +21,8 @@ from ._modes import evaluating
 from ._names import unwrapped
 from ._parts import own_part
 from ._shards import local
-from ._streams import BatchStream, length
+from ._streams import BatchStream, in_step, length
+from ._teachers import make_teachers
 from .errors import InputError, NonFiniteError, ProtectionError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
@@ -65,7 +66,7 @@ class Loop:
         self,
         unlearner: Unlearner,
         optimizer: UnlearnOptimizer,
-        streams: tuple[BatchStream, BatchStream],
+        streams: dict[str, BatchStream],
         result: Result,
         directory: Path | None,
         progress: Progress,
@@ -73,7 +74,8 @@ class Loop:
         self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
         self.ranks = unlearner.ranks
         self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
-        self.forget, self.retain = streams
+        self.unseen = streams.pop("unseen", None)
+        self.streams = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
         self.buffers = [(name, buffer, buffer._version) for name, buffer in self.model.named_buffers()]
@@ -94,6 +96,7 @@ class Loop:
             side: torch.amp.GradScaler(unlearner.device.type, init_scale=scale)
             for side, scale in (scales.items() if unlearner.mixed_precision == "fp16" else ())
         }
+        self.teachers = make_teachers(self.model, self.method)
         self.protected: list[int] | None = None
         decay = unlearner.ema_decay
         self.averages = None if decay is None else Averages(unlearner._named, decay)
@@ -101,14 +104,15 @@ class Loop:
 
     def _generators(self) -> list[torch.Generator]:
         found: list[torch.Generator] = []
-        own = _rng.generators_of(self.forget.data) + _rng.generators_of(self.retain.data)
+        own = [generator for stream in self.streams.values() for generator in _rng.generators_of(stream.data)]
         for generator in own + self.unlearner.task.generators():
             if all(generator is not other for other in found):
                 found.append(generator)
         return found
 
     def _fully_protected(self) -> bool:
-        return self.result.mask is not None and self.method.protect and self.method.mask_scope == "all"
+        every_step = self.method.mask_scope == "all" or not self.method.retains
+        return self.result.mask is not None and self.method.protect and every_step
 
     def start(self, checkpoint: _checkpoint.Checkpoint | None) -> None:
         self._clear()
@@ -127,13 +131,14 @@ class Loop:
             )
         saved = self.ranks.rank if size == self.ranks.size else 0
         with self.ranks.together():
-            for stream in (self.forget, self.retain):
-                stream.check(document[stream.name][saved], document["batches"][saved][stream.name])
+            for name, stream in self.streams.items():
+                stream.check(document["streams"][saved].get(name), document["batches"][saved].get(name))
             _rng.check(document["rng"][saved], self._generators())
-        for stream in (self.forget, self.retain):
-            stream.seek(document[stream.name][saved])
+        for name, stream in self.streams.items():
+            stream.seek(document["streams"][saved][name])
         averages = None if self.averages is None else self.averages.tensors
-        _checkpoint.restore(checkpoint, self.model, self.optimizer, averages)
+        _checkpoint.restore(checkpoint, self.model, self.optimizer, averages, self._teacher_tensors())
+        self.method.load_state(document["method"])
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
@@ -158,6 +163,10 @@ class Loop:
         modes = [(module, module.training) for module in self.model.modules()]
         if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
             self.model.train()
+        if method.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         try:
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
@@ -218,8 +227,12 @@ class Loop:
         self._remember_buffers()
         self.forgot = False
         try:
+            if method.unseen_at(t):
+                entry["unseen_loss"] = self._look_at_unseen()
+                method.take_unseen(entry["unseen_loss"])
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
-            self._retain(t, entry, forget_grads)
+            if method.retains_at(t):
+                self._retain(t, entry, forget_grads)
             if self.averages is not None:
                 self.averages.update()
         except NonFiniteError as error:
@@ -240,8 +253,8 @@ class Loop:
         """
         means, largest, total = [], None, 0.0
         for number in range(self.unlearner.gradient_accumulation_steps):
-            losses, count = self._losses(self.forget, self.method.replaces)
-            forget = self.method.forget_loss(losses, t)
+            parts, count = self._losses("forget", self.method.forget_teacher)
+            losses, forget = parts[0], self.method.forget_loss(parts[0], t, *parts[1:])
             batch = self._over_ranks(forget, losses, count)
             means.append(batch.mean)
             total = total + batch.weight
@@ -276,25 +289,39 @@ class Loop:
         ]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
-        means, steps = [], self.unlearner.gradient_accumulation_steps
-        for _ in range(steps):
-            losses, count = self._losses(self.retain)
-            batch = self._over_ranks(ForgetLoss(self.method.retain_loss(losses, t)), losses, count)
-            means.append(batch.mean)
-            self._backward(batch.loss / steps, batch, "retain")
-        entry["retain_loss"] = torch.stack(means).mean()
+        method, steps = self.method, self.unlearner.gradient_accumulation_steps
+        sides = [("retain", method.retain_loss, method.retain_teacher)]
+        if method.learns:  # its gradient is added to the retain gradient
+            sides.append(("learn", method.learn_loss, None))
+        for name, weigh, teacher in sides:
+            means = []
+            for _ in range(steps):
+                parts, count = self._losses(name, teacher)
+                batch = self._over_ranks(ForgetLoss(weigh(parts[0], t, *parts[1:])), parts[0], count)
+                means.append(batch.mean)
+                self._backward(batch.loss / steps, batch, name)
+            entry[f"{name}_loss"] = torch.stack(means).mean()
         if forget_grads is None:
             self._step("retain", entry)
             return
         self.optimizer.joint_step(forget_grads)
+        if method.project:
+            entry["projection"] = self.optimizer.last_projection
         self._clear()
         self.forgot = True
         self.counts["forget_steps"] += 1
         self.counts["retain_steps"] += 1
 
-    def _losses(self, stream: BatchStream, replacement: bool = False) -> tuple[Tensor, int]:
-        """Per-sample losses of this rank's part of a batch, and how many of them count."""
-        unlearner, batch = self.unlearner, stream.take()
+    def _losses(self, name: str, teacher: str | None) -> tuple[tuple[Tensor, ...], int]:
+        """Per-sample losses of this rank's part of a batch, with the distances to a teacher if there is one, and how
+        many samples count."""
+        prepared, count = self._prepared(self.streams[name].take())
+        if teacher is not None:
+            return self.unlearner.losses_and_distances(prepared, self.teachers[teacher], name), count
+        return (self.unlearner.losses(prepared, name == "forget" and self.method.replaces),), count
+
+    def _prepared(self, batch: Any) -> tuple[Any, int]:
+        unlearner = self.unlearner
         if not self.begun:
             state = _rng.capture()
             unlearner.task.begin(self.model, batch)
@@ -303,8 +330,27 @@ class Loop:
         prepared = unlearner.task.prepare(batch, unlearner.device)
         count = unlearner.task.size(prepared)
         if unlearner.split_batches:
-            prepared, count = own_part(prepared, count, self.ranks)
-        return unlearner.losses(prepared, replacement), count
+            return own_part(prepared, count, self.ranks)
+        return prepared, count
+
+    @torch.no_grad()
+    def _look_at_unseen(self) -> float:
+        """The mean loss on unseen data, in eval mode. The run's random numbers go on as if nothing had been drawn."""
+        generators = self._generators() + _rng.generators_of(self.unseen.data)
+        state = _rng.capture(generators)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.unlearner.device)
+        with evaluating(self.model):
+            for batch in in_step(self.unseen.data, self.unseen.ranks):
+                prepared, count = self._prepared(batch)
+                losses = self.unlearner.losses(prepared).double()
+                totals += torch.stack([losses.sum() * bool(count), totals.new_tensor(count)])
+        _rng.restore(state, generators)
+        total, count = self.ranks.sum(totals).tolist()
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                "the mean loss on unseen data is not finite: check that data, lower lr or forget_alpha"
+            )
+        return total / count
 
     def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:
         """What this rank has of a batch, from what its own samples give.
@@ -334,6 +380,7 @@ class Loop:
             )
         if not loss.requires_grad:
             raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
+        side = "forget" if side == "forget" else "retain"  # of the steps
         own, optimizer = self.unlearner.optimizer_in_backward, self.optimizer
         if own and (optimizer.max_norm if side == "forget" else optimizer.retain_max_norm) is not None:
             with optimizer.norm_in_backward(side):
@@ -383,6 +430,7 @@ class Loop:
             self.optimizer,
             self.result.mask,
             {} if self.averages is None else self.averages.tensors,
+            self._teacher_tensors(),
             {
                 "settings": self.unlearner.settings(),
                 "masked": self.result.mask is not None,
@@ -393,13 +441,18 @@ class Loop:
                 "stopped_at": self.result.stopped_at,
                 "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
                 "forgetting": plain(self.forgetting),
-                "batches": self.ranks.gather_objects({s.name: length(s.data) for s in (self.forget, self.retain)}),
-                "forget": self.ranks.gather_objects(self.forget.position()),
-                "retain": self.ranks.gather_objects(self.retain.position()),
+                "method": self.method.state(),
+                "batches": self.ranks.gather_objects({name: length(s.data) for name, s in self.streams.items()}),
+                "streams": self.ranks.gather_objects({name: s.position() for name, s in self.streams.items()}),
                 "rng": self.ranks.gather_objects(_rng.capture(self._generators())),
             },
             self.ranks,
         )
+
+    def _teacher_tensors(self) -> dict[str, Tensor]:
+        """The weights that the run started with, where they are needed: a model that resumes has moved on."""
+        original = self.teachers.get("original")
+        return {} if original is None else _checkpoint.model_tensors(original)
 
     def _finish(self) -> None:
         result, mask = self.result, self.result.mask

@@ -54,6 +54,7 @@ class StepConfig:
     forget_rule: str | None = None
     forget_lr: float | None = None
     stochastic_rounding: bool = False
+    project: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
@@ -160,10 +161,16 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         dual_state: forget steps have moments of their own (DualOptim, arXiv 2504.15827).
         forget_rule, forget_lr: rule and learning rate of forget steps; a scheduler scales both rates alike.
         stochastic_rounding: round bfloat16 weights stochastically, for training without a float32 copy.
+        project: in joint steps, where the forget gradient G_f (masked, weighted and clipped) and the retain gradient
+            G_r (weighted) conflict, <G_f, G_r> < 0, the forget gradient loses its part along the retain gradient:
+            G_f - <G_f, G_r> / ||G_r||² G_r. The product comes with the norms, and the part is folded into the retain
+            gradient's factor: no pass over memory is added (PCGrad, arXiv 2001.06782, of one gradient).
 
     Attributes:
         mask_bits: the mask as packed bits, aligned with the parameters, or None.
         last_clip: the last forget gradient's clip factor, a 0-d tensor.
+        last_projection: with ``project``, the multiple of G_r that the last joint step added to the retain gradient, a
+            0-d tensor; 0 where nothing conflicted.
         broken: what a step in the backward pass left undone when it met an error, or None; until a state is loaded
             the optimizer then makes no step.
 
@@ -193,6 +200,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         forget_rule: str | None = None,
         forget_lr: float | None = None,
         stochastic_rounding: bool = False,
+        project: bool = False,
     ):
         config = StepConfig(
             rule=rule,
@@ -213,13 +221,16 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             forget_rule=forget_rule,
             forget_lr=forget_lr,
             stochastic_rounding=stochastic_rounding,
+            project=project,
         )
         if protect and mask is None:
             raise InputError("protect=True needs a mask that says what to protect")
         self.rule, self.forget_rule = rule, forget_rule or rule
         self.max_norm, self.retain_max_norm = max_norm, retain_max_norm
         self.slow_freq, self.mask_scope, self.protect, self.dual_state = slow_freq, mask_scope, protect, dual_state
+        self.project = project
         self.last_clip: Tensor | None = None
+        self.last_projection: Tensor | None = None
         self._non_finite: Tensor | None = None
         self.broken: str | None = None
         self.in_parts = False  # whether a step in the backward pass was made
@@ -495,19 +506,21 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         them, else 0-d tensors on the parameters' device."""
         home = parameters[buckets[0].indices[0]].device
         on_cpu = home.type == "cpu"
-        by_ranks: dict[tuple[Any, ...], list[Any]] = {}  # weighted forget, weighted retain, non-finite
+        by_ranks: dict[tuple[Any, ...], list[Any]] = {}  # weighted forget, weighted retain, non-finite, product
         for bucket in buckets:
-            squares = by_ranks.setdefault(bucket.ranks, [0.0, 0.0, 0.0])
+            squares = by_ranks.setdefault(bucket.ranks, [0.0, 0.0, 0.0, 0.0])
             products = ops.gradient_products(
                 [forget[i] for i in bucket.indices] if bucket.has_forget else (),
                 [retain[i] for i in bucket.indices] if bucket.has_retain else (),
                 [self.mask_bits[i] for i in bucket.indices] if masked else (),
                 self.mask_scope,
             )
-            of_forget, of_retain, _, non_finite = products.tolist() if on_cpu else products.to(home)
-            squares[0] = squares[0] + of_forget * bucket.group["forget_weight"] ** 2
-            squares[1] = squares[1] + of_retain * bucket.group["retain_weight"] ** 2
+            of_forget, of_retain, of_both, non_finite = products.tolist() if on_cpu else products.to(home)
+            forget_weight, retain_weight = bucket.group["forget_weight"], bucket.group["retain_weight"]
+            squares[0] = squares[0] + of_forget * forget_weight**2
+            squares[1] = squares[1] + of_retain * retain_weight**2
             squares[2] = squares[2] + non_finite
+            squares[3] = squares[3] + of_both * (forget_weight * retain_weight)
         squares = [sum(parts) for parts in zip(*itertools.starmap(_over_ranks, by_ranks.items()), strict=True)]
         skip = squares[2] > 0
         if not on_cpu:
@@ -520,6 +533,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         ]
         if op != "retain_step":
             self.last_clip = torch.as_tensor(clips[0], dtype=torch.float64)
+        if self.project and op == "joint_step":
+            share = clips[0] * _conflict(squares[3], squares[1])
+            self.last_projection = torch.as_tensor(share, dtype=torch.float64)
+            clips[1] = clips[1] + share
         return (clips[0], clips[1]), skip
 
     def _raise_non_finite(self, op, parameters, forget, retain, masked) -> None:
@@ -692,6 +709,13 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             self.state[p] = {
                 key: _placed(value, p) if isinstance(value, Tensor) else value for key, value in entries.items()
             }
+
+
+def _conflict(product: Any, square: Any) -> Any:
+    """max(0, -<G_f, G_r>) / ||G_r||², and 0 where G_r is."""
+    if isinstance(square, Tensor):
+        return torch.where(square > 0, (-product).clamp(min=0) / square, torch.zeros_like(square))
+    return max(0.0, -product) / square if square > 0 else 0.0
 
 
 def _over_ranks(groups: tuple[Any, ...], sums: list[Any]) -> list[Any]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +14,19 @@ from torch.utils.data import DistributedSampler
 
 from . import _checkpoint, ops
 from ._arguments import check_count, check_number
-from ._data import DataCheck
 from ._files import writable_directory
-from ._hashing import weights_hash
+from ._first_pass import first_pass
 from ._in_backward import check_in_backward
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
-from ._streams import BatchStream, in_step, length
+from ._streams import BatchStream, length
+from ._teachers import check_teachers
 from .errors import InputError
-from .methods import Method
-from .saliency import FisherDiagonal, SaliencyMask
+from .methods import Method, parse
+from .saliency import SaliencyMask
 from .saliency.storage import check_storage, stored
 from .tasks import Task
 
@@ -53,8 +50,10 @@ class Result:
             ``alpha`` (strength), ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the
             forget gradient), ``evaluation`` where an evaluation returned something (NaN and infinities in it as None),
             and, in fp16, ``forget_skipped`` or ``retain_skipped``: True where a scaled gradient overflowed and the
-            step was not made, ``clip`` then being None.
-        timings: seconds of ``fisher``, ``mask`` and ``unlearning`` (evaluations and checkpoints not included).
+            step was not made, ``clip`` then being None. A method may add ``learn_loss``, ``unseen_loss`` (where it was
+            measured) and ``projection`` (:attr:`UnlearnOptimizer.last_projection`).
+        timings: seconds of ``fisher`` or ``gradients``, ``mask`` and ``unlearning`` (evaluations and checkpoints not
+            included).
         counts: iterations, forget_steps and retain_steps that were made, trainable and salient weights.
         moved_protected: protected weights that changed: 0, proven by hash, when every update was masked and
             protected; None when protection was not asked of the whole run.
@@ -88,7 +87,8 @@ class Unlearner:
     Args:
         model: the trained network; parameters with ``requires_grad=False`` stay as they are.
         task: how its batches become losses.
-        method: what to minimise and where.
+        method: what to minimise and where; or its name with settings, as
+            :func:`unlearn_ext.methods.parse` reads it.
         device: where to run; the model's own device by default.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast for forward and backward passes.
         gradient_accumulation_steps: batches whose gradients make one step. A forget step weighs each by its samples'
@@ -114,7 +114,7 @@ class Unlearner:
         self,
         model: nn.Module,
         task: Task,
-        method: Method,
+        method: Method | str,
         *,
         device: torch.device | str | None = None,
         mixed_precision: str = "no",
@@ -125,6 +125,8 @@ class Unlearner:
         optimizer_in_backward: bool = False,
         fisher_storage: str = "device",
     ):
+        if isinstance(method, str):
+            method = parse(method)
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if mixed_precision == "fp16" and method.update == "joint":
@@ -139,10 +141,25 @@ class Unlearner:
         self.fisher_storage = fisher_storage
         self.identity = dict(identity or {})
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
-        if method.replaces and type(task).replacement_losses is Task.replacement_losses:
+        method.check_task(task)
+        for needed, offered, what in (
+            (method.replaces, "replacement_losses", "has no replacement for what is forgotten"),
+            (
+                method.forget_teacher or method.retain_teacher,
+                "losses_and_distances",
+                "measures no distance to another network",
+            ),
+        ):
+            if needed and getattr(type(task), offered) is getattr(Task, offered):
+                raise InputError(
+                    f"{type(task).__name__} {what}: choose a method that needs none"
+                    + (", as with forget_term='ascent'," if hasattr(method, "forget_term") else "")
+                    + f" or give the task {offered}"
+                )
+        if gradient_accumulation_steps > 1 and not method.adds_up:
             raise InputError(
-                f"{type(task).__name__} has no replacement for what is forgotten: set forget_term='ascent', or choose "
-                "a task that has one"
+                f"{method.name} takes a function of a whole batch's mean loss, which does not add up over batches: "
+                "leave gradient_accumulation_steps out, and use larger batches"
             )
         self.model, self.task, self.method = model, task, method
         self._named = list(trainable(model).items())
@@ -159,6 +176,7 @@ class Unlearner:
         self.device = self._named[0][1].device
         self.ranks, self.split_batches = Ranks.of(model), split_batches
         self._check_ranks(mixed_precision)
+        check_teachers(model, method)
         self.mixed_precision = mixed_precision
         self._half = PRECISIONS[mixed_precision]
 
@@ -166,9 +184,11 @@ class Unlearner:
 
     def run(
         self,
-        forget: Iterable[Any],
-        retain: Iterable[Any],
+        forget: Iterable[Any] | None = None,
+        retain: Iterable[Any] | None = None,
         *,
+        learn: Iterable[Any] | None = None,
+        unseen: Iterable[Any] | None = None,
         output_dir: str | Path | None = None,
         checkpointing_steps: int | None = None,
         checkpoints_total_limit: int | None = None,
@@ -181,12 +201,16 @@ class Unlearner:
     ) -> Result:
         """Forgets ``forget`` and keeps ``retain``.
 
-        Both are re-iterables of batches (a DataLoader, a list). The first pass over each is in eval mode, for the
-        Fisher diagonals and to look for samples that stand in both; then both start fresh. The iterations are in
-        train mode: a model in eval mode is switched as a whole, one in train mode stays as it is, with those of its
-        modules in eval mode that were (a frozen BatchNorm). Afterwards all modes are as before.
+        Either may be left out where the method makes no steps on it. Both are re-iterables of batches (a DataLoader, a
+        list). The first pass over each is in eval mode, for the saliency and to look for samples that stand in both;
+        then both start fresh. The iterations are in train mode: a model in eval mode is switched as a whole, one in
+        train mode stays as it is, with those of its modules in eval mode that were (a frozen BatchNorm). Afterwards all
+        modes are as before.
 
         Args:
+            learn: batches of new data, for a method that learns them while it forgets.
+            unseen: batches of data that neither the model was nor the run is trained on, for a method that measures
+                its loss there.
             output_dir: for ``history.jsonl`` and checkpoints. The history of an earlier run that left no checkpoints is
                 moved aside, to ``history-1.jsonl`` and so on; a directory with checkpoints is refused.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
@@ -227,15 +251,19 @@ class Unlearner:
                 check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
+        sets = self._sets(forget=forget, retain=retain, learn=learn, unseen=unseen)
         with self.ranks.together():
             directory = None if output_dir is None else writable_directory(output_dir)
-            self._check_loaders(forget, retain)
-        lengths = self.ranks.gather_objects([length(forget), length(retain)])
+            self._check_loaders(*sets.values())
+        counts = {name: length(data) for name, data in sets.items()}
+        lengths = self.ranks.gather_objects([counts[name] for name in sets if name != "unseen"])
         if any(other != lengths[0] for other in lengths):
             raise InputError(
                 f"the ranks have forget and retain sets of {lengths} batches: give all of them as many, since they "
                 "take every step together"
             )
+        steps = self.gradient_accumulation_steps
+        self.method.begin({name: count if count is None else -(-count // steps) for name, count in counts.items()})
         checkpoint = None
         if resume_from_checkpoint is not None:
             with self.ranks.together():
@@ -253,16 +281,16 @@ class Unlearner:
                 seed = self.ranks.from_first(generator.initial_seed())
                 generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
         alike = self.ranks if self.split_batches else ALONE
-        streams = BatchStream("forget", forget, alike), BatchStream("retain", retain, alike)
+        streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
         result = Result(update=self.method.update, backend=ops.backend(self.device))
         with self.ranks.watched():
             if checkpoint is None:
                 if self.method.mask is not None:
                     self.method.mask.check_model(self._named)
                 with contextlib.ExitStack() as kept:
-                    result.mask = self._make_mask(
-                        forget,
-                        retain,
+                    result.mask = first_pass(
+                        self,
+                        sets,
                         result,
                         allow_duplicates,
                         progress,
@@ -313,10 +341,34 @@ class Unlearner:
         with self.autocast():
             return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
 
+    def losses_and_distances(self, batch: Any, teacher: nn.Module, side: str) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            settings = self.method.distance_settings(side)
+            return self.task.losses_and_distances(self.model, teacher, batch, **settings)
+
+    def _sets(self, **given: Iterable[Any] | None) -> dict[str, Iterable[Any]]:
+        """Those that were given, which have to be those that the method takes."""
+        method = self.method
+        needed = {"forget": method.forgets, "retain": method.retains, "learn": method.learns}
+        needed["unseen"] = method.needs_unseen
+        needed["forget"] |= method.measures is not None
+        needed["retain"] |= method.measures == "fisher"
+        for name, data in given.items():
+            if data is None and needed[name]:
+                raise InputError(f"{method.name} takes a {name} set: pass {name}=, a DataLoader or a list of batches")
+            if data is not None and name in ("learn", "unseen") and not needed[name]:
+                raise InputError(f"{method.name} has no use for a {name} set: leave {name} out")
+        return {name: data for name, data in given.items() if data is not None}
+
     def _check_ranks(self, mixed_precision: str) -> None:
         """What several ranks cannot do."""
         if self.ranks.size == 1:
             return
+        if not self.method.adds_up:
+            raise InputError(
+                f"{self.method.name} takes a function of a whole batch's mean loss, which does not add up over ranks: "
+                "run it in one process"
+            )
         if mixed_precision == "fp16" and any(is_sharded(p) for _, p in self._named):
             raise InputError("fp16 is not supported for sharded weights: use bf16 or no")
         if self.optimizer_in_backward:
@@ -342,73 +394,3 @@ class Unlearner:
                     "the loaders give each rank samples of its own: set split_batches=False, or pass loaders that give "
                     "every rank the whole batches"
                 )
-
-    # --- Before the loop ------------------------------------------------------------------------------------
-
-    def _make_mask(self, forget, retain, result: Result, allow_duplicates: bool, progress: Progress, keep: Callable):
-        """The first pass over the data: Fisher diagonals where the method needs them, duplicates in any case. ``keep``
-        takes Fisher sums that are not needed for a while."""
-        method = self.method
-        ranks = ALONE if self.split_batches else self.ranks
-        check = DataCheck(self.model, self.task, allow_duplicates, method.replaces, ranks)
-        passes = {"forget": forget, "retain": retain}
-        mask = method.mask
-        if not method.needs_fisher:
-            for name, data in passes.items():
-                check.scan(name, data)
-            own = check.forget_hash
-            if mask is not None and mask.metadata.get("forget_hash", own) != own:
-                warnings.warn(
-                    "the mask was made for another forget set, or for other views of its samples: measure a new one "
-                    "unless that is meant",
-                    stacklevel=3,
-                )
-            return mask
-        whole = not allow_duplicates or method.fisher_batches is None  # all batches are to be seen
-        diagonals: dict[str, FisherDiagonal] = {}
-        started = time.perf_counter()
-        for (name, data), limit in zip(passes.items(), method.fisher_limits, strict=True):
-            total = length(data)
-            if not whole:
-                data = itertools.islice(in_step(data, self.ranks if self.split_batches else ALONE), limit)
-                total = limit if total is None else min(total, limit)
-            done = 0
-
-            def watch(batch: Any, name: str = name, total: int | None = total) -> None:
-                nonlocal done
-                done += 1
-                check.add(name, batch)
-                progress(f"Fisher, {name} set", done, total)
-
-            with self.fisher_autocast():
-                fisher = FisherDiagonal(
-                    self.model,
-                    self.task,
-                    batches=limit,
-                    max_norm=method.fisher_max_norm,
-                    split_batches=self.split_batches,
-                    in_backward=self.optimizer_in_backward,
-                )
-                diagonals[name] = fisher.measure(data, name=name, watch=watch)
-            check.finish(name)
-            if name == "forget":
-                fisher.sums = keep(fisher.sums)
-        result.timings["fisher"] = time.perf_counter() - started
-        started = time.perf_counter()
-        mask = SaliencyMask.from_fisher(
-            diagonals["forget"],
-            diagonals["retain"],
-            gamma=method.gamma,
-            mask_fraction=method.mask_fraction,
-            eps=method.fisher_eps,
-        )
-        result.timings["mask"] = time.perf_counter() - started
-        if not mask.kept:
-            change = "raise mask_fraction" if method.gamma is None else f"lower gamma, which is {method.gamma:g}"
-            raise InputError(f"the mask keeps no weight, so nothing would be forgotten: {change}")
-        mask.metadata.update(
-            weights_hash=weights_hash(self._named),
-            seed=str(torch.initial_seed()),
-            **({"forget_hash": check.forget_hash} if whole else {}),
-        )
-        return mask

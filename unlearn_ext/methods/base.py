@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import check_count, check_number
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
 from ..saliency.mask import check_fraction
 from . import schedules
 
-__all__ = ["Default", "ForgetLoss", "Method"]
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+__all__ = ["ALL_TASKS", "CLASSIFICATION", "DIFFUSION", "Default", "ForgetLoss", "Method", "Row"]
+
+CLASSIFICATION = ("classification",)
+DIFFUSION = ("class-conditional diffusion", "text-conditional diffusion")
+ALL_TASKS = CLASSIFICATION + DIFFUSION
 
 MASK_SOURCES = ("gamma", "mask_fraction", "mask")
+_OBJECTS = ("mask", "random_model")  # arguments that are no settings
 
 
 class Default(float):
@@ -42,21 +51,52 @@ class ForgetLoss:
     weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Row:
+    """A method in one line, as the table of methods prints it.
+
+    Attributes:
+        saliency: which weights forgetting may move.
+        forget_term, retain_term: what is descended; ``none`` where there is nothing.
+        geometry: in which order and space the steps are taken.
+        source: the paper, or where the rule was read.
+        tasks: kinds of task that it runs on.
+        otherwise: why it runs on no other, as the end of a sentence.
+    """
+
+    saliency: str
+    forget_term: str
+    retain_term: str
+    geometry: str
+    source: str
+    tasks: tuple[str, ...] = ALL_TASKS
+    otherwise: str = ""
+
+
 @dataclass(kw_only=True)
 class Method(StepConfig, ABC):
     """A method weighs per-sample losses; it knows nothing of batches, models or kernels.
+
+    What it asks of a run stands in class attributes: whether it ``forgets``, ``retains`` or ``learns`` (steps on the
+    forget, retain and learn sets; ``update="joint"`` needs the first two), the frozen network that each side is
+    compared with (``forget_teacher``, ``retain_teacher``: ``original``, the weights that the run starts with, or
+    ``random``, drawn anew), and whether it ``needs_unseen`` data. A side with a teacher gets the samples' distances to
+    it as a third argument of :meth:`forget_loss` or :meth:`retain_loss`, of the same forward pass as the losses.
 
     The optimizer's arguments are inherited from :class:`~unlearn_ext.optim.StepConfig`.
 
     Args:
         iterations: how many.
         lr_schedule: ``constant``, ``cosine``, ``linear`` or ``quadratic``, over the whole run.
+        epochs: instead of iterations: how many passes over the retain set, or the forget set of a method without
+            retain steps.
         forget_freq: a forget step on every iteration divisible by this.
         update: ``sequential`` takes the retain gradient at the weights the forget step moved; ``joint`` takes both
             gradients at the same weights and applies them in one pass.
         mask_fraction: measure each weight's saliency as the method does, and let forgetting move this fraction of all
             weights, those of the largest saliency.
         mask: which weights forgetting may move: a ready mask, used instead of measuring.
+        freeze_batch_norm: batch normalisation runs in eval mode: with its running statistics, which do not move.
         param_groups: other settings for some weights: name pattern, as of a file (``*embedding*``; a star stands for
             dots as well), to what a parameter group of :class:`~unlearn_ext.UnlearnOptimizer` may set for itself. The
             first pattern that fits a name has it. A label's own row of an embedding table, which no retained sample
@@ -66,14 +106,25 @@ class Method(StepConfig, ABC):
     """
 
     name: ClassVar[str]
+    row: ClassVar[Row]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    forgets: ClassVar[bool] = True
+    retains: ClassVar[bool] = True
+    learns: ClassVar[bool] = False
+    forget_teacher: ClassVar[str | None] = None
+    retain_teacher: ClassVar[str | None] = None
+    needs_unseen: ClassVar[bool] = False
+    # Whether its terms are means over samples, so that parts of a batch may be added up.
+    adds_up: ClassVar[bool] = True
 
     iterations: int = 1000
+    epochs: float | None = None
     lr_schedule: str = "constant"
     forget_freq: int = 1
     update: str = "sequential"
     mask_fraction: float | None = None
     mask: SaliencyMask | None = None
+    freeze_batch_norm: bool = False
     param_groups: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -81,16 +132,34 @@ class Method(StepConfig, ABC):
         self._choose_mask_source()
         check_count("iterations", self.iterations)
         check_count("forget_freq", self.forget_freq)
+        if self.epochs is not None:
+            check_number("epochs", self.epochs, "a finite number above 0, or None", lambda x: 0.0 < x < math.inf)
         if self.update not in ("sequential", "joint"):
             raise InputError(f"update: expected sequential or joint, got {self.update!r}")
         if self.update == "joint" and (self.dual_state or self.forget_lr is not None):
             raise InputError(
                 "update='joint' makes one step of both gradients: dual_state and forget_lr do not apply to it"
             )
-        if self.protect and self.mask is None and not self.needs_fisher:
+        if self.project and self.update != "joint":
+            raise InputError("project=True compares both gradients at the same weights: set update='joint'")
+        if self.protect and self.mask is None and self.measures is None:
             raise InputError("protect=True needs a mask that says what to protect")
+        self._check_sides()
         self._check_param_groups()
         schedules.check("lr_schedule", self.lr_schedule)
+
+    def _check_sides(self) -> None:
+        if self.forgets and self.retains:
+            return
+        own, missing = type(self).__name__, "retain" if self.forgets else "forget"
+        for needed, why in (
+            (self.update == "joint", "update='joint' needs the gradients of both sides"),
+            (missing == "retain" and self.slow_rate != 1.0, "slow weights follow at retain steps: set slow_rate=1"),
+            (missing == "retain" and self.forget_freq != 1, "between forget steps nothing is done: set forget_freq=1"),
+            (missing == "forget" and self.dual_state, "dual_state is a state of forget steps' own: leave it out"),
+        ):
+            if needed:
+                raise InputError(f"{own} has no {missing} term, and {why}")
 
     def _check_param_groups(self) -> None:
         groups = {} if self.param_groups is None else self.param_groups
@@ -114,7 +183,7 @@ class Method(StepConfig, ABC):
             setattr(self, name, None)
         if self.mask_fraction is not None:
             check_fraction("mask_fraction", self.mask_fraction)
-            if not self.needs_fisher:
+            if self.measures is None:
                 raise InputError(f"mask_fraction: {type(self).__name__} measures no saliency; give it a ready mask")
 
     @classmethod
@@ -129,8 +198,8 @@ class Method(StepConfig, ABC):
         return cls(**{**preset, **overrides})
 
     def settings(self) -> dict[str, Any]:
-        """All arguments but the mask, for results and checkpoints."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mask"}
+        """All arguments but the mask and networks, for results and checkpoints."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OBJECTS}
         return {name: float(value) if isinstance(value, Default) else value for name, value in values.items()}
 
     def groups(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
@@ -151,16 +220,72 @@ class Method(StepConfig, ABC):
                 )
         return [{"params": chosen, **patterns.get(key, {})} for key, chosen in found.items() if chosen]
 
+    # --- What a run asks --------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_task(cls, task: Task) -> None:
+        """Raises InputError, with the reason, for a task on which the method cannot work."""
+        row = getattr(cls, "row", None)
+        if row is not None and task.kind and task.kind not in row.tasks:
+            raise InputError(
+                f"{cls.name} does not run on {task.kind}, only on {' and '.join(row.tasks)}: {row.otherwise}"
+            )
+
+    def begin(self, passes: Mapping[str, int | None]) -> None:
+        """Called before a run, with the iterations that one pass over each set takes (None: its loader does not say).
+
+        Raises:
+            InputError: ``epochs`` are asked of data without a length.
+        """
+        if self.epochs is not None:
+            self.iterations = max(1, round(self.epochs * self._pass("retain" if self.retains else "forget", passes)))
+
+    def _pass(self, name: str, passes: Mapping[str, int | None]) -> int:
+        if passes.get(name) is None:
+            raise InputError(
+                f"{type(self).__name__} counts passes over the {name} set, whose loader has no length: pass one that "
+                "has, or a list of batches"
+            )
+        return passes[name]
+
     def lr_factor(self, iteration: int) -> float:
         return schedules.factor(self.lr_schedule, iteration, self.iterations)
 
     def forgets_at(self, iteration: int) -> bool:
-        return iteration % self.forget_freq == 0
+        return self.forgets and iteration % self.forget_freq == 0
+
+    def retains_at(self, iteration: int) -> bool:
+        return self.retains
+
+    def unseen_at(self, iteration: int) -> bool:
+        """Whether the mean loss on unseen data is to be measured before this iteration, for :meth:`take_unseen`."""
+        return False
+
+    def take_unseen(self, loss: float) -> None:
+        """The mean loss on unseen data, in eval mode, at the weights of the iteration that begins."""
+
+    def state(self) -> dict[str, Any]:
+        """What a run has told the method, as JSON, for checkpoints."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state` gave."""
+
+    def distance_settings(self, side: str) -> dict[str, Any]:
+        """How distances to the teacher of the ``forget`` or ``retain`` side are measured: keyword arguments of
+        :meth:`~unlearn_ext.tasks.Task.losses_and_distances`."""
+        return {}
 
     @property
     def needs_fisher(self) -> bool:
         """Whether the mask is to be made from two Fisher passes."""
         return False
+
+    @property
+    def measures(self) -> str | None:
+        """What the mask is made from: ``fisher``, two Fisher passes; ``gradient``, the sum of the forget gradients; or
+        None, where nothing is measured."""
+        return "fisher" if self.needs_fisher else None
 
     @property
     def replaces(self) -> bool:
@@ -173,8 +298,15 @@ class Method(StepConfig, ABC):
 
     @abstractmethod
     def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
-        """The scalar whose descent forgets, from per-sample losses of a forget batch."""
+        """The scalar whose descent forgets, from per-sample losses of a forget batch; with a ``forget_teacher`` also
+        from per-sample distances to it, a third argument."""
 
     def retain_loss(self, losses: Tensor, iteration: int) -> Tensor:
-        """The scalar whose descent retains, from per-sample losses of a retain batch."""
+        """The scalar whose descent retains, from per-sample losses of a retain batch; with a ``retain_teacher`` also
+        from per-sample distances to it, a third argument."""
         return losses.mean()
+
+    def learn_loss(self, losses: Tensor, iteration: int) -> Tensor:
+        """The scalar whose descent learns, from per-sample losses of a learn batch; its gradient is added to the retain
+        gradient. Of methods that learn."""
+        raise InputError(f"{type(self).__name__} learns nothing")

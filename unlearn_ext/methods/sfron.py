@@ -12,7 +12,7 @@ from torch import Tensor
 from .._arguments import check_count, check_finite, check_number
 from ..errors import InputError
 from . import schedules
-from .base import Default, ForgetLoss, Method
+from .base import Default, ForgetLoss, Method, Row
 
 __all__ = ["SFRon", "adaptive_shares", "adaptive_weights"]
 
@@ -63,6 +63,13 @@ class SFRon(Method):
     """
 
     name: ClassVar[str] = "sfron"
+    row: ClassVar[Row] = Row(
+        saliency="Fisher ratio F_f / F_r ≥ gamma",
+        forget_term="−α_t Σ c_i l_i / Σ c, c_i = 1 / (l_i^λ + eps)",
+        retain_term="mean loss",
+        geometry="retain steps from the forgotten weights, slow weights",
+        source="arXiv 2409.19732",
+    )
     # Settings of the released code (K1nght/Unified-Unlearning-w-Remain-Geometry); classifiers: batches of 128.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10-resnet18": {

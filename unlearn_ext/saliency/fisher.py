@@ -197,7 +197,7 @@ class FisherDiagonal:
             weight = self._weight(sum(squares[i] for i in sorted(squares)))
 
         def take(gradients: dict[str, Tensor]) -> None:
-            ops.accumulate_fisher_([self.sums[name] for name in gradients], list(gradients.values()), weight)
+            self._add([self.sums[name] for name in gradients], list(gradients.values()), weight)
 
         with arriving(self._parameters, take) as seen:
             loss.backward()
@@ -236,7 +236,11 @@ class FisherDiagonal:
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
         sums = [self.sums[name] for name in gradients]
-        ops.accumulate_fisher_(all_local(sums), all_local(list(gradients.values())), self._weight_of(gradients))
+        self._add(all_local(sums), all_local(list(gradients.values())), self._weight_of(gradients))
+
+    @staticmethod
+    def _add(sums: list[Tensor], gradients: list[Tensor], weight: float) -> None:
+        ops.accumulate_fisher_(sums, gradients, weight)
 
     def _weight_of(self, gradients: dict[str, Tensor]) -> float:
         return 1.0 if self.max_norm is None else self._weight(self._products(gradients)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ __all__ = ["Task"]
 
 class Task(ABC):
     """A task knows batches, losses and outputs; it knows nothing of masks, schedules or methods."""
+
+    kind: ClassVar[str] = ""  # by which methods say what they run on; an own task may leave it empty
 
     def begin(self, model: nn.Module, batch: Any) -> None:  # noqa: B027 - optional
         """Called with the first raw batch of a pass, to learn from the model what batches must fit."""
@@ -44,6 +46,15 @@ class Task(ABC):
         """Per-sample losses, shape [N], of a forget batch towards what shall stand in its place."""
         raise InputError(
             f"{type(self).__name__} has no replacement for what is forgotten: choose a method that needs none"
+        )
+
+    def losses_and_distances(
+        self, model: Any, teacher: nn.Module, batch: Any, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`losses`, and per-sample distances of the model's outputs to those of a frozen ``teacher``, both [N]
+        and of one forward pass of the model. ``settings`` say how they are measured."""
+        raise InputError(
+            f"{type(self).__name__} measures no distance to another network: choose a method that needs none"
         )
 
     def generators(self) -> list[torch.Generator]:

@@ -42,6 +42,7 @@ class ClassConditionalDiffusion(Diffusion):
         seed: of the task's generator.
     """
 
+    kind = "class-conditional diffusion"
     _EXPECTED = "(inputs, labels) or a dict with labels and"
     _NO_REPLACEMENT = "a forget batch has no replacement: give the task a replace_label or the batch replace_labels"
 

@@ -38,6 +38,7 @@ class TextConditionalDiffusion(Diffusion):
         seed: of the task's generator.
     """
 
+    kind = "text-conditional diffusion"
     _EXPECTED = "a dict with prompts or prompt_embeds and"
     _NO_REPLACEMENT = "a forget batch has no replacement: add replace_prompts or replace_prompt_embeds"
 

@@ -1,0 +1,11 @@
+"""``python -m unlearn_ext.methods`` prints the table of methods."""
+
+import sys
+
+from .registry import available
+from .table import markdown
+
+methods, problems = available()
+sys.stdout.write(markdown(methods.values()))
+for problem in problems:
+    print(problem, file=sys.stderr)

@@ -1,0 +1,121 @@
+"""Methods as text: ``sfron``, ``sfron:forget_alpha=50,gamma=none``, ``sfron@cifar10-resnet18:iterations=300``."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..errors import InputError
+from .base import Method
+from .registry import find
+
+__all__ = ["parse"]
+
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def parse(spec: str, **defaults: Any) -> Method:
+    """A method from ``name[@preset][:key=value,...]``.
+
+    Values are numbers, ``true``, ``false``, ``none``, words, or tuples and dicts as Python writes them
+    (``betas=(0.9,0.99)``).
+
+    Args:
+        spec: the text.
+        defaults: settings that hold where neither the preset nor the text says otherwise.
+
+    Raises:
+        InputError: an unknown name, preset or key, or a value that does not fit.
+    """
+    head, colon, rest = spec.strip().partition(":")
+    name, at, preset = (part.strip() for part in head.partition("@"))
+    if not name:
+        raise InputError(f"a method is name, name@preset or name:key=value,key=value; got {spec!r}")
+    if (colon and not rest.strip()) or (at and not preset):
+        raise InputError(
+            f"{spec!r} ends where {'settings' if colon else 'a preset'} should follow: leave {colon or at} out"
+        )
+    method = find(name)
+    kinds = _kinds(method)
+    given: dict[str, Any] = {}
+    for part in _split(rest):
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not text:
+            raise InputError(f"{name}: expected key=value between commas, got {part.strip()!r}")
+        if key in given:
+            raise InputError(f"{name}: {key} is given twice")
+        given[key] = _value(name, key, text, kinds)
+    known = {key: value for key, value in defaults.items() if key in kinds}
+    if not preset:
+        return method(**{**known, **given})
+    of_preset = method.presets.get(preset, {})
+    return method.preset(preset, **{**{k: v for k, v in known.items() if k not in of_preset}, **given})
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return parts if text.strip() else []
+
+
+def _kinds(method: type[Method]) -> dict[str, Any]:
+    """What each setting may be, by name; those that text can give."""
+    hints = get_type_hints(method)
+    return {field.name: hints[field.name] for field in fields(method) if field.init}
+
+
+def _value(name: str, key: str, text: str, kinds: Mapping[str, Any]) -> Any:
+    if key not in kinds:
+        near = difflib.get_close_matches(key, kinds, n=1)
+        hint = f"perhaps {near[0]} is meant" if near else f"its settings are {', '.join(kinds)}"
+        raise InputError(f"{name} has no setting {key!r}: {hint}")
+    if text.lower() in _WORDS:
+        value = _WORDS[text.lower()]
+    else:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+    if not _fits(value, kinds[key]):
+        words = _in_words(kinds[key])
+        raise InputError(
+            f"{name}: {key} is {words}, got {text!r}"
+            if words
+            else f"{name}: {key} cannot be given as text: set it in Python"
+        )
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is types.NoneType or kind is None:
+        return value is None
+    return isinstance(value, origin or kind)
+
+
+_NAMES = {float: "a number", int: "an integer", str: "a word", bool: "true or false", types.NoneType: "none"}
+
+
+def _in_words(kind: Any) -> str:
+    """Empty where no text is such a value."""
+    if get_origin(kind) in (Union, types.UnionType):
+        found = [words for words in map(_in_words, get_args(kind)) if words]
+        return " or ".join(found) if found != ["none"] else ""
+    plain = get_origin(kind) or kind
+    return _NAMES.get(plain) or {tuple: "a tuple", dict: "a dict"}.get(plain, "")
