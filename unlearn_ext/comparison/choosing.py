@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import InputError
-from ..methods import Method, SFRon
+from ..methods import find, parse
 from .runners import MethodRunner, Runner
 from .tuned import TUNED
 
-__all__ = ["SETTINGS", "choose", "split_list"]
+__all__ = ["PUBLISHED", "SETTINGS", "choose", "split_list"]
 
 SETTINGS = ("tuned", "published")
+# Of a method with presets: that of the published experiment which is nearest to this one. Of others: their defaults.
+PUBLISHED = "cifar10-resnet18"
 
 
 def split_list(text: str) -> list[str]:
@@ -43,12 +44,12 @@ def split_list(text: str) -> list[str]:
 
 
 def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
-    """A runner for each ``name`` or ``name:key=value,...``; what is given there goes before tuned settings.
+    """A runner for each ``name``, ``name:key=value,...`` or ``name@preset``; what is given there goes before all else.
 
     Args:
         texts: what :func:`split_list` gave.
-        settings: ``published``: a method's own defaults; ``tuned``: :data:`~unlearn_ext.comparison.tuned.TUNED`, where
-            it has the method.
+        settings: ``published``, or ``tuned``: those of :data:`~unlearn_ext.comparison.tuned.TUNED` for the text or,
+            where it has none, for the method of that name, and the published ones where it has none of either.
         scenario: ``random`` or ``class``, for which the settings were tuned.
 
     Raises:
@@ -56,23 +57,18 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     """
     if settings not in SETTINGS:
         raise InputError(f"--settings: expected {' or '.join(SETTINGS)}, got {settings!r}")
-    return [MethodRunner(text, *_method(text, TUNED[scenario] if settings == "tuned" else {})) for text in texts]
+    return [_runner(text, TUNED[scenario] if settings == "tuned" else {}) for text in texts]
 
 
-def _method(text: str, tuned: dict[str, dict[str, Any]]) -> tuple[Method, str]:
-    name, _, rest = text.partition(":")
-    if name != SFRon.name:
-        raise InputError(f"--methods: there is no method {name!r}: choose from {SFRon.name}")
-    given = dict(_setting(piece) for piece in split_list(f"x,{rest}")[0].split(",")[1:]) if rest else {}
-    origin = "tuned" if name in tuned else "published"
-    return SFRon(**{**tuned.get(name, SFRon.presets["cifar10-resnet18"]), **given}), origin
-
-
-def _setting(piece: str) -> tuple[str, Any]:
-    import ast
-
-    key, _, value = piece.partition("=")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+def _runner(text: str, tuned: dict[str, dict[str, object]]) -> Runner:
+    head, colon, rest = text.partition(":")
+    name, at, preset = (part.strip() for part in head.partition("@"))
+    found = tuned.get(text, tuned.get(name))
+    if at:
+        return MethodRunner(text, parse(text), preset)
+    if found is not None:
+        return MethodRunner(text, parse(text, **found), "tuned")
+    if PUBLISHED in find(name).presets:
+        text_of_preset = f"{name}@{PUBLISHED}{colon}{rest}"
+        return MethodRunner(text, parse(text_of_preset), "published")
+    return MethodRunner(text, parse(text), "published")

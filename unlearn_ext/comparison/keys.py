@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable
 from functools import cache
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .._hashing import raw_bytes
 
-__all__ = ["file_key", "machine", "sources_hash", "tensor_hash"]
+__all__ = ["class_hash", "file_key", "machine", "sources_hash", "tensor_hash"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -35,11 +36,19 @@ def machine(device: str) -> dict[str, Any]:
 
 
 @cache
-def sources_hash(paths: Iterable[str]) -> str:
-    """Of the package's files and folders by their paths in it: a result of other code is another result."""
+def sources_hash(patterns: tuple[str, ...]) -> str:
+    """Of the package's files that the patterns find: a result of other code is another result."""
+    return _files_hash(file for pattern in patterns for file in _PACKAGE.glob(pattern))
+
+
+def class_hash(kind: type) -> str:
+    """Of the files that a class and those that it is derived from stand in, in whatever package."""
+    files = (inspect.getsourcefile(one) for one in kind.__mro__ if one.__module__ not in ("builtins", "abc"))
+    return _files_hash(Path(file) for file in files if file is not None)
+
+
+def _files_hash(files: Iterable[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(paths):
-        whole = _PACKAGE / path
-        for file in sorted(whole.rglob("*.py")) if whole.is_dir() else [whole]:
-            digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
+    for file in sorted(set(files)):
+        digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from .._hashing import file_hash
+from ..errors import InputError
 from ..methods import Method
 from ..tasks import Classification
 from ..unlearner import Unlearner
+from .keys import class_hash
 
 __all__ = ["MethodRunner", "Runner"]
 
@@ -25,7 +25,7 @@ class Runner(ABC):
 
     Attributes:
         label: its name in the table and the JSON.
-        origin: where its settings are from: ``tuned``, ``published``.
+        origin: where its settings are from: ``tuned``, ``published`` or a preset's name.
         needs_held_out: whether it looks at samples that nobody trained on.
     """
 
@@ -65,17 +65,14 @@ class MethodRunner(Runner):
 
     @property
     def needs_held_out(self) -> bool:
-        return getattr(self.method, "needs_unseen", False)
+        return self.method.needs_unseen
 
     def settings(self) -> dict[str, Any]:
-        source = inspect.getsourcefile(type(self.method))  # another package's method may change under the same name
-        return {
-            "method": self.method.name,
-            **self.method.settings(),
-            "source": None if source is None else file_hash(source),
-        }
+        return {"method": self.method.name, **self.method.settings(), "code": class_hash(type(self.method))}
 
     def check(self, model: nn.Module) -> None:
+        if self.method.learns:
+            raise InputError(f"{self.label} learns new data while it forgets, and a comparison has none: leave it out")
         Unlearner(model, Classification(), self.method)
 
     def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:

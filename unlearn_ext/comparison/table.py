@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -80,13 +81,14 @@ def _seconds(row: dict[str, Any]) -> str:
 
 
 def _best(methods: dict[str, Any], retrained: dict[str, Any]) -> dict[str, set[str]]:
-    """By column: closest to the retrained models, of the smallest gap, the fastest."""
+    """By column: closest to each seed's retrained model, of the smallest gap, the fastest."""
     distances: dict[str, dict[str, float]] = {}
     for name, row in methods.items():
         if row["gap"]["mean"] is None:
             continue
         for key in RETAINED_GAP_KEYS:
-            distances.setdefault(key, {})[name] = abs(row[key]["mean"] - retrained[key]["mean"])
+            pairs = zip(row[key]["values"], retrained[key]["values"], strict=True)
+            distances.setdefault(key, {})[name] = fmean(abs(own - reference) for own, reference in pairs)
         for key in ("gap", "RTE"):
             distances.setdefault(key, {})[name] = row[key]["mean"]
     found = {}
