@@ -28,6 +28,7 @@ from unlearn_ext.comparison.runners import Runner
 from unlearn_ext.comparison.splits import split_digits
 from unlearn_ext.comparison.statistics import deviations, noise_floor, ranks, spread
 from unlearn_ext.comparison.table import show
+from unlearn_ext.comparison.tuned import TUNED
 from unlearn_ext.data import load_digits
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.errors import InputError, NonFiniteError
@@ -547,7 +548,29 @@ def test_methods_are_parted_by_commas_and_so_are_their_settings() -> None:
         "sfron:forget_alpha=auto,lr=0.1",
         "salun",
     ]
-    assert split_list("a:betas=(0.9,0.95),name='x,y',b") == ["a:betas=(0.9,0.95),name='x,y'", "b"]
+    assert split_list("a:betas=(0.9,0.95),x={1:[2,3]},b") == ["a:betas=(0.9,0.95),x={1:[2,3]}", "b"]
+
+
+def test_where_settings_come_from(monkeypatch) -> None:
+    """Given ones go before tuned ones, and these before the published preset's."""
+    tuned = {"sfron": {"lr": 0.5, "max_norm": None}, "sfron:lambd=0.1": {"lr": 0.25}}
+    monkeypatch.setitem(TUNED, "class", tuned)
+
+    def found(text, settings="tuned", scenario="class"):
+        (runner,) = choose([text], settings, scenario)
+        assert runner.label == text
+        method = runner.method
+        return runner.origin, method.lr, method.iterations, method.max_norm
+
+    assert found("sfron") == ("tuned", 0.5, 1500, None)
+    assert found("sfron:iterations=7, lr=0.75") == ("tuned", 0.75, 7, None)
+    assert found("sfron:lambd=0.1") == ("tuned", 0.25, 1500, 7.0)
+    assert found("sfron", "published") == ("published", 0.01, 1500, 7.0)
+    monkeypatch.setitem(TUNED, "random", {})
+    assert found("sfron", "tuned", "random") == ("published", 0.01, 1500, 7.0)
+    assert found("sfron@tinyimagenet-swin:lr=0.5") == ("tinyimagenet-swin", 0.5, 500, 7.0)
+    with pytest.raises(InputError, match="--settings: expected tuned or published"):
+        choose(["sfron"], "best", "class")
 
 
 def test_help_fits_and_names_the_options(capsys, monkeypatch) -> None:

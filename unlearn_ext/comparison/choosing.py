@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import InputError
 from ..methods import find, parse
 from .runners import MethodRunner, Runner
 from .tuned import TUNED
 
-__all__ = ["PUBLISHED", "SETTINGS", "choose", "split_list"]
+__all__ = ["PUBLISHED", "SETTINGS", "choose", "complete", "split_list"]
 
 SETTINGS = ("tuned", "published")
 # Of a method with presets: that of the published experiment which is nearest to this one. Of others: their defaults.
@@ -19,26 +20,14 @@ PUBLISHED = "cifar10-resnet18"
 def split_list(text: str) -> list[str]:
     """``a,b:x=1,y=(2,3),c`` -> ``a``, ``b:x=1,y=(2,3)``, ``c``: a comma begins a method unless a setting follows it.
 
-    A method's name holds no ``=``, so that a piece like ``y=2`` belongs to the method before it. Commas in brackets and
-    quotes part nothing.
+    A method's name holds no ``=``, so that a piece like ``y=2`` belongs to the method before it. Commas in brackets
+    part nothing.
     """
-    pieces, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        else:
-            depth += (character in "([{") - (character in ")]}")
-        if character == "," and not quote and depth <= 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
     found: list[str] = []
-    for piece in map(str.strip, pieces):
+    for piece in _pieces(text):
         if "=" in piece.partition(":")[0] and found:
             found[-1] += f",{piece}"
-        elif piece:
+        else:
             found.append(piece)
     return found
 
@@ -60,15 +49,35 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     return [_runner(text, TUNED[scenario] if settings == "tuned" else {}) for text in texts]
 
 
-def _runner(text: str, tuned: dict[str, dict[str, object]]) -> Runner:
+def complete(text: str, settings: Mapping[str, Any]) -> str:
+    """The text with its method's published preset, if it names none, and with the settings that it does not give."""
     head, colon, rest = text.partition(":")
-    name, at, preset = (part.strip() for part in head.partition("@"))
-    found = tuned.get(text, tuned.get(name))
-    if at:
-        return MethodRunner(text, parse(text), preset)
-    if found is not None:
-        return MethodRunner(text, parse(text, **found), "tuned")
-    if PUBLISHED in find(name).presets:
-        text_of_preset = f"{name}@{PUBLISHED}{colon}{rest}"
-        return MethodRunner(text, parse(text_of_preset), "published")
-    return MethodRunner(text, parse(text), "published")
+    name = head.partition("@")[0].strip()
+    if colon and not rest.strip():
+        return text  # an error that parse() words
+    if "@" not in head and PUBLISHED in find(name).presets:
+        head = f"{name}@{PUBLISHED}"
+    given = _pieces(rest)
+    keys = {piece.partition("=")[0].strip() for piece in given}
+    given += [f"{key}={'none' if value is None else value}" for key, value in settings.items() if key not in keys]
+    return f"{head}:{','.join(given)}" if given else head
+
+
+def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]]) -> Runner:
+    head = text.partition(":")[0]
+    name, _, preset = (part.strip() for part in head.partition("@"))
+    found = None if preset else tuned.get(text, tuned.get(name))
+    origin = preset or ("published" if found is None else "tuned")
+    return MethodRunner(text, parse(complete(text, found or {})), origin)
+
+
+def _pieces(text: str) -> list[str]:
+    """What stands between commas outside of brackets, without empty ones."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece.strip() for piece in pieces if piece.strip()]

@@ -25,7 +25,7 @@ from .timing import now, warm_up
 
 __all__ = ["OneSeed"]
 
-# Whose code every result depends on; a method's own is in its settings. On that of tables and the command line none does.
+# Whose code every result depends on; a method's own is in its settings.
 _SOURCES = (
     "*.py", "comparison/one_seed.py", "comparison/runners.py", "comparison/splits.py", "demo/batches.py",
     "evaluation/*.py", "methods/_*.py", "methods/schedules.py", "saliency/*.py", "tasks/*.py",
