@@ -1,0 +1,197 @@
+"""Which settings suit each method? Random search under an equal budget, on seeds that no comparison reports.
+
+    python benchmarks/tune_methods.py                                      # scenario random, every method
+    python benchmarks/tune_methods.py --scenario class --methods sfron,salun --trials 8
+    python benchmarks/tune_methods.py --show                               # prints from the results file again
+
+Every method gets the published settings as its first trial and --trials draws from its space below, each run on the
+same --seeds seeds from 100 up. The best trial is that of the smallest mean gap among those that take at most
+--rte-limit of retraining's time. A killed search goes on where it was; more trials go on from fewer. Results are written
+to results/tuning-<scenario>.json, and printed as what unlearn_ext/comparison/tuned.py holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pprint
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from unlearn_ext._files import atomic_path
+from unlearn_ext._native import _default_cache
+from unlearn_ext.cli.progress import two_bars
+from unlearn_ext.cli.report import versions
+from unlearn_ext.comparison.choosing import choose, complete, split_list
+from unlearn_ext.comparison.protocol import Protocol
+from unlearn_ext.comparison.run import Comparison
+from unlearn_ext.data import load_digits
+from unlearn_ext.errors import InputError, UnlearnError
+
+RESULTS = Path(__file__).parent / "results"
+FIRST_SEED = 100
+
+# What is drawn for a setting: ("log", low, high), a number even in its logarithm, an integer if both ends are;
+# ("choice", ...), one of these; anything else is fixed.
+STEPS = {"lr": ("log", 1e-3, 1e-1), "iterations": ("log", 10, 60)}
+SPACES: dict[str, dict[str, Any]] = {
+    "sfron": STEPS
+    | {
+        "forget_alpha": ("log", 0.1, 1000.0),
+        "forget_freq": ("choice", 1, 2, 5, 10),
+        "max_norm": ("log", 0.5, 8.0),
+        "adaptive_eps": ("choice", 1e-15, 1e-2),
+    },
+}
+
+
+def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
+    """One trial's settings; floats have three digits, so that text and number are the same."""
+    source, found = random.Random(seed), {}
+    for name, kind in space.items():
+        match kind:
+            case ("log", int() as low, int() as high):
+                found[name] = round(math.exp(source.uniform(math.log(low), math.log(high))))
+            case ("log", low, high):
+                found[name] = float(f"{math.exp(source.uniform(math.log(low), math.log(high))):.3g}")
+            case ("choice", *options):
+                found[name] = source.choice(options)
+            case fixed:
+                found[name] = fixed
+    return found
+
+
+def tune(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
+    """The document of all methods; what earlier searches found of others in the same file stays."""
+    protocol = Protocol(
+        scenario=options.scenario,
+        train_size=options.train_size,
+        held_out_size=options.held_out_size,
+        test_size=options.test_size,
+        epochs=options.epochs,
+    )
+    digits, document = load_digits(), {}
+    names = split_list(options.methods) if options.methods else list(SPACES)
+    for name in names:
+        if name not in SPACES:
+            raise InputError(f"--methods: {name} has no space to draw from: choose from {', '.join(SPACES)}")
+    trials = {
+        name: [{}, *(draw(SPACES[name], f"{options.scenario} {name} {trial}") for trial in range(options.trials))]
+        for name in names
+    }
+    searches = {name: _search(name, drawn, protocol, digits, options) for name, drawn in trials.items()}
+    runs = options.seeds * sum(len(drawn) for drawn in trials.values())
+    with two_bars(errors, "runs", runs) as (progress, advance):
+        for name, search in searches.items():
+            search.progress, search.tell = progress, errors.print
+            search.finished = lambda seed, label, record, found: advance()
+            found = search.run()
+            document[name] = summary(found, trials[name], options.rte_limit)
+            errors.print(f"{name}: {_in_words(document[name])}")
+    return {
+        "scenario": options.scenario,
+        "budget": {"trials": options.trials, "seeds": options.seeds, "rte_limit": options.rte_limit},
+        "spaces": {name: SPACES[name] for name in names},
+        "protocol": found["protocol"],
+        "versions": versions(),
+        "methods": document,
+    }
+
+
+def _search(name, drawn, protocol, digits, options) -> Comparison:
+    labels = [complete(name, settings) for settings in drawn]
+    return Comparison(
+        protocol,
+        choose(labels, "published", options.scenario),
+        digits,
+        seed=FIRST_SEED,
+        count=options.seeds,
+        output_dir=options.work_dir / options.scenario,
+        models_dir=options.cache_dir,
+    )
+
+
+def summary(found: dict[str, Any], drawn: list[dict[str, Any]], rte_limit: float) -> dict[str, Any]:
+    """Each trial's settings and gap, and which is the best: ``published`` is the first of them."""
+    trials = []
+    for settings, row in zip(drawn, found["methods"].values(), strict=True):
+        told = {metric: row[metric] for metric in ("gap", "FA", "RA", "TA", "MIA_entropy", "RTE_share")}
+        trials.append({"settings": settings, **told, "failed": row["failed"]})
+    fits = [trial for trial in trials if trial["gap"]["mean"] is not None and trial["RTE_share"]["mean"] <= rte_limit]
+    best = min(fits, key=lambda trial: trial["gap"]["mean"], default=None)
+    nothing = found["references"]["original"]["gap"]
+    return {"best": best, "published": trials[0], "trials": trials, "nothing": nothing, "floor": found["noise_floor"]}
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    return "no trial within the time" if found["best"] is None else f"gap {_gap(found['best'])}"
+
+
+def _gap(trial: dict[str, Any]) -> str:
+    mean, std = trial["gap"]["mean"], trial["gap"]["std"]
+    if mean is None:
+        return "failed"
+    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    budget = document["budget"]
+    title = f"{budget['trials']} trials and the published settings, {budget['seeds']} seeds from {FIRST_SEED} up"
+    table = Table(title=f"{title}: gap in points")
+    for heading in ("method", "published", "RTE", "best", "RTE"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, found in document["methods"].items():
+        cells = []
+        for trial in (found["published"], found["best"]):
+            share = trial and trial["RTE_share"]["mean"]
+            cells += ["none", ""] if trial is None else [_gap(trial), "" if share is None else f"{100 * share:.0f} %"]
+        table.add_row(name, *cells)
+    console.print(table)
+    first = next(iter(document["methods"].values()))
+    console.print(
+        f"Doing nothing: {_gap({'gap': first['nothing']})}; two retrained models: {_gap({'gap': first['floor']})}. RTE: "
+        f"share of retraining's time, at most {100 * budget['rte_limit']:.0f} % for the best."
+    )
+    best = {name: found["best"]["settings"] for name, found in document["methods"].items() if found["best"]}
+    console.print(f'\n"{document["scenario"]}": {pprint.pformat(best, width=110, sort_dicts=False)},')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", choices=("random", "class"), default="random")
+    parser.add_argument("--methods", help="with commas; all that have a space unless given")
+    parser.add_argument("--trials", type=int, default=24, help="of each method, beside its published settings")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rte-limit", type=float, default=0.25, help="of retraining's time, for the best trial")
+    parser.add_argument("--train-size", type=int, default=1000)
+    parser.add_argument("--held-out-size", type=int, default=2000)
+    parser.add_argument("--test-size", type=int, default=2000)
+    parser.add_argument("--epochs", type=int)
+    cache = (_default_cache() or Path.cwd()) / "compare"
+    parser.add_argument("--cache-dir", type=Path, default=cache, help="keeps the trained models")
+    parser.add_argument("--work-dir", type=Path, default=cache / "tuning", help="keeps each finished run")
+    parser.add_argument("--json", type=Path, help="default: results/tuning-<scenario>.json")
+    parser.add_argument("--show", action="store_true", help="print the results file, run nothing")
+    options = parser.parse_args()
+    file = options.json or RESULTS / f"tuning-{options.scenario}.json"
+    console, errors = Console(highlight=False, markup=False), Console(stderr=True, highlight=False, markup=False)
+    try:
+        if not options.show:
+            document = tune(options, errors)
+            with atomic_path(file) as partial:
+                partial.write_text(json.dumps(document, indent=1) + "\n")
+        show(json.loads(file.read_text()), console)
+    except (UnlearnError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
