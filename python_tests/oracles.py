@@ -287,6 +287,9 @@ def sfron(
     forget_schedule: str = "cosine",
     lr_schedule: str = "cosine",
     update: str = "sequential",
+    dual_state: bool = False,
+    forget_rule: str | None = None,
+    forget_lr: float | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor] | None]:
     """The released loop on a float64 copy of `model`.
 
@@ -296,7 +299,9 @@ def sfron(
     model = copy.deepcopy(model).double()
     parameters = dict(model.named_parameters())
     mask = None if gamma is None else saliency_mask(model, forget, retain, gamma, fisher_eps)
-    optimizer = _optimizer(rule, list(parameters.values()), lr, momentum, weight_decay)
+    optimizer = forgetter = _optimizer(rule, list(parameters.values()), lr, momentum, weight_decay)
+    if dual_state:
+        forgetter = _optimizer(forget_rule or rule, list(parameters.values()), lr, momentum, weight_decay)
     slow = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     next_forget, next_retain = _endless(forget), _endless(retain)
     model.train()
@@ -329,7 +334,12 @@ def sfron(
         if forgets:
             forget_gradients(schedule(forget_schedule, forget_alpha, t, iterations))
             if update == "sequential":
-                optimizer.step()
+                rate = lr if forget_lr is None else forget_lr
+                for group in forgetter.param_groups:
+                    group["lr"] = schedule(lr_schedule, rate, t, iterations)
+                forgetter.step()
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule(lr_schedule, lr, t, iterations)
             else:
                 held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         retain_gradients()

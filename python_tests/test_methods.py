@@ -61,7 +61,9 @@ def installed(monkeypatch):
 
 def test_methods_are_found_by_their_names() -> None:
     assert all(method.name == name and find(name) is method for name, method in METHODS.items())
-    with pytest.raises(InputError, match=r"no method 'sfrom', perhaps sfron is meant: choose from sfron"):
+    with pytest.raises(
+        InputError, match=r"no method 'sfrom', perhaps sfron is meant: choose from finetune, gradient_asc"
+    ):
         find("sfrom")
     with pytest.raises(InputError, match="there is no method 'mini_unlearning'"):
         find("mini_unlearning")

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from ._shards import full
 
-__all__ = ["file_hash", "raw_bytes", "sample_hashes", "samples_hash", "weights_hash"]
+__all__ = ["file_hash", "mixed_bits", "raw_bytes", "sample_hashes", "sample_numbers", "samples_hash", "weights_hash"]
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# Odd multipliers make each factor a bijection modulo 2^64.
+_MULTIPLIER, _POSITION = -7046029254386353131, -4417276706812531889
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -42,6 +46,23 @@ def samples_hash(hashes: Iterable[bytes]) -> str:
     for sample in sorted(hashes):
         digest.update(sample)
     return digest.hexdigest()
+
+
+def mixed_bits(values: Tensor, positions: Tensor) -> Tensor:
+    """Each value's bit pattern, with its position, spread over 64 bits: a bijection of the pattern. On its device."""
+    mixed = values.view(_INTEGERS[values.element_size()]).long() ^ (positions * _POSITION)
+    for factor in (_MULTIPLIER, _POSITION, _MULTIPLIER):
+        mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * factor  # the shift alone is arithmetic
+    return mixed
+
+
+def sample_numbers(inputs: Tensor, seed: int) -> Tensor:
+    """One int64 for each sample of a batch, from its content and the seed alone, without waiting for its device."""
+    flat = inputs.detach().contiguous().reshape(inputs.shape[0], -1)
+    flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
+    positions = torch.arange(flat.shape[1], device=flat.device)
+    sums = mixed_bits(flat, positions).sum(1)
+    return mixed_bits(sums, torch.full_like(sums, seed + 1))
 
 
 def file_hash(path: Path) -> str:

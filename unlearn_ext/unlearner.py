@@ -369,7 +369,13 @@ class Unlearner:
                 f"{self.method.name} takes a function of a whole batch's mean loss, which does not add up over ranks: "
                 "run it in one process"
             )
-        if mixed_precision == "fp16" and any(is_sharded(p) for _, p in self._named):
+        sharded = any(is_sharded(p) for _, p in self._named)
+        if sharded and self.method.measures == "gradient":
+            raise InputError(
+                f"{self.method.name} ranks the gradients of whole weights, and these are sharded: measure in one "
+                "process or with DistributedDataParallel, or pass a mask"
+            )
+        if mixed_precision == "fp16" and sharded:
             raise InputError("fp16 is not supported for sharded weights: use bf16 or no")
         if self.optimizer_in_backward:
             raise InputError(

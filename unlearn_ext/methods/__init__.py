@@ -1,9 +1,39 @@
 """What to minimise, where, and on which schedule: one small file for each method."""
 
+from .bad_teacher import BadTeacher
 from .base import Method, Row
 from .domains import DOMAINS
+from .esd import ESD
+from .finetune import Finetune
+from .gradient_ascent import GradientAscent
+from .nabla_tau import NablaTau
+from .negative_gradient import NegativeGradientPlus, Projected
+from .random_label import RandomLabel, SalUn
 from .registry import METHODS, available, find
-from .sfron import SFRon
+from .scrub import Scrub
+from .sfron import ABLATIONS, SFRon
 from .spec import parse
+from .ug_clu import UGCLU
 
-__all__ = ["DOMAINS", "METHODS", "Method", "Row", "SFRon", "available", "find", "parse"]
+__all__ = [
+    "ABLATIONS",
+    "DOMAINS",
+    "ESD",
+    "METHODS",
+    "UGCLU",
+    "BadTeacher",
+    "Finetune",
+    "GradientAscent",
+    "Method",
+    "NablaTau",
+    "NegativeGradientPlus",
+    "Projected",
+    "RandomLabel",
+    "Row",
+    "SFRon",
+    "SalUn",
+    "Scrub",
+    "available",
+    "find",
+    "parse",
+]

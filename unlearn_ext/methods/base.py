@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .._arguments import check_count, check_number
+from .._arguments import check_count, check_finite, check_number
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
@@ -21,7 +21,7 @@ from . import schedules
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["ALL_TASKS", "CLASSIFICATION", "DIFFUSION", "Default", "ForgetLoss", "Method", "Row"]
+__all__ = ["ALL_TASKS", "CLASSIFICATION", "DIFFUSION", "Default", "ForgetLoss", "Forgetting", "Method", "Row"]
 
 CLASSIFICATION = ("classification",)
 DIFFUSION = ("class-conditional diffusion", "text-conditional diffusion")
@@ -310,3 +310,24 @@ class Method(StepConfig, ABC):
         """The scalar whose descent learns, from per-sample losses of a learn batch; its gradient is added to the retain
         gradient. Of methods that learn."""
         raise InputError(f"{type(self).__name__} learns nothing")
+
+
+@dataclass(kw_only=True)
+class Forgetting(Method):
+    """A method whose forget term has a strength.
+
+    Args:
+        forget_alpha: the strength at the start.
+        forget_schedule: its course over the run, as ``lr_schedule``.
+    """
+
+    forget_alpha: float = 1.0
+    forget_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedules.check("forget_schedule", self.forget_schedule)
+        check_finite("forget_alpha", self.forget_alpha)
+
+    def strength(self, iteration: int) -> float:
+        return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)

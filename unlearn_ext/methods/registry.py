@@ -7,15 +7,40 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 
 from ..errors import InputError, first_line
+from .bad_teacher import BadTeacher
 from .base import Method, Row
+from .esd import ESD
+from .finetune import Finetune
+from .gradient_ascent import GradientAscent
+from .nabla_tau import NablaTau
+from .negative_gradient import NegativeGradientPlus, Projected
+from .random_label import RandomLabel, SalUn
+from .scrub import Scrub
 from .sfron import SFRon
+from .ug_clu import UGCLU
 
 __all__ = ["GROUP", "METHODS", "available", "find"]
 
 # A package adds a method by an entry point of this group, whose name is the method's own.
 GROUP = "unlearn_ext.methods"
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SFRon,)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Finetune,
+        GradientAscent,
+        NegativeGradientPlus,
+        Projected,
+        RandomLabel,
+        SalUn,
+        Scrub,
+        BadTeacher,
+        NablaTau,
+        SFRon,
+        UGCLU,
+        ESD,
+    )
+}
 
 
 def find(name: str) -> type[Method]:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .._arguments import check_count, check_finite, check_number
 from ..errors import InputError
-from . import schedules
-from .base import Default, ForgetLoss, Method, Row
+from .base import Default, ForgetLoss, Forgetting, Row
 
-__all__ = ["SFRon", "adaptive_shares", "adaptive_weights"]
+__all__ = ["ABLATIONS", "SFRon", "adaptive_shares", "adaptive_weights"]
 
 
 def adaptive_weights(losses: Tensor, lambd: float, eps: float) -> Tensor:
@@ -34,8 +33,16 @@ def adaptive_shares(losses: Tensor, lambd: float, eps: float) -> Tensor:
     return weights / weights.sum()
 
 
+# Parts left out: S, the saliency mask; F, the adaptive weights; and on, retain steps from the forgotten weights.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "r": {"update": "joint", "lambd": 0.0, "gamma": None},
+    "r-on": {"lambd": 0.0, "gamma": None},
+    "fr-on": {"gamma": None},
+}
+
+
 @dataclass(kw_only=True)
-class SFRon(Method):
+class SFRon(Forgetting):
     r"""SFR-on, arXiv 2409.19732 (NeurIPS 2024).
 
     Saliency: ``(F_f + fisher_eps) / (F_r + fisher_eps) >= gamma`` on Fisher diagonals measured at the start.
@@ -60,6 +67,9 @@ class SFRon(Method):
         mask: a ready mask, used instead of measuring; excludes gamma and mask_fraction.
 
     The remaining arguments are those of :class:`Method` and of the optimizer.
+
+    The paper's ablations are :data:`ABLATIONS`, for any preset, and presets of their own for CIFAR-10. DualOptim, arXiv
+    2504.15827, is ``dual_state=True`` with ``forget_rule`` and ``forget_lr``; its settings are the ``-dual`` presets.
     """
 
     name: ClassVar[str] = "sfron"
@@ -133,9 +143,26 @@ class SFRon(Method):
             "forget_schedule": "constant",
             "gamma": 1.0,
         },
+        # DualOptim (arXiv 2504.15827): Adam's own moments for forgetting, the original optimizer for retaining.
+        "cifar10-resnet18-dual": {
+            "rule": "momentum",
+            "lr": 0.01,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "lr_schedule": "cosine",
+            "iterations": 1500,
+            "forget_freq": 5,
+            "forget_alpha": 1.0,
+            "forget_schedule": "cosine",
+            "lambd": 0.5,
+            "gamma": 1.0,
+            "max_norm": 7.0,
+            "dual_state": True,
+            "forget_rule": "adam",
+            "forget_lr": 1e-4,
+        },
     }
 
-    forget_alpha: float = 1.0
     forget_schedule: str = "cosine"
     lambd: float = 0.5
     gamma: float | None = Default(1.0)
@@ -147,10 +174,9 @@ class SFRon(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        schedules.check("forget_schedule", self.forget_schedule)
-        for name in ("lambd", "forget_alpha", "gamma"):
-            if name != "gamma" or self.gamma is not None:
-                check_finite(name, getattr(self, name))
+        check_finite("lambd", self.lambd)
+        if self.gamma is not None:
+            check_finite("gamma", self.gamma)
         for name in ("adaptive_eps", "fisher_eps"):
             check_number(name, getattr(self, name), "a finite number above 0", lambda x: 0.0 < x < math.inf)
         if self.forget_term not in ("ascent", "replace"):
@@ -178,9 +204,6 @@ class SFRon(Method):
     def needs_fisher(self) -> bool:
         return self.mask is None and (self.gamma is not None or self.mask_fraction is not None)
 
-    def strength(self, iteration: int) -> float:
-        return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)
-
     @property
     def replaces(self) -> bool:
         return self.forget_term == "replace"
@@ -192,3 +215,9 @@ class SFRon(Method):
         total = weights.sum()
         shares = weights / total
         return ForgetLoss(-self.strength(iteration) * (shares * losses).sum(), shares.max(), total)
+
+
+SFRon.presets |= {
+    f"cifar10-resnet18-{name}": {**SFRon.presets["cifar10-resnet18"], **left_out}
+    for name, left_out in ABLATIONS.items()
+}

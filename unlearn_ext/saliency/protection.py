@@ -8,36 +8,31 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._hashing import mixed_bits
 from .._shards import local, positions, shard_groups, sum_over
 
 __all__ = ["protected_count", "protected_hashes"]
 
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _CHUNK = 1 << 22  # weights hashed at once: bounds the temporaries
-# Odd multipliers make each factor a bijection modulo 2^64: a change of one weight always changes its term.
-_MULTIPLIER, _POSITION = -7046029254386353131, -4417276706812531889
 
 
 @torch.no_grad()
 def protected_hashes(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> list[int]:
     """One 64-bit hash for each tensor over the bit patterns and positions of weights whose bit is 0.
 
-    It is a sum modulo 2^64 of mixed terms, so it does not depend on threads, devices, or the ranks that a tensor is cut
-    over, whose sums are added.
+    It is a sum modulo 2^64 of mixed terms, of which a change of one weight always changes one, so it does not depend on
+    threads, devices, or the ranks that a tensor is cut over, whose sums are added.
     """
     result = []
     for whole, words in zip(weights, bits, strict=True):
         weight = local(whole)
         keep = ops.unpack_bits([words], [weight])[0]
-        raw = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
+        raw = weight.detach().contiguous().flatten()
         free = keep.contiguous().flatten()
         total = torch.zeros((), dtype=torch.int64, device=weight.device)
         for start in range(0, raw.numel(), _CHUNK):
-            part = raw[start : start + _CHUNK].long()
-            position = positions(whole, start, start + part.numel())
-            mixed = part ^ (position * _POSITION)
-            for factor in (_MULTIPLIER, _POSITION, _MULTIPLIER):
-                mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * factor  # the shift alone is arithmetic
+            part = raw[start : start + _CHUNK]
+            mixed = mixed_bits(part, positions(whole, start, start + part.numel()))
             total += torch.where(free[start : start + _CHUNK], 0, mixed).sum()
         result.append(int(sum_over(shard_groups(whole), total)))
     return result

@@ -228,6 +228,41 @@ class Diffusion(Task):
             target, _ = self._predict(model, replacement, timesteps, self._conditions(batch, "replace"))
         return self._reduce((prediction - target) ** 2)
 
+    def losses_and_distances(
+        self,
+        model: Any,
+        teacher: nn.Module,
+        batch: Mapping[str, Tensor],
+        *,
+        temperature: float = 1.0,
+        negative_guidance: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        r"""Distances are squared errors, reduced as losses are, of the model's prediction to the teacher's at the same
+        noisy sample and condition; with ``negative_guidance`` η to
+        :math:`\epsilon_0(c') - \eta (\epsilon_0(c) - \epsilon_0(\varnothing))`, no condition being dropped and c' being
+        the batch's replacement, or c where it has none. Noise predictions have no temperature.
+        """
+        timesteps = batch["timesteps"]
+        noisy = self.schedule.add(batch["inputs"], batch["noise"], timesteps)
+        condition = self._conditions(batch, "dropped" if negative_guidance is None else "full")
+        prediction, values = self._predict(model, noisy, timesteps, condition)
+        with torch.no_grad():
+            if negative_guidance is None:
+                target, _ = self._predict(teacher, noisy, timesteps, condition)
+            else:
+                target = self._turned_away(teacher, batch, noisy, negative_guidance)
+        distances = self._reduce((prediction - target) ** 2)
+        return self._denoising(batch, noisy, prediction, values), distances
+
+    def _turned_away(self, teacher: nn.Module, batch: Mapping[str, Tensor], noisy: Tensor, scale: float) -> Tensor:
+        which = ["full", "null"] + ["replace"] * self._has_replacement(batch)
+        conditions = torch.cat([self._conditions(batch, name) for name in which])
+        predictions, _ = self._predict(
+            teacher, torch.cat([noisy] * len(which)), torch.cat([batch["timesteps"]] * len(which)), conditions
+        )
+        told, untold, *others = predictions.chunk(len(which))
+        return (others[0] if others else told) - scale * (told - untold)
+
     def _predict(self, model: Any, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and what tells the variance where the output has it; in float32 or wider."""
         dtype = dtype_of(model) or self._dtype or noisy.dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._hashing import sample_numbers
 from .._modes import evaluating
 from ..errors import InputError
 from .base import Task
@@ -21,13 +22,21 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Classification(Task):
     """Batches are ``(inputs, labels)`` or dicts with ``pixel_values`` and ``labels``, as transformers has them.
 
+    What stands in a forgotten sample's place is a wrong label: that of ``replace_labels`` where a batch is a dict and
+    has them, otherwise one drawn for the sample once, evenly among the other classes, from the seed and the sample's
+    bytes: whatever the order, the batch and the rank. Samples that are augmented anew in every pass need
+    ``replace_labels``.
+
     Args:
         loss: ``loss(logits, labels) -> per-sample losses [N]``; cross-entropy by default. Logits are [N, classes]
             and the model may return an object with ``.logits``.
+        seed: of the wrong labels.
     """
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None):
-        self.loss = loss
+    kind = "classification"
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None, *, seed: int = 0):
+        self.loss, self.seed = loss, seed
         self._classes: int | None = None  # of the model's output
 
     def inputs(self, batch: Any) -> Tensor:
@@ -39,7 +48,7 @@ class Classification(Task):
     def begin(self, model: nn.Module, batch: Any) -> None:
         """Learns the number of classes from one forward pass, so that :meth:`check` can check every label."""
         self._classes = None
-        inputs, _ = self.prepare(batch, next(model.parameters()).device)
+        inputs, _ = self._split(self.prepare(batch, next(model.parameters()).device))
         with evaluating(model), torch.no_grad():
             logits = self.logits(model, inputs)
         if self.loss is None:  # else it knows what it takes
@@ -59,33 +68,78 @@ class Classification(Task):
             raise InputError(
                 f"labels: expected integers of shape [N], got {labels.dtype} of shape {list(labels.shape)}"
             )
+        replace = _replace_labels(batch)
+        if replace is not None and (not are_indices(replace) or replace.shape != labels.shape):
+            raise InputError(
+                f"replace_labels: expected integers of shape {list(labels.shape)}, got {replace.dtype} of shape "
+                f"{list(replace.shape)}"
+            )
         # Only on the CPU, where a loader leaves them: looking at labels on a device would wait for it.
-        if self._classes is not None and labels.device.type == "cpu":
-            _check_range(labels, self._classes)
+        for own in (labels, replace):
+            if own is not None and self._classes is not None and own.device.type == "cpu":
+                _check_range(own, self._classes)
 
-    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    def check_replacement(self, batch: Any) -> None:
+        if _replace_labels(batch) is not None:
+            return
+        if self._classes is None or self._classes < 2 or not are_indices(self.labels(batch)):
+            raise InputError(
+                "Classification has no replacement for what is forgotten: a wrong label is drawn for labels that are "
+                "class indices and a model that gives logits [N, classes] of two classes or more; make batches dicts "
+                "with replace_labels"
+            )
+
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         self.check(batch)
-        inputs, labels = self._split(batch)
+        inputs, labels = (part.to(device, non_blocking=True) for part in self._split(batch))
         if are_indices(labels):
             labels = labels.long()
-        return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        replace = _replace_labels(batch)
+        if replace is None:
+            return inputs, labels
+        replace = replace.to(device, non_blocking=True).long()
+        return {"pixel_values": inputs, "labels": labels, "replace_labels": replace}
 
     def logits(self, model: Any, inputs: Tensor) -> Tensor:
         output = model(inputs)
         return getattr(output, "logits", output)
 
-    def losses(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, labels = batch
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        inputs, labels = self._split(batch)
+        return self._losses_of(self.logits(model, inputs), labels)
+
+    def replacement_losses(self, model: Any, batch: Any) -> Tensor:
+        """The loss of each sample under its wrong label."""
+        self.check_replacement(batch)
+        inputs, labels = self._split(batch)
+        wrong = _replace_labels(batch)
+        if wrong is None:
+            drawn = (sample_numbers(inputs, self.seed) >> 33) & 0x3FFFFFFF  # the sum's best bits, not negative
+            wrong = (labels + 1 + drawn % (self._classes - 1)) % self._classes
+        return self._losses_of(self.logits(model, inputs), wrong)
+
+    def losses_and_distances(
+        self, model: Any, teacher: nn.Module, batch: Any, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        r"""Distances are :math:`T^2 \mathrm{KL}(\mathrm{softmax}(z_0 / T) \,\|\, \mathrm{softmax}(z / T))` of the
+        teacher's logits z_0 and the model's z, in nats."""
+        inputs, labels = self._split(batch)
         logits = self.logits(model, inputs)
+        with torch.no_grad():
+            target = self.logits(teacher, inputs)
+        _check_logits(logits)
+        own, other = (F.log_softmax(_wide(z) / temperature, dim=1) for z in (logits, target))
+        distances = F.kl_div(own, other, reduction="none", log_target=True).sum(1) * temperature**2
+        return self._losses_of(logits, labels), distances
+
+    def _losses_of(self, logits: Any, labels: Tensor) -> Tensor:
         if self.loss is None:
             _check_logits(logits)
-            # In float32 or wider: a loss rounded to 8 bits would spoil the adaptive weights made from it.
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            return F.cross_entropy(wide, labels, reduction="none")
+            return F.cross_entropy(_wide(logits), labels, reduction="none")
         losses = self.loss(logits, labels)
-        if losses.shape != (inputs.shape[0],):
+        if losses.shape != labels.shape[:1]:
             raise InputError(
-                f"the loss returned shape {list(losses.shape)} for {inputs.shape[0]} samples: return one number per "
+                f"the loss returned shape {list(losses.shape)} for {labels.shape[0]} samples: return one number per "
                 'sample (reduction="none")'
             )
         return losses
@@ -103,6 +157,15 @@ class Classification(Task):
                 f"a batch is (inputs, labels) or a dict with pixel_values and labels, all tensors; got {got}"
             )
         return pair
+
+
+def _replace_labels(batch: Any) -> Tensor | None:
+    return batch.get("replace_labels") if isinstance(batch, Mapping) else None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 or wider: a loss rounded to 8 bits would spoil the adaptive weights made from it."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def are_indices(labels: Tensor) -> bool:

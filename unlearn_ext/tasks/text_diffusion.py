@@ -188,6 +188,11 @@ class TextConditionalDiffusion(Diffusion):
     def _conditions(self, batch: Mapping[str, Tensor], which: str) -> Tensor:
         if which == "dropped" and "null_embeds" in batch:
             return torch.where(batch["dropped"].reshape(-1, 1, 1), batch["null_embeds"], batch["prompt_embeds"])
+        if which == "null" and "null_embeds" not in batch:
+            raise InputError(
+                "the empty prompt is not known: give the task a guidance or a prompt_dropout above 0, with a text "
+                "encoder or null_embeds"
+            )
         return batch[{"dropped": "prompt_embeds", "full": "prompt_embeds"}.get(which, f"{which}_embeds")]
 
     def _call(self, model: Any, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Any:

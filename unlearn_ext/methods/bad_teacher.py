@@ -1,0 +1,66 @@
+"""Bad Teacher: towards a network that knows nothing on what is forgotten, and the original one on what is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .._arguments import check_number
+from .._hashing import weights_hash
+from .base import ForgetLoss, Forgetting, Row
+
+__all__ = ["BadTeacher"]
+
+
+@dataclass(kw_only=True)
+class BadTeacher(Forgetting):
+    r"""Bad Teacher, arXiv 2205.08096: joint descent of α times the mean distance to a random network on the forget set
+    and the mean distance to the original network on the retain set, distances being :math:`T^2 \mathrm{KL}` of softened
+    predictions, or squared errors of noise predictions.
+
+    Args:
+        temperature: T, for classifiers.
+        random_model: the random network, for models whose modules cannot draw their weights anew by
+            ``reset_parameters``. It is copied and put in eval mode.
+        seed: of its weights otherwise.
+    """
+
+    name: ClassVar[str] = "bad_teacher"
+    row: ClassVar[Row] = Row(
+        saliency="every weight",
+        forget_term="α distance to a random network",
+        retain_term="distance to the original",
+        geometry="joint: both gradients at the same weights",
+        source="arXiv 2205.08096",
+    )
+    forget_teacher: ClassVar[str | None] = "random"
+    retain_teacher: ClassVar[str | None] = "original"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar10-resnet18": {"rule": "momentum", "momentum": 0.9, "weight_decay": 5e-4, "lr": 0.02, "epochs": 10},
+    }
+
+    lr: float = 0.02
+    update: str = "joint"
+    temperature: float = 1.0
+    random_model: nn.Module | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("temperature", self.temperature, "a finite number above 0", lambda x: 0.0 < x < math.inf)
+
+    def settings(self) -> dict[str, Any]:
+        given = self.random_model
+        return {**super().settings(), "random_model": given and weights_hash(given.named_parameters())}
+
+    def distance_settings(self, side: str) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
+    def forget_loss(self, losses: Tensor, iteration: int, distances: Tensor) -> ForgetLoss:
+        return ForgetLoss(self.strength(iteration) * distances.mean())
+
+    def retain_loss(self, losses: Tensor, iteration: int, distances: Tensor) -> Tensor:
+        return distances.mean()

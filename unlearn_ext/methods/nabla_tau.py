@@ -1,0 +1,83 @@
+"""Nabla tau: the forget loss rises to that of unseen data, and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .._arguments import check_number
+from .base import ForgetLoss, Method, Row
+
+__all__ = ["NablaTau"]
+
+
+@dataclass(kw_only=True)
+class NablaTau(Method):
+    r"""∇τ, arXiv 2403.14339: joint descent of
+    :math:`\alpha_t \, \mathrm{ReLU}(\tau - L_f)^2 + (1 - \alpha_t) L_r`, L being means over a batch.
+
+    τ is the mean loss on unseen data (``run(unseen=...)``), measured in eval mode at the start of every pass over the
+    retain set. Once the forget loss has reached it nothing more is forgotten. α falls to 0, linearly.
+
+    Args:
+        forget_alpha: α at the start; None: 5/3 of the forget set's share of all batches, at most 1.
+    """
+
+    name: ClassVar[str] = "nabla_tau"
+    row: ClassVar[Row] = Row(
+        saliency="every weight",
+        forget_term="α_t ReLU(τ − mean loss)², τ the mean loss on unseen data",
+        retain_term="(1 − α_t) mean loss",
+        geometry="joint: both gradients at the same weights",
+        source="arXiv 2403.14339",
+    )
+    needs_unseen: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar10-resnet18": {"rule": "adamw", "lr": 1e-4, "weight_decay": 1e-4, "epochs": 10},
+    }
+
+    rule: str = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    update: str = "joint"
+    forget_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.forget_alpha is not None:
+            check_number("forget_alpha", self.forget_alpha, "a number from 0 to 1, or None", lambda x: 0.0 <= x <= 1.0)
+        self._alpha = self.forget_alpha or 0.0
+        self._period = 1
+        self._tau: float | None = None
+
+    def begin(self, passes: Mapping[str, int | None]) -> None:
+        super().begin(passes)
+        self._tau, self._period = None, self._pass("retain", passes)
+        if self.forget_alpha is None:
+            forget = self._pass("forget", passes)
+            self._alpha = min(1.0, 5 / 3 * forget / (forget + self._period))
+
+    def unseen_at(self, iteration: int) -> bool:
+        return iteration % self._period == 0
+
+    def take_unseen(self, loss: float) -> None:
+        self._tau = loss
+
+    def state(self) -> dict[str, Any]:
+        return {"tau": self._tau}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._tau = state["tau"]
+
+    def strength(self, iteration: int) -> float:
+        return self._alpha * (1.0 - iteration / self.iterations)
+
+    def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
+        return ForgetLoss(self.strength(iteration) * (self._tau - losses.mean()).clamp(min=0.0) ** 2)
+
+    def retain_loss(self, losses: Tensor, iteration: int) -> Tensor:
+        return (1.0 - self.strength(iteration)) * losses.mean()

@@ -1,0 +1,82 @@
+"""Wrong labels for what is to be forgotten: on every weight, or on those that its gradients point at (SalUn)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Default, ForgetLoss, Forgetting, Row
+
+__all__ = ["RandomLabel", "SalUn"]
+
+# CIFAR-10 with 10 % forgotten has nine retain batches for each forget batch: a pass over both is as long.
+_CIFAR10 = {"rule": "momentum", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 10, "forget_freq": 9}
+
+
+@dataclass(kw_only=True)
+class RandomLabel(Forgetting):
+    """Descent on the forget set under what shall stand in its place: a wrong label for each sample, drawn once, or the
+    prediction for another condition (:meth:`~unlearn_ext.tasks.Task.replacement_losses`)."""
+
+    name: ClassVar[str] = "random_label"
+    row: ClassVar[Row] = Row(
+        saliency="every weight",
+        forget_term="α mean loss under wrong labels; diffusion: another condition's prediction",
+        retain_term="mean loss",
+        geometry="forget and retain steps in turn",
+        source="RL in arXiv 2409.19732",
+    )
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"cifar10-resnet18": {**_CIFAR10, "lr": 0.003}}
+
+    @property
+    def replaces(self) -> bool:
+        return True
+
+    def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
+        return ForgetLoss(self.strength(iteration) * losses.mean())
+
+
+@dataclass(kw_only=True)
+class SalUn(RandomLabel):
+    r"""SalUn: :class:`RandomLabel` where every update, retain steps too, moves only the weights whose summed forget
+    gradient :math:`|\sum_b \nabla \bar l_b|` is among the largest.
+
+    Unlike in the released code, momentum and decay do not move the others either (``protect``): the result says that
+    none has moved. Source: arXiv 2310.12508.
+
+    Args:
+        mask_fraction: of all weights, that may be moved, 0.5 unless a ``mask`` is given.
+    """
+
+    name: ClassVar[str] = "salun"
+    row: ClassVar[Row] = Row(
+        saliency="top fraction by abs(Σ forget gradients), in every step",
+        forget_term="as random_label",
+        retain_term="mean loss",
+        geometry="forget and retain steps in turn; no other weight moves",
+        source="arXiv 2310.12508",
+    )
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar10-resnet18": {**_CIFAR10, "lr": 0.013, "mask_fraction": 0.5},
+        # As SFR-on's authors ran it.
+        "cifar10-resnet18-sfron": {**_CIFAR10, "lr": 0.007, "mask_fraction": 0.2},
+        # Batches say with replace_labels that class c + 1 stands in the place of class c.
+        "ddpm-cifar10": {
+            "rule": "adam",
+            "lr": 1e-5,
+            "iterations": 1000,
+            "update": "joint",
+            "retain_weight": 1e-3,
+            "mask_fraction": 0.5,
+        },
+    }
+
+    mask_fraction: float | None = Default(0.5)
+    mask_scope: str = "all"
+    protect: bool = True
+
+    @property
+    def measures(self) -> str | None:
+        return "gradient" if self.mask is None and self.mask_fraction is not None else None
