@@ -24,8 +24,9 @@ constants, fixed before the first deletion.
    q s/(1 − q) of theirs, then after it and I steps they are within q (q s/(1 − q) + s) = q s/(1 − q) of the new one:
    the distance does not grow, however long the stream. Retraining ends within q s of the same point, so the two lie
    within 2 q s/(1 − q) of each other.
-   Deleting k samples at once takes :math:`I + \ln(1 + (k - 1)(1 - q)) / \ln(1/\gamma)` steps for the same bound.
-   (That is ours: the paper deletes one by one, which would take k I.)
+   Deleting k samples at once takes :math:`I + \ln(1 + (k - 1)(1 - q)) / \ln(1/\gamma)` steps for the same bound, and
+   never more than T, which are enough from anywhere in the ball. (That is ours: the paper deletes one by one, which
+   would take k I.)
 6. **Noise.** The published weights are the secret ones plus N(0, σ²) on each. With :math:`\rho = \Delta^2 / 2\sigma^2`
    two such Gaussians at distance Δ are (ρ + 2√(ρ ln(1/δ)), δ)-indistinguishable (Bun and Steinke, arXiv 1605.02065),
    hence **σ = Δ / (√2 (√(ln(1/δ) + ε) − √(ln(1/δ))))**.
@@ -63,7 +64,8 @@ FORMULAS = {
     "gamma": "(M - m) / (M + m)",
     "eta": "2 / (M + m)",
     "training_iterations": "ceil(I + ln(2 radius m n / (2 L)) / ln(1 / gamma)), at least I = iterations",
-    "iterations for k deletions at once": "ceil(I + ln(1 + (k - 1)(1 - gamma^I)) / ln(1 / gamma))",
+    "iterations for k deletions at once": "ceil(I + ln(1 + (k - 1)(1 - gamma^I)) / ln(1 / gamma)), at most "
+    "training_iterations",
     "distance": "8 L gamma^I / (m n (1 - gamma^I))",
     "sigma": "distance / (sqrt(2) (sqrt(ln(1 / delta) + epsilon) - sqrt(ln(1 / delta))))",
     "max_deletions": "floor(n / 2)",
@@ -176,7 +178,7 @@ class Constants:
             return self.iterations
         q = self.gamma**self.iterations
         more = math.log1p((deletions - 1) * (1.0 - q)) / -math.log(self.gamma)
-        return math.ceil(self.iterations + more)
+        return min(math.ceil(self.iterations + more), self.training_iterations)
 
     def epsilon_of(self, publications: int) -> float:
         """ε at the same δ of so many publications seen together: their ρ add up."""
