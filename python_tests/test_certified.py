@@ -607,3 +607,7 @@ def test_nothing_else_is_called_certified() -> None:
     for path in [*root.glob("unlearn_ext/**/*.py"), *root.glob("benchmarks/*.py"), *root.glob("csrc/**/*.*")]:
         if "certified" not in str(path.relative_to(root)) and path.is_file():
             assert "certified" not in path.read_text().lower(), path
+    readme = (root / "README.md").read_text()
+    section = "\n## Certified deletion\n"
+    before, _, rest = readme.partition(section)
+    assert "certified" not in (before + rest[rest.find("\n## ") :] if rest else before).lower()
