@@ -8,7 +8,7 @@
 >>> learner = certify(SoftmaxRegression(features=65, classes=10, l2=0.05), rows, torch.from_numpy(digits))
 >>> learner.publish().save("published")  # doctest: +SKIP
 >>> learner.delete([3, 1415])  # how many steps it took
-56
+54
 >>> learner.publish().save("published")  # weights.safetensors and certificate.json  # doctest: +SKIP
 >>> learner.save_secret("secret.safetensors")  # to go on later; never give this file away  # doctest: +SKIP
 
