@@ -94,7 +94,11 @@ def measure() -> dict:
 
 
 def percent(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+    return f"{100 * statistics.mean(values):.1f}±{100 * statistics.stdev(values):.1f}"
+
+
+def short(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def show(document: dict) -> None:
@@ -112,8 +116,8 @@ def show(document: dict) -> None:
         share = statistics.median(run["seconds_deletion"] / run["seconds_training"] for run in runs)
         published = [value for run in runs for value in run["accuracy_published"]]
         print(
-            f"| {l2} | {epsilon} | {iterations} | {c['training_iterations']} | {c['sigma']:.1e} | {c['distance']:.1e} "
-            f"| {worst:.1e} | {percent([run['accuracy_retrained'] for run in runs])} | {percent(published)} "
+            f"| {l2} | {epsilon:g} | {iterations} | {c['training_iterations']} | {short(c['sigma'])} "
+            f"| {short(c['distance'])} | {short(worst)} | {percent([run['accuracy_retrained'] for run in runs])} | {percent(published)} "
             f"| {share:.2f} |"
         )
     print(
