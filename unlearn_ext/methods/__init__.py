@@ -13,6 +13,7 @@ from .registry import METHODS, available, find
 from .scrub import Scrub
 from .sfron import ABLATIONS, SFRon
 from .spec import parse
+from .ssd import SSD
 from .ug_clu import UGCLU
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DOMAINS",
     "ESD",
     "METHODS",
+    "SSD",
     "UGCLU",
     "BadTeacher",
     "Finetune",
