@@ -449,6 +449,12 @@ def test_the_best_is_bold() -> None:
     assert bold == {"near": ["92.5", "95.0", "72.0", "2.00 ± 0.00"], "fast": ["100.0", "1.0"]}
 
 
+def test_settings_that_do_not_suit_a_seed_are_a_result(seed_zero) -> None:
+    (runner,) = choose(["sfron:iterations=1,gamma=1e30"], "published", "random")
+    record, _ = seed_zero.run(runner)
+    assert "the mask keeps no weight" in record["failed"]
+
+
 # --- The command --------------------------------------------------------------------------------------------
 
 
@@ -509,6 +515,10 @@ def test_a_killed_comparison_goes_on_to_the_same_result(tmp_path, capsys) -> Non
         (["--methods", "sfron,sfron"], "--methods: sfron stands there more than once: leave it out once"),
         (["--methods", "sfron:lr=-1"], "lr: expected a finite number from 0, got -1"),
         (["--methods", "sfron:bogus=1"], "bogus"),
+        (["--methods", "sfron:"], "ends where settings should follow"),
+        (["--methods", "esd"], "esd does not run on classification"),
+        (["--methods", "ug_clu"], "ug_clu learns new data while it forgets, and a comparison has none: leave it out"),
+        (["--methods", "nabla_tau", "--held-out-size", "0"], "nobody trained on, and --held-out-size is 0: set some"),
         (["--seeds", "0"], "--seeds: expected an integer from 1, got 0"),
         (["--seed", "-1"], "--seed: expected an integer from 0"),
         (["--forget-fraction", "1.0"], "something must be forgotten and something kept"),
@@ -569,8 +579,40 @@ def test_where_settings_come_from(monkeypatch) -> None:
     monkeypatch.setitem(TUNED, "random", {})
     assert found("sfron", "tuned", "random") == ("published", 0.01, 1500, 7.0)
     assert found("sfron@tinyimagenet-swin:lr=0.5") == ("tinyimagenet-swin", 0.5, 500, 7.0)
+    (runner,) = choose(["salun:iterations=7"], "published", "random")
+    assert runner.method.iterations == 7 and runner.method.epochs is None, "the preset's epochs would go before it"
+    (runner,) = choose(["salun"], "published", "random")
+    assert runner.method.epochs == 10 and runner.method.mask_fraction == 0.5
     with pytest.raises(InputError, match="--settings: expected tuned or published"):
         choose(["sfron"], "best", "class")
+
+
+def test_all_are_those_that_can_be_compared() -> None:
+    labels = [runner.label for runner in choose(["all"], "published", "random")]
+    assert {"finetune", "salun", "scrub", "bad_teacher", "nabla_tau", "sfron"} <= set(labels)
+    assert not {"ug_clu", "esd"} & set(labels), "one learns new data, one is for diffusion"
+
+
+def test_every_method_runs(digits, tmp_path, models_dir) -> None:
+    """One iteration or epoch of each: they get what they need, and the gap is one that a few steps can have."""
+    short = {name: f"{name}:iterations=1" for name in (runner.label for runner in choose(["all"], "tuned", "random"))}
+    short["scrub"] = "scrub:epochs=1,msteps=1"
+    comparison = Comparison(
+        TINY,
+        choose(list(short.values()), "published", "random"),
+        digits,
+        count=1,
+        output_dir=tmp_path,
+        models_dir=models_dir,
+    )
+    found = comparison.run()
+    for label, row in found["methods"].items():
+        assert not row["failed"], (label, row["failed"])
+        assert row["RTE"]["mean"] > 0 and 0 <= row["gap"]["mean"] <= 1
+    (unseen,) = found["methods"]["nabla_tau:iterations=1"]["runs"]
+    assert unseen["counts"]["iterations"] == 1
+    (masked,) = found["methods"]["salun:iterations=1"]["runs"]
+    assert masked["moved_protected"] == 0
 
 
 def test_help_fits_and_names_the_options(capsys, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import ops
 from ..data import Digits
-from ..errors import NonFiniteError
+from ..errors import InputError, NonFiniteError
 from ..evaluation import Parts, distance, knowledge, predict
 from .keys import machine, sources_hash
 from .oracles import ROLES, Oracles
@@ -125,7 +125,7 @@ class OneSeed:
             started = now(device)
             try:
                 summary = runner(model, forget, retain, held_out, seed)
-            except NonFiniteError as error:  # settings may be too strong: that is a result, too
+            except (InputError, NonFiniteError) as error:  # settings may not suit a seed: that is a result, too
                 return {"failed": str(error), "metrics": {}}
             seconds = now(device) - started
         if not all(torch.isfinite(p).all() for p in model.state_dict().values()):

@@ -77,7 +77,7 @@ class MethodRunner(Runner):
 
     def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:
         # A copy: a run may tell its method the number of iterations, or the loss on unseen data.
-        unlearner = Unlearner(model, Classification(), copy.deepcopy(self.method))
+        unlearner = Unlearner(model, Classification(seed=seed), copy.deepcopy(self.method))
         unseen = {"unseen": held_out} if self.needs_held_out else {}
         result = unlearner.run(forget, retain, **unseen)
         return {
