@@ -6,8 +6,8 @@
 
 Every method gets the published settings as its first trial and --trials draws from its space below, each run on the
 same --seeds seeds from 100 up. The best trial is that of the smallest mean gap among those that take at most
---rte-limit of retraining's time. A killed search goes on where it was; more trials go on from fewer. Results are
-written to results/tuning-<scenario>.json, and printed as what unlearn_ext/comparison/tuned.py holds.
+--cpu-limit of retraining's processor time. A killed search goes on where it was; more trials go on from fewer. Results
+are written to results/tuning-<scenario>.json, and printed as what unlearn_ext/comparison/tuned.py holds.
 """
 
 from __future__ import annotations
@@ -125,11 +125,11 @@ def tune(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
             search.progress, search.tell = progress, errors.print
             search.finished = lambda seed, label, record, found: advance()
             found = search.run()
-            document[name] = summary(found, trials[name], options.rte_limit)
+            document[name] = summary(found, trials[name], options.cpu_limit)
             errors.print(f"{name}: {_in_words(document[name])}")
     return {
         "scenario": options.scenario,
-        "budget": {"trials": options.trials, "seeds": options.seeds, "rte_limit": options.rte_limit},
+        "budget": {"trials": options.trials, "seeds": options.seeds, "cpu_limit": options.cpu_limit},
         "spaces": {name: SPACES[name] for name in names},
         "protocol": found["protocol"],
         "versions": versions(),
@@ -150,13 +150,13 @@ def _search(name, drawn, protocol, digits, options) -> Comparison:
     )
 
 
-def summary(found: dict[str, Any], drawn: list[dict[str, Any]], rte_limit: float) -> dict[str, Any]:
+def summary(found: dict[str, Any], drawn: list[dict[str, Any]], cpu_limit: float) -> dict[str, Any]:
     """Each trial's settings and gap, and which is the best."""
     trials = []
     for settings, row in zip(drawn, found["methods"].values(), strict=True):
-        told = {metric: row[metric] for metric in ("gap", "FA", "RA", "TA", "MIA_entropy", "RTE_share")}
+        told = {metric: row[metric] for metric in ("gap", "FA", "RA", "TA", "MIA_entropy", "CPU_share")}
         trials.append({"settings": settings, **told, "failed": row["failed"]})
-    fits = [trial for trial in trials if trial["gap"]["mean"] is not None and trial["RTE_share"]["mean"] <= rte_limit]
+    fits = [trial for trial in trials if trial["gap"]["mean"] is not None and trial["CPU_share"]["mean"] <= cpu_limit]
     best = min(fits, key=lambda trial: trial["gap"]["mean"], default=None)
     nothing = found["references"]["original"]["gap"]
     return {
@@ -183,19 +183,19 @@ def show(document: dict[str, Any], console: Console) -> None:
     budget = document["budget"]
     title = f"{budget['trials']} trials, {budget['seeds']} seeds from {FIRST_SEED} up"
     table = Table(title=f"{title}: gap in points")
-    for heading in ("method", "published", "RTE", "best", "RTE"):
+    for heading in ("method", "published", "CPU", "best", "CPU"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, found in document["methods"].items():
         cells = []
         for trial in (found["published"], found["best"]):
-            share = trial and trial["RTE_share"]["mean"]
+            share = trial and trial["CPU_share"]["mean"]
             cells += ["none", ""] if trial is None else [_gap(trial), "" if share is None else f"{100 * share:.0f} %"]
         table.add_row(name, *cells)
     console.print(table)
     first = next(iter(document["methods"].values()))
     console.print(
         f"Doing nothing: {_gap({'gap': first['nothing']})}; two retrained models: {_gap({'gap': first['floor']})}. "
-        f"RTE: share of retraining's time, at most {100 * budget['rte_limit']:.0f} % for the best."
+        f"CPU: share of retraining's time, at most {100 * budget['cpu_limit']:.0f} % for the best."
     )
     best = {name: found["best"]["settings"] for name, found in document["methods"].items() if found["best"]}
     console.print(f'\n"{document["scenario"]}": {pprint.pformat(best, width=110, sort_dicts=False)},')
@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--methods", help="with commas; all that have a space unless given")
     parser.add_argument("--trials", type=int, default=24, help="of each method, beside its published settings")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rte-limit", type=float, default=0.25, help="of retraining's time, for the best trial")
+    parser.add_argument("--cpu-limit", type=float, default=0.25, help="of retraining's time, for the best trial")
     parser.add_argument("--without-published", action="store_true", help="leave the published settings out")
     parser.add_argument("--train-size", type=int, default=1000)
     parser.add_argument("--held-out-size", type=int, default=2000)

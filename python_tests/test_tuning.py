@@ -50,7 +50,7 @@ def test_every_draw_of_every_space_is_a_method(script) -> None:
 def trial(gap, share, failed=()) -> dict:
     spread = {"mean": gap, "std": 0.0, "values": [gap]}
     row = dict.fromkeys(("FA", "RA", "TA", "MIA_entropy"), spread)
-    return {**row, "gap": spread, "RTE_share": {"mean": share, "std": 0.0, "values": [share]}, "failed": list(failed)}
+    return {**row, "gap": spread, "CPU_share": {"mean": share, "std": 0.0, "values": [share]}, "failed": list(failed)}
 
 
 def test_the_best_trial_is_the_smallest_gap_within_the_time(script) -> None:
@@ -75,7 +75,7 @@ def tune(script, tmp_path, monkeypatch, capsys):
         options = [
             "--seeds", "1", "--train-size", "100", "--held-out-size", "0", "--test-size", "100", "--epochs", "2",
             "--cache-dir", tmp_path / "models", "--work-dir", tmp_path / "runs", "--json", tmp_path / "tuned.json",
-            "--rte-limit", "1000", "--without-published", *further,
+            "--cpu-limit", "1000", "--without-published", *further,
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["tune_methods.py", *map(str, options)])
         code = script.main()
@@ -84,8 +84,10 @@ def tune(script, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_script_goes_on_from_fewer_trials(tune, tmp_path) -> None:
+def test_the_script_goes_on_from_fewer_trials(tune, script, tmp_path, monkeypatch) -> None:
     pytest.importorskip("mlxtend")
+    for name in ("gradient_ascent", "finetune"):
+        monkeypatch.setitem(script.SPACES, name, script.space((1, 3)))
     methods = ("--methods", "gradient_ascent,finetune")
     assert tune(*methods, "--trials", "1")[0] == 0
     first = json.loads((tmp_path / "tuned.json").read_text())
