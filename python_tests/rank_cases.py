@@ -22,7 +22,7 @@ from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext._names import trainable, unwrapped
 from unlearn_ext._shards import full, local, part_like
 from unlearn_ext.errors import UnlearnError
-from unlearn_ext.methods import SFRon
+from unlearn_ext.methods import SFRon, find
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
@@ -157,6 +157,32 @@ def fraction(wrapper: str | None, directory: Path) -> dict[str, Any]:
 @case
 def accumulated(wrapper: str | None, directory: Path) -> dict[str, Any]:
     return go(wrapper, arguments={"gradient_accumulation_steps": 2, "ema_decay": 0.8})
+
+
+@case
+def methods(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Those that take more than SFR-on does."""
+    settings = {"rule": "momentum", "momentum": 0.5, "lr": 0.05, "iterations": 6}
+    found: dict[str, Any] = {}
+    for name, changes in (
+        ("gradient_ascent", {}),
+        ("projected", {"max_norm": 0.5}),
+        ("salun", {"mask_fraction": 0.4}),
+        ("scrub", {"epochs": 2, "msteps": 1}),
+        ("bad_teacher", {"random_model": Network().double()}),
+        ("nabla_tau", {}),
+        ("ug_clu", {"gamma": 0.5}),
+    ):
+        method, data, model = find(name)(**{**settings, **changes}), sets(), network(wrapper)
+        data |= {"learn": batches(2, 7, 6)} if method.learns else {}
+        data |= {"unseen": batches(2, 3, 7)} if method.needs_unseen else {}
+        try:
+            result = Unlearner(model, Classification(), method).run(**data)
+        except UnlearnError as error:
+            found[name] = {"error": str(error)}
+        else:
+            found[name] = {"weights": weights(model), "history": result.history, "protection": result.protection}
+    return found
 
 
 @case

@@ -86,7 +86,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("ranks", WORLDS)
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"fisher", "optimizer_alone"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"fisher", "optimizer_alone", "methods"}))
 def test_ranks_give_what_one_process_gives(results, alone, name, ranks, wrapper):
     found = json.loads((results / f"{name}-{wrapper}-{ranks}.json").read_text())
     expected = json.loads(json.dumps(alone(name)))
@@ -112,6 +112,22 @@ def test_the_optimizer_alone_clips_by_the_norm_of_all_ranks(results, alone, rank
     found = json.loads((results / f"optimizer_alone-{wrapper}-{ranks}.json").read_text())
     assert 0 < found["clip"] < 1
     assert_same(found, alone("optimizer_alone"))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_every_method_gives_what_one_process_gives_or_says_why_not(results, alone, ranks, wrapper):
+    found = json.loads((results / f"methods-{wrapper}-{ranks}.json").read_text())
+    expected = json.loads(json.dumps(alone("methods")))
+    assert not any("error" in one for one in expected.values())
+    refused = {"nabla_tau": "a function of a whole batch's mean loss, which does not add up over ranks"}
+    if wrapper == "fsdp":
+        refused |= {"salun": "ranks the gradients of whole weights, and these are sharded"}
+        refused |= dict.fromkeys(("scrub", "bad_teacher"), "a frozen copy of the model beside it")
+    for name, words in refused.items():
+        assert words in found.pop(name)["error"]
+        expected.pop(name)
+    assert_same(found, expected)
 
 
 def test_what_the_cases_are_about(alone):
