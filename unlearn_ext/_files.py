@@ -15,14 +15,17 @@ __all__ = ["atomic_directory", "atomic_path", "writable_directory"]
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends without an error."""
+def atomic_path(path: str | Path, *, private: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name when the block ends without an error.
+
+    ``private``: only its owner may read it, at any time.
+    """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are private
+        os.chmod(name, 0o600 if private else 0o666 & ~_umask())  # mkstemp's files are private
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

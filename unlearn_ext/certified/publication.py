@@ -1,0 +1,79 @@
+"""What may be given away: noised weights and their certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import atomic_path, writable_directory
+from .._hashing import raw_bytes
+from ..errors import InputError
+
+__all__ = ["CERTIFICATE", "WEIGHTS", "Publication", "tensors_sha256"]
+
+WEIGHTS, CERTIFICATE = "weights.safetensors", "certificate.json"
+
+
+def tensors_sha256(*tensors: Tensor) -> str:
+    """Over the bytes of one after another, in C order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One publication.
+
+    Attributes:
+        weights: float64 ``[features, classes]``, with noise.
+        certificate: every constant, where it comes from, and what is and is not covered; JSON values only.
+    """
+
+    weights: Tensor
+    certificate: dict[str, Any]
+
+    def __repr__(self) -> str:
+        c = self.certificate
+        return f"Publication(number {c['publication']['number']}, certified={c['certified']})"
+
+    def logits(self, features: Tensor) -> Tensor:
+        """float64 ``[n, classes]``."""
+        return features.to(torch.float64) @ self.weights
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``weights.safetensors`` and ``certificate.json``."""
+        from safetensors.torch import save_file
+
+        directory = writable_directory(directory)
+        with atomic_path(directory / WEIGHTS) as partial:
+            save_file({"weights": self.weights.contiguous()}, partial, metadata={"format": "pt"})
+        with atomic_path(directory / CERTIFICATE) as partial:
+            partial.write_text(json.dumps(self.certificate, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Publication:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            InputError: a file is missing or damaged, or the certificate is that of other weights.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights = load_file(Path(directory, WEIGHTS))["weights"]
+            certificate = json.loads(Path(directory, CERTIFICATE).read_text())
+            expected = certificate["weights_sha256"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{directory} holds no publication that can be read: {error!r}") from None
+        if tensors_sha256(weights) != expected:
+            raise InputError(f"{directory}: the certificate is that of other weights: publish again")
+        return cls(weights, certificate)
