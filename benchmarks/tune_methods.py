@@ -73,6 +73,7 @@ SPACES: dict[str, dict[str, Any]] = {
     ),
     "bad_teacher": space((4, 28), forget_alpha=("log", 1e-2, 3.0), temperature=_TEMPERATURE),
     "nabla_tau": space((6, 26), rule="adamw", momentum=0.0, lr=("log", 1e-4, 1e-2), forget_alpha=("log", 0.03, 1.0)),
+    "ssd": {"alpha": ("log", 1.05, 4.2), "lambd": ("log", 0.03, 3.0), "per_sample": ("choice", False, True)},
     "sfron": space((10, 45), **_SFRON, forget_alpha=("log", 0.1, 1000.0)),
     # DualOptim: forget steps by Adam, with moments of their own.
     "sfron:dual_state=true,forget_rule=adam": space(

@@ -609,20 +609,25 @@ def test_where_settings_come_from(monkeypatch) -> None:
     assert runner.method.iterations == 7 and runner.method.epochs is None, "the preset's epochs would go before it"
     (runner,) = choose(["salun"], "published", "random")
     assert runner.method.epochs == 10 and runner.method.mask_fraction == 0.5
+    monkeypatch.setitem(TUNED, "class", {"ssd": {"alpha": 2.0, "lambd": 0.5}})
+    (runner,) = choose(["ssd:alpha=3.0"], "tuned", "class")
+    assert (runner.method.alpha, runner.method.lambd, runner.origin) == (3.0, 0.5, "tuned")
+    with pytest.raises(InputError, match="ssd has no setting 'alfa': perhaps alpha is meant"):
+        choose(["ssd:alfa=1"], "tuned", "class")
     with pytest.raises(InputError, match="--settings: expected tuned or published"):
         choose(["sfron"], "best", "class")
 
 
 def test_all_are_those_that_can_be_compared() -> None:
     labels = [runner.label for runner in choose(["all"], "published", "random")]
-    assert {"finetune", "salun", "scrub", "bad_teacher", "nabla_tau", "sfron"} <= set(labels)
+    assert {"finetune", "salun", "scrub", "bad_teacher", "nabla_tau", "sfron", "ssd"} <= set(labels)
     assert not {"ug_clu", "esd"} & set(labels), "one learns new data, one is for diffusion"
 
 
 def test_every_method_runs(digits, tmp_path, models_dir) -> None:
     """One iteration or epoch of each: they get what they need, and the gap is one that a few steps can have."""
     short = {name: f"{name}:iterations=1" for name in (runner.label for runner in choose(["all"], "tuned", "random"))}
-    short["scrub"] = "scrub:epochs=1,msteps=1"
+    short |= {"scrub": "scrub:epochs=1,msteps=1", "ssd": "ssd:alpha=1.5,lambd=0.5"}
     comparison = Comparison(
         TINY,
         choose(list(short.values()), "published", "random"),
@@ -637,6 +642,8 @@ def test_every_method_runs(digits, tmp_path, models_dir) -> None:
         assert row["RTE"]["mean"] > 0 and 0 <= row["gap"]["mean"] <= 1
     (unseen,) = found["methods"]["nabla_tau:iterations=1"]["runs"]
     assert unseen["counts"]["iterations"] == 1
+    (dampened,) = found["methods"]["ssd:alpha=1.5,lambd=0.5"]["runs"]
+    assert dampened["counts"]["dampened"] > 0 and 0 < dampened["mean_factor"] < 1
     (masked,) = found["methods"]["salun:iterations=1"]["runs"]
     assert masked["moved_protected"] == 0
 

@@ -43,7 +43,7 @@ def test_every_draw_of_every_space_is_a_method(script) -> None:
         for trial in range(6):
             settings = script.draw(space, f"random {name} {trial}")
             (runner,) = choose([complete(name, settings)], "published", "random")
-            made = runner.method.settings()
+            made = runner.settings()
             assert {key: made[key] for key in settings} == settings
 
 

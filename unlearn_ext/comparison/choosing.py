@@ -7,8 +7,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..methods import available, find, parse
+from ..methods.spec import read_settings
+from ..methods.ssd import SSD
 from ..tasks import Classification
-from .runners import MethodRunner, Runner
+from .runners import DampeningRunner, MethodRunner, Runner
 from .tuned import TUNED
 
 __all__ = ["PUBLISHED", "SETTINGS", "choose", "complete", "split_list"]
@@ -54,7 +56,8 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
 
 def _comparable() -> list[str]:
     """Methods that run on a classifier and take no data that a comparison has not."""
-    return [name for name, kind in available()[0].items() if Classification.kind in kind.row.tasks and not kind.learns]
+    methods = available()[0].items()
+    return [name for name, kind in methods if Classification.kind in kind.row.tasks and not kind.learns] + [SSD.name]
 
 
 def complete(text: str, settings: Mapping[str, Any]) -> str:
@@ -63,7 +66,7 @@ def complete(text: str, settings: Mapping[str, Any]) -> str:
     name, _, preset = (part.strip() for part in head.partition("@"))
     if colon and not rest.strip():
         return text  # an error that parse() words
-    presets = find(name).presets
+    presets = {} if name == SSD.name else find(name).presets
     if not preset and PUBLISHED in presets:
         head = f"{name}@{(preset := PUBLISHED)}"
     given = _pieces(rest)
@@ -79,7 +82,10 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]]) -> Runner:
     name, _, preset = (part.strip() for part in head.partition("@"))
     found = None if preset else tuned.get(text, tuned.get(name))
     origin = preset or ("published" if found is None else "tuned")
-    return MethodRunner(text, parse(complete(text, found or {})), origin)
+    whole = complete(text, found or {})
+    if head.strip() == SSD.name:  # not of the registry, whose methods make gradient steps
+        return DampeningRunner(text, SSD(**read_settings(SSD.name, SSD, whole.partition(":")[2])), origin)
+    return MethodRunner(text, parse(whole), origin)
 
 
 def _pieces(text: str) -> list[str]:
