@@ -292,6 +292,22 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(name) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["finetune", "gradient_ascent", "random_label", "salun", "scrub"])
+def test_steps_in_the_backward_pass_are_the_same(name) -> None:
+    models = [make(), make()]
+    for model, own in zip(models, (False, True), strict=True):
+        Unlearner(model, Classification(), short(name), optimizer_in_backward=own).run(**sets())
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not same(models[1], make())
+
+
+def test_methods_whose_gradients_are_added_up_take_no_step_in_the_backward_pass() -> None:
+    for name, words in (("ug_clu", "adds up the gradients of two sets"), ("projected", "needs the gradients of both")):
+        with pytest.raises(InputError, match=words):
+            Unlearner(make(), Classification(), short(name), optimizer_in_backward=True)
+
+
 def some_mask(model: nn.Module) -> SaliencyMask:
     generator = torch.Generator().manual_seed(1)
     return SaliencyMask.from_dict(
