@@ -114,15 +114,15 @@ def show(document: dict) -> None:
         c = runs[0]["constants"]
         worst = max(run["worst_distance"] for run in runs)
         share = statistics.median(run["seconds_deletion"] / run["seconds_training"] for run in runs)
-        published = [value for run in runs for value in run["accuracy_published"]]
+        published = percent([value for run in runs for value in run["accuracy_published"]])
+        retrained = percent([run["accuracy_retrained"] for run in runs])
         print(
             f"| {l2} | {epsilon:g} | {iterations} | {c['training_iterations']} | {short(c['sigma'])} "
-            f"| {short(c['distance'])} | {short(worst)} | {percent([run['accuracy_retrained'] for run in runs])} | {percent(published)} "
-            f"| {share:.2f} |"
+            f"| {short(c['distance'])} | {short(worst)} | {retrained} | {published} | {share:.2f} |"
         )
     print(
         f"\nδ = {DELTA:g}; {len(SPLITS)} splits, 120 deletions each; published: {document['draws']} draws a split.\n"
-        "steps: for one deletion; anew: for training; time: the first's over the second's.\n"
+        "steps: of a deletion; anew: of training; time: the first's over the second's.\n"
         "Δ: the proven bound on the distance to retraining; worst: the largest measured."
     )
 

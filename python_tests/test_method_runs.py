@@ -251,6 +251,21 @@ def test_tau_is_measured_at_every_pass_and_disturbs_nothing() -> None:
     assert a.history[0]["unseen_loss"] == pytest.approx(torch.cat(losses).double().mean().item(), rel=1e-6)
     assert a.history == b.history
 
+    class Drawing(list):
+        """Draws from the global generator where it is measured, as a shuffling loader does."""
+
+        def __iter__(self):
+            if not torch.is_grad_enabled():
+                torch.rand(3)
+            return super().__iter__()
+
+    models = make(dropout=0.5), make(dropout=0.5)  # which draw from it as well
+    for net, kind in zip(models, (list, Drawing), strict=True):
+        data = loaders("nabla_tau")
+        torch.manual_seed(3)
+        run(net, "nabla_tau", {**data, "unseen": kind(batches(2, 6, seed=6))})
+    assert same(*models)
+
 
 def test_unseen_data_of_no_finite_loss() -> None:
     data = sets("nabla_tau")
@@ -290,6 +305,22 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(name) -> None:
     assert not same(models[0], net())
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["finetune", "gradient_ascent", "random_label", "salun", "scrub"])
+def test_steps_in_the_backward_pass_are_the_same(name) -> None:
+    models = [make(), make()]
+    for model, own in zip(models, (False, True), strict=True):
+        Unlearner(model, Classification(), short(name), optimizer_in_backward=own).run(**sets())
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not same(models[1], make())
+
+
+def test_methods_whose_gradients_are_added_up_take_no_step_in_the_backward_pass() -> None:
+    for name, words in (("ug_clu", "adds up the gradients of two sets"), ("projected", "needs the gradients of both")):
+        with pytest.raises(InputError, match=words):
+            Unlearner(make(), Classification(), short(name), optimizer_in_backward=True)
 
 
 def some_mask(model: nn.Module) -> SaliencyMask:

@@ -161,7 +161,11 @@ def test_text_that_is_no_method(spec, words) -> None:
 
 def test_the_readme_holds_the_table() -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "unlearn_ext.methods"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-m", "unlearn_ext.methods"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        cwd=ROOT,
     ).stdout
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     begin, end = "<!-- methods: python -m unlearn_ext.methods -->\n", "<!-- /methods -->\n"

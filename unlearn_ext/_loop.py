@@ -136,7 +136,7 @@ class Loop:
                 stream.check(document["streams"][saved].get(name), document["batches"][saved].get(name))
             _rng.check(document["rng"][saved], self._generators())
         for name, stream in self.streams.items():
-            stream.seek(document["streams"][saved][name])
+            stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
         _checkpoint.restore(checkpoint, self.model, self.optimizer, averages, self._teacher_tensors())
         self.method.load_state(document["method"])
