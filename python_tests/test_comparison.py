@@ -261,6 +261,7 @@ def test_every_method_starts_from_the_same_weights_and_sees_what_it_should(seed_
     state = torch.get_rng_state()
     records = [seed_zero.run(Scripted(label, method))[0] for label in ("one", "two")]
     assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
+    assert seen[0][1:] == (0, torch.rand(1, generator=torch.Generator().manual_seed(0)).item())
     assert seen[0] == seen[1] and seen[0][0] == weights_hash(seed_zero.oracles["original"].model.state_dict().items())
     assert records[0]["metrics"]["FA"] == records[1]["metrics"]["FA"]
 
@@ -453,11 +454,20 @@ def test_the_table_fits_80_columns(scenario) -> None:
         "do nothing", "retrained again", "1.12 ± 0.53", "50.00 ± 70.71", "12345.6", "100.0", "failed",
         "differ by 1.12 points, the noise floor", "doing nothing is 6.00 points", "Smallest gap: sfron, 1.12 ± 0.53",
         "in 10 % of retraining's time", f"Warning, under-forgetting: {long.partition(':')[0]}", "(seeds 0): inf",
+        "Warning: broken has no mean",
     ):  # fmt: skip
         assert words in whole, words
     assert ("retained" in "".join(lines[:5])) == (scenario == "class")
     order = [whole.index(name) for name in ("│ sfron │", "│ a_method", "│ broken │")]
     assert order == sorted(order), "by their gap"
+
+
+def test_sentences_name_settings_only_where_a_method_stands_there_twice() -> None:
+    far = [record(1.0, 1.0, 0.95, 0.70, 0.05)] * 2
+    text = io.StringIO()
+    runs = {"a:x=1": far, "b:x=1": far, "b:x=2": far}
+    show(document(PROTOCOL, REFERENCES, runs, {name: {} for name in runs}), Console(file=text, width=80))
+    assert "under-forgetting: a (FA +7.0); b:x=1 (FA +7.0); b:x=2 (FA" in " ".join(text.getvalue().split())
 
 
 def test_the_best_is_bold() -> None:
