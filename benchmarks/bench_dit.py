@@ -11,7 +11,8 @@ mask, clip, step); a retain step; both, the whole iteration.
 ours: FisherDiagonal, SaliencyMask and UnlearnOptimizer, as the Unlearner uses them. plain: the released loop, tensor by
 tensor, its Fisher sums on the host. tuned: that loop done well, with lists of tensors, all on the device, and the
 faster of torch's AdamWs. Beside them of ours: gradients used and freed in the backward pass; exact per-sample Fisher in
-batches; forward and backward compiled. Before anything is timed, all must arrive where ours does; then they take turns.
+batches; forward and backward compiled, as of the tuned loop. passes: forward and backward alone, the floor of all that
+is not compiled. Before anything is timed, all others must arrive where ours does; then they take turns.
 """
 
 from __future__ import annotations

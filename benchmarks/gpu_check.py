@@ -121,7 +121,7 @@ def transformer(device: str, scale: float, repeats: int | None) -> list[object]:
     copies gradients of 3 GB to the host, so there are few batches."""
     shape = ["--network", SHAPES] if scale >= 1 else ["--depth", 1, "--width", 24, "--heads", 2]
     options = ["--device", device, "--samples", 2, "--chunk", 2, "--repeats", repeats or 3]
-    return [*options, *shape, "--implementations", "plain", "tuned", "ours_in_backward", "ours_per_sample"]
+    return [*options, *shape, "--implementations", "plain", "tuned", "ours_in_backward", "ours_per_sample", "passes"]
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -77,6 +77,7 @@ def test_every_stage_has_its_ways(measured: Measured) -> None:
         assert (row["first_call_s"] is not None) == (compiled and row["stage"] in ("fisher", "iteration"))
         found[row["stage"]].append(row["implementation"])
     steps = [name for name in IMPLEMENTATIONS if name != "ours, per sample"]
+    assert IMPLEMENTATIONS[-1] == "passes"
     assert found == {
         "fisher": list(IMPLEMENTATIONS),
         "mask": ["ours", "plain", "tuned"],
@@ -107,7 +108,7 @@ def test_the_document_says_what_was_measured(measured: Measured) -> None:
     for key in ("device", "versions", "threads", "dtype", "batch_size", "samples", "chunk", "memory_counted"):
         assert document[key]
     assert document["tuned_adamw"] in ("fused", "foreach") and document["checkpointing"] is False
-    assert len(document["rows"]) == len(measured.rows()) and len(document["bars"]) == 5
+    assert len(document["rows"]) == len(measured.rows()) and len(document["bars"]) == 6
     assert {bar["holds"] for bar in document["bars"]} <= {True, False}
 
 
@@ -170,10 +171,19 @@ def test_bars_are_held_against_the_faster_rival() -> None:
     found = made_up(
         fisher={"ours": 1.0, "plain": 1.2, "tuned": 1.09, "ours, per sample": 0.9, "ours, compiled": 0.7},
         mask={"ours": 1.0, "plain": 5.0, "tuned": 7.0},
-        iteration={"ours": 1.1, "ours, in backward": 1.0, "plain": 1.3, "tuned": 1.21},
+        iteration={
+            "ours": 1.1,
+            "ours, in backward": 1.0,
+            "plain": 1.3,
+            "tuned": 1.21,
+            "ours, compiled": 0.5,
+            "passes": 0.8,
+        },
     )
     assert list(map(str, bars(found))) == [
-        "holds: whole iteration ≥ 1.2 ×: 1.21 × (ours, in backward against tuned)",
+        "holds: whole iteration ≥ 1.2 ×: 1.21 × (ours, in backward against tuned; 1.51 × if only forward and "
+        "backward took time)",
+        "holds: whole iteration, compiled ≥ 1.2 ×: 2.42 × (ours, compiled against tuned)",
         "missed: Fisher ≥ 1.1 ×: 1.09 × (ours against tuned)",
         "holds: Fisher, batched or compiled ≥ 1.5 ×: 1.56 × (ours, compiled against tuned)",
         "holds: mask ≥ 5 ×: 5.00 × (ours against plain)",
@@ -192,6 +202,7 @@ def test_what_was_not_measured_is_called_so() -> None:
     found.peaks.clear()
     assert list(map(str, bars(found))) == [
         "not measured: whole iteration ≥ 1.2 ×",
+        "not measured: whole iteration, compiled ≥ 1.2 ×",
         "not measured: Fisher ≥ 1.1 ×",
         "not measured: Fisher, batched or compiled ≥ 1.5 ×",
         "missed: mask ≥ 5 ×: 4.00 × (ours against tuned)",

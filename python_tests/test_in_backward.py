@@ -15,7 +15,17 @@ from models import ConvNet, WithUnused, batches, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unlearn_ext import FisherDiagonal, InputError, NonFiniteError, SaliencyMask, Unlearner, UnlearnOptimizer
+from unlearn_ext import (
+    FisherDiagonal,
+    InputError,
+    NonFiniteError,
+    SaliencyMask,
+    Unlearner,
+    UnlearnOptimizer,
+    _arriving,
+    _in_backward,
+    ops,
+)
 from unlearn_ext.diffusion._trial import try_batch
 from unlearn_ext.methods import SFRon
 from unlearn_ext.tasks import Classification
@@ -288,6 +298,29 @@ def test_a_dit_with_tied_embedders(checkpointed: bool) -> None:
     assert_same(*found)
 
 
+def test_small_gradients_share_a_call(monkeypatch) -> None:
+    """All of a small network arrive together, in as many calls as groups; one at a time they give the same bits."""
+    found, calls = [], []
+    step = ops.step_
+
+    def watched(weights: list[Tensor], **arguments: Any) -> None:
+        calls.append(len(weights))
+        step(weights, **arguments)
+
+    monkeypatch.setattr(_in_backward.ops, "step_", watched)
+    for waiting in (1 << 18, 1):
+        monkeypatch.setattr(_arriving, "_WAITING", {"cpu": waiting})
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = optimizer_of(model, groups=True, masked=True, rule="adamw")
+        calls.clear()
+        steps(optimizer, model, True, 2)
+        found.append(everything(model, optimizer))
+        # Biases and weights, in a forget and two retain steps; those end with the slow weight that has no gradient.
+        assert set(calls) == {1} if waiting == 1 else calls == [4, 3, 4, 3, 1, 4, 3, 1]
+    assert_same(*found)
+
+
 def test_stochastic_rounding_draws_by_place_and_step() -> None:
     """Two weights of equal values and gradients draw different noise, and the order of backward is of no account."""
 
@@ -405,7 +438,8 @@ class Spoilt(nn.Module):
         return ((self.first * 2).tanh() * self.middle).tanh().mul(self.last).sum()
 
 
-def test_a_gradient_that_is_not_finite_ends_it_in_mid_step() -> None:
+def test_a_gradient_that_is_not_finite_ends_it_in_mid_step(monkeypatch) -> None:
+    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})  # as large tensors arrive: one at a time
     model = Spoilt()
     optimizer = optimizer_of(model, rule="momentum", momentum=0.9)
     with optimizer.step_in_backward("retain"):
@@ -492,7 +526,8 @@ class Failing(ConvNet):
         return super().forward(x)
 
 
-def test_a_run_that_broke_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_broke_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
     settings = {"rule": "momentum", "lr": 0.02, "momentum": 0.9, "iterations": 6, "max_norm": 1.0, "gamma": 0.9}
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
 
@@ -526,7 +561,8 @@ def test_what_needs_whole_gradients_is_refused(settings: dict, arguments: dict, 
         Unlearner(make(), Classification(), SFRon(**settings), optimizer_in_backward=True, **arguments)
 
 
-def test_gradients_that_are_there_or_come_in_parts_or_not_at_all() -> None:
+def test_gradients_that_are_there_or_come_in_parts_or_not_at_all(monkeypatch) -> None:
+    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
     model = Net()
     optimizer = optimizer_of(model, rule="sgd")
     loss_of(model, 0).backward()

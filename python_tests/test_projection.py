@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unlearn_ext import InputError, SaliencyMask, UnlearnOptimizer, ops
 from unlearn_ext.methods import Projected
+from unlearn_ext.optim import _conflict
 
 SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 2)}
 
@@ -61,6 +62,12 @@ def test_the_conflicting_part_is_taken_out(max_norm, retain_max_norm, masked, sc
     for got, want in zip(weights, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
     assert bool(optimizer.last_projection > 0) == conflicting
+
+
+def test_on_a_device_the_share_is_a_tensor_that_nothing_waits_for() -> None:
+    for product, square, share in ((-2.0, 4.0, 0.5), (2.0, 4.0, 0.0), (0.0, 0.0, 0.0)):
+        found = _conflict(torch.tensor(product), torch.tensor(square))
+        assert isinstance(found, Tensor) and found == share == _conflict(product, square)
 
 
 def test_nothing_is_read_again(monkeypatch) -> None:

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unlearn_ext import ops
+from unlearn_ext import _arriving, ops
 from unlearn_ext.errors import InputError, NonFiniteError
-from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _arriving, _parts
+from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _parts
 from unlearn_ext.saliency import fisher as fisher_module
 from unlearn_ext.saliency.mask import _on_host, _part_of
 from unlearn_ext.saliency.protection import protected_count, protected_hashes

@@ -1,22 +1,23 @@
-"""Gradients used in the backward pass: each as soon as it is whole, and freed before the next layers' appear."""
+"""Norms and steps made in the backward pass, of gradients that are freed before the next layers' appear."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from ._arriving import arriving
 from .errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from .methods import Method
-    from .optim import UnlearnOptimizer
+    from .optim import UnlearnOptimizer, _Bucket
 
-__all__ = ["check_in_backward", "clip_factor", "consuming", "measuring", "stepping"]
+__all__ = ["check_in_backward", "clip_factor", "measuring", "stepping"]
 
 _LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
 
@@ -34,52 +35,10 @@ def check_in_backward(method: Method, mixed_precision: str, gradient_accumulatio
 
 
 @contextlib.contextmanager
-def consuming(
-    parameters: Sequence[Tensor], name_of: Callable[[int], str], take: Callable[[int, Tensor], None]
-) -> Iterator[None]:
-    """Within the block ``take(i, gradient)`` gets parameter i's gradient once it is summed over all uses of the
-    parameter, and ``.grad`` is freed.
-
-    Raises:
-        InputError: a gradient is there already, comes in parts, or is reduced over several processes afterwards.
-    """
-    if any(p.grad is not None for p in parameters):
-        raise InputError("a step in the backward pass starts without gradients: call zero_grad() first")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise InputError(
-            "several processes reduce their gradients after the hooks of the backward pass: leave "
-            "optimizer_in_backward out"
-        )
-    taken: set[int] = set()
-
-    def hook_of(i: int) -> Callable[[Tensor], None]:
-        def hook(p: Tensor) -> None:
-            if i in taken:
-                raise InputError(
-                    f"the gradient of {name_of(i)} came in parts and its first part has been used: call backward() "
-                    "once, and checkpoint activations with use_reentrant=False"
-                )
-            taken.add(i)
-            gradient, p.grad = p.grad, None
-            with torch.no_grad():
-                take(i, gradient)
-
-        return hook
-
-    handles = [p.register_post_accumulate_grad_hook(hook_of(i)) for i, p in enumerate(parameters) if p.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
 def measuring(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
     """The norm for a step that clips; :meth:`UnlearnOptimizer.norm_in_backward`."""
     norm = _Norm(optimizer, side)
-    with consuming(norm.parameters, norm.name, norm.take):
+    with arriving(norm.parameters, norm.name, norm.take):
         yield
     norm.finish()
 
@@ -89,16 +48,16 @@ def stepping(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
     """One forget or retain step, made by the backward pass of the block; :meth:`UnlearnOptimizer.step_in_backward`."""
     step = _Step(optimizer, side)
     try:
-        with consuming(step.parameters, step.name, step.take):
+        with arriving(step.parameters, step.name, step.take):
             yield
     except BaseException as error:
         if step.made:
             optimizer.broken = (
                 f"{len(step.made)} of {len(step.parameters)} parameters have made a step that the others have not"
             )
-        if step.made and isinstance(error, NonFiniteError):
+        if step.made and isinstance(error, NonFiniteError) and (name := step.first_non_finite()) is not None:
             raise NonFiniteError(
-                f"{side}_step: the gradient of {step.name(step.at)} is not finite, and {optimizer.broken} (the last "
+                f"{side}_step: the gradient of {name} is not finite, and {optimizer.broken} (the last "
                 f"was {step.name(step.made[-1])}): go on from a checkpoint, with a lower learning rate or forget_alpha"
             ) from None
         raise
@@ -123,17 +82,19 @@ class _Pass:
     def name(self, i: int) -> str:
         return self.optimizer._names()[i]
 
-    def take(self, i: int, gradient: Tensor) -> None:
-        if gradient.layout != torch.strided:
-            raise InputError(f"{self.op}: the gradient of {self.name(i)} is sparse; make it dense with .to_dense()")
-        own = self.gradients[self.side]
-        (own[i],) = self.optimizer._aligned(self.op, [gradient], [self.parameters[i]])
-        try:
-            self.use(i)
-        finally:
+    def take(self, gradients: dict[int, Tensor]) -> None:
+        for i, gradient in gradients.items():
+            if gradient.layout != torch.strided:
+                raise InputError(f"{self.op}: the gradient of {self.name(i)} is sparse; make it dense with .to_dense()")
+        own, found = self.gradients[self.side], list(gradients)
+        aligned = self.optimizer._aligned(self.op, list(gradients.values()), [self.parameters[i] for i in found])
+        for i, gradient in zip(found, aligned, strict=True):
+            own[i] = gradient
+        self.use(found)
+        for i in found:
             own[i] = None
 
-    def use(self, i: int) -> None:
+    def use(self, found: list[int]) -> None:
         raise NotImplementedError
 
     def check_any(self, found: Collection[int]) -> None:
@@ -146,17 +107,18 @@ class _Norm(_Pass):
         super().__init__(optimizer, side)
         self.found: dict[int, Any] = {}  # the weighted square, and how many entries are not finite
 
-    def use(self, i: int) -> None:
+    def use(self, found: list[int]) -> None:
         optimizer = self.optimizer
-        forget, retain = ([g[i]] if g[i] is not None else () for g in self.gradients.values())
-        bits = [optimizer.mask_bits[i]] if self.masked else ()
-        products = ops.gradient_products(forget, retain, bits, optimizer.mask_scope)
-        if self.parameters[i].device.type == "cpu":
-            products = products.tolist()
-            if products[3]:
-                optimizer._raise_non_finite(self.op, self.parameters, *self.gradients.values(), self.masked)
-        square = products[0 if forget else 1] * self.places[i][0][f"{self.side}_weight"] ** 2
-        self.found[i] = square, products[3]
+        for i in found:
+            forget, retain = ([g[i]] if g[i] is not None else () for g in self.gradients.values())
+            bits = [optimizer.mask_bits[i]] if self.masked else ()
+            products = ops.gradient_products(forget, retain, bits, optimizer.mask_scope)
+            if self.parameters[i].device.type == "cpu":
+                products = products.tolist()
+                if products[3]:
+                    optimizer._raise_non_finite(self.op, self.parameters, *self.gradients.values(), self.masked)
+            square = products[0 if forget else 1] * self.places[i][0][f"{self.side}_weight"] ** 2
+            self.found[i] = square, products[3]
 
     def finish(self) -> None:
         """Summed in the parameters' order, not in that of their gradients."""
@@ -187,29 +149,45 @@ class _Step(_Pass):
         # Noise by place, not by the order in which gradients appear.
         self.seeds = {id(group): group["rounding_seed"] for group in optimizer.param_groups}
         self.made: list[int] = []
-        self.at = 0
 
-    def use(self, i: int) -> None:
-        from .optim import _Bucket
+    def first_non_finite(self) -> str | None:
+        """A name among the gradients at which the step ended, or None where something else was not finite."""
+        found = self.optimizer._first_non_finite(self.parameters, *self.gradients.values(), self.masked)
+        return None if found is None else found[1]
 
-        self.at = i
-        optimizer, (group, place) = self.optimizer, self.places[i]
-        count = self.states[i].get(f"{self.prefix}step", 0) + 1
-        bucket = _Bucket(group, [i], self.side == "forget", self.side == "retain", count, ())
-        if group["rounding_seed"] is not None:
-            group["rounding_seed"] = self.seeds[id(group)] + place
-        both = (*self.gradients.values(),)
-        clips, skip = optimizer._clip(self.op, self.parameters, *both, [bucket], self.masked)
-        if self.limit is not None:  # that was of one gradient
+    def use(self, found: list[int]) -> None:
+        optimizer, both = self.optimizer, (*self.gradients.values(),)
+        buckets = self._buckets(found)
+        clips, skip = optimizer._clip(self.op, self.parameters, *both, buckets, self.masked)
+        if self.limit is not None:  # that was of some gradients
             clips, skip = (self.clip, self.clip), self.skip
         else:
             self.skip = self.skip | skip
-        optimizer._step_bucket(
-            bucket, self.parameters, self.states, *both, self.rule, self.prefix, self.masked, clips, skip,
-            self.interpolate, self.side == "forget",
-        )  # fmt: skip
-        optimizer.in_parts |= self.limit is None  # else none moves where one gradient is not finite
-        self.made.append(i)
+        for bucket in buckets:
+            group = bucket.group
+            if group["rounding_seed"] is not None:
+                group["rounding_seed"] = self.seeds[id(group)] + self.places[bucket.indices[0]][1]
+            optimizer._step_bucket(
+                bucket, self.parameters, self.states, *both, self.rule, self.prefix, self.masked, clips, skip,
+                self.interpolate, self.side == "forget",
+            )  # fmt: skip
+            optimizer.in_parts |= self.limit is None  # else none moves where one gradient is not finite
+            self.made += bucket.indices
+
+    def _buckets(self, found: list[int]) -> list[_Bucket]:
+        """What a call may take together: of one group and count, and alone where the noise goes by place."""
+        from .optim import _Bucket
+
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for i in found:
+            group = self.places[i][0]
+            count = self.states[i].get(f"{self.prefix}step", 0) + 1
+            alone = i if group["rounding_seed"] is not None else None
+            members.setdefault((id(group), count, self.parameters[i].device, alone), []).append(i)
+        return [
+            _Bucket(self.places[some[0]][0], some, self.side == "forget", self.side == "retain", count, ())
+            for (_, count, _, _), some in members.items()
+        ]
 
     def finish(self) -> None:
         """Once for all parameters: what closes a step and a round."""

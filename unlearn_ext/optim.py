@@ -540,24 +540,27 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         return (clips[0], clips[1]), skip
 
     def _raise_non_finite(self, op, parameters, forget, retain, masked) -> None:
+        found = self._first_non_finite(parameters, forget, retain, masked)
+        where = "a gradient is not finite in the part of it that another rank holds"
+        if found is not None:
+            where = f"the {found[0]} gradient of {found[1]} is not finite"
+        raise NonFiniteError(
+            f"{op}: {where} and no weight was changed: lower the learning rate or forget_alpha, or set max_norm"
+        )
+
+    def _first_non_finite(self, parameters, forget, retain, masked) -> tuple[str, str] | None:
+        """The side and the name of a gradient that is not finite where it counts."""
         parameters = all_local(parameters)
         for i, name in enumerate(self._names()):
             for part, gradient in (("forget", forget[i]), ("retain", retain[i])):
                 if gradient is None or torch.isfinite(gradient).all():
                     continue
-                kept = masked and (part == "forget" or self.mask_scope == "all")
-                if kept:
+                if masked and (part == "forget" or self.mask_scope == "all"):
                     keep = ops.unpack_bits([self.mask_bits[i]], [parameters[i]])[0]
                     if torch.isfinite(torch.where(keep, gradient, 0)).all():
                         continue
-                raise NonFiniteError(
-                    f"{op}: the {part} gradient of {name} is not finite and no weight was changed: lower the learning "
-                    "rate or forget_alpha, or set max_norm"
-                )
-        raise NonFiniteError(
-            f"{op}: a gradient is not finite in the part of it that another rank holds, and no weight was changed: "
-            "lower the learning rate or forget_alpha, or set max_norm"
-        )
+                return part, name
+        return None
 
     def _step_bucket(
         self, bucket, parameters, states, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only

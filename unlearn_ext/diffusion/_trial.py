@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._in_backward import consuming
+from .._arriving import consuming
 from ..errors import is_out_of_memory
 
 __all__ = ["Trial", "held_tensors", "try_batch", "try_samples"]

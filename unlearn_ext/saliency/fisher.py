@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._arguments import check_count, check_number
-from .._in_backward import clip_factor, consuming
+from .._arriving import arriving, consuming
+from .._in_backward import clip_factor
 from .._modes import evaluating
 from .._names import trainable, unwrapped
 from .._parts import map_tensors, own_part
@@ -20,7 +21,6 @@ from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
 from .._streams import in_step
 from ..errors import InputError, NonFiniteError
-from ._arriving import arriving
 from ._parts import in_parts
 
 if TYPE_CHECKING:
@@ -198,10 +198,14 @@ class FisherDiagonal:
                 loss.backward(retain_graph=True)
             weight = self._weight(sum(squares[i] for i in sorted(squares)))
 
-        def take(gradients: dict[str, Tensor]) -> None:
-            self._add([self.sums[name] for name in gradients], list(gradients.values()), weight)
+        seen: set[str] = set()
 
-        with arriving(self._parameters, take) as seen:
+        def take(gradients: dict[int, Tensor]) -> None:
+            found = [names[i] for i in gradients]
+            seen.update(found)
+            self._add([self.sums[name] for name in found], list(gradients.values()), weight)
+
+        with arriving(parameters, names.__getitem__, take):
             loss.backward()
         return seen
 

@@ -18,7 +18,7 @@ from . import network
 from .memory import peaks
 from .ours import Ours
 from .rivals import Plain, Tuned, faster_adamw
-from .ways import SIDES, Bench, Way
+from .ways import SIDES, Bench, Passes, Way
 
 __all__ = ["DTYPES", "IMPLEMENTATIONS", "STAGES", "Measured", "Settings", "measure"]
 
@@ -32,6 +32,7 @@ IMPLEMENTATIONS = (
     "ours, per sample",
     "ours, compiled",
     "tuned, compiled",
+    "passes",
 )
 DTYPES = ("float32", "bfloat16", "autocast")
 
@@ -68,7 +69,7 @@ class Settings:
     checkpointing: bool = False
     repeats: int = 9
     stages: Sequence[str] = STAGES
-    implementations: Sequence[str] = IMPLEMENTATIONS[:-1]
+    implementations: Sequence[str] = IMPLEMENTATIONS
     compiler: str = "inductor"
     seed: int = 0
 
@@ -162,6 +163,8 @@ class _Measuring:
         bench = self.compiled if name.endswith("compiled") else self.bench
         if name == "plain":
             return Plain(bench)
+        if name == "passes":
+            return Passes(bench)
         if name.startswith("tuned"):
             return Tuned(bench, self.adamw)
         chunk = self.settings.chunk if name == "ours, per sample" else None
@@ -174,7 +177,9 @@ class _Measuring:
         without = set() if exact else {"ours, per sample"}
         compiled = {name for name in asked if name.endswith("compiled")}
         if stage == "mask":  # which has neither gradients nor anything to compile
-            without |= compiled | {"ours, in backward"}
+            without |= compiled | {"ours, in backward", "passes"}
+        if stage == "memory":
+            without |= {"passes"}
         if stage == "memory" and self.bench.device.type == "cpu":  # compiled programs are not seen
             without |= compiled
         return [name for name in IMPLEMENTATIONS if name in asked - without]
@@ -296,6 +301,7 @@ class _Measuring:
         weights = [p.detach() for p in self.bench.parameters]
         tolerance = (_TOLERANCE if self.settings.dtype == "float32" else _COARSE)[stage]
         state = weights if stage == "iteration" else []
+        runs = {name: run for name, run in runs.items() if name != "passes"}  # they make nothing
         work = Work(
             stage,
             "adamw",

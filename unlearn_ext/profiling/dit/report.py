@@ -82,6 +82,8 @@ def show(measured: Measured, name: str, console: Console | None = None) -> None:
             if row["stage"] == stage and row["first_call_s"] is not None:
                 console.print(f"{row['implementation']}: first call {row['first_call_s']:.1f} s, compilation included")
     notes = ["ours is: how many times as fast as that row, by medians.", f"tuned takes AdamW({measured.adamw}=True)."]
+    if any("passes" in ways for ways in measured.seconds.values()):
+        notes.append("passes: forward and backward alone, which all ways but the compiled ones have in common.")
     if "fisher" in measured.seconds:
         notes.append("ours, per sample: of a sample, in one batch of as many as the others have batches of 1.")
     notes.append(f"Memory: {COUNTED[settings.device.type]}; with weights, and what earlier stages left.")

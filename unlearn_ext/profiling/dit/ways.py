@@ -15,7 +15,7 @@ from ..._names import trainable
 from ...methods import SFRon
 from ...tasks import Task
 
-__all__ = ["SIDES", "Bench", "Way"]
+__all__ = ["SIDES", "Bench", "Passes", "Way"]
 
 SIDES = ("forget", "retain")
 
@@ -106,3 +106,38 @@ class Way(ABC):
     @abstractmethod
     def retain_step(self) -> None:
         """Forward, backward, step."""
+
+
+class Passes(Way):
+    """Forward and backward passes alone, which all ways make: what is left where the rest costs nothing."""
+
+    def start_fisher(self) -> None:
+        pass
+
+    def fisher(self, side: str, batches: Sequence[Any]) -> None:
+        for batch in batches:
+            self.bench.fisher_loss(batch).backward()
+            self.bench.clear()
+
+    def sums(self, side: str) -> dict[str, Tensor]:
+        return {}
+
+    def mask(self) -> None:
+        pass
+
+    def kept(self) -> dict[str, Tensor]:
+        return {}
+
+    def adopt(self, masks: dict[str, Tensor]) -> None:
+        pass
+
+    def start_steps(self) -> None:
+        pass
+
+    def forget_step(self) -> None:
+        self.bench.losses(self.bench.forget).mean().backward()
+        self.bench.clear()
+
+    def retain_step(self) -> None:
+        self.bench.losses(self.bench.retain).mean().backward()
+        self.bench.clear()
