@@ -22,7 +22,7 @@ from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext._names import trainable, unwrapped
 from unlearn_ext._shards import full, local, part_like
 from unlearn_ext.errors import UnlearnError
-from unlearn_ext.methods import SFRon
+from unlearn_ext.methods import SFRon, find
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
@@ -157,6 +157,44 @@ def fraction(wrapper: str | None, directory: Path) -> dict[str, Any]:
 @case
 def accumulated(wrapper: str | None, directory: Path) -> dict[str, Any]:
     return go(wrapper, arguments={"gradient_accumulation_steps": 2, "ema_decay": 0.8})
+
+
+@case
+def methods(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Those that take more than SFR-on does."""
+    settings = {"rule": "momentum", "momentum": 0.5, "lr": 0.05, "iterations": 6}
+    found: dict[str, Any] = {}
+    torch.manual_seed(1)
+    random_model = Network().double()
+    for name, changes in (
+        ("gradient_ascent", {}),
+        ("projected", {"max_norm": 0.5}),
+        ("salun", {"mask_fraction": 0.4}),
+        ("scrub", {"epochs": 2, "msteps": 1}),
+        ("bad_teacher", {"random_model": random_model}),
+        ("nabla_tau", {}),
+        ("ug_clu", {"gamma": 0.5}),
+    ):
+        method, data, model = find(name)(**{**settings, **changes}), sets(), network(wrapper)
+        data |= {"learn": batches(2, 7, 6)} if method.learns else {}
+        data |= {"unseen": batches(2, 3, 7)} if method.needs_unseen else {}
+        own = directory / f"methods-{name}-{wrapper}-{ranks()}"
+        try:
+            result = Unlearner(model, Classification(), method).run(**data, output_dir=own, checkpointing_steps=4)
+        except UnlearnError as error:
+            found[name] = {"error": str(error)}
+        else:
+            found[name] = {"weights": weights(model), "history": result.history, "protection": result.protection}
+    if "weights" in found["scrub"]:
+        model = network(wrapper)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)  # its teacher is not the model that resumes
+        resume = directory / f"methods-scrub-{wrapper}-{ranks()}" / "checkpoint-4"
+        method = find("scrub")(**settings | {"epochs": 2, "msteps": 1})
+        Unlearner(model, Classification(), method).run(**sets(), resume_from_checkpoint=resume)
+        found["scrub resumed"] = weights(model)
+    return found
 
 
 @case
@@ -377,6 +415,15 @@ def accelerated(wrapper: str | None, directory: Path) -> dict[str, Any]:
     return go(None, model=model, data=data, arguments={"split_batches": False})
 
 
+def other_teachers(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    torch.manual_seed(rank())
+    try:
+        Unlearner(network("ddp"), Classification(), find("bad_teacher")(random_model=Network().double()))
+    except UnlearnError as error:
+        return {"error": str(error)}
+    raise AssertionError("nothing was noticed")
+
+
 def partly_sharded(wrapper: str | None, directory: Path) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
@@ -435,6 +482,7 @@ def lost(wrapper: str | None, directory: Path) -> dict[str, Any]:
 
 # Not done by all wrappers in one launch.
 OTHERS = {f.__name__: f for f in (duplicates, unwrapped_model, accelerated, lost, partly_sharded, uneven)}
+OTHERS["other_teachers"] = other_teachers
 OTHERS |= {f.__name__: f for f in (sampled_before, continued)}
 
 

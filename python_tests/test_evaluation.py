@@ -5,7 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from unlearn_ext.evaluation import accuracy, average_gap, entropy_mia, js_divergence, kl_divergence, predict
+from unlearn_ext.evaluation import (
+    Parts,
+    accuracy,
+    average_gap,
+    distance,
+    entropy_mia,
+    js_divergence,
+    kl_divergence,
+    knowledge,
+    predict,
+)
 
 
 def logits_of(*rows):
@@ -241,3 +251,25 @@ def test_predict_refuses_empty_batches_and_odd_outputs():
         predict(Linear(), [])
     with pytest.raises(ValueError, match=r"expected logits of shape \[4, classes\].*got a .*\[8\]"):
         predict(nn.Flatten(0), [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))])
+
+
+# ------------------------------------------------------------------------------------------------- the verdict
+
+
+def test_knowledge_and_distance_by_hand():
+    """Two classes, of which class 1 is forgotten: its test sample counts in TA alone."""
+    sure, unsure, wrong = (0.9, 0.1), (0.5, 0.5), (0.2, 0.8)
+    retain = logits_of(sure, sure, sure, wrong)
+    test = logits_of(unsure, sure, unsure)
+    labels = Parts(torch.tensor([1, 1]), torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 0]))
+    kept = torch.tensor([True, False, True])
+    known = knowledge(Parts(logits_of(wrong, sure), retain, test), labels, kept)
+    assert {key: known[key] for key in ("FA", "UA", "RA", "TA", "TA_retained")} == pytest.approx(
+        {"FA": 0.5, "UA": 0.5, "RA": 0.75, "TA": 2 / 3, "TA_retained": 1.0}
+    )
+    assert known["MIA_entropy"] == entropy_mia(retain, test[kept], logits_of(wrong, sure)) == 1.0
+    retrained = {"FA": 0.0, "RA": 1.0, "TA": 0.1, "TA_retained": 0.9, "MIA_entropy": 0.6}
+    found = distance(known, logits_of(wrong, sure), retrained, logits_of(sure, sure))
+    assert found["gap"] == pytest.approx((0.5 + 0.25 + 0.1 + 0.4) / 4)
+    assert found["KL"] == pytest.approx((0.9 * math.log(0.9 / 0.2) + 0.1 * math.log(0.1 / 0.8)) / 2)
+    assert found["JS"] == pytest.approx(js_divergence(logits_of(sure, sure), logits_of(wrong, sure)))

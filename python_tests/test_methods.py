@@ -161,7 +161,11 @@ def test_text_that_is_no_method(spec, words) -> None:
 
 def test_the_readme_holds_the_table() -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "unlearn_ext.methods"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-m", "unlearn_ext.methods"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        cwd=ROOT,
     ).stdout
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     begin, end = "<!-- methods: python -m unlearn_ext.methods -->\n", "<!-- /methods -->\n"
@@ -178,3 +182,38 @@ def test_a_method_says_why_it_does_not_run_on_a_task() -> None:
         InputError, match="ascent does not run on class-conditional diffusion, only on classification: it"
     ):
         Unlearner(make(), Elsewhere(), Ascent(rule="sgd", lr=0.1))
+
+
+# --- Presets --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_presets_and_rows_are_whole(name) -> None:
+    method = METHODS[name]
+    parse(name)
+    for preset in method.presets:
+        assert parse(f"{name}@{preset}") == method.preset(preset)
+    row = method.row
+    assert all((row.saliency, row.forget_term, row.retain_term, row.geometry, row.source)) and row.tasks
+    assert (row.forget_term == "none") == (not method.forgets) and (row.retain_term == "none") == (not method.retains)
+
+
+def test_ablations_leave_out_what_their_names_say() -> None:
+    whole = parse("sfron@cifar10-resnet18")
+    assert (whole.update, whole.lambd, whole.gamma) == ("sequential", 0.5, 1.0)
+    for preset, expected in (
+        ("r", ("joint", 0.0, None)),
+        ("r-on", ("sequential", 0.0, None)),
+        ("fr-on", ("sequential", 0.5, None)),
+    ):
+        part = parse(f"sfron@cifar10-resnet18-{preset}")
+        assert (part.update, part.lambd, part.gamma) == expected
+        assert (part.forget_alpha, part.lr, part.iterations) == (25.0, 0.01, 1500)
+    dual = parse("sfron@cifar10-resnet18-dual")
+    assert (dual.dual_state, dual.forget_rule, dual.forget_lr, dual.rule, dual.lr) == (
+        True,
+        "adam",
+        1e-4,
+        "momentum",
+        0.01,
+    )

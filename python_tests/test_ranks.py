@@ -86,7 +86,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("ranks", WORLDS)
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"fisher", "optimizer_alone"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"fisher", "optimizer_alone", "methods"}))
 def test_ranks_give_what_one_process_gives(results, alone, name, ranks, wrapper):
     found = json.loads((results / f"{name}-{wrapper}-{ranks}.json").read_text())
     expected = json.loads(json.dumps(alone(name)))
@@ -112,6 +112,26 @@ def test_the_optimizer_alone_clips_by_the_norm_of_all_ranks(results, alone, rank
     found = json.loads((results / f"optimizer_alone-{wrapper}-{ranks}.json").read_text())
     assert 0 < found["clip"] < 1
     assert_same(found, alone("optimizer_alone"))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_every_method_gives_what_one_process_gives_or_says_why_not(results, alone, ranks, wrapper):
+    found = json.loads((results / f"methods-{wrapper}-{ranks}.json").read_text())
+    expected = json.loads(json.dumps(alone("methods")))
+    assert not any("error" in one for one in expected.values())
+    refused = {"nabla_tau": "a function of a whole batch's mean loss, which does not add up over ranks"}
+    if wrapper == "fsdp":
+        refused |= {"salun": "ranks the gradients of whole weights, and these are sharded"}
+        refused |= dict.fromkeys(("scrub", "bad_teacher"), "a frozen copy of the model beside it")
+    for name, words in refused.items():
+        assert words in found.pop(name)["error"]
+        expected.pop(name)
+    if wrapper == "fsdp":
+        del expected["scrub resumed"]
+    else:
+        assert found["scrub resumed"] == found["scrub"]["weights"]
+    assert_same(found, expected)
 
 
 def test_what_the_cases_are_about(alone):
@@ -183,6 +203,7 @@ def test_a_part_of_a_checkpoint_that_is_missing_is_noticed(results, tmp_path, wr
 def others(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("others")
     names = ("unwrapped_model", "duplicates", "accelerated", "partly_sharded", "uneven", "sampled_before")
+    names += ("other_teachers",)
     launch(2, "rank_cases.py", directory, *names)
     return directory
 
@@ -190,6 +211,11 @@ def others(tmp_path_factory) -> Path:
 def test_a_model_that_is_sharded_in_part_is_refused(others):
     error = json.loads((others / "partly_sharded-ddp-2.json").read_text())["error"]
     assert error.startswith("scale is whole on every rank where other weights are sharded, and nothing averages")
+
+
+def test_ranks_that_have_different_random_networks_are_told(others):
+    error = json.loads((others / "other_teachers-ddp-2.json").read_text())["error"]
+    assert error == "the ranks were given different networks as random_model: seed it, or load it from a file"
 
 
 def test_sets_of_different_lengths_are_told_on_all_ranks(others):

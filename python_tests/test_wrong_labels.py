@@ -45,6 +45,13 @@ def test_labels_are_wrong_and_evenly_drawn() -> None:
     assert 0.3 < (other == wrong).double().mean() < 0.37
 
 
+def test_every_number_of_a_sample_has_its_part() -> None:
+    """Images that are black but for one pixel, each in another place."""
+    images = torch.eye(50).view(50, 2, 5, 5)
+    counts = torch.bincount(drawn((images, torch.zeros(50, dtype=torch.int64))), minlength=4)
+    assert counts[0] == 0 and counts[1:].min() >= 8
+
+
 def test_a_sample_keeps_its_label_in_any_order_batch_and_part() -> None:
     images, labels = samples(40, seed=2)
     wrong = drawn((images, labels))

@@ -104,7 +104,8 @@ class Loop:
 
     def _generators(self) -> list[torch.Generator]:
         found: list[torch.Generator] = []
-        own = [generator for stream in self.streams.values() for generator in _rng.generators_of(stream.data)]
+        streams = [*self.streams.values(), *([] if self.unseen is None else [self.unseen])]
+        own = [generator for stream in streams for generator in _rng.generators_of(stream.data)]
         for generator in own + self.unlearner.task.generators():
             if all(generator is not other for other in found):
                 found.append(generator)
@@ -135,7 +136,7 @@ class Loop:
                 stream.check(document["streams"][saved].get(name), document["batches"][saved].get(name))
             _rng.check(document["rng"][saved], self._generators())
         for name, stream in self.streams.items():
-            stream.seek(document["streams"][saved][name])
+            stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
         _checkpoint.restore(checkpoint, self.model, self.optimizer, averages, self._teacher_tensors())
         self.method.load_state(document["method"])
@@ -336,7 +337,7 @@ class Loop:
     @torch.no_grad()
     def _look_at_unseen(self) -> float:
         """The mean loss on unseen data, in eval mode. The run's random numbers go on as if nothing had been drawn."""
-        generators = self._generators() + _rng.generators_of(self.unseen.data)
+        generators = self._generators()
         state = _rng.capture(generators)
         totals = torch.zeros(2, dtype=torch.float64, device=self.unlearner.device)
         with evaluating(self.model):

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ._hashing import weights_hash
 from ._names import trainable, unwrapped
+from ._ranks import Ranks
 from ._shards import is_sharded
 from .errors import InputError
 
@@ -32,7 +34,7 @@ def make_teachers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     return {name: teacher.to(device) for name, teacher in found.items()}
 
 
-def check_teachers(model: nn.Module, method: Method) -> None:
+def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
     """Raises InputError where the teachers cannot be made; makes none."""
     asked = {method.forget_teacher, method.retain_teacher} - {None}
     if asked and any(map(is_sharded, model.parameters())):
@@ -40,7 +42,11 @@ def check_teachers(model: nn.Module, method: Method) -> None:
             f"{method.name} keeps a frozen copy of the model beside it, which is not made of sharded weights: use "
             "DistributedDataParallel, or one process"
         )
-    if "random" in asked and method.random_model is None:
+    if "random" in asked and method.random_model is not None:
+        given = ranks.gather_objects(weights_hash(method.random_model.state_dict().items()))
+        if len(set(given)) > 1:
+            raise InputError("the ranks were given different networks as random_model: seed it, or load it from a file")
+    elif "random" in asked:
         for name, module in unwrapped(model).named_modules():
             own = [*module.parameters(recurse=False)]
             if own and not callable(getattr(module, "reset_parameters", None)):

@@ -176,7 +176,7 @@ class Unlearner:
         self.device = self._named[0][1].device
         self.ranks, self.split_batches = Ranks.of(model), split_batches
         self._check_ranks(mixed_precision)
-        check_teachers(model, method)
+        check_teachers(model, method, self.ranks)
         self.mixed_precision = mixed_precision
         self._half = PRECISIONS[mixed_precision]
 

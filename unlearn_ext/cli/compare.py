@@ -22,8 +22,8 @@ class Settings(str, Enum):
 
 def compare(
     methods: Annotated[
-        str, typer.Option(help="With commas; name or name:setting=value,setting=value for each.")
-    ] = "sfron",
+        str, typer.Option(help="With commas: name, or name:setting=value,setting=value; all of them unless given.")
+    ] = "all",
     settings: Annotated[
         Settings, typer.Option(help="A method's tuned settings where it has some, or its published ones.")
     ] = Settings.tuned,

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..methods import find, parse
-from .runners import MethodRunner, Runner
+from ..methods import available, find, parse
+from ..methods.spec import read_settings
+from ..methods.ssd import SSD
+from ..tasks import Classification
+from .runners import DampeningRunner, MethodRunner, Runner
 from .tuned import TUNED
 
 __all__ = ["PUBLISHED", "SETTINGS", "choose", "complete", "split_list"]
@@ -15,6 +18,7 @@ __all__ = ["PUBLISHED", "SETTINGS", "choose", "complete", "split_list"]
 SETTINGS = ("tuned", "published")
 # Of a method with presets: that of the published experiment which is nearest to this one. Of others: their defaults.
 PUBLISHED = "cifar10-resnet18"
+ALL = "all"
 
 
 def split_list(text: str) -> list[str]:
@@ -36,7 +40,7 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     """A runner for each ``name``, ``name:key=value,...`` or ``name@preset``; what is given there goes before all else.
 
     Args:
-        texts: what :func:`split_list` gave.
+        texts: what :func:`split_list` gave; ``all``: each method that can be compared.
         settings: ``published``, or ``tuned``: those of :data:`~unlearn_ext.comparison.tuned.TUNED` for the text or,
             where it has none, for the method of that name, and the published ones where it has none of either.
         scenario: ``random`` or ``class``, for which the settings were tuned.
@@ -46,19 +50,29 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     """
     if settings not in SETTINGS:
         raise InputError(f"--settings: expected {' or '.join(SETTINGS)}, got {settings!r}")
-    return [_runner(text, TUNED[scenario] if settings == "tuned" else {}) for text in texts]
+    named = [name for text in texts for name in (_comparable() if text == ALL else [text])]
+    return [_runner(text, TUNED[scenario] if settings == "tuned" else {}) for text in named]
+
+
+def _comparable() -> list[str]:
+    """Methods that run on a classifier and take no data that a comparison has not."""
+    methods = available()[0].items()
+    return [name for name, kind in methods if Classification.kind in kind.row.tasks and not kind.learns] + [SSD.name]
 
 
 def complete(text: str, settings: Mapping[str, Any]) -> str:
     """The text with its method's published preset, if it names none, and with the settings that it does not give."""
     head, colon, rest = text.partition(":")
-    name = head.partition("@")[0].strip()
+    name, _, preset = (part.strip() for part in head.partition("@"))
     if colon and not rest.strip():
         return text  # an error that parse() words
-    if "@" not in head and PUBLISHED in find(name).presets:
-        head = f"{name}@{PUBLISHED}"
+    presets = {} if name == SSD.name else find(name).presets
+    if not preset and PUBLISHED in presets:
+        head = f"{name}@{(preset := PUBLISHED)}"
     given = _pieces(rest)
     keys = {piece.partition("=")[0].strip() for piece in given}
+    if "iterations" in keys and "epochs" not in keys and presets.get(preset, {}).get("epochs") is not None:
+        settings = {**settings, "epochs": None}  # which would go before what is given
     given += [f"{key}={'none' if value is None else value}" for key, value in settings.items() if key not in keys]
     return f"{head}:{','.join(given)}" if given else head
 
@@ -68,7 +82,10 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]]) -> Runner:
     name, _, preset = (part.strip() for part in head.partition("@"))
     found = None if preset else tuned.get(text, tuned.get(name))
     origin = preset or ("published" if found is None else "tuned")
-    return MethodRunner(text, parse(complete(text, found or {})), origin)
+    whole = complete(text, found or {})
+    if head.strip() == SSD.name:  # not of the registry, whose methods make gradient steps
+        return DampeningRunner(text, SSD(**read_settings(SSD.name, SSD, whole.partition(":")[2])), origin)
+    return MethodRunner(text, parse(whole), origin)
 
 
 def _pieces(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import ops
 from ..data import Digits
-from ..errors import NonFiniteError
+from ..errors import InputError, NonFiniteError
 from ..evaluation import Parts, distance, knowledge, predict
 from .keys import machine, sources_hash
 from .oracles import ROLES, Oracles
@@ -21,7 +21,7 @@ from .protocol import Protocol
 from .records import Records
 from .runners import Runner
 from .splits import Samples, split_digits
-from .timing import now, warm_up
+from .timing import Seconds, stopwatch, warm_up
 
 __all__ = ["OneSeed"]
 
@@ -71,11 +71,11 @@ class OneSeed:
         found = self.records.read(self.seed, "references", self._ingredients)
         if found is None:
             found = {role: {"metrics": self._judge(self.oracles[role].model)} for role in ROLES}
-            retraining = self.oracles["retrained"].seconds
             for role, record in found.items():
-                seconds = 0.0 if role == "original" else self.oracles[role].seconds
-                record["metrics"] |= {"RTE": seconds, "RTE_share": seconds / retraining}
-                record["training_seconds"] = self.oracles[role].seconds
+                trained = self.oracles[role].seconds
+                seconds = Seconds() if role == "original" else trained
+                record["metrics"] |= seconds.metrics(self.oracles["retrained"].seconds)
+                record["training_seconds"] = trained.clock
             self.records.write(self.seed, "references", self._ingredients, found)
         return found
 
@@ -112,7 +112,6 @@ class OneSeed:
         protocol, seed, split, device = self.protocol, self.seed, self.split, self.protocol.device
         self.progress(f"seed {seed}: {runner.label}", 0, None)
         model = copy.deepcopy(self.oracles["original"].model)
-        retraining = self.oracles["retrained"].seconds
 
         def batches(samples: Samples, offset: int):
             return samples.to(device).batches(protocol.batch_size, seed + offset)
@@ -122,15 +121,14 @@ class OneSeed:
         warm_up(protocol.batch_size, device)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            started = now(device)
             try:
-                summary = runner(model, forget, retain, held_out, seed)
-            except NonFiniteError as error:  # settings may be too strong: that is a result, too
+                with stopwatch(device) as seconds:
+                    summary = runner(model, forget, retain, held_out, seed)
+            except (InputError, NonFiniteError) as error:  # settings may not suit a seed: that is a result, too
                 return {"failed": str(error), "metrics": {}}
-            seconds = now(device) - started
-        if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
+        if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
             return {"failed": "weights are inf or NaN after the run", "metrics": {}}
-        metrics = self._judge(model) | {"RTE": seconds, "RTE_share": seconds / retraining}
+        metrics = self._judge(model) | seconds.metrics(self.oracles["retrained"].seconds)
         return {"metrics": metrics, "summary": summary}
 
     # --- Judging ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..demo.training import train_classifier
 from .keys import file_key, machine, sources_hash, tensor_hash
 from .protocol import Protocol
 from .splits import Samples, Split
-from .timing import now, warm_up
+from .timing import Seconds, stopwatch, warm_up
 
 __all__ = ["ROLES", "Oracles", "Trained"]
 
@@ -37,7 +37,7 @@ class Trained:
     """A model in eval mode, and the seconds that its training took, when it was trained."""
 
     model: nn.Module
-    seconds: float
+    seconds: Seconds
 
 
 class Oracles:
@@ -104,27 +104,26 @@ class Oracles:
         data, protocol = self._samples(role), self.protocol
         stage = f"seed {self.seed}: training {role.replace('_', ' ')}"
         warm_up(protocol.batch_size, protocol.device)
-        started = now(protocol.device)
-        model = train_classifier(
-            self.network(ingredients["seed"]),
-            data.images,
-            data.labels,
-            epochs=protocol.epochs,
-            batch_size=protocol.batch_size,
-            seed=ingredients["seed"],
-            device=protocol.device,
-            progress=lambda done, total: self.progress(stage, done, total),
-        )
-        trained = Trained(model, now(protocol.device) - started)
+        with stopwatch(protocol.device) as seconds:
+            model = train_classifier(
+                self.network(ingredients["seed"]),
+                data.images,
+                data.labels,
+                epochs=protocol.epochs,
+                batch_size=protocol.batch_size,
+                seed=ingredients["seed"],
+                device=protocol.device,
+                progress=lambda done, total: self.progress(stage, done, total),
+            )
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         metadata = {
-            "seconds": repr(trained.seconds),
+            "seconds": json.dumps(asdict(seconds)),
             "weights_hash": weights_hash(tensors.items()),
             "ingredients": json.dumps(ingredients),
         }
         with atomic_path(path) as partial:
             save_file(tensors, partial, metadata)
-        return trained
+        return Trained(model, seconds)
 
     def _load(self, path: Path) -> Trained | None:
         """None where there is no file, or one that is damaged."""
@@ -140,8 +139,8 @@ class Oracles:
             if weights_hash(named) != metadata["weights_hash"]:
                 raise ValueError("its weights are not those that were written")
             model.load_state_dict(tensors)
-            seconds = float(metadata["seconds"])
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
+            seconds = Seconds(**json.loads(metadata["seconds"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             self.tell(f"{path.name} is damaged: trained again")
             return None
         return Trained(model.to(self.protocol.device).eval(), seconds)

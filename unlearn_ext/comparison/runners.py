@@ -11,11 +11,12 @@ from torch import nn
 
 from ..errors import InputError
 from ..methods import Method
+from ..methods.ssd import SSD
 from ..tasks import Classification
 from ..unlearner import Unlearner
 from .keys import class_hash
 
-__all__ = ["MethodRunner", "Runner"]
+__all__ = ["DampeningRunner", "MethodRunner", "Runner"]
 
 Batches = Iterable[Any]
 
@@ -77,7 +78,7 @@ class MethodRunner(Runner):
 
     def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:
         # A copy: a run may tell its method the number of iterations, or the loss on unseen data.
-        unlearner = Unlearner(model, Classification(), copy.deepcopy(self.method))
+        unlearner = Unlearner(model, Classification(seed=seed), copy.deepcopy(self.method))
         unseen = {"unseen": held_out} if self.needs_held_out else {}
         result = unlearner.run(forget, retain, **unseen)
         return {
@@ -87,5 +88,25 @@ class MethodRunner(Runner):
             "mask_density": result.mask.density if result.mask is not None else None,
             "moved_protected": result.moved_protected,
             "protection": result.protection,
+            "backend": result.backend,
+        }
+
+
+class DampeningRunner(Runner):
+    """Selective synaptic dampening, which makes no gradient step."""
+
+    def __init__(self, label: str, method: SSD, origin: str = "published"):
+        self.label, self.method, self.origin = label, method, origin
+
+    def settings(self) -> dict[str, Any]:
+        return {"method": self.method.name, **vars(self.method), "code": class_hash(SSD)}
+
+    def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:
+        result = self.method.run(model, Classification(seed=seed), forget, retain)
+        return {
+            "timings": result.timings,
+            "counts": result.counts,
+            "mask_density": result.mask.density,
+            "mean_factor": result.mean_factor,
             "backend": result.backend,
         }

@@ -11,8 +11,23 @@ from ..evaluation import RETAINED_GAP_KEYS
 
 __all__ = ["METRICS", "WARNING_RULE", "Deviation", "deviations", "noise_floor", "ranks", "spread", "summarise"]
 
-# All that is told of a model, in this order; RTE in seconds, RTE_share of the retrained model's training.
-METRICS = ("FA", "UA", "RA", "TA", "TA_retained", "MIA_entropy", "KL", "JS", "gap", "RTE", "RTE_share")
+# All that is told of a model: fractions, nats, and seconds of the clock (RTE) and the processor (CPU), also as a share
+# of the retrained model's training.
+METRICS = (
+    "FA",
+    "UA",
+    "RA",
+    "TA",
+    "TA_retained",
+    "MIA_entropy",
+    "KL",
+    "JS",
+    "gap",
+    "RTE",
+    "RTE_share",
+    "CPU",
+    "CPU_share",
+)
 
 _LEAST, _FLOORS = 0.01, 3.0
 WARNING_RULE = (

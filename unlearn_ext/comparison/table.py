@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
@@ -100,7 +101,7 @@ def _best(methods: dict[str, Any], retrained: dict[str, Any]) -> dict[str, set[s
 
 
 def _sentences(found: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
-    methods, floor = found["methods"], found["noise_floor"]
+    methods, floor, short = found["methods"], found["noise_floor"], _short_names(found["methods"])
     nothing = found["references"]["original"]["gap"]["mean"]
     sentences = [
         f"Two retrained models differ by {100 * floor['mean']:.2f} points, the noise floor; doing nothing is "
@@ -108,13 +109,13 @@ def _sentences(found: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
     ]
     if len(methods) > 1:
         sentences += [
-            f"Smallest gap: {name}, {_gap(methods[name])}, in {100 * methods[name]['RTE_share']['mean']:.0f} % of "
-            "retraining's time."
+            f"Smallest gap: {short[name]}, {_gap(methods[name])}, in {100 * methods[name]['RTE_share']['mean']:.0f} % "
+            "of retraining's time."
             for name in sorted(best["gap"])
         ]
     for kind in ("under", "over"):
         named = [
-            f"{name} ({', '.join(marks)})"
+            f"{short[name]} ({', '.join(marks)})"
             for name, row in methods.items()
             if (marks := [_mark(one) for one in row["warnings"] if one["kind"] == kind])
         ]
@@ -123,8 +124,14 @@ def _sentences(found: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
     for name, row in methods.items():
         if row["failed"]:
             seeds, reason = ", ".join(row["failed"]), next(iter(row["failed"].values()))
-            sentences.append(f"Warning: {name} has no mean, because it failed (seeds {seeds}): {reason}")
+            sentences.append(f"Warning: {short[name]} has no mean, because it failed (seeds {seeds}): {reason}")
     return sentences
+
+
+def _short_names(names: Iterable[str]) -> dict[str, str]:
+    """A method's name without its settings, where it stands in the table once."""
+    heads = {name: name.partition(":")[0] for name in names}
+    return {name: head if list(heads.values()).count(head) == 1 else name for name, head in heads.items()}
 
 
 def _mark(one: dict[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -13,14 +16,40 @@ from ..methods import SFRon
 from ..tasks import Classification
 from ..unlearner import Unlearner
 
-__all__ = ["now", "warm_up"]
+__all__ = ["Seconds", "stopwatch", "warm_up"]
 
 
-def now(device: str) -> float:
-    """Seconds, with all that was asked of the device done."""
+@dataclass
+class Seconds:
+    """Of the clock, and of the processor's work for this process, which others on the machine disturb less."""
+
+    clock: float = 0.0
+    cpu: float = 0.0
+
+    def metrics(self, retraining: Seconds) -> dict[str, float]:
+        """RTE and CPU, and what share of retraining's they are."""
+        return {
+            "RTE": self.clock,
+            "RTE_share": self.clock / retraining.clock,
+            "CPU": self.cpu,
+            "CPU_share": self.cpu / retraining.cpu,
+        }
+
+
+@contextlib.contextmanager
+def stopwatch(device: str) -> Iterator[Seconds]:
+    """Yields what is filled in when the block has ended and all that it asked of the device is done."""
+    found = Seconds()
+    _wait(device)
+    clock, cpu = time.perf_counter(), time.process_time()
+    yield found
+    _wait(device)
+    found.clock, found.cpu = time.perf_counter() - clock, time.process_time() - cpu
+
+
+def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @functools.cache

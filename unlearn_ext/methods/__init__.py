@@ -1,7 +1,7 @@
 """What to minimise, where, and on which schedule: one small file for each method."""
 
 from .bad_teacher import BadTeacher
-from .base import Method, Row
+from .base import Forgetting, Method, Row
 from .domains import DOMAINS
 from .esd import ESD
 from .finetune import Finetune
@@ -25,6 +25,7 @@ __all__ = [
     "UGCLU",
     "BadTeacher",
     "Finetune",
+    "Forgetting",
     "GradientAscent",
     "Method",
     "NablaTau",

@@ -13,7 +13,7 @@ from ..errors import InputError
 from .base import Method
 from .registry import find
 
-__all__ = ["parse"]
+__all__ = ["parse", "read_settings"]
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -40,20 +40,27 @@ def parse(spec: str, **defaults: Any) -> Method:
             f"{spec!r} ends where {'settings' if colon else 'a preset'} should follow: leave {colon or at} out"
         )
     method = find(name)
+    given = read_settings(name, method, rest)
     kinds = _kinds(method)
-    given: dict[str, Any] = {}
-    for part in _split(rest):
-        key, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or not key or not text:
-            raise InputError(f"{name}: expected key=value between commas, got {part.strip()!r}")
-        if key in given:
-            raise InputError(f"{name}: {key} is given twice")
-        given[key] = _value(name, key, text, kinds)
     known = {key: value for key, value in defaults.items() if key in kinds}
     if not preset:
         return method(**{**known, **given})
     of_preset = method.presets.get(preset, {})
     return method.preset(preset, **{**{k: v for k, v in known.items() if k not in of_preset}, **given})
+
+
+def read_settings(name: str, kind: type, text: str) -> dict[str, Any]:
+    """Arguments of a dataclass, which errors call ``name``, from ``key=value,...``, as :func:`parse` reads them."""
+    kinds = _kinds(kind)
+    given: dict[str, Any] = {}
+    for part in _split(text):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise InputError(f"{name}: expected key=value between commas, got {part.strip()!r}")
+        if key in given:
+            raise InputError(f"{name}: {key} is given twice")
+        given[key] = _value(name, key, value, kinds)
+    return given
 
 
 def _split(text: str) -> list[str]:
@@ -68,7 +75,7 @@ def _split(text: str) -> list[str]:
     return parts if text.strip() else []
 
 
-def _kinds(method: type[Method]) -> dict[str, Any]:
+def _kinds(method: type) -> dict[str, Any]:
     """What each setting may be, by name; those that text can give."""
     hints = get_type_hints(method)
     return {field.name: hints[field.name] for field in fields(method) if field.init}

@@ -60,6 +60,8 @@ class FisherDiagonal:
     Source: arXiv 2409.19732 and its released code.
     """
 
+    _NAME, _NUMBER = "Fisher", "a squared gradient"
+
     def __init__(
         self,
         model: nn.Module,
@@ -135,7 +137,7 @@ class FisherDiagonal:
             raise InputError(f"no trainable weight received a gradient from the {name} set: check the loss")
         if self._products(self.sums)[1] > 0:
             raise NonFiniteError(
-                f"Fisher of the {name} set: a squared gradient is not finite; check loss and precision"
+                f"{self._NAME} of the {name} set: {self._NUMBER} is not finite; check loss and precision"
             )
         return self
 
@@ -166,7 +168,7 @@ class FisherDiagonal:
             found = self.ranks.gather(torch.stack([mean.double() * own if count else own, own])).sum(0)
             mean = found[0] / found[1]
             loss = loss * (count * self.ranks.size / found[1]).to(loss.dtype)  # ranks are averaged alike
-        _check_finite(mean, where)
+        _check_finite(mean, self._NAME, where)
         if not loss.requires_grad:
             return
         if self.in_backward:
@@ -221,7 +223,7 @@ class FisherDiagonal:
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):
             gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
-            _check_finite(losses.mean(), where)
+            _check_finite(losses.mean(), self._NAME, where)
             samples = [{name: g[i].detach() for name, g in gradients.items()} for i in range(losses.shape[0])]
             weights = [self._weight_of(sample) for sample in samples]
             sums, rows = list(self.sums.values()), [list(sample.values()) for sample in samples]
@@ -263,9 +265,9 @@ class FisherDiagonal:
         return clip_factor(self.max_norm, square) ** 2 if math.isfinite(square) else 1.0
 
 
-def _check_finite(loss: Tensor, where: str) -> None:
+def _check_finite(loss: Tensor, name: str, where: str) -> None:
     if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"Fisher: the loss of {where} is {loss.item()}; check the data and the precision")
+        raise NonFiniteError(f"{name}: the loss of {where} is {loss.item()}; check the data and the precision")
 
 
 def _samples(batch: Any, start: int, stop: int) -> Any:

@@ -15,6 +15,8 @@ class GradientSum(FisherDiagonal):
     It streams as :class:`FisherDiagonal` does, and ``sums`` holds signed sums. Source: SalUn, arXiv 2310.12508.
     """
 
+    _NAME, _NUMBER = "Saliency", "a sum of gradients"
+
     @staticmethod
     def _add(sums: list[Tensor], gradients: list[Tensor], weight: float) -> None:
         for total, gradient in zip(sums, gradients, strict=True):

@@ -1,0 +1,111 @@
+"""benchmarks/tune_methods.py: what is drawn, which trial is the best, and going on from fewer trials."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from unlearn_ext.comparison.choosing import choose, complete
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tune_methods.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    found = importlib.util.spec_from_file_location("tune_methods", SCRIPT)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_draws_are_seeded_and_within_their_space(script) -> None:
+    space = {
+        "a": ("log", 1e-3, 1e-1), "b": ("log", 2, 60), "c": ("choice", 1, None, "x"), "d": 0.9, "e": None,
+        "f": ("together", {"g": 1, "h": 2}, {"g": 3, "h": 4}),
+    }  # fmt: skip
+    drawn = [script.draw(space, str(seed)) for seed in range(200)]
+    assert drawn[3] == script.draw(space, "3") and drawn[3] != drawn[4]
+    for one in drawn:
+        assert 1e-3 <= one["a"] <= 1e-1 and one["a"] == float(f"{one['a']:.3g}")
+        assert isinstance(one["b"], int) and 2 <= one["b"] <= 60
+        assert one["d"] == 0.9 and one["e"] is None and "f" not in one
+        assert (one["g"], one["h"]) in ((1, 2), (3, 4))
+    assert {one["c"] for one in drawn} == {1, None, "x"} and {one["g"] for one in drawn} == {1, 3}
+    assert 0.4 < sum(one["a"] < 1e-2 for one in drawn) / 200 < 0.6, "even in the logarithm"
+
+
+def test_every_draw_of_every_space_is_a_method(script) -> None:
+    for name, space in script.SPACES.items():
+        for trial in range(6):
+            settings = script.draw(space, f"random {name} {trial}")
+            (runner,) = choose([complete(name, settings)], "published", "random")
+            made = runner.settings()
+            assert {key: made[key] for key in settings} == settings
+
+
+def trial(gap, share, failed=()) -> dict:
+    spread = {"mean": gap, "std": 0.0, "values": [gap]}
+    row = dict.fromkeys(("FA", "RA", "TA", "MIA_entropy"), spread)
+    return {**row, "gap": spread, "CPU_share": {"mean": share, "std": 0.0, "values": [share]}, "failed": list(failed)}
+
+
+def test_the_best_trial_is_the_smallest_gap_within_the_time(script) -> None:
+    rows = {
+        "published": trial(0.01, 3.0), "slow": trial(0.02, 0.3), "good": trial(0.03, 0.2), "worse": trial(0.04, 0.1),
+        "broken": trial(None, None, ["inf"]),
+    }  # fmt: skip
+    found = {"methods": rows, "references": {"original": {"gap": 1}}, "noise_floor": 2}
+    drawn = [{}, {"lr": 1}, {"lr": 2}, {"lr": 3}, {"lr": 4}]
+    got = script.summary(found, drawn, 0.25)
+    assert got["best"]["settings"] == {"lr": 2} and got["published"]["gap"]["mean"] == 0.01
+    assert [one["settings"] for one in got["trials"]] == drawn and got["trials"][4]["failed"] == ["inf"]
+    assert script.summary(found, drawn, 0.01)["best"] is None
+    assert script.summary({**found, "methods": {"a": rows["good"]}}, [{"lr": 2}], 0.25)["published"] is None
+
+
+@pytest.fixture
+def tune(script, tmp_path, monkeypatch, capsys):
+    """Runs the script, and gives its exit code and what it printed."""
+
+    def run(*further: str) -> tuple[int, str, str]:
+        options = [
+            "--seeds", "1", "--train-size", "100", "--held-out-size", "0", "--test-size", "100", "--epochs", "2",
+            "--cache-dir", tmp_path / "models", "--work-dir", tmp_path / "runs", "--json", tmp_path / "tuned.json",
+            "--cpu-limit", "1000", "--without-published", *further,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["tune_methods.py", *map(str, options)])
+        code = script.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_script_goes_on_from_fewer_trials(tune, script, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mlxtend")
+    for name in ("gradient_ascent", "finetune"):
+        monkeypatch.setitem(script.SPACES, name, script.space((1, 3)))
+    methods = ("--methods", "gradient_ascent,finetune")
+    assert tune(*methods, "--trials", "1")[0] == 0
+    first = json.loads((tmp_path / "tuned.json").read_text())
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
+    assert len(kept) == 3  # one trial of each, and what the models give
+    code, printed, _ = tune(*methods, "--trials", "2")
+    assert code == 0
+    second = json.loads((tmp_path / "tuned.json").read_text())
+    assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())
+    for name in ("gradient_ascent", "finetune"):
+        assert second["methods"][name]["trials"][0] == first["methods"][name]["trials"][0]
+        gaps = [one["gap"]["mean"] for one in second["methods"][name]["trials"]]
+        assert len(gaps) == 2 and second["methods"][name]["best"]["gap"]["mean"] == min(gaps)
+        assert second["protocol"]["seeds"] == [100]
+    assert tune("--show")[1] == printed and '"random": {' in printed and "finetune" in printed
+
+
+def test_what_has_no_space_is_refused(tune) -> None:
+    code, printed, errors = tune("--methods", "sfron:lambd=0.5")
+    assert code == 1 and not printed
+    assert errors.startswith("error: --methods: sfron:lambd=0.5 has no space to draw from: choose from finetune")
