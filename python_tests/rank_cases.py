@@ -144,6 +144,15 @@ def joint(wrapper: str | None, directory: Path) -> dict[str, Any]:
 
 
 @case
+def joint_in_buckets(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """Gradients that are views of DistributedDataParallel's buckets, which every backward pass writes anew."""
+    model = network(wrapper)
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model.module, gradient_as_bucket_view=True)
+    return go(wrapper, model=model, changes={"update": "joint", "rule": "momentum", "momentum": 0.9})
+
+
+@case
 def two_states(wrapper: str | None, directory: Path) -> dict[str, Any]:
     changes = {"dual_state": True, "forget_rule": "adam", "forget_lr": 0.003, "rule": "momentum", "momentum": 0.5}
     return go(wrapper, changes={**changes, "param_groups": {"head.*": {"lr": 0.002}}})

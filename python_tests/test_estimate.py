@@ -156,6 +156,8 @@ LESS = [
     {"fisher_storage": "disk"},
     {"weights_dtype": "bfloat16"},
     {"weights_dtype": "bfloat16", "optimizer_in_backward": True, "fisher_storage": "disk"},
+    {"mask_fraction": 0.3},
+    {"mixed_precision": "bf16"},
 ]
 
 

@@ -321,6 +321,31 @@ def test_small_gradients_share_a_call(monkeypatch) -> None:
     assert_same(*found)
 
 
+def test_a_compiled_model_is_passed_twice() -> None:
+    """Where norms are measured first; a program that was compiled for one pass is told."""
+    settings = {"rule": "momentum", "lr": 0.02, "momentum": 0.9, "iterations": 3, "gamma": 0.9}
+    settings |= {"max_norm": 0.2, "fisher_max_norm": 0.5}
+    data, found = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}, []
+    for in_backward in (False, True):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = ConvNet()
+        compiled = torch.compile(model)
+        Unlearner(compiled, Classification(), SFRon(**settings), optimizer_in_backward=in_backward).run(**data)
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    torch.compiler.reset()
+    compiled = torch.compile(ConvNet())
+    optimizer = UnlearnOptimizer(compiled.named_parameters(), rule="sgd", lr=0.1, max_norm=1.0)
+    inputs, labels = data["forget"][0]
+    loss = nn.functional.cross_entropy(compiled(inputs), labels)
+    words = r"compiled for one pass: set torch\._functorch\.config\.donated_buffer"
+    with pytest.raises(InputError, match=words), optimizer.norm_in_backward("forget"):
+        loss.backward(retain_graph=True)
+
+
 def test_stochastic_rounding_draws_by_place_and_step() -> None:
     """Two weights of equal values and gradients draw different noise, and the order of backward is of no account."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["arriving", "consuming"]
+__all__ = ["arriving", "consuming", "keeping_graphs", "passing_twice"]
 
 # Bytes that wait for others, so that small tensors share a call: on the CPU few, as they are to be freed at once.
 _WAITING = {"cpu": 1 << 18}
@@ -86,3 +86,34 @@ def arriving(
     with consuming(parameters, name_of, arrived):
         yield
     flush()
+
+
+@contextlib.contextmanager
+def keeping_graphs(needed: bool = True) -> Iterator[None]:
+    """Backward passes that torch.compile makes in the block can be made twice over a graph: as a rule they overwrite
+    what the forward pass saved for them."""
+    if not needed:
+        yield
+        return
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
+@contextlib.contextmanager
+def passing_twice() -> Iterator[None]:
+    """Around the first of two backward passes over a graph, ``backward(retain_graph=True)``.
+
+    Raises:
+        InputError: the backward pass was compiled before, outside of :func:`keeping_graphs`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise InputError(
+            "a norm is measured in a backward pass of its own, and the model was compiled for one pass: set "
+            "torch._functorch.config.donated_buffer = False before its first pass (or call torch.compiler.reset() now)"
+        ) from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._arriving import arriving
+from ._arriving import arriving, passing_twice
 from .errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check_in_backward(method: Method, mixed_precision: str, gradient_accumulatio
 def measuring(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
     """The norm for a step that clips; :meth:`UnlearnOptimizer.norm_in_backward`."""
     norm = _Norm(optimizer, side)
-    with arriving(norm.parameters, norm.name, norm.take):
+    with passing_twice(), arriving(norm.parameters, norm.name, norm.take):
         yield
     norm.finish()
 

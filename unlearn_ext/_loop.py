@@ -271,6 +271,8 @@ class Loop:
         entry.update(forget_loss=torch.stack(means).mean(), alpha=self.method.strength(t), largest_share=largest)
         if self.method.update == "joint":
             gradients = [p.grad for p in self.parameters]
+            if getattr(self.model, "gradient_as_bucket_view", False):  # which the next backward pass writes to
+                gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
             self._clear()
             return gradients
         self._step("forget", entry)

@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from . import _checkpoint, ops
 from ._arguments import check_count, check_number
+from ._arriving import keeping_graphs
 from ._files import writable_directory
 from ._first_pass import first_pass
 from ._in_backward import check_in_backward
@@ -283,7 +284,7 @@ class Unlearner:
         alike = self.ranks if self.split_batches else ALONE
         streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
         result = Result(update=self.method.update, backend=ops.backend(self.device))
-        with self.ranks.watched():
+        with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
             if checkpoint is None:
                 if self.method.mask is not None:
                     self.method.mask.check_model(self._named)

@@ -194,12 +194,11 @@ def _memory(
             "Fisher sums": sums,
             "activations": max(0, trials.fisher.peak - gradients),
         }
-        count = sum(p.numel() for p in trained.values())
         found["mask"] = {**training, "Fisher sums": sums}
         if method.mask_fraction is not None:
-            found["mask"]["mask bits"] = 2 * words  # as they are found, and in the order of a file
-            # Those that are unpacked, and the zeros whose place they take.
-            found["mask"]["mask as bool"] = count + host(count)
+            found["mask"]["mask bits"] = words if on_host else 2 * words  # copied to the host as one tensor
+            # The order that ties are broken in.
+            found["mask"]["Fisher sums"] += _state_bytes(p for p in trained.values() if not p.is_contiguous())
         else:  # tensor by tensor
             found["mask"]["Fisher sums"] += max(_state_bytes([p]) for p in trained.values()) if away else 0
             found["mask"]["mask bits"] = host(words)

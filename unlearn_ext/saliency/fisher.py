@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._arguments import check_count, check_number
-from .._arriving import arriving, consuming
+from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._in_backward import clip_factor
 from .._modes import evaluating
 from .._names import trainable, unwrapped
@@ -117,7 +117,7 @@ class FisherDiagonal:
             for total in self.sums.values():
                 total.zero_()
             self.count = 0
-        with evaluating(self.model):
+        with evaluating(self.model), keeping_graphs(self.in_backward and self.max_norm is not None):
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
@@ -162,6 +162,7 @@ class FisherDiagonal:
         for p in self._parameters.values():
             p.grad = None
         loss = self.task.fisher_losses(self.model, batch).mean()
+        torch.clear_autocast_cache()  # an autocast around the whole pass would keep half copies of all weights
         mean = loss.detach()
         if self.ranks.size > 1:
             own = mean.new_full((), count, dtype=torch.float64)
@@ -194,7 +195,7 @@ class FisherDiagonal:
             def measure(i: int, gradient: Tensor) -> None:
                 squares[i] = float(ops.gradient_products([gradient])[0])
 
-            with consuming(parameters, names.__getitem__, measure):
+            with passing_twice(), consuming(parameters, names.__getitem__, measure):
                 loss.backward(retain_graph=True)
             weight = self._weight(sum(squares[i] for i in sorted(squares)))
 
