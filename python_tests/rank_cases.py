@@ -426,8 +426,9 @@ def accelerated(wrapper: str | None, directory: Path) -> dict[str, Any]:
 
 def other_teachers(wrapper: str | None, directory: Path) -> dict[str, Any]:
     torch.manual_seed(rank())
+    own = Network().double()
     try:
-        Unlearner(network("ddp"), Classification(), find("bad_teacher")(random_model=Network().double()))
+        Unlearner(network("ddp"), Classification(), find("bad_teacher")(random_model=own))
     except UnlearnError as error:
         return {"error": str(error)}
     raise AssertionError("nothing was noticed")

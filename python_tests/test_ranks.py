@@ -130,7 +130,7 @@ def test_every_method_gives_what_one_process_gives_or_says_why_not(results, alon
     if wrapper == "fsdp":
         del expected["scrub resumed"]
     else:
-        assert found["scrub resumed"] == found["scrub"]["weights"]
+        assert_same(found["scrub resumed"], found["scrub"]["weights"])  # DDP may group its sums anew
     assert_same(found, expected)
 
 
