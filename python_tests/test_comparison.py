@@ -135,7 +135,7 @@ def changed(**sizes) -> Protocol:
         {"protocol": changed(scenario="class")},
         {"protocol": changed(scenario="class", forget_class=4)},
     ],
-    ids=str,
+    ids=["original", "again", "seed", "data", "network", "epochs", "batch", "train", "fraction", "scenario", "class"],
 )
 def test_the_key_changes_with_each_ingredient(change, digits) -> None:
     assert key(digits) == key(digits)
