@@ -90,7 +90,8 @@ def test_sets_are_those_that_a_method_takes(name) -> None:
     needed = {"forget": method.forgets, "retain": method.retains, "learn": method.learns, "unseen": method.needs_unseen}
     for key, wanted in needed.items():
         chosen = {k: data for k, data in sets(name).items() if k != key} if wanted else {**sets(name), key: given[key]}
-        words = f"{name} takes a {key} set" if wanted else f"{name} has no use for a {key} set"
+        what = f"{'an' if key == 'unseen' else 'a'} {key} set"
+        words = f"{name} takes {what}" if wanted else f"{name} has no use for {what}"
         if wanted or key in ("learn", "unseen"):
             with pytest.raises(InputError, match=words):
                 run(make(), name, chosen)
@@ -271,13 +272,13 @@ def test_unseen_data_of_no_finite_loss() -> None:
     data = sets("nabla_tau")
     data["unseen"] = [(x * float("nan"), y) for x, y in data["unseen"]]
     model = make()
-    with pytest.raises(NonFiniteError, match="the mean loss on unseen data is not finite"):
+    with pytest.raises(NonFiniteError, match="a loss on unseen data is not finite"):
         run(model, "nabla_tau", data)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make().parameters(), strict=True))
 
 
 def test_what_does_not_add_up_over_batches() -> None:
-    with pytest.raises(InputError, match="nabla_tau takes a function of a whole batch's mean loss"):
+    with pytest.raises(InputError, match="nabla_tau takes a function of a whole batch's losses"):
         Unlearner(make(), Classification(), "nabla_tau", gradient_accumulation_steps=2)
 
 

@@ -120,7 +120,7 @@ def test_every_method_gives_what_one_process_gives_or_says_why_not(results, alon
     found = json.loads((results / f"methods-{wrapper}-{ranks}.json").read_text())
     expected = json.loads(json.dumps(alone("methods")))
     assert not any("error" in one for one in expected.values())
-    refused = {"nabla_tau": "a function of a whole batch's mean loss, which does not add up over ranks"}
+    refused = {"nabla_tau": "a function of a whole batch's losses, which does not add up over ranks"}
     if wrapper == "fsdp":
         refused |= {"salun": "ranks the gradients of whole weights, and these are sharded"}
         refused |= dict.fromkeys(("scrub", "bad_teacher"), "a frozen copy of the model beside it")

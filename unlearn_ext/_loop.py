@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _checkpoint, _rng
 from ._averages import Averages
+from ._calibrating import Calibrating
 from ._history import History, plain
 from ._modes import evaluating
 from ._names import unwrapped
@@ -97,6 +98,8 @@ class Loop:
             for side, scale in (scales.items() if unlearner.mixed_precision == "fp16" else ())
         }
         self.teachers = make_teachers(self.model, self.method)
+        calibration = getattr(self.method, "calibration", None)
+        self.calibrating = None if calibration is None else Calibrating(self, calibration)
         self.protected: list[int] | None = None
         decay = unlearner.ema_decay
         self.averages = None if decay is None else Averages(unlearner._named, decay)
@@ -176,10 +179,13 @@ class Loop:
                     self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
                 self.iteration += 1
                 stop, paused = False, 0.0
+                if self.calibrating is not None:
+                    stop = self.calibrating.after(self.iteration, self.iteration == method.iterations, entry)
                 if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
-                    stop, paused = self._evaluate(evaluate, entry)
+                    asked, paused = self._evaluate(evaluate, entry)
+                    stop |= asked
                 last = stop or self.iteration == method.iterations
-                if last or self.iteration % log_every == 0 or "evaluation" in entry:
+                if last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys():
                     self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
                     self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
                     self.forgetting = {}
@@ -192,6 +198,8 @@ class Loop:
                     self._save()
                     if checkpoints_total_limit is not None and self.ranks.first:
                         _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
+            if self.calibrating is not None:
+                result.calibration = self.calibrating.finish()
         finally:
             for module, training in modes:
                 module.training = training
@@ -228,8 +236,10 @@ class Loop:
         self._remember_buffers()
         self.forgot = False
         try:
+            if self.calibrating is not None and t == 0:
+                self.calibrating.start()
             if method.unseen_at(t):
-                entry["unseen_loss"] = self._look_at_unseen()
+                entry["unseen_loss"] = float(self.look("unseen").mean())
                 method.take_unseen(entry["unseen_loss"])
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
             if method.retains_at(t):
@@ -337,23 +347,24 @@ class Loop:
         return prepared, count
 
     @torch.no_grad()
-    def _look_at_unseen(self) -> float:
-        """The mean loss on unseen data, in eval mode. The run's random numbers go on as if nothing had been drawn."""
-        generators = self._generators()
+    def look(self, name: str, limit: int | None = None) -> Tensor:
+        """Losses on the unseen or forget set, [N] on the CPU, in eval mode, of all samples or about the first
+        ``limit``. The run's random numbers go on as if nothing had been drawn."""
+        stream = self.unseen if name == "unseen" else self.streams[name]
+        generators = self._generators() + _rng.generators_of(self.unseen.data)
         state = _rng.capture(generators)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.unlearner.device)
+        found: list[Tensor] = []
         with evaluating(self.model):
-            for batch in in_step(self.unseen.data, self.unseen.ranks):
+            for batch in in_step(stream.data, stream.ranks):
                 prepared, count = self._prepared(batch)
-                losses = self.unlearner.losses(prepared).double()
-                totals += torch.stack([losses.sum() * bool(count), totals.new_tensor(count)])
+                found.append(self.unlearner.losses(prepared).double().cpu()[:count])
+                if limit is not None and sum(map(len, found)) >= limit:
+                    break
         _rng.restore(state, generators)
-        total, count = self.ranks.sum(totals).tolist()
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                "the mean loss on unseen data is not finite: check that data, lower lr or forget_alpha"
-            )
-        return total / count
+        losses = torch.cat([own for of_rank in self.ranks.gather_objects(found) for own in of_rank])[:limit]
+        if not bool(torch.isfinite(losses).all()):
+            raise NonFiniteError(f"a loss on {name} data is not finite: check that data, lower lr or forget_alpha")
+        return losses
 
     def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:
         """What this rank has of a batch, from what its own samples give.

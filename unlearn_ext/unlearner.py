@@ -61,7 +61,10 @@ class Result:
         protection: the same in words.
         backend: ``native`` or ``python``.
         update: ``sequential`` or ``joint``.
-        stopped_at: the iteration after which an evaluation stopped the run, or None.
+        stopped_at: the iteration after which an evaluation stopped the run, or a calibration met its target; or None.
+        calibration: with ``forget_alpha="auto"``: ``path``, the looks at forget and unseen data
+            (:class:`~unlearn_ext.methods.calibration.Calibration`), ``ended_at``, the iterations whose weights the
+            model has, ``went_back``, whether later ones were given up, and ``met``; else None.
         ema: moving averages of the trained weights by name, where ``ema_decay`` was given; the model itself holds the
             weights of the last iteration.
     """
@@ -76,6 +79,7 @@ class Result:
     update: str = "sequential"
     stopped_at: int | None = None
     ema: dict[str, Tensor] | None = None
+    calibration: dict[str, Any] | None = None
 
 
 class Unlearner:
@@ -159,7 +163,7 @@ class Unlearner:
                 )
         if gradient_accumulation_steps > 1 and not method.adds_up:
             raise InputError(
-                f"{method.name} takes a function of a whole batch's mean loss, which does not add up over batches: "
+                f"{method.name} takes a function of a whole batch's losses, which does not add up over batches: "
                 "leave gradient_accumulation_steps out, and use larger batches"
             )
         self.model, self.task, self.method = model, task, method
@@ -240,6 +244,11 @@ class Unlearner:
         """
         if checkpointing_steps is not None and output_dir is None:
             raise InputError("checkpointing_steps needs an output_dir to write to")
+        if (checkpointing_steps is not None or resume_from_checkpoint is not None) and self._calibrated:
+            raise InputError(
+                "a calibrated run keeps its best point in memory and makes no checkpoints: leave checkpointing_steps "
+                "and resume_from_checkpoint out, or give forget_alpha a number"
+            )
         if self.fisher_storage == "disk" and output_dir is None:
             raise InputError("fisher_storage='disk' needs an output_dir to write to")
         for name, count in (
@@ -331,6 +340,10 @@ class Unlearner:
             **self.identity,
         }
 
+    @property
+    def _calibrated(self) -> bool:
+        return getattr(self.method, "calibration", None) is not None
+
     def fisher_autocast(self):
         """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
         return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
@@ -355,10 +368,11 @@ class Unlearner:
         needed["forget"] |= method.measures is not None
         needed["retain"] |= method.measures == "fisher"
         for name, data in given.items():
+            what = f"{'an' if name == 'unseen' else 'a'} {name} set"
             if data is None and needed[name]:
-                raise InputError(f"{method.name} takes a {name} set: pass {name}=, a DataLoader or a list of batches")
+                raise InputError(f"{method.name} takes {what}: pass {name}=, a DataLoader or a list of batches")
             if data is not None and name in ("learn", "unseen") and not needed[name]:
-                raise InputError(f"{method.name} has no use for a {name} set: leave {name} out")
+                raise InputError(f"{method.name} has no use for {what}: leave {name} out")
         return {name: data for name, data in given.items() if data is not None}
 
     def _check_ranks(self, mixed_precision: str) -> None:
@@ -367,7 +381,7 @@ class Unlearner:
             return
         if not self.method.adds_up:
             raise InputError(
-                f"{self.method.name} takes a function of a whole batch's mean loss, which does not add up over ranks: "
+                f"{self.method.name} takes a function of a whole batch's losses, which does not add up over ranks: "
                 "run it in one process"
             )
         sharded = any(is_sharded(p) for _, p in self._named)

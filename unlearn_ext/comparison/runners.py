@@ -89,6 +89,7 @@ class MethodRunner(Runner):
             "moved_protected": result.moved_protected,
             "protection": result.protection,
             "backend": result.backend,
+            "calibration": result.calibration,
         }
 
 

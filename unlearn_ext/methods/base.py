@@ -17,6 +17,7 @@ from ..optim import StepConfig
 from ..saliency import SaliencyMask
 from ..saliency.mask import check_fraction
 from . import schedules
+from .calibration import AUTO, Calibration
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -317,17 +318,47 @@ class Forgetting(Method):
     """A method whose forget term has a strength.
 
     Args:
-        forget_alpha: the strength at the start.
-        forget_schedule: its course over the run, as ``lr_schedule``.
+        forget_alpha: the strength at the start; or ``"auto"`` where the method ascends the forget set's losses: they
+            are brought to where those of unseen data (``run(unseen=...)``) stand, each sample with a strength of its
+            own in the place of the method's weights, and the run goes back to the best point met:
+            :mod:`unlearn_ext.methods.calibration`.
+        forget_schedule: its course over the run, as ``lr_schedule``; ``"auto"`` has its own.
+        calibrate_every: with ``"auto"``, iterations between two looks at both sets in eval mode.
+        calibration_samples: that such a look takes of each set, at most.
     """
 
-    forget_alpha: float = 1.0
+    # Whether the forget term is the ascent of losses, which can be calibrated.
+    ascends: ClassVar[bool] = False
+
+    forget_alpha: float | str = 1.0
     forget_schedule: str = "constant"
+    calibrate_every: int = 5
+    calibration_samples: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
         schedules.check("forget_schedule", self.forget_schedule)
-        check_finite("forget_alpha", self.forget_alpha)
+        self.calibration: Calibration | None = None
+        if self.forget_alpha != AUTO:
+            if isinstance(self.forget_alpha, str):
+                raise InputError(f"forget_alpha: expected a number or {AUTO!r}, got {self.forget_alpha!r}")
+            check_finite("forget_alpha", self.forget_alpha)
+            return
+        if not self.ascends or self.replaces:
+            raise InputError(
+                f"forget_alpha='auto' brings ascending losses to those of unseen data, and {self.name} descends "
+                "towards a replacement: give a number"
+            )
+        self.calibration = Calibration(self.calibrate_every, self.calibration_samples)
+        self.needs_unseen, self.adds_up = True, False
+
+    def ascent(self, losses: Tensor, iteration: int) -> ForgetLoss:
+        """Minus the mean loss times the strength; calibrated, minus the mean of each loss times its own."""
+        if self.calibration is None:
+            return ForgetLoss(-self.strength(iteration) * losses.mean())
+        return ForgetLoss(-(self.calibration.strengths(losses) * losses).mean())
 
     def strength(self, iteration: int) -> float:
+        if self.calibration is not None:
+            return self.calibration.gain
         return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)

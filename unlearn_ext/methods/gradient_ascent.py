@@ -25,6 +25,7 @@ class GradientAscent(Forgetting):
         geometry="forget steps alone, clipped; BatchNorm in eval mode",
         source="GA in arXiv 2409.19732",
     )
+    ascends: ClassVar[bool] = True
     retains: ClassVar[bool] = False
     # As published beside SFR-on.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -36,4 +37,4 @@ class GradientAscent(Forgetting):
     freeze_batch_norm: bool = True
 
     def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
-        return ForgetLoss(-self.strength(iteration) * losses.mean())
+        return self.ascent(losses, iteration)

@@ -24,12 +24,13 @@ class NegativeGradientPlus(Forgetting):
         geometry="joint: both gradients at the same weights",
         source="NegGrad+ in arXiv 2302.09880",
     )
+    ascends: ClassVar[bool] = True
 
-    forget_alpha: float = 0.1
+    forget_alpha: float | str = 0.1
     update: str = "joint"
 
     def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
-        return ForgetLoss(-self.strength(iteration) * losses.mean())
+        return self.ascent(losses, iteration)
 
 
 @dataclass(kw_only=True)
@@ -51,6 +52,6 @@ class Projected(NegativeGradientPlus):
         source="arXiv 2001.06782",
     )
 
-    forget_alpha: float = 1.0
+    forget_alpha: float | str = 1.0
     max_norm: float | None = 1.0
     project: bool = True

@@ -51,7 +51,8 @@ class SFRon(Forgetting):
     approximate the retain Hessian's inverse; then the slow weights follow (``slow_rate``, ``slow_freq``).
 
     Args:
-        forget_alpha: strength at the start.
+        forget_alpha: strength at the start; ``"auto"``: calibrated, as in
+            :mod:`unlearn_ext.methods.calibration`, where lambd and the schedule do not apply.
         forget_term: ``ascent`` on the forget batch's losses, or ``replace``: descent of :math:`\alpha_t`
             times the mean of the task's losses towards what shall stand in its place; lambd then does not apply.
         forget_schedule: its course over the run.
@@ -80,6 +81,7 @@ class SFRon(Forgetting):
         geometry="retain steps from the forgotten weights, slow weights",
         source="arXiv 2409.19732",
     )
+    ascends: ClassVar[bool] = True
     # Settings of the released code (K1nght/Unified-Unlearning-w-Remain-Geometry); classifiers: batches of 128.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10-resnet18": {
@@ -211,6 +213,8 @@ class SFRon(Forgetting):
     def forget_loss(self, losses: Tensor, iteration: int) -> ForgetLoss:
         if self.replaces:
             return ForgetLoss(self.strength(iteration) * losses.mean())
+        if self.calibration is not None:
+            return self.ascent(losses, iteration)
         weights = adaptive_weights(losses, self.lambd, self.adaptive_eps)
         total = weights.sum()
         shares = weights / total

@@ -1,0 +1,237 @@
+"""Calibrated forgetting: strengths and looks against plain formulas, what it does on digits, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy
+import pytest
+import torch
+from models import batches, make
+from scipy.stats import ks_2samp
+from test_methods_on_digits import digits, measured  # noqa: F401 - a fixture
+from torch import nn
+
+from unlearn_ext import InputError, NonFiniteError, Unlearner
+from unlearn_ext.demo.batches import ShuffledBatches
+from unlearn_ext.methods import GradientAscent, NegativeGradientPlus, Projected, RandomLabel, SFRon, parse
+from unlearn_ext.methods.calibration import Calibration
+from unlearn_ext.tasks import Classification
+
+ASCENDING = [SFRon, GradientAscent, NegativeGradientPlus, Projected]
+SHORT = {"forget_alpha": "auto", "iterations": 6, "lr": 0.02, "calibrate_every": 2, "calibration_samples": 16}
+
+
+def losses(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+
+
+def sets() -> dict[str, list]:
+    return {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2), "unseen": batches(4, 6, seed=6)}
+
+
+def run(method, data: dict | None = None, model: nn.Module | None = None, **arguments):
+    model = make() if model is None else model
+    return model, Unlearner(model, Classification(), method).run(**(data or sets()), **arguments)
+
+
+# --- Formulas -------------------------------------------------------------------------------------------------
+
+
+def test_strengths_lead_to_the_unseen_sample_of_the_same_rank() -> None:
+    own, unseen = losses(10, 0, 0.01), losses(50, 1)
+    calibration = Calibration(5, 64)
+    calibration.start(unseen)
+    found = calibration.strengths(own)
+    order = own.argsort().tolist()
+    sorted_logs = numpy.sort(numpy.log(unseen.numpy() + 1e-6))
+    for i, loss in enumerate(own.tolist()):
+        target = numpy.quantile(sorted_logs, (order.index(i) + 0.5) / 10)
+        expected = 0.1 * (target + 1.5 - math.log(loss + 1e-6)) / (loss + 1e-6)
+        assert found[i].item() == pytest.approx(expected, rel=1e-12)
+    # A sample above its target comes down.
+    high = torch.full((4,), 100.0, dtype=torch.float64)
+    assert (calibration.strengths(high) < 0).all()
+
+
+def test_its_gradient_is_that_of_distances_of_logarithms() -> None:
+    method = SFRon(**SHORT)
+    method.calibration.start(losses(50, 1))
+    own = losses(8, 2, 0.1).requires_grad_()
+    method.forget_loss(own, 0).loss.backward()
+    ranks = own.detach().argsort().argsort()
+    logs = (own.detach() + 1e-6).log()
+    targets = torch.from_numpy(numpy.quantile(numpy.log(losses(50, 1).numpy() + 1e-6), (ranks.numpy() + 0.5) / 8))
+    again = own.detach().clone().requires_grad_()
+    (0.05 * ((targets + 1.5 - (again + 1e-6).log()) ** 2)).mean().backward()
+    torch.testing.assert_close(own.grad, again.grad, rtol=1e-12, atol=0.0)
+    assert (targets + 1.5 > logs).any()
+
+
+def test_a_look_against_scipy_and_numpy() -> None:
+    forget, unseen = losses(60, 3, 0.2), losses(90, 4)
+    calibration = Calibration(5, 64)
+    calibration.start(losses(90, 5))
+    entry = calibration.look(5, forget, unseen)
+    assert entry["distance"] == pytest.approx(ks_2samp(forget.numpy(), unseen.numpy()).statistic, abs=1e-12)
+    at = (numpy.arange(200) + 0.5) / 200
+    logs = [numpy.quantile(numpy.log(own.numpy() + 1e-6), at) for own in (unseen, forget)]
+    assert entry["difference"] == pytest.approx((logs[0] - logs[1]).mean(), rel=1e-12)
+    assert entry["shift"] == 1.5 and calibration.shift == pytest.approx(min(3.0, 1.5 + 0.5 * entry["difference"]))
+    assert entry["iteration"] == 5 and not entry["met"] and calibration.path == [entry]
+    assert Calibration.critical(60, 90) == pytest.approx(1.36 * math.sqrt(1 / 60 + 1 / 90))
+    # Ruined: unseen losses ten times as large, at which both sets look alike.
+    ruined = calibration.look(10, 10 * losses(90, 5), 10 * losses(90, 5))
+    assert ruined["distance"] == 0.0 and not ruined["met"]
+    assert ruined["score"] == pytest.approx(math.log(10) - math.log(2.5), abs=1e-3)
+    alike = calibration.look(15, losses(90, 5), losses(90, 5))
+    assert alike["met"] and alike["score"] == 0.0
+    for _ in range(9):
+        calibration.look(20, losses(90, 5), 1e-3 * losses(90, 5))
+    assert calibration.shift == 0.0
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ASCENDING, ids=lambda m: m.name)
+def test_every_ascending_method_can_be_calibrated(method) -> None:
+    data = sets()
+    if not method.retains:
+        data = {**data, "retain": None}
+    method = method(**SHORT)
+    method.calibration = Scripted(2, 16)  # noise in an untrained network looks like unseen data at once
+    method.calibration.scores = (0.3, 0.2, 0.1)
+    model, result = run(method, data)
+    assert [entry["iteration"] for entry in result.calibration["path"]] == [2, 4, 6]
+    assert result.calibration["ended_at"] in (2, 4, 6)
+    logged = [entry for entry in result.history if "calibration" in entry]
+    assert [entry["iteration"] for entry in logged] == [1, 3, 5]
+    assert logged[0]["calibration"]["distance"] == result.calibration["path"][0]["distance"]
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), make().parameters(), strict=True))
+
+
+def test_it_is_text_as_well() -> None:
+    method = parse("sfron:forget_alpha=auto,iterations=3")
+    assert method.needs_unseen and method.settings()["forget_alpha"] == "auto"
+    assert not parse("sfron:forget_alpha=5").needs_unseen and not SFRon.needs_unseen
+
+
+class Scripted(Calibration):
+    """Looks with the scores of a script."""
+
+    scores: tuple[float, ...] = ()
+    met_at: int | None = None
+
+    def look(self, iteration, forget, unseen):
+        entry = super().look(iteration, forget, unseen)
+        entry.update(score=self.scores[len(self.path) - 1], met=len(self.path) == self.met_at)
+        return entry
+
+
+@pytest.mark.parametrize(
+    ("scores", "end"), [((0.9, 0.1, 0.9), 4), ((0.9, 0.5, 0.1), 6), ((0.9, 0.1, 0.2), 6), ((0.1, 0.1, 0.9), 4)]
+)
+def test_it_goes_back_to_the_best_point_rather_than_end_worse(scores, end) -> None:
+    method, kept = SFRon(**SHORT), {}
+    method.calibration = Scripted(2, 16)
+    method.calibration.scores = scores
+
+    def keep(model: nn.Module, done: int) -> None:
+        kept[done] = copy.deepcopy(model.state_dict())
+
+    model, result = run(method, evaluate=keep, evaluate_every=2)
+    assert result.calibration["ended_at"] == end and result.calibration["went_back"] == (end != 6)
+    state = model.state_dict()
+    for name, tensor in kept[end].items():
+        assert torch.equal(state[name], tensor), name
+    if end != 6:
+        assert not all(torch.equal(state[name], tensor) for name, tensor in kept[6].items())
+
+
+def test_it_stops_when_it_is_met() -> None:
+    method = SFRon(**SHORT)
+    method.calibration = Scripted(2, 16)
+    method.calibration.scores, method.calibration.met_at = (0.5, 0.2, 0.1), 2
+    _, result = run(method)
+    assert result.stopped_at == 4 and result.counts["iterations"] == 4
+    assert result.calibration["met"] and result.calibration["ended_at"] == 4
+
+
+def test_unseen_data_are_only_looked_at() -> None:
+    """No gradient comes from them, and a run of another look draws the same batches."""
+    found = []
+    for samples in (16, 24):
+        data = sets()
+        generator = torch.Generator().manual_seed(3)
+        data["forget"] = ShuffledBatches(*(torch.cat(part) for part in zip(*data["forget"], strict=True)), 6, 0)
+        data["forget"].generator = generator
+        model, _ = run(SFRon(**{**SHORT, "iterations": 1, "calibration_samples": samples}), data)
+        found.append((generator.get_state(), [b.clone() for b in model.buffers()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_forgotten_digits_come_to_look_like_unseen_ones(digits) -> None:  # noqa: F811
+    """A random fifth: accuracy and losses approach those of unseen digits, and the rest is kept."""
+    forget = torch.zeros_like(digits.labels, dtype=torch.bool)
+    forget[torch.randperm(len(forget), generator=torch.Generator().manual_seed(0))[: len(forget) // 5]] = True
+    unseen = ShuffledBatches(digits.test_images[:500], digits.test_labels[:500], 64, 3)
+    model = copy.deepcopy(digits.model)
+    method = SFRon(forget_alpha="auto", rule="momentum", momentum=0.9, lr=0.02, lr_schedule="cosine", iterations=40)
+    result = Unlearner(model, Classification(), method).run(
+        digits.batches(forget), digits.batches(~forget, 29), unseen=unseen
+    )
+
+    def apart(model: nn.Module) -> float:
+        own = []
+        for images, labels in (
+            (digits.images[forget], digits.labels[forget]),
+            (digits.test_images[500:], digits.test_labels[500:]),
+        ):
+            with torch.no_grad():
+                own.append(nn.functional.cross_entropy(model(images), labels, reduction="none").numpy())
+        return ks_2samp(*own).statistic
+
+    before, after = apart(digits.model), apart(model)
+    kept = digits.on(model, ~forget)[0]
+    lost = digits.on_test(digits.model) - digits.on_test(model)
+    print(f"distance to other unseen digits {before:.3f} -> {after:.3f}, retained {kept:.3f}, test lost {lost:.3f}")
+    print([(e["iteration"], round(e["shift"], 2), round(e["distance"], 3)) for e in result.calibration["path"]])
+    assert after < 0.6 * before
+    assert kept > 0.98 and lost < 0.05
+
+
+# --- What is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make_method", "words"),
+    [
+        (lambda: RandomLabel(forget_alpha="auto"), "random_label descends towards a replacement: give a number"),
+        (lambda: SFRon(forget_alpha="auto", forget_term="replace"), "sfron descends towards a replacement"),
+        (lambda: SFRon(forget_alpha="strong"), "^forget_alpha: expected a number or 'auto', got 'strong'"),
+        (lambda: SFRon(forget_alpha="auto", calibrate_every=0), "^calibrate_every"),
+        (lambda: SFRon(forget_alpha="auto", calibration_samples=15), "^calibration_samples: expected 16 or more"),
+    ],
+)
+def test_settings_that_cannot_be(make_method, words) -> None:
+    with pytest.raises(InputError, match=words):
+        make_method()
+
+
+def test_runs_that_cannot_be(tmp_path) -> None:
+    data = sets()
+    with pytest.raises(InputError, match=r"^sfron takes an unseen set"):
+        run(SFRon(**SHORT), {**data, "unseen": None})
+    with pytest.raises(InputError, match=r"makes no checkpoints"):
+        run(SFRon(**SHORT), output_dir=tmp_path, checkpointing_steps=2)
+    with pytest.raises(InputError, match="has 12 unseen samples to learn from: pass 16 or more"):
+        run(SFRon(**SHORT), {**data, "unseen": data["unseen"][:2]})
+    with pytest.raises(InputError, match="does not add up over batches"):
+        Unlearner(make(), Classification(), SFRon(**SHORT), gradient_accumulation_steps=2)
+    images, labels = data["unseen"][0]
+    data["unseen"] = [(images * float("nan"), labels), *data["unseen"][1:]]
+    with pytest.raises(NonFiniteError, match="a loss on unseen data is not finite"):
+        run(SFRon(**SHORT), data)
