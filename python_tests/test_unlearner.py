@@ -840,7 +840,7 @@ def test_bad_settings_of_the_method() -> None:
         ({"fisher_batches": 0}, "fisher_batches: expected an integer from 1, got 0"),
         ({"fisher_batches": (2, 0)}, "fisher_batches: expected an integer from 1, got 0"),
         ({"fisher_batches": [2, 3, 4]}, r"fisher_batches: expected a number or a pair.*got \[2, 3, 4\]"),
-        ({"forget_alpha": "a"}, "forget_alpha: expected a finite number from 0, got 'a'"),
+        ({"forget_alpha": "a"}, "forget_alpha: expected a number or 'auto', got 'a'"),
         ({"fisher_eps": 0.0}, "fisher_eps: expected a finite number above 0, got 0.0"),
         ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\), got 1.5"),
         ({"rule": "sgd"}, "momentum=0.9 does nothing"),
