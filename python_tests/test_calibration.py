@@ -159,6 +159,16 @@ def test_it_stops_when_it_is_met() -> None:
     assert result.calibration["met"] and result.calibration["ended_at"] == 4
 
 
+def test_a_run_that_an_evaluation_stops_is_looked_at_once_more() -> None:
+    for every in (2, 5):
+        method = SFRon(**{**SHORT, "calibrate_every": every})
+        method.calibration = Scripted(every, 16)
+        method.calibration.scores = (0.3, 0.2)
+        _, result = run(method, evaluate=lambda model, done: True, evaluate_every=3)
+        assert result.stopped_at == 3 and result.calibration["ended_at"] == 3
+        assert [entry["iteration"] for entry in result.calibration["path"]] == ([2, 3] if every == 2 else [3])
+
+
 def test_looks_do_not_disturb_the_run() -> None:
     """However many there are, the run draws the same batches, and normalisation keeps the statistics of its steps."""
     found = []

@@ -44,7 +44,10 @@ class Calibrating:
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Goes back to the best look where the last is worse by more than looks differ by chance."""
-        path, best = self.calibration.path, self.best
+        path = self.calibration.path
+        if not path or path[-1]["iteration"] != self.loop.iteration:  # an evaluation has stopped the run
+            self.after(self.loop.iteration, True, {})
+        best = self.best
         chance = self.calibration.critical(self.calibration.samples, self.calibration.samples) / 2.0
         back = best is not path[-1] and path[-1]["score"] - best["score"] > chance
         if back:

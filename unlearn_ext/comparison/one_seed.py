@@ -28,7 +28,7 @@ __all__ = ["OneSeed"]
 # Whose code every result depends on; a method's own is in its settings.
 _SOURCES = (
     "*.py", "comparison/one_seed.py", "comparison/runners.py", "comparison/splits.py", "demo/batches.py",
-    "evaluation/*.py", "methods/_*.py", "methods/schedules.py", "saliency/*.py", "tasks/*.py",
+    "evaluation/*.py", "methods/_*.py", "methods/calibration.py", "methods/schedules.py", "saliency/*.py", "tasks/*.py",
 )  # fmt: skip
 _FORGET, _RETAIN, _HELD_OUT = 17, 29, 41  # added to the seed: the orders of the samples
 
