@@ -15,11 +15,11 @@ from torch import nn
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner
 from unlearn_ext.demo.batches import ShuffledBatches
-from unlearn_ext.methods import GradientAscent, NegativeGradientPlus, Projected, RandomLabel, SFRon, parse
-from unlearn_ext.methods.calibration import Calibration
+from unlearn_ext.methods import UGCLU, GradientAscent, NegativeGradientPlus, Projected, RandomLabel, SFRon, parse
+from unlearn_ext.methods.calibration import UnseenLosses
 from unlearn_ext.tasks import Classification
 
-ASCENDING = [SFRon, GradientAscent, NegativeGradientPlus, Projected]
+ASCENDING = [SFRon, GradientAscent, NegativeGradientPlus, Projected, UGCLU]
 SHORT = {"forget_alpha": "auto", "iterations": 6, "lr": 0.02, "calibrate_every": 2, "calibration_samples": 16}
 
 
@@ -41,7 +41,7 @@ def run(method, data: dict | None = None, model: nn.Module | None = None, **argu
 
 def test_strengths_lead_to_the_unseen_sample_of_the_same_rank() -> None:
     own, unseen = losses(10, 0, 0.01), losses(50, 1)
-    calibration = Calibration(5, 64)
+    calibration = UnseenLosses(5, 64)
     calibration.start(unseen)
     found = calibration.strengths(own)
     order = own.argsort().tolist()
@@ -71,7 +71,7 @@ def test_its_gradient_is_that_of_distances_of_logarithms() -> None:
 
 def test_a_look_against_scipy_and_numpy() -> None:
     forget, unseen = losses(60, 3, 0.2), losses(90, 4)
-    calibration = Calibration(5, 64)
+    calibration = UnseenLosses(5, 64)
     calibration.start(losses(90, 5))
     entry = calibration.look(5, forget, unseen)
     assert entry["distance"] == pytest.approx(ks_2samp(forget.numpy(), unseen.numpy()).statistic, abs=1e-12)
@@ -80,7 +80,7 @@ def test_a_look_against_scipy_and_numpy() -> None:
     assert entry["difference"] == pytest.approx((logs[0] - logs[1]).mean(), rel=1e-12)
     assert entry["shift"] == 1.5 and calibration.shift == pytest.approx(min(3.0, 1.5 + 0.5 * entry["difference"]))
     assert entry["iteration"] == 5 and not entry["met"] and calibration.path == [entry]
-    assert Calibration.critical(60, 90) == pytest.approx(1.36 * math.sqrt(1 / 60 + 1 / 90))
+    assert UnseenLosses.critical(60, 90) == pytest.approx(1.36 * math.sqrt(1 / 60 + 1 / 90))
     # Ruined: unseen losses ten times as large, at which both sets look alike.
     ruined = calibration.look(10, 10 * losses(90, 5), 10 * losses(90, 5))
     assert ruined["distance"] == 0.0 and not ruined["met"]
@@ -100,15 +100,17 @@ def test_every_ascending_method_can_be_calibrated(method) -> None:
     data = sets()
     if not method.retains:
         data = {**data, "retain": None}
+    if method.learns:
+        data = {**data, "learn": batches(2, 6, seed=7)}
     method = method(**SHORT)
     method.calibration = Scripted(2, 16)  # noise in an untrained network looks like unseen data at once
-    method.calibration.scores = (0.3, 0.2, 0.1)
+    method.calibration.scores = (0.4, 0.3, 0.2, 0.1)
     model, result = run(method, data)
-    assert [entry["iteration"] for entry in result.calibration["path"]] == [2, 4, 6]
-    assert result.calibration["ended_at"] in (2, 4, 6)
+    assert [entry["iteration"] for entry in result.calibration["path"]] == [0, 2, 4, 6]
+    assert result.calibration["ended_at"] == 6
     logged = [entry for entry in result.history if "calibration" in entry]
     assert [entry["iteration"] for entry in logged] == [1, 3, 5]
-    assert logged[0]["calibration"]["distance"] == result.calibration["path"][0]["distance"]
+    assert logged[0]["calibration"]["distance"] == result.calibration["path"][1]["distance"]
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), make().parameters(), strict=True))
 
 
@@ -118,7 +120,7 @@ def test_it_is_text_as_well() -> None:
     assert not parse("sfron:forget_alpha=5").needs_unseen and not SFRon.needs_unseen
 
 
-class Scripted(Calibration):
+class Scripted(UnseenLosses):
     """Looks with the scores of a script."""
 
     scores: tuple[float, ...] = ()
@@ -131,10 +133,17 @@ class Scripted(Calibration):
 
 
 @pytest.mark.parametrize(
-    ("scores", "end"), [((0.9, 0.1, 0.9), 4), ((0.9, 0.5, 0.1), 6), ((0.9, 0.1, 0.2), 6), ((0.1, 0.1, 0.9), 4)]
+    ("scores", "end"),
+    [
+        ((1, 0.9, 0.1, 0.9), 4),
+        ((1, 0.9, 0.5, 0.1), 6),
+        ((1, 0.9, 0.1, 0.2), 4),
+        ((1, 0.1, 0.1, 0.9), 4),
+        ((0.1, 0.2, 0.9, 0.2), 0),  # the starting weights are a point as well
+    ],
 )
 def test_it_goes_back_to_the_best_point_rather_than_end_worse(scores, end) -> None:
-    method, kept = SFRon(**SHORT), {}
+    method, kept = SFRon(**SHORT), {0: copy.deepcopy(make().state_dict())}
     method.calibration = Scripted(2, 16)
     method.calibration.scores = scores
 
@@ -153,7 +162,7 @@ def test_it_goes_back_to_the_best_point_rather_than_end_worse(scores, end) -> No
 def test_it_stops_when_it_is_met() -> None:
     method = SFRon(**SHORT)
     method.calibration = Scripted(2, 16)
-    method.calibration.scores, method.calibration.met_at = (0.5, 0.2, 0.1), 2
+    method.calibration.scores, method.calibration.met_at = (0.6, 0.5, 0.2, 0.1), 3
     _, result = run(method)
     assert result.stopped_at == 4 and result.counts["iterations"] == 4
     assert result.calibration["met"] and result.calibration["ended_at"] == 4
@@ -163,10 +172,10 @@ def test_a_run_that_an_evaluation_stops_is_looked_at_once_more() -> None:
     for every in (2, 5):
         method = SFRon(**{**SHORT, "calibrate_every": every})
         method.calibration = Scripted(every, 16)
-        method.calibration.scores = (0.3, 0.2)
+        method.calibration.scores = (0.4, 0.3, 0.2)
         _, result = run(method, evaluate=lambda model, done: True, evaluate_every=3)
         assert result.stopped_at == 3 and result.calibration["ended_at"] == 3
-        assert [entry["iteration"] for entry in result.calibration["path"]] == ([2, 3] if every == 2 else [3])
+        assert [entry["iteration"] for entry in result.calibration["path"]] == ([0, 2, 3] if every == 2 else [0, 3])
 
 
 def test_looks_do_not_disturb_the_run() -> None:
@@ -178,7 +187,7 @@ def test_looks_do_not_disturb_the_run() -> None:
         data["forget"] = ShuffledBatches(images, labels, 6, seed=0)
         method = SFRon(**{**SHORT, "iterations": 4, "calibrate_every": every, "lr": 1e-12})
         method.calibration = Scripted(every, 16)
-        method.calibration.scores = (0.4, 0.3, 0.2, 0.1)
+        method.calibration.scores = (0.5, 0.4, 0.3, 0.2, 0.1)
         model, _ = run(method, data)
         found.append((data["forget"].generator.get_state(), model.norm.running_mean.clone()))
     assert torch.equal(found[0][0], found[1][0])

@@ -16,46 +16,57 @@ __all__ = ["Calibrating"]
 
 
 class Calibrating:
-    """Calls a method's :class:`~unlearn_ext.methods.calibration.Calibration` with losses, and keeps one copy of the
-    weights and buffers: those at the look of the smallest score."""
+    """Calls a method's :class:`~unlearn_ext.methods.calibration.Calibration` with losses or hits of the same samples at
+    every look, and keeps one copy of the weights, buffers and averages: those at the look of the smallest score."""
 
     def __init__(self, loop: Loop, calibration: Calibration):
         self.loop, self.calibration = loop, calibration
         self.best: dict[str, Any] | None = None
         self._kept: list[Tensor] = []
+        self._batches: dict[str, list[Any]] = {}
 
     def start(self) -> None:
-        self.calibration.start(self.loop.look("unseen", 4 * self.calibration.samples))
+        """Before the run has drawn anything. The starting weights are a point to go back to."""
+        loop, calibration = self.loop, self.calibration
+        wanted = {"forget": calibration.samples, "unseen": calibration.first_samples}
+        self._batches = {name: loop.sample(name, limit) for name, limit in wanted.items()}
+        unseen = self._look("unseen", calibration.first_samples)
+        calibration.start(unseen, loop.unlearner.task.wrong_loss() if calibration.takes_hits else None)
+        self._take(0)
 
     def after(self, iteration: int, last: bool, entry: dict[str, Any]) -> bool:
-        """Looks where one is due. Whether forgetting has reached unseen data, so that the run may end."""
-        calibration = self.calibration
-        if not last and iteration % calibration.every:
+        """Looks where one is due. Whether forgetting has come to where it should, so that the run may end."""
+        if not last and iteration % self.calibration.every:
             return False
-        found = calibration.look(
-            iteration, *(self.loop.look(name, calibration.samples) for name in ("forget", "unseen"))
-        )
+        found = self._take(iteration)
         entry["calibration"] = {key: value for key, value in found.items() if key != "iteration"}
-        if self.best is None or found["score"] <= self.best["score"]:
-            self.best = found
-            self._kept = [tensor.detach().clone() for tensor in self._tensors()]
         return found["met"]
 
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
-        """Goes back to the best look where the last is worse by more than looks differ by chance."""
+        """Goes back to the best look where the last is worse."""
         path = self.calibration.path
-        if not path or path[-1]["iteration"] != self.loop.iteration:  # an evaluation has stopped the run
-            self.after(self.loop.iteration, True, {})
-        best = self.best
-        chance = self.calibration.critical(self.calibration.samples, self.calibration.samples) / 2.0
-        back = best is not path[-1] and path[-1]["score"] - best["score"] > chance
-        if back:
+        if path[-1]["iteration"] != self.loop.iteration:  # an evaluation has stopped the run
+            self._take(self.loop.iteration)
+        best, last = self.best, path[-1]
+        if back := best is not last:
             for tensor, kept in zip(self._tensors(), self._kept, strict=True):
                 tensor.copy_(kept)
-        self._kept = []
-        end = best if back else path[-1]
-        return {"path": path, "ended_at": end["iteration"], "went_back": back, "met": end["met"]}
+        self._kept, self._batches = [], {}
+        return {"path": path, "ended_at": best["iteration"], "went_back": back, "met": best["met"]}
+
+    def _take(self, iteration: int) -> dict[str, Any]:
+        samples = self.calibration.samples
+        found = self.calibration.look(iteration, *(self._look(name, samples) for name in ("forget", "unseen")))
+        if self.best is None or found["score"] <= self.best["score"]:
+            self.best = found
+            self._kept = [tensor.detach().clone() for tensor in self._tensors()]
+        return found
+
+    def _look(self, name: str, limit: int) -> Tensor:
+        return self.loop.look(self._batches[name], self.calibration.takes_hits, name)[:limit]
 
     def _tensors(self) -> list[Tensor]:
-        return [*self.loop.parameters, *self.loop.model.buffers()]
+        loop = self.loop
+        averages = [] if loop.averages is None else loop.averages.tensors.values()
+        return [*loop.parameters, *loop.model.buffers(), *averages]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from ._modes import evaluating
 from ._names import unwrapped
 from ._parts import own_part
 from ._shards import local
-from ._streams import BatchStream, in_step, length
+from ._streams import BatchStream, length
 from ._teachers import make_teachers
 from .errors import InputError, NonFiniteError, ProtectionError
 from .methods.base import ForgetLoss
@@ -209,11 +209,8 @@ class Loop:
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
         """Whether to stop, and the seconds it took, which are not the run's."""
         started = time.perf_counter()
-        generators = self._generators()
-        state = _rng.capture(generators)
-        with evaluating(self.model):
+        with _rng.kept(self._generators()), evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
-        _rng.restore(state, generators)
         self._clear()
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
             verdict = verdict.item()
@@ -239,7 +236,7 @@ class Loop:
             if self.calibrating is not None and t == 0:
                 self.calibrating.start()
             if method.unseen_at(t):
-                entry["unseen_loss"] = float(self.look("unseen").mean())
+                entry["unseen_loss"] = float(self.look(self.unseen.data).mean())
                 method.take_unseen(entry["unseen_loss"])
             forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
             if method.retains_at(t):
@@ -336,9 +333,8 @@ class Loop:
     def _prepared(self, batch: Any) -> tuple[Any, int]:
         unlearner = self.unlearner
         if not self.begun:
-            state = _rng.capture()
-            unlearner.task.begin(self.model, batch)
-            _rng.restore(state)
+            with _rng.kept():
+                unlearner.task.begin(self.model, batch)
             self.begun = True
         prepared = unlearner.task.prepare(batch, unlearner.device)
         count = unlearner.task.size(prepared)
@@ -346,24 +342,31 @@ class Loop:
             return own_part(prepared, count, self.ranks)
         return prepared, count
 
-    @torch.no_grad()
-    def look(self, name: str, limit: int | None = None) -> Tensor:
-        """Losses on the unseen or forget set, [N] on the CPU, in eval mode, of all samples or about the first
-        ``limit``. The run's random numbers go on as if nothing had been drawn."""
+    def sample(self, name: str, limit: int) -> list[Any]:
+        """Batches with about the first ``limit`` samples of a pass over the unseen or forget set. The run's random
+        numbers go on as if nothing had been drawn; but some loaders have one pass at a time: call it before the run
+        draws."""
         stream = self.unseen if name == "unseen" else self.streams[name]
-        generators = self._generators() + _rng.generators_of(self.unseen.data)
-        state = _rng.capture(generators)
-        found: list[Tensor] = []
-        with evaluating(self.model):
-            for batch in in_step(stream.data, stream.ranks):
-                prepared, count = self._prepared(batch)
-                found.append(self.unlearner.losses(prepared).double().cpu()[:count])
-                if limit is not None and sum(map(len, found)) >= limit:
+        found: list[Any] = []
+        count = 0
+        with _rng.kept(self._generators()):
+            for batch in stream.data:
+                found.append(batch)
+                count += self.unlearner.task.size(batch)
+                if count >= limit:
                     break
-        _rng.restore(state, generators)
-        losses = torch.cat([own for of_rank in self.ranks.gather_objects(found) for own in of_rank])[:limit]
+        return found
+
+    @torch.no_grad()
+    def look(self, batches: Iterable[Any], hits: bool = False, what: str = "unseen") -> Tensor:
+        """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode. The run's random numbers
+        go on as if nothing had been drawn."""
+        with _rng.kept(self._generators()), evaluating(self.model):
+            prepared = (self._prepared(batch)[0] for batch in batches)
+            measure = self.unlearner.hits if hits else self.unlearner.losses
+            losses = torch.cat([measure(batch).double().cpu() for batch in prepared])
         if not bool(torch.isfinite(losses).all()):
-            raise NonFiniteError(f"a loss on {name} data is not finite: check that data, lower lr or forget_alpha")
+            raise NonFiniteError(f"a loss on {what} data is not finite: check that data, lower lr or forget_alpha")
         return losses
 
     def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["capture", "check", "generators_of", "restore"]
+__all__ = ["capture", "check", "generators_of", "kept", "restore"]
 
 
 def _encode(state: torch.Tensor) -> str:
@@ -43,6 +45,14 @@ def capture(generators: list[torch.Generator] | None = None) -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "generators": [_encode(generator.get_state()) for generator in generators or []],
     }
+
+
+@contextlib.contextmanager
+def kept(generators: list[torch.Generator] | None = None) -> Iterator[None]:
+    """All of these states are afterwards what they were before, unless the block raised."""
+    state = capture(generators)
+    yield
+    restore(state, generators)
 
 
 def check(state: dict[str, Any], generators: list[torch.Generator]) -> None:

@@ -154,11 +154,12 @@ class Unlearner:
                 "losses_and_distances",
                 "measures no distance to another network",
             ),
+            (getattr(method, "target_accuracy", None) is not None, "hits", "has no accuracy"),
         ):
             if needed and getattr(type(task), offered) is getattr(Task, offered):
                 raise InputError(
                     f"{type(task).__name__} {what}: choose a method that needs none"
-                    + (", as with forget_term='ascent'," if hasattr(method, "forget_term") else "")
+                    + (", as with forget_term='ascent'," if method.replaces else "")
                     + f" or give the task {offered}"
                 )
         if gradient_accumulation_steps > 1 and not method.adds_up:
@@ -354,6 +355,10 @@ class Unlearner:
     def losses(self, batch: Any, replacement: bool = False) -> Tensor:
         with self.autocast():
             return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
+
+    def hits(self, batch: Any) -> Tensor:
+        with self.autocast():
+            return self.task.hits(self.model, batch)
 
     def losses_and_distances(self, batch: Any, teacher: nn.Module, side: str) -> tuple[Tensor, Tensor]:
         with self.autocast():

@@ -51,7 +51,7 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     if settings not in SETTINGS:
         raise InputError(f"--settings: expected {' or '.join(SETTINGS)}, got {settings!r}")
     named = [name for text in texts for name in (_comparable() if text == ALL else [text])]
-    return [_runner(text, TUNED[scenario] if settings == "tuned" else {}) for text in named]
+    return [_runner(text, TUNED[scenario] if settings == "tuned" else {}, scenario) for text in named]
 
 
 def _comparable() -> list[str]:
@@ -77,7 +77,7 @@ def complete(text: str, settings: Mapping[str, Any]) -> str:
     return f"{head}:{','.join(given)}" if given else head
 
 
-def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]]) -> Runner:
+def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) -> Runner:
     head = text.partition(":")[0]
     name, _, preset = (part.strip() for part in head.partition("@"))
     found = None if preset else tuned.get(text, tuned.get(name))
@@ -85,7 +85,10 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]]) -> Runner:
     whole = complete(text, found or {})
     if head.strip() == SSD.name:  # not of the registry, whose methods make gradient steps
         return DampeningRunner(text, SSD(**read_settings(SSD.name, SSD, whole.partition(":")[2])), origin)
-    return MethodRunner(text, parse(whole), origin)
+    method = parse(whole)
+    if scenario == "class" and getattr(method, "calibration", None) is not None and method.target_accuracy is None:
+        method = parse(complete(whole, {"target_accuracy": 0.0}))  # unseen digits of that class are not to be matched
+    return MethodRunner(text, method, origin)
 
 
 def _pieces(text: str) -> list[str]:

@@ -43,7 +43,7 @@ class Split:
 
     Attributes:
         forget, retain: the training set's two parts.
-        held_out: unseen by training, split off before it; never the test set.
+        held_out: unseen by training, split off before it; never the test set. Of the classes that are not forgotten.
         test: for the evaluation alone.
         kept: bool over the test set: samples of classes that are not forgotten.
     """
@@ -77,6 +77,7 @@ def split_digits(digits: Digits, protocol: Protocol, seed: int) -> Split:
     kept = torch.ones(len(test), dtype=torch.bool)
     if protocol.scenario == "class":
         kept = test.labels != protocol.forget_class
+        held_out = held_out[held_out.labels != protocol.forget_class]
     return Split(train[forgotten], train[~forgotten], held_out, test, kept)
 
 

@@ -17,7 +17,7 @@ from ..optim import StepConfig
 from ..saliency import SaliencyMask
 from ..saliency.mask import check_fraction
 from . import schedules
-from .calibration import AUTO, Calibration
+from .calibration import AUTO, Calibration, TargetAccuracy, UnseenLosses
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -323,6 +323,8 @@ class Forgetting(Method):
             own in the place of the method's weights, and the run goes back to the best point met:
             :mod:`unlearn_ext.methods.calibration`.
         forget_schedule: its course over the run, as ``lr_schedule``; ``"auto"`` has its own.
+        target_accuracy: with ``"auto"``: bring the forget set's accuracy to this number from 0 to 1 instead; 0 forgets
+            a class. Unseen data are then of the classes that stay.
         calibrate_every: with ``"auto"``, iterations between two looks at both sets in eval mode.
         calibration_samples: that such a look takes of each set, at most.
     """
@@ -332,6 +334,7 @@ class Forgetting(Method):
 
     forget_alpha: float | str = 1.0
     forget_schedule: str = "constant"
+    target_accuracy: float | None = None
     calibrate_every: int = 5
     calibration_samples: int = 256
 
@@ -343,13 +346,19 @@ class Forgetting(Method):
             if isinstance(self.forget_alpha, str):
                 raise InputError(f"forget_alpha: expected a number or {AUTO!r}, got {self.forget_alpha!r}")
             check_finite("forget_alpha", self.forget_alpha)
+            if self.target_accuracy is not None:
+                raise InputError("target_accuracy is what forget_alpha='auto' steers to: set that, or leave it out")
             return
         if not self.ascends or self.replaces:
             raise InputError(
                 f"forget_alpha='auto' brings ascending losses to those of unseen data, and {self.name} descends "
                 "towards a replacement: give a number"
             )
-        self.calibration = Calibration(self.calibrate_every, self.calibration_samples)
+        looks = self.calibrate_every, self.calibration_samples
+        if self.target_accuracy is None:
+            self.calibration = UnseenLosses(*looks)
+        else:
+            self.calibration = TargetAccuracy(*looks, self.target_accuracy)
         self.needs_unseen, self.adds_up = True, False
 
     def ascent(self, losses: Tensor, iteration: int) -> ForgetLoss:

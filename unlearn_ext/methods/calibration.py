@@ -1,6 +1,6 @@
-r"""Calibrated forgetting: ascent of each sample's loss up to where unseen data stand, and no further.
+r"""Calibrated forgetting: ascent of each sample's loss up to where it should stand, and no further.
 
-A retrained model treats the forget set as unseen data, so unseen data tell where to stop. With
+**Unseen losses.** A retrained model treats the forget set as unseen data, so unseen data tell where to stop. With
 :math:`q(u)` the quantiles of the starting model's losses on unseen data, a forget batch's losses :math:`l_i` and their
 ranks :math:`r_i` among its N samples, each sample has the strength
 
@@ -13,20 +13,32 @@ logarithms, so that losses of all sizes count alike. What retain steps take back
 themselves, moves the shift s: every few iterations both sets are looked at in eval mode, and s follows the mean
 distance of their log quantiles at that time. Logarithms are of losses plus 1e-6, below which a float32 cross-entropy
 tells nothing.
+
+**Target accuracy.** For a class there are no unseen data that the wanted model would treat alike, but an accuracy can
+be asked for, such as 0. Of a batch, the samples of rank :math:`r_i \ge a N` for a target accuracy a are to be got
+wrong, those of the smallest losses may stay right. Among C classes no sample of a loss above :math:`\log C` is got
+right, so these have the strength
+
+.. math::
+    \alpha_i = g \, \frac{\max(0, \log \log C + s - \log l_i)}{l_i}
+
+and the others 0. At looks s follows the accuracy in eval mode. Unseen data, here of the classes that stay, tell the
+damage: the accuracy that is lost on them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import check_count, check_number
 from ..errors import InputError
 
-__all__ = ["AUTO", "Calibration"]
+__all__ = ["AUTO", "Calibration", "TargetAccuracy", "UnseenLosses"]
 
 AUTO = "auto"
 _GAIN = 0.1  # g
@@ -36,22 +48,28 @@ _FLOOR = 1e-6
 _QUANTILES = 200
 _DAMAGE = 2.5  # times the unseen loss of the start: beyond it forgetting has ruined more than it took away
 _CLOSE = 0.1  # mean distance of log quantiles that counts as met
+# The same of a target accuracy.
+_ACCURACY_SHIFTS = (0.0, 1.0, 4.0)
+_ACCURACY_PULL = 1.0
+_ACCURACY_CLOSE = 0.01  # of the target, and to the start's on unseen data
 
 
-class Calibration:
+class Calibration(ABC):
     """Where a calibrated run stands.
 
     Args:
         every: iterations between two looks.
-        samples: of each set that a look takes at most; the targets are made from four times as many.
+        samples: of each set that a look takes at most.
 
     Attributes:
         shift: s.
-        path: one dict for each look: ``iteration``, ``shift`` (until then), ``distance`` (Kolmogorov-Smirnov, of the
-            losses of both sets), ``difference`` (mean of their log quantiles', unseen minus forget), ``unseen_loss``
-            (mean), ``score`` (what the best point has least of: the distance, and the logarithm of the unseen loss's
-            rise beyond 2.5 times that of the start) and ``met``.
+        path: one dict for each look: ``iteration``, ``shift`` (until then), what was measured, ``score`` (what the best
+            point has least of: the distance to what is wanted, and the damage to unseen data) and ``met``.
     """
+
+    takes_hits: ClassVar[bool] = False  # whether looks take 1 for each sample that is got right, else 0; else losses
+    shifts: ClassVar[tuple[float, float, float]] = _SHIFTS  # at least, at the start, at most
+    pull: ClassVar[float] = _PULL
 
     def __init__(self, every: int, samples: int):
         check_count("calibrate_every", every)
@@ -59,58 +77,137 @@ class Calibration:
         if samples < 16:
             raise InputError(f"calibration_samples: expected 16 or more, to tell distributions apart, got {samples}")
         self.every, self.samples = every, samples
-        self.shift = _SHIFTS[1]
+        self.shift = self.shifts[1]
         self.path: list[dict[str, Any]] = []
-        self._targets: Tensor | None = None
-        self._mean = math.nan
+        self._mean = math.nan  # of the unseen data at the start
 
     @property
     def gain(self) -> float:
         return _GAIN
 
-    def start(self, unseen: Tensor) -> None:
-        """Losses on unseen data at the weights that the run starts with."""
+    @property
+    def first_samples(self) -> int:
+        """Unseen ones that the start takes at most."""
+        return self.samples
+
+    def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
+        """Losses (or hits) on unseen data at the weights that the run starts with, and, where looks take hits, the loss
+        above which no sample is got right."""
         if len(unseen) < 16:
             raise InputError(
                 f"forget_alpha='auto' has {len(unseen)} unseen samples to learn from: pass 16 or more as unseen="
             )
-        self.shift, self.path = _SHIFTS[1], []
-        self._targets, self._mean = _log(unseen).sort().values, float(unseen.mean())
+        self.shift, self.path, self._mean = self.shifts[1], [], float(unseen.mean())
 
     def strengths(self, losses: Tensor) -> Tensor:
         """α_i of a batch."""
         losses = losses.detach()
         own = _log(losses if losses.dtype == torch.float64 else losses.float())
-        ranks = own.argsort().argsort()
-        targets = _quantiles(self._targets.to(own), (ranks.double() + 0.5) / len(own))
-        return self.gain * (targets + self.shift - own) / own.exp()
+        return self.gain * self._distances(own) / own.exp()
+
+    @abstractmethod
+    def _distances(self, own: Tensor) -> Tensor:
+        """How far the logarithms of a batch's losses are to go."""
 
     def look(self, iteration: int, forget: Tensor, unseen: Tensor) -> dict[str, Any]:
-        """The path's next entry, from losses in eval mode after so many iterations; moves the shift."""
+        """The path's next entry, from losses (or hits) in eval mode after so many iterations; moves the shift."""
+        measured, score, met, off = self._compare(forget, unseen)
+        entry = {"iteration": iteration, "shift": self.shift, **measured, "score": score, "met": met}
+        self.path.append(entry)
+        self.shift = min(max(self.shift + self.pull * off, self.shifts[0]), self.shifts[2])
+        return entry
+
+    @abstractmethod
+    def _compare(self, forget: Tensor, unseen: Tensor) -> tuple[dict[str, Any], float, bool, float]:
+        """What was measured, the score, whether it is met, and what pulls s."""
+
+    @abstractmethod
+    def chance(self) -> float:
+        """Scores that differ by less differ by chance."""
+
+
+class UnseenLosses(Calibration):
+    """The forget set's losses brought to those of unseen data.
+
+    A look measures ``distance`` (Kolmogorov-Smirnov, of the losses of both sets), ``difference`` (mean of their log
+    quantiles', unseen minus forget) and ``unseen_loss`` (mean). The damage is the logarithm of the unseen loss's rise
+    beyond 2.5 times that of the start.
+    """
+
+    _targets: Tensor
+
+    @property
+    def first_samples(self) -> int:
+        return 4 * self.samples
+
+    def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
+        super().start(unseen)
+        self._targets = _log(unseen).sort().values
+
+    def _distances(self, own: Tensor) -> Tensor:
+        targets = _quantiles(self._targets.to(own), (_ranks(own).double() + 0.5) / len(own))
+        return targets + self.shift - own
+
+    def _compare(self, forget: Tensor, unseen: Tensor) -> tuple[dict[str, Any], float, bool, float]:
         at = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
         of_forget, of_unseen = _log(forget).double().sort().values, _log(unseen).double().sort().values
         difference = float((_quantiles(of_unseen, at) - _quantiles(of_forget, at)).mean())
-        distance, mean = _kolmogorov_smirnov(of_forget, of_unseen), float(unseen.mean())
-        rise = math.log((mean + _FLOOR) / (self._mean + _FLOOR))
-        damage = max(0.0, rise - math.log(_DAMAGE))
+        distance = _kolmogorov_smirnov(of_forget, of_unseen)
+        mean = float(unseen.mean())
+        damage = max(0.0, math.log((mean + _FLOOR) / (self._mean + _FLOOR)) - math.log(_DAMAGE))
         met = distance <= self.critical(len(forget), len(unseen)) and abs(difference) <= _CLOSE and damage == 0.0
-        entry = {
-            "iteration": iteration,
-            "shift": self.shift,
-            "distance": distance,
-            "difference": difference,
-            "unseen_loss": mean,
-            "score": distance + damage,
-            "met": met,
-        }
-        self.path.append(entry)
-        self.shift = min(max(self.shift + _PULL * difference, _SHIFTS[0]), _SHIFTS[2])
-        return entry
+        measured = {"distance": distance, "difference": difference, "unseen_loss": mean}
+        return measured, distance + damage, met, difference
+
+    def chance(self) -> float:
+        return self.critical(self.samples, self.samples) / 2.0
 
     @staticmethod
     def critical(n: int, m: int) -> float:
         """The Kolmogorov-Smirnov distance that samples of one distribution exceed in 5 % of cases."""
         return 1.36 * math.sqrt((n + m) / (n * m))
+
+
+class TargetAccuracy(Calibration):
+    """The forget set's accuracy brought to a target, from above.
+
+    A look measures ``accuracy`` and ``unseen_accuracy``. The damage is what the latter has lost since the start.
+
+    Args:
+        target: from 0 to 1.
+    """
+
+    takes_hits: ClassVar[bool] = True
+    shifts: ClassVar[tuple[float, float, float]] = _ACCURACY_SHIFTS
+    pull: ClassVar[float] = _ACCURACY_PULL
+
+    _wrong: float
+
+    def __init__(self, every: int, samples: int, target: float):
+        super().__init__(every, samples)
+        check_number("target_accuracy", target, "a number from 0 to 1, or None", lambda x: 0.0 <= x <= 1.0)
+        self.target = target
+
+    def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
+        super().start(unseen)
+        self._wrong = math.log(wrong_loss)
+
+    def _distances(self, own: Tensor) -> Tensor:
+        wrong = _ranks(own) >= self.target * len(own)
+        return wrong * (self._wrong + self.shift - own).clamp_min(0.0)
+
+    def _compare(self, forget: Tensor, unseen: Tensor) -> tuple[dict[str, Any], float, bool, float]:
+        accuracy, kept = float(forget.double().mean()), float(unseen.double().mean())
+        off, damage = accuracy - self.target, max(0.0, self._mean - kept)
+        met = max(abs(off), damage) <= _ACCURACY_CLOSE + 1e-12
+        return {"accuracy": accuracy, "unseen_accuracy": kept}, abs(off) + damage, met, off
+
+    def chance(self) -> float:
+        return _ACCURACY_CLOSE
+
+
+def _ranks(losses: Tensor) -> Tensor:
+    return losses.argsort().argsort()
 
 
 def _log(losses: Tensor) -> Tensor:

@@ -57,6 +57,14 @@ class Task(ABC):
             f"{type(self).__name__} measures no distance to another network: choose a method that needs none"
         )
 
+    def hits(self, model: Any, batch: Any) -> Tensor:
+        """Bool, shape [N]: which samples are got right."""
+        raise InputError(f"{type(self).__name__} has no accuracy: leave target_accuracy out")
+
+    def wrong_loss(self) -> float:
+        """No sample of a larger loss is got right."""
+        raise InputError(f"{type(self).__name__} has no accuracy: leave target_accuracy out")
+
     def generators(self) -> list[torch.Generator]:
         """The task's own generators, whose states belong to a checkpoint."""
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -131,6 +132,21 @@ class Classification(Task):
         own, other = (F.log_softmax(_wide(z) / temperature, dim=1) for z in (logits, target))
         distances = F.kl_div(own, other, reduction="none", log_target=True).sum(1) * temperature**2
         return self._losses_of(logits, labels), distances
+
+    def hits(self, model: Any, batch: Any) -> Tensor:
+        inputs, labels = self._split(batch)
+        logits = self.logits(model, inputs)
+        _check_logits(logits)
+        return logits.argmax(1) == labels
+
+    def wrong_loss(self) -> float:
+        r""":math:`\log C` of C classes: the label of a sample that is got right has a probability of 1/C or more."""
+        if self.loss is not None or self._classes is None:
+            raise InputError(
+                "a target accuracy goes with the cross-entropy of logits [N, classes]: leave Classification's loss or "
+                "target_accuracy out"
+            )
+        return math.log(self._classes)
 
     def _losses_of(self, logits: Any, labels: Tensor) -> Tensor:
         if self.loss is None:
