@@ -275,7 +275,8 @@ class Loop:
                     largest, share = (1 - part) * largest, part * share
             largest = share if largest is None else torch.maximum(largest, share)
             self._backward(loss, batch, "forget")
-        entry.update(forget_loss=torch.stack(means).mean(), alpha=self.method.strength(t), largest_share=largest)
+        alpha = self.method.strength(t) if self.calibrating is None else None  # each sample has its own
+        entry.update(forget_loss=torch.stack(means).mean(), alpha=alpha, largest_share=largest)
         if self.method.update == "joint":
             gradients = [p.grad for p in self.parameters]
             if getattr(self.model, "gradient_as_bucket_view", False):  # which the next backward pass writes to

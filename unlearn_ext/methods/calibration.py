@@ -114,7 +114,8 @@ class Calibration(ABC):
         measured, score, met, off = self._compare(forget, unseen)
         entry = {"iteration": iteration, "shift": self.shift, **measured, "score": score, "met": met}
         self.path.append(entry)
-        self.shift = min(max(self.shift + self.pull * off, self.shifts[0]), self.shifts[2])
+        if iteration > 0:  # before the first step there is nothing that retain steps could have taken back
+            self.shift = min(max(self.shift + self.pull * off, self.shifts[0]), self.shifts[2])
         return entry
 
     @abstractmethod
