@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy
@@ -10,14 +11,17 @@ import pytest
 import torch
 from models import batches, make
 from scipy.stats import ks_2samp
+from test_method_updates import CLOSE, STEPS, distance, rounds
+from test_method_updates import sets as two_sets
 from test_methods_on_digits import digits, measured  # noqa: F401 - a fixture
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner
 from unlearn_ext.demo.batches import ShuffledBatches
 from unlearn_ext.methods import UGCLU, GradientAscent, NegativeGradientPlus, Projected, RandomLabel, SFRon, parse
-from unlearn_ext.methods.calibration import UnseenLosses
-from unlearn_ext.tasks import Classification
+from unlearn_ext.methods.calibration import TargetAccuracy, UnseenLosses
+from unlearn_ext.tasks import Classification, Task
 
 ASCENDING = [SFRon, GradientAscent, NegativeGradientPlus, Projected, UGCLU]
 SHORT = {"forget_alpha": "auto", "iterations": 6, "lr": 0.02, "calibrate_every": 2, "calibration_samples": 16}
@@ -31,9 +35,9 @@ def sets() -> dict[str, list]:
     return {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2), "unseen": batches(4, 6, seed=6)}
 
 
-def run(method, data: dict | None = None, model: nn.Module | None = None, **arguments):
+def run(method, data: dict | None = None, model: nn.Module | None = None, ema: float | None = None, **arguments):
     model = make() if model is None else model
-    return model, Unlearner(model, Classification(), method).run(**(data or sets()), **arguments)
+    return model, Unlearner(model, Classification(), method, ema_decay=ema).run(**(data or sets()), **arguments)
 
 
 # --- Formulas -------------------------------------------------------------------------------------------------
@@ -90,6 +94,115 @@ def test_a_look_against_scipy_and_numpy() -> None:
     for _ in range(9):
         calibration.look(20, losses(90, 5), 1e-3 * losses(90, 5))
     assert calibration.shift == 0.0
+
+
+@pytest.mark.parametrize(
+    ("target", "targets"), [(0.0, (2.8, 2.8, 2.8, 2.8)), (0.5, (None, None, 2.8, 2.8)), (1.0, (None,) * 4)]
+)
+def test_strengths_lead_to_a_loss_that_is_wrong(target, targets) -> None:
+    calibration = TargetAccuracy(5, 16, target)
+    calibration.start(torch.ones(16), math.log(10.0))
+    calibration.shift = 0.25
+    wrong = math.log(math.log(10.0)) + 0.25
+    own = torch.tensor([0.001, 0.02, 0.5, 2.0], dtype=torch.float64)
+    for loss, found, to in zip(own.tolist(), calibration.strengths(own).tolist(), targets, strict=True):
+        expected = 0.0 if to is None else 0.1 * (wrong - math.log(loss + 1e-6)) / (loss + 1e-6)
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert (calibration.strengths(torch.full((4,), 50.0)) == 0).all(), "wrong enough: left where it is"
+
+
+def test_a_look_at_accuracies() -> None:
+    calibration = TargetAccuracy(5, 16, 0.1)
+    hits = torch.tensor([1.0] * 15 + [0.0] * 5)
+    calibration.start(hits, math.log(10.0))
+    entry = calibration.look(5, torch.tensor([1.0] * 9 + [0.0]), torch.tensor([1.0] * 13 + [0.0] * 7))
+    assert entry == {
+        "iteration": 5, "shift": 1.0, "accuracy": pytest.approx(0.9), "unseen_accuracy": pytest.approx(0.65),
+        "score": pytest.approx(0.8 + 0.1), "met": False,
+    }  # fmt: skip
+    assert calibration.shift == pytest.approx(1.8)
+    better = calibration.look(10, torch.tensor([1.0] + [0.0] * 9), torch.tensor([1.0] * 19 + [0.0]))
+    assert better["met"] and better["score"] == pytest.approx(0.0)
+    below = calibration.look(15, torch.zeros(10), hits)
+    assert not below["met"] and below["score"] == pytest.approx(0.1) and calibration.shift == pytest.approx(1.7)
+
+
+# --- 20 steps against plain PyTorch ---------------------------------------------------------------------------
+
+UNSEEN = batches(9, 8, seed=20, dtype=torch.float64)
+SETTINGS = "rule=momentum,lr=0.05,momentum=0.9,forget_freq=1,gamma=none,forget_alpha=auto,calibrate_every=4"
+SHIFTS: dict[str, list[float]] = {}
+
+
+def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: float, bounds, pull: float):
+    """Forget and retain steps, and a shift that looks move."""
+    shift = bounds[1]
+    for t, ((x, y), (u, v)) in enumerate(itertools.islice(zip(rounds(forget), rounds(retain), strict=False), STEPS)):
+        optimizer.zero_grad()
+        losses = cross_entropy(net(x), y, reduction="none")
+        own = (losses.detach() + 1e-6).log().numpy()
+        (-(torch.from_numpy(strengths(own, shift)) * losses).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cross_entropy(net(u), v).backward()
+        optimizer.step()
+        if (t + 1) % 4 == 0:
+            net.eval()
+            with torch.no_grad():
+                shift = min(max(shift + pull * (look(net) - target), bounds[0]), bounds[2])
+            net.train()
+            shifts.append(shift)
+        yield
+
+
+def first(net, data, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = (torch.cat(parts)[:count] for parts in zip(*data, strict=True))
+    return net(x), y
+
+
+def to_unseen(net, forget, retain):
+    def logs(data, count: int) -> numpy.ndarray:
+        with torch.no_grad():
+            return numpy.sort((cross_entropy(*first(net, data, count), reduction="none") + 1e-6).log().numpy())
+
+    def look(net) -> float:
+        at = (numpy.arange(200) + 0.5) / 200
+        return float((numpy.quantile(logs(UNSEEN, 16), at) - numpy.quantile(logs(forget, 16), at)).mean())
+
+    def strengths(own, shift):
+        places = (own.argsort().argsort() + 0.5) / len(own)
+        return 0.1 * (numpy.quantile(targets, places) + shift - own) / numpy.exp(own)
+
+    net.eval()
+    targets = logs(UNSEEN, 64)
+    net.train()
+    optimizer, shifts = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), SHIFTS.setdefault("unseen", [])
+    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.0, (0.0, 1.5, 3.0), 0.5)
+
+
+def to_accuracy(net, forget, retain):
+    def look(net) -> float:
+        logits, y = first(net, forget, 16)
+        return float((logits.argmax(1) == y).double().mean())
+
+    def strengths(own, shift):
+        wrong = own.argsort().argsort() >= 0.3 * len(own)
+        return 0.1 * wrong * numpy.maximum(0.0, math.log(math.log(4)) + shift - own) / numpy.exp(own)
+
+    optimizer, shifts = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), SHIFTS.setdefault("accuracy", [])
+    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.3, (0.0, 1.0, 4.0), 1.0)
+
+
+@pytest.mark.parametrize(("name", "more"), [("unseen", ""), ("accuracy", ",target_accuracy=0.3")])
+def test_updates_are_the_transcriptions(name, more, monkeypatch) -> None:
+    # Forgetting that is met ends the run, and this is about every step.
+    for kind in (UnseenLosses, TargetAccuracy):
+        compare = kind._compare
+        monkeypatch.setattr(kind, "_compare", lambda *a, compare=compare: (*compare(*a)[:2], False, compare(*a)[3]))
+    transcription = {"unseen": to_unseen, "accuracy": to_accuracy}[name]
+    found = distance(f"sfron:{SETTINGS},calibration_samples=16{more}", transcription, *two_sets(), unseen=UNSEEN)
+    assert found <= CLOSE
+    assert len(set(SHIFTS[name])) > 2, "looks must have moved the shift for this to mean anything"
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------
@@ -194,6 +307,64 @@ def test_looks_do_not_disturb_the_run() -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)
 
 
+def test_looks_leave_a_loader_with_workers_at_its_place() -> None:
+    """Such a loader has one pass at a time: a look that began another would let training begin anew with it."""
+    x = torch.randn(24, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(x, torch.arange(24) % 4)
+    seen = []
+    task = Classification()
+    prepare = task.prepare
+
+    def noted(batch, device):
+        if model.training:
+            seen.append(batch[0])
+        return prepare(batch, device)
+
+    task.prepare = noted
+    model = make()
+    loader = torch.utils.data.DataLoader(data, 4, num_workers=1, persistent_workers=True)
+    method = GradientAscent(**{**SHORT, "calibrate_every": 1})
+    method.calibration = Scripted(1, 16)
+    method.calibration.scores = tuple(1 - 0.1 * i for i in range(7))
+    Unlearner(model, task, method).run(loader, unseen=sets()["unseen"])
+    assert torch.equal(torch.cat(seen[-6:]), x), "one pass, in order"
+
+
+def test_averages_go_back_as_well() -> None:
+    found = {}
+    for scores, iterations in (((1, 0.9, 0.1, 0.9), 6), ((1, 0.9, 0.1), 4)):
+        method = SFRon(**{**SHORT, "iterations": iterations})
+        method.calibration = Scripted(2, 16)
+        method.calibration.scores = scores
+        _, result = run(method, ema=0.5)
+        assert result.calibration["ended_at"] == 4
+        found[iterations] = result.ema
+    for name, tensor in found[4].items():
+        assert torch.equal(found[6][name], tensor), name
+
+
+def test_a_class_is_forgotten_to_an_accuracy(digits) -> None:  # noqa: F811
+    """A digit: of its samples a given part is still got right, and the others are kept."""
+    forget = digits.labels == 3
+    others = digits.test_labels[:500] != 3
+    unseen = ShuffledBatches(digits.test_images[:500][others], digits.test_labels[:500][others], 64, 3)
+    for target in (0.0, 0.4):
+        model = copy.deepcopy(digits.model)
+        method = SFRon(
+            forget_alpha="auto", target_accuracy=target, rule="momentum", momentum=0.9, lr=0.05, lr_schedule="cosine",
+            iterations=40,
+        )  # fmt: skip
+        result = Unlearner(model, Classification(), method).run(
+            digits.batches(forget), digits.batches(~forget, 29), unseen=unseen
+        )
+        left, kept = digits.on(model, forget)[0], digits.on(model, ~forget)[0]
+        end = next(e for e in result.calibration["path"] if e["iteration"] == result.calibration["ended_at"])
+        print(f"target {target}: {left:.3f} left, retained {kept:.3f}, unseen {end['unseen_accuracy']:.3f}")
+        print([(e["iteration"], round(e["shift"], 2), round(e["accuracy"], 3)) for e in result.calibration["path"]])
+        assert abs(left - target) <= (0.02 if target == 0.0 else 0.15)
+        assert kept > 0.97 and end["unseen_accuracy"] > result.calibration["path"][0]["unseen_accuracy"] - 0.08
+
+
 def test_forgotten_digits_come_to_look_like_unseen_ones(digits) -> None:  # noqa: F811
     """A random fifth: accuracy and losses approach those of unseen digits, and the rest is kept."""
     forget = torch.zeros_like(digits.labels, dtype=torch.bool)
@@ -224,6 +395,19 @@ def test_forgotten_digits_come_to_look_like_unseen_ones(digits) -> None:  # noqa
     assert kept > 0.98 and lost < 0.05
 
 
+class Diffusion(Task):
+    """A task without labels."""
+
+    def prepare(self, batch, device):
+        return batch
+
+    def losses(self, model, batch):
+        raise NotImplementedError
+
+    def inputs(self, batch):
+        return batch
+
+
 # --- What is refused ------------------------------------------------------------------------------------------
 
 
@@ -234,6 +418,8 @@ def test_forgotten_digits_come_to_look_like_unseen_ones(digits) -> None:  # noqa
         (lambda: SFRon(forget_alpha="auto", forget_term="replace"), "sfron descends towards a replacement"),
         (lambda: SFRon(forget_alpha="strong"), "^forget_alpha: expected a number or 'auto', got 'strong'"),
         (lambda: SFRon(forget_alpha="auto", calibrate_every=0), "^calibrate_every"),
+        (lambda: SFRon(forget_alpha="auto", target_accuracy=1.5), "^target_accuracy: expected a number from 0 to 1"),
+        (lambda: SFRon(forget_alpha=2.0, target_accuracy=0.0), "^target_accuracy is what forget_alpha='auto' steers"),
         (lambda: SFRon(forget_alpha="auto", calibration_samples=15), "^calibration_samples: expected 16 or more"),
     ],
 )
@@ -252,6 +438,13 @@ def test_runs_that_cannot_be(tmp_path) -> None:
         run(SFRon(**SHORT), {**data, "unseen": data["unseen"][:2]})
     with pytest.raises(InputError, match="does not add up over batches"):
         Unlearner(make(), Classification(), SFRon(**SHORT), gradient_accumulation_steps=2)
+    own = Classification(lambda logits, labels: nn.functional.cross_entropy(logits, labels, reduction="none"))
+    with pytest.raises(InputError, match="a target accuracy goes with the cross-entropy of logits"):
+        Unlearner(make(), own, SFRon(**SHORT, target_accuracy=0.0)).run(**data)
+    with pytest.raises(
+        InputError, match=r"^Diffusion has no accuracy: choose a method that needs none or give the task"
+    ):
+        Unlearner(make(), Diffusion(), SFRon(**SHORT, target_accuracy=0.0))
     images, labels = data["unseen"][0]
     data["unseen"] = [(images * float("nan"), labels), *data["unseen"][1:]]
     with pytest.raises(NonFiniteError, match="a loss on unseen data is not finite"):
