@@ -18,7 +18,7 @@ from rich.console import Console
 from unlearn_ext._hashing import sample_hashes, weights_hash
 from unlearn_ext.cli import main
 from unlearn_ext.comparison import oracles
-from unlearn_ext.comparison.choosing import choose, split_list
+from unlearn_ext.comparison.choosing import choose
 from unlearn_ext.comparison.one_seed import OneSeed
 from unlearn_ext.comparison.oracles import ROLES, Oracles
 from unlearn_ext.comparison.protocol import Protocol
@@ -28,7 +28,6 @@ from unlearn_ext.comparison.runners import Runner
 from unlearn_ext.comparison.splits import split_digits
 from unlearn_ext.comparison.statistics import deviations, noise_floor, ranks, spread
 from unlearn_ext.comparison.table import show
-from unlearn_ext.comparison.tuned import TUNED
 from unlearn_ext.data import load_digits
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.errors import InputError, NonFiniteError
@@ -412,7 +411,7 @@ def test_the_document(small) -> None:
             assert row[metric]["mean"] == pytest.approx(sum(row[metric]["values"]) / 2)
         assert row["UA"]["values"] == pytest.approx([1 - fa for fa in row["FA"]["values"]])
     sfron = small["methods"]["sfron:iterations=4"]
-    assert sfron["settings"]["iterations"] == 4 and sfron["settings"]["origin"] == "published"
+    assert sfron["settings"]["iterations"] == 4 and sfron["settings"]["origin"] == "published, with iterations=4"
     assert sfron["settings"]["forget_alpha"] == 25.0, "the published strength"
     assert len(sfron["runs"]) == 2 and sfron["runs"][0]["timings"]["fisher"] > 0
     assert small["noise_floor"]["mean"] == small["references"]["retrained_again"]["gap"]["mean"]
@@ -586,52 +585,6 @@ def test_what_a_method_needs_has_to_be_given(digits, tmp_path) -> None:
     runner = Scripted("other", lambda held_out, **rest: given.append(held_out))
     Comparison(protocol, [runner], digits, count=1, output_dir=tmp_path, models_dir=tmp_path).run()
     assert given == [None]
-
-
-def test_methods_are_parted_by_commas_and_so_are_their_settings() -> None:
-    assert split_list("sfron,sfron:forget_alpha=auto,lr=0.1, salun ,") == [
-        "sfron",
-        "sfron:forget_alpha=auto,lr=0.1",
-        "salun",
-    ]
-    assert split_list("a:betas=(0.9,0.95),x={1:[2,3]},b") == ["a:betas=(0.9,0.95),x={1:[2,3]}", "b"]
-
-
-def test_where_settings_come_from(monkeypatch) -> None:
-    """Given ones go before tuned ones, and these before the published preset's."""
-    tuned = {"sfron": {"lr": 0.5, "max_norm": None}, "sfron:lambd=0.1": {"lr": 0.25}}
-    monkeypatch.setitem(TUNED, "class", tuned)
-
-    def found(text, settings="tuned", scenario="class"):
-        (runner,) = choose([text], settings, scenario)
-        assert runner.label == text
-        method = runner.method
-        return runner.origin, method.lr, method.iterations, method.max_norm
-
-    assert found("sfron") == ("tuned", 0.5, 1500, None)
-    assert found("sfron:iterations=7, lr=0.75") == ("tuned", 0.75, 7, None)
-    assert found("sfron:lambd=0.1") == ("tuned", 0.25, 1500, 7.0)
-    assert found("sfron", "published") == ("published", 0.01, 1500, 7.0)
-    monkeypatch.setitem(TUNED, "random", {})
-    assert found("sfron", "tuned", "random") == ("published", 0.01, 1500, 7.0)
-    assert found("sfron@tinyimagenet-swin:lr=0.5") == ("tinyimagenet-swin", 0.5, 500, 7.0)
-    (runner,) = choose(["salun:iterations=7"], "published", "random")
-    assert runner.method.iterations == 7 and runner.method.epochs is None, "the preset's epochs would go before it"
-    (runner,) = choose(["salun"], "published", "random")
-    assert runner.method.epochs == 10 and runner.method.mask_fraction == 0.5
-    monkeypatch.setitem(TUNED, "class", {"ssd": {"alpha": 2.0, "lambd": 0.5}})
-    (runner,) = choose(["ssd:alpha=3.0"], "tuned", "class")
-    assert (runner.method.alpha, runner.method.lambd, runner.origin) == (3.0, 0.5, "tuned")
-    with pytest.raises(InputError, match="ssd has no setting 'alfa': perhaps alpha is meant"):
-        choose(["ssd:alfa=1"], "tuned", "class")
-    with pytest.raises(InputError, match="--settings: expected tuned or published"):
-        choose(["sfron"], "best", "class")
-
-
-def test_all_are_those_that_can_be_compared() -> None:
-    labels = [runner.label for runner in choose(["all"], "published", "random")]
-    assert {"finetune", "salun", "scrub", "bad_teacher", "nabla_tau", "sfron", "ssd"} <= set(labels)
-    assert not {"ug_clu", "esd"} & set(labels), "one learns new data, one is for diffusion"
 
 
 def test_every_method_runs(digits, tmp_path, models_dir) -> None:
