@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from unlearn_ext import _teachers
 from unlearn_ext._hashing import sample_hashes, weights_hash
 from unlearn_ext.cli import main
 from unlearn_ext.comparison import oracles
@@ -554,6 +555,11 @@ def test_a_killed_comparison_goes_on_to_the_same_result(tmp_path, capsys) -> Non
         (["--methods", "esd"], "esd does not run on classification"),
         (["--methods", "ug_clu"], "ug_clu learns new data while it forgets, and a comparison has none: leave it out"),
         (["--methods", "nabla_tau", "--held-out-size", "0"], "nobody trained on, and --held-out-size is 0: set some"),
+        (
+            ["--methods", "sfron:forget_alpha=auto", "--held-out-size", "15"],
+            "looks at 16 or more samples that nobody trained on, and --held-out-size is 15: set more aside",
+        ),
+        (["--methods", "bad_teacher:seed=99999999999999999999999"], "seed: expected an integer from 0 to 2^64 - 1"),
         (["--seeds", "0"], "--seeds: expected an integer from 1, got 0"),
         (["--seed", "-1"], "--seed: expected an integer from 0"),
         (["--forget-fraction", "1.0"], "something must be forgotten and something kept"),
@@ -585,6 +591,42 @@ def test_what_a_method_needs_has_to_be_given(digits, tmp_path) -> None:
     runner = Scripted("other", lambda held_out, **rest: given.append(held_out))
     Comparison(protocol, [runner], digits, count=1, output_dir=tmp_path, models_dir=tmp_path).run()
     assert given == [None]
+
+
+def test_a_calibrated_method_is_asked_for_as_many_unseen_samples_as_it_refuses_to_start_without() -> None:
+    (runner,) = choose(["sfron:forget_alpha=auto"], "published", "random")
+    runner.method.calibration.start(torch.rand(runner.least_held_out))
+    with pytest.raises(InputError, match="unseen samples to learn from"):
+        runner.method.calibration.start(torch.rand(runner.least_held_out - 1))
+
+
+def test_a_methods_own_random_network_is_the_seeds_unless_its_seed_is_given(monkeypatch) -> None:
+    """Only the teacher differs between two runs of the same weights, batches and generator."""
+    taught: list[int] = []
+    drawn = _teachers._drawn_anew
+
+    def watched(model, seed):
+        taught.append(seed)
+        return drawn(model, seed)
+
+    monkeypatch.setattr(_teachers, "_drawn_anew", watched)
+
+    def weights(text: str, seed: int) -> str:
+        (runner,) = choose([text], "published", "random")
+        generator = torch.Generator().manual_seed(0)
+        batches = [[(torch.randn(8, 1, 28, 28, generator=generator), torch.arange(8))] for _ in range(2)]
+        model = SmallResNet(seed=0)
+        runner(model, *batches, None, seed)
+        return weights_hash(model.state_dict().items())
+
+    text = "bad_teacher:iterations=1"
+    found = [weights(text, 0), weights(text, 1), weights(f"{text},seed=0", 1), weights(f"{text},seed=1", 0)]
+    assert taught == [0, 1, 0, 1]
+    assert found[0] == found[2] != found[1] == found[3]
+    own, given = (choose([one], "published", "random")[0].settings() for one in (text, f"{text},seed=0"))
+    assert (own["seed"], given["seed"]) == ("the run's", 0), "records of both are no others'"
+    (other,) = choose(["sfron"], "published", "random")
+    assert "seed" not in other.settings()
 
 
 def test_every_method_runs(digits, tmp_path, models_dir) -> None:

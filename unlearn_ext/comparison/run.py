@@ -75,9 +75,11 @@ class Comparison:
         for runner in self.runners:
             if labels.count(runner.label) > 1:
                 raise InputError(f"--methods: {runner.label} stands there more than once: leave it out once")
-            if runner.needs_held_out and not self.protocol.held_out_size:
+            if (least := runner.least_held_out) > (size := self.protocol.held_out_size):
+                what = f"{least} or more samples" if least > 1 else "samples"
                 raise InputError(
-                    f"{runner.label} looks at samples that nobody trained on, and --held-out-size is 0: set some aside"
+                    f"{runner.label} looks at {what} that nobody trained on, and --held-out-size is {size}: set "
+                    f"{'more' if size else 'some'} aside"
                 )
             runner.check(SmallResNet(seed=0))
 
