@@ -5,20 +5,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from unlearn_ext import _teachers
-from unlearn_ext._hashing import sample_hashes, weights_hash
+from unlearn_ext import _cuda, _native, _teachers
+from unlearn_ext._hashing import file_hash, sample_hashes, weights_hash
 from unlearn_ext.cli import main
-from unlearn_ext.comparison import oracles
+from unlearn_ext.comparison import keys, oracles
 from unlearn_ext.comparison.choosing import choose
 from unlearn_ext.comparison.one_seed import OneSeed
 from unlearn_ext.comparison.oracles import ROLES, Oracles
@@ -32,6 +34,7 @@ from unlearn_ext.comparison.table import show
 from unlearn_ext.data import load_digits
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.errors import InputError, NonFiniteError
+from unlearn_ext.profiling.report import device_name
 
 SIZES = {"train_size": 100, "held_out_size": 50, "test_size": 100, "epochs": 2, "batch_size": 32}
 TINY = Protocol(**SIZES)
@@ -155,6 +158,19 @@ def test_the_key_changes_with_threads_torch_and_the_code(digits, monkeypatch) ->
         patch.setattr(oracles, "sources_hash", lambda paths: "other code")
         keys.add(key(digits))
     assert len(keys) == 4 and key(digits) in keys
+
+
+def test_seconds_of_another_processor_serve_no_other(digits, monkeypatch) -> None:
+    """A share divides by the seconds of a kept model, so that a model's key has what it was trained on."""
+    found = set()
+    for device, gpu in (("cpu", None), ("cuda", "A100"), ("cuda", "H100")):
+        for processor in ("one", "another"):
+            monkeypatch.setattr(keys, "device_name", {"cpu": processor, "cuda": gpu}.__getitem__)
+            found.add(key(digits, protocol=changed(device=device)))
+            assert keys.machine(device)["processor"] == processor and keys.machine(device).get("gpu") == gpu
+    assert len(found) == 6
+    monkeypatch.undo()
+    assert keys.machine("cpu")["processor"] == device_name()
 
 
 def test_models_are_trained_once_and_kept(digits, tmp_path, monkeypatch) -> None:
@@ -290,6 +306,43 @@ def test_a_result_is_found_again_unless_something_differs(digits, tmp_path, mode
         assert other.calls == 1
 
 
+@pytest.mark.skipif(_native.backend() != "native", reason="needs the native library")
+def test_a_result_of_other_kernels_is_not_used_again(digits, tmp_path, models_dir, monkeypatch) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(_native._find_csrc(), csrc)
+    monkeypatch.setattr(_native, "_find_csrc", lambda: csrc)
+    monkeypatch.setattr(_native, "_packaged_library", lambda: None)
+    runner = Scripted("one")
+
+    def found() -> bool:
+        return OneSeed(TINY, digits, 0, models_dir, Records(tmp_path)).run(runner)[1]
+
+    assert [found(), found()] == [False, True], "where the sources lie makes no difference"
+    header = csrc / "math" / "update.h"
+    header.write_text(header.read_text() + "// another update\n")
+    assert [found(), found()] == [False, True] and runner.calls == 2
+    header.write_text(header.read_text().replace("// another update\n", ""))
+    assert found()
+
+
+@pytest.mark.skipif(_native.backend() != "native", reason="needs a compiler")
+def test_kernels_are_known_by_their_sources_or_by_a_ready_library(tmp_path, monkeypatch) -> None:
+    ready = tmp_path / "ready.so"
+    ready.write_bytes(b"one")
+    monkeypatch.setattr(keys.ops, "backend", lambda device: "native")
+    monkeypatch.setattr(_native, "library_path", lambda: ready)
+    monkeypatch.setattr(_native, "_packaged_library", lambda: ready)
+    first = keys.kernels("cpu")
+    ready.write_bytes(b"two")
+    assert first != keys.kernels("cpu") == file_hash(ready)
+    monkeypatch.setattr(_native, "_packaged_library", lambda: None)
+    assert keys.kernels("cpu") == _native.cpu_recipe().key
+    monkeypatch.setattr(_cuda, "cuda_recipe", lambda: SimpleNamespace(key="of CUDA"))
+    assert keys.kernels("cuda:1") == "of CUDA"
+    monkeypatch.setattr(keys.ops, "backend", lambda device: "python")
+    assert keys.kernels("cpu") == keys.kernels("cuda") == "python"
+
+
 @pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "[]"])
 def test_a_damaged_result_is_noticed(damage, tmp_path) -> None:
     told: list[str] = []
@@ -388,7 +441,8 @@ def test_the_document(small) -> None:
     assert set(small) == {"protocol", "noise_floor", "references", "methods"}
     assert set(small["protocol"]) >= {
         "data_sha256", "seeds", "train_size", "held_out_size", "test_size", "forget_fraction", "scenario", "epochs",
-        "architecture", "gap", "MIA_entropy", "warnings", "threads", "device", "torch", "backend",
+        "architecture", "gap", "MIA_entropy", "warnings", "threads", "device", "processor", "torch", "backend",
+        "RTE_share",
     }  # fmt: skip
     assert set(small["methods"]) == {"sfron:iterations=4", "noop"}
     metrics = (
@@ -454,7 +508,7 @@ def test_the_table_fits_80_columns(scenario) -> None:
         "do nothing", "retrained again", "1.12 ± 0.53", "50.00 ± 70.71", "12345.6", "100.0", "failed",
         "differ by 1.12 points, the noise floor", "doing nothing is 6.00 points", "Smallest gap: sfron, 1.12 ± 0.53",
         "in 10 % of retraining's time", f"Warning, under-forgetting: {long.partition(':')[0]}", "(seeds 0): inf",
-        "Warning: broken has no mean",
+        "Warning: broken has no mean", "of training, taken when they were trained",
     ):  # fmt: skip
         assert words in whole, words
     assert ("retained" in "".join(lines[:5])) == (scenario == "class")

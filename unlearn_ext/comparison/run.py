@@ -107,6 +107,8 @@ class Comparison:
             "dtype": "float32",
             "gap": f"mean over {', '.join(RETAINED_GAP_KEYS)} of the distance to the same seed's retrained model",
             "MIA_entropy": "fraction of the forget set that an entropy attack takes for training data",
+            "RTE_share": "seconds of the unlearning over those of the same seed's retraining, which were taken when "
+            "that model was trained, maybe by an earlier comparison; CPU_share: the same of processor time",
             "warnings": WARNING_RULE,
             "backend": ops.backend(self.protocol.device),
             **machine(self.protocol.device),
