@@ -92,7 +92,8 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]]) -> Runner:
     whole = complete(text, {} if nearest is None else tuned[nearest])
     if kind is SSD:  # not of the registry, whose methods make gradient steps
         return DampeningRunner(text, SSD(**read_settings(name, SSD, split_spec(whole)[2])), origin)
-    return MethodRunner(text, parse(whole), origin, own_seed="seed" in given)
+    method = parse(whole)
+    return MethodRunner(text, method, origin, own_seed="seed" in given)
 
 
 def _nearest(name: str, kind: type, given: Mapping[str, Any], tuned: Mapping[str, Any]) -> str | None:
