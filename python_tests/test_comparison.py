@@ -5,20 +5,23 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from unlearn_ext._hashing import sample_hashes, weights_hash
+from unlearn_ext import _cuda, _native, _teachers
+from unlearn_ext._hashing import file_hash, sample_hashes, weights_hash
 from unlearn_ext.cli import main
-from unlearn_ext.comparison import oracles
-from unlearn_ext.comparison.choosing import choose, split_list
+from unlearn_ext.comparison import keys, oracles
+from unlearn_ext.comparison.choosing import choose
 from unlearn_ext.comparison.one_seed import OneSeed
 from unlearn_ext.comparison.oracles import ROLES, Oracles
 from unlearn_ext.comparison.protocol import Protocol
@@ -28,10 +31,10 @@ from unlearn_ext.comparison.runners import Runner
 from unlearn_ext.comparison.splits import split_digits
 from unlearn_ext.comparison.statistics import deviations, noise_floor, ranks, spread
 from unlearn_ext.comparison.table import show
-from unlearn_ext.comparison.tuned import TUNED
 from unlearn_ext.data import load_digits
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.errors import InputError, NonFiniteError
+from unlearn_ext.profiling.report import device_name
 
 SIZES = {"train_size": 100, "held_out_size": 50, "test_size": 100, "epochs": 2, "batch_size": 32}
 TINY = Protocol(**SIZES)
@@ -104,7 +107,11 @@ def test_a_class_is_forgotten_whole_and_its_test_samples_stand_apart(digits) -> 
     split = split_digits(digits, Protocol(**SIZES, scenario="class", forget_class=7), 0)
     assert set(split.forget.labels.tolist()) == {7} and 7 not in split.retain.labels
     assert len(split.forget) == 10 and len(split.retain) == 90
-    assert 7 in split.held_out.labels and 7 in split.test.labels
+    assert 7 in split.test.labels
+    assert sorted(set(split.held_out.labels.tolist())) == [0, 1, 2, 3, 4, 5, 6, 8, 9], (
+        "unseen digits of those that stay"
+    )
+    assert len(split.held_out) == Protocol(**SIZES, scenario="class").unseen_size == 45
     assert torch.equal(split.kept, split.test.labels != 7)
 
 
@@ -155,6 +162,19 @@ def test_the_key_changes_with_threads_torch_and_the_code(digits, monkeypatch) ->
         patch.setattr(oracles, "sources_hash", lambda paths: "other code")
         keys.add(key(digits))
     assert len(keys) == 4 and key(digits) in keys
+
+
+def test_seconds_of_another_processor_serve_no_other(digits, monkeypatch) -> None:
+    """A share divides by the seconds of a kept model, so that a model's key has what it was trained on."""
+    found = set()
+    for device, gpu in (("cpu", None), ("cuda", "A100"), ("cuda", "H100")):
+        for processor in ("one", "another"):
+            monkeypatch.setattr(keys, "device_name", {"cpu": processor, "cuda": gpu}.__getitem__)
+            found.add(key(digits, protocol=changed(device=device)))
+            assert keys.machine(device)["processor"] == processor and keys.machine(device).get("gpu") == gpu
+    assert len(found) == 6
+    monkeypatch.undo()
+    assert keys.machine("cpu")["processor"] == device_name()
 
 
 def test_models_are_trained_once_and_kept(digits, tmp_path, monkeypatch) -> None:
@@ -290,6 +310,43 @@ def test_a_result_is_found_again_unless_something_differs(digits, tmp_path, mode
         assert other.calls == 1
 
 
+@pytest.mark.skipif(_native.backend() != "native", reason="needs the native library")
+def test_a_result_of_other_kernels_is_not_used_again(digits, tmp_path, models_dir, monkeypatch) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(_native._find_csrc(), csrc)
+    monkeypatch.setattr(_native, "_find_csrc", lambda: csrc)
+    monkeypatch.setattr(_native, "_packaged_library", lambda: None)
+    runner = Scripted("one")
+
+    def found() -> bool:
+        return OneSeed(TINY, digits, 0, models_dir, Records(tmp_path)).run(runner)[1]
+
+    assert [found(), found()] == [False, True], "where the sources lie makes no difference"
+    header = csrc / "math" / "update.h"
+    header.write_text(header.read_text() + "// another update\n")
+    assert [found(), found()] == [False, True] and runner.calls == 2
+    header.write_text(header.read_text().replace("// another update\n", ""))
+    assert found()
+
+
+@pytest.mark.skipif(_native.backend() != "native", reason="needs a compiler")
+def test_kernels_are_known_by_their_sources_or_by_a_ready_library(tmp_path, monkeypatch) -> None:
+    ready = tmp_path / "ready.so"
+    ready.write_bytes(b"one")
+    monkeypatch.setattr(keys.ops, "backend", lambda device: "native")
+    monkeypatch.setattr(_native, "library_path", lambda: ready)
+    monkeypatch.setattr(_native, "_packaged_library", lambda: ready)
+    first = keys.kernels("cpu")
+    ready.write_bytes(b"two")
+    assert first != keys.kernels("cpu") == file_hash(ready)
+    monkeypatch.setattr(_native, "_packaged_library", lambda: None)
+    assert keys.kernels("cpu") == _native.cpu_recipe().key
+    monkeypatch.setattr(_cuda, "cuda_recipe", lambda: SimpleNamespace(key="of CUDA"))
+    assert keys.kernels("cuda:1") == "of CUDA"
+    monkeypatch.setattr(keys.ops, "backend", lambda device: "python")
+    assert keys.kernels("cpu") == keys.kernels("cuda") == "python"
+
+
 @pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "[]"])
 def test_a_damaged_result_is_noticed(damage, tmp_path) -> None:
     told: list[str] = []
@@ -388,7 +445,8 @@ def test_the_document(small) -> None:
     assert set(small) == {"protocol", "noise_floor", "references", "methods"}
     assert set(small["protocol"]) >= {
         "data_sha256", "seeds", "train_size", "held_out_size", "test_size", "forget_fraction", "scenario", "epochs",
-        "architecture", "gap", "MIA_entropy", "warnings", "threads", "device", "torch", "backend",
+        "architecture", "gap", "MIA_entropy", "warnings", "threads", "device", "processor", "torch", "backend",
+        "RTE_share",
     }  # fmt: skip
     assert set(small["methods"]) == {"sfron:iterations=4", "noop"}
     metrics = (
@@ -412,7 +470,7 @@ def test_the_document(small) -> None:
             assert row[metric]["mean"] == pytest.approx(sum(row[metric]["values"]) / 2)
         assert row["UA"]["values"] == pytest.approx([1 - fa for fa in row["FA"]["values"]])
     sfron = small["methods"]["sfron:iterations=4"]
-    assert sfron["settings"]["iterations"] == 4 and sfron["settings"]["origin"] == "published"
+    assert sfron["settings"]["iterations"] == 4 and sfron["settings"]["origin"] == "published, with iterations=4"
     assert sfron["settings"]["forget_alpha"] == 25.0, "the published strength"
     assert len(sfron["runs"]) == 2 and sfron["runs"][0]["timings"]["fisher"] > 0
     assert small["noise_floor"]["mean"] == small["references"]["retrained_again"]["gap"]["mean"]
@@ -454,7 +512,7 @@ def test_the_table_fits_80_columns(scenario) -> None:
         "do nothing", "retrained again", "1.12 ± 0.53", "50.00 ± 70.71", "12345.6", "100.0", "failed",
         "differ by 1.12 points, the noise floor", "doing nothing is 6.00 points", "Smallest gap: sfron, 1.12 ± 0.53",
         "in 10 % of retraining's time", f"Warning, under-forgetting: {long.partition(':')[0]}", "(seeds 0): inf",
-        "Warning: broken has no mean",
+        "Warning: broken has no mean", "of training, taken when they were trained",
     ):  # fmt: skip
         assert words in whole, words
     assert ("retained" in "".join(lines[:5])) == (scenario == "class")
@@ -555,6 +613,15 @@ def test_a_killed_comparison_goes_on_to_the_same_result(tmp_path, capsys) -> Non
         (["--methods", "esd"], "esd does not run on classification"),
         (["--methods", "ug_clu"], "ug_clu learns new data while it forgets, and a comparison has none: leave it out"),
         (["--methods", "nabla_tau", "--held-out-size", "0"], "nobody trained on, and --held-out-size is 0: set some"),
+        (
+            ["--methods", "sfron:forget_alpha=auto", "--held-out-size", "15"],
+            "looks at 16 or more samples that nobody trained on, and --held-out-size is 15: set more aside",
+        ),
+        (
+            ["--methods", "sfron:forget_alpha=auto", "--held-out-size", "17", "--scenario", "class"],
+            "16 or more samples of the other digits that nobody trained on, and --held-out-size is 17: set more aside",
+        ),
+        (["--methods", "bad_teacher:seed=99999999999999999999999"], "seed: expected an integer from 0 to 2^64 - 1"),
         (["--seeds", "0"], "--seeds: expected an integer from 1, got 0"),
         (["--seed", "-1"], "--seed: expected an integer from 0"),
         (["--forget-fraction", "1.0"], "something must be forgotten and something kept"),
@@ -588,50 +655,54 @@ def test_what_a_method_needs_has_to_be_given(digits, tmp_path) -> None:
     assert given == [None]
 
 
-def test_methods_are_parted_by_commas_and_so_are_their_settings() -> None:
-    assert split_list("sfron,sfron:forget_alpha=auto,lr=0.1, salun ,") == [
-        "sfron",
-        "sfron:forget_alpha=auto,lr=0.1",
-        "salun",
-    ]
-    assert split_list("a:betas=(0.9,0.95),x={1:[2,3]},b") == ["a:betas=(0.9,0.95),x={1:[2,3]}", "b"]
+def test_a_calibrated_method_is_asked_for_as_many_unseen_samples_as_it_refuses_to_start_without() -> None:
+    (runner,) = choose(["sfron:forget_alpha=auto"], "published", "random")
+    runner.method.calibration.start(torch.rand(runner.least_held_out))
+    with pytest.raises(InputError, match="unseen samples to learn from"):
+        runner.method.calibration.start(torch.rand(runner.least_held_out - 1))
 
 
-def test_where_settings_come_from(monkeypatch) -> None:
-    """Given ones go before tuned ones, and these before the published preset's."""
-    tuned = {"sfron": {"lr": 0.5, "max_norm": None}, "sfron:lambd=0.1": {"lr": 0.25}}
-    monkeypatch.setitem(TUNED, "class", tuned)
-
-    def found(text, settings="tuned", scenario="class"):
-        (runner,) = choose([text], settings, scenario)
-        assert runner.label == text
-        method = runner.method
-        return runner.origin, method.lr, method.iterations, method.max_norm
-
-    assert found("sfron") == ("tuned", 0.5, 1500, None)
-    assert found("sfron:iterations=7, lr=0.75") == ("tuned", 0.75, 7, None)
-    assert found("sfron:lambd=0.1") == ("tuned", 0.25, 1500, 7.0)
-    assert found("sfron", "published") == ("published", 0.01, 1500, 7.0)
-    monkeypatch.setitem(TUNED, "random", {})
-    assert found("sfron", "tuned", "random") == ("published", 0.01, 1500, 7.0)
-    assert found("sfron@tinyimagenet-swin:lr=0.5") == ("tinyimagenet-swin", 0.5, 500, 7.0)
-    (runner,) = choose(["salun:iterations=7"], "published", "random")
-    assert runner.method.iterations == 7 and runner.method.epochs is None, "the preset's epochs would go before it"
-    (runner,) = choose(["salun"], "published", "random")
-    assert runner.method.epochs == 10 and runner.method.mask_fraction == 0.5
-    monkeypatch.setitem(TUNED, "class", {"ssd": {"alpha": 2.0, "lambd": 0.5}})
-    (runner,) = choose(["ssd:alpha=3.0"], "tuned", "class")
-    assert (runner.method.alpha, runner.method.lambd, runner.origin) == (3.0, 0.5, "tuned")
-    with pytest.raises(InputError, match="ssd has no setting 'alfa': perhaps alpha is meant"):
-        choose(["ssd:alfa=1"], "tuned", "class")
-    with pytest.raises(InputError, match="--settings: expected tuned or published"):
-        choose(["sfron"], "best", "class")
+@pytest.mark.parametrize("scenario", ["random", "class"])
+def test_calibrated_forgetting_is_compared(digits, tmp_path, scenario) -> None:
+    protocol = Protocol(**SIZES, scenario=scenario)
+    runners = choose(
+        ["sfron:forget_alpha=auto,iterations=2,calibrate_every=1,lr=0.05,gamma=none"], "published", scenario
+    )
+    comparison = Comparison(protocol, runners, digits, count=1, output_dir=tmp_path, models_dir=tmp_path)
+    (found,) = comparison.run()["methods"].values()
+    (run,) = found["runs"]
+    assert [entry["iteration"] for entry in run["calibration"]["path"]][:2] == [0, 1] and not found["failed"]
+    assert found["settings"]["target_accuracy"] == (0.0 if scenario == "class" else None)
+    assert ("accuracy" in run["calibration"]["path"][0]) == (scenario == "class")
 
 
-def test_all_are_those_that_can_be_compared() -> None:
-    labels = [runner.label for runner in choose(["all"], "published", "random")]
-    assert {"finetune", "salun", "scrub", "bad_teacher", "nabla_tau", "sfron", "ssd"} <= set(labels)
-    assert not {"ug_clu", "esd"} & set(labels), "one learns new data, one is for diffusion"
+def test_a_methods_own_random_network_is_the_seeds_unless_its_seed_is_given(monkeypatch) -> None:
+    """Only the teacher differs between two runs of the same weights, batches and generator."""
+    taught: list[int] = []
+    drawn = _teachers._drawn_anew
+
+    def watched(model, seed):
+        taught.append(seed)
+        return drawn(model, seed)
+
+    monkeypatch.setattr(_teachers, "_drawn_anew", watched)
+
+    def weights(text: str, seed: int) -> str:
+        (runner,) = choose([text], "published", "random")
+        generator = torch.Generator().manual_seed(0)
+        batches = [[(torch.randn(8, 1, 28, 28, generator=generator), torch.arange(8))] for _ in range(2)]
+        model = SmallResNet(seed=0)
+        runner(model, *batches, None, seed)
+        return weights_hash(model.state_dict().items())
+
+    text = "bad_teacher:iterations=1"
+    found = [weights(text, 0), weights(text, 1), weights(f"{text},seed=0", 1), weights(f"{text},seed=1", 0)]
+    assert taught == [0, 1, 0, 1]
+    assert found[0] == found[2] != found[1] == found[3]
+    own, given = (choose([one], "published", "random")[0].settings() for one in (text, f"{text},seed=0"))
+    assert (own["seed"], given["seed"]) == ("the run's", 0), "records of both are no others'"
+    (other,) = choose(["sfron"], "published", "random")
+    assert "seed" not in other.settings()
 
 
 def test_every_method_runs(digits, tmp_path, models_dir) -> None:

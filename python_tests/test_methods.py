@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from models import make
 
 from unlearn_ext import InputError, Unlearner
@@ -136,6 +137,8 @@ def test_methods_as_text() -> None:
         ("", "a method is name, name@preset or name:key=value,key=value; got ''"),
         ("sfron:", "ends where settings should follow: leave : out"),
         ("sfron@", "ends where a preset should follow: leave @ out"),
+        ("sfron@ : lr=1", "'sfron@' ends where a preset should follow: leave @ out"),
+        ("sfron@cifar10-resnet18:", "ends where settings should follow: leave : out"),
         ("sfron@cifar", "SFRon has no preset 'cifar': choose from cifar10-resnet18"),
         ("sfron:lr", "sfron: expected key=value between commas, got 'lr'"),
         ("sfron:lr=0.1,lr=0.2", "sfron: lr is given twice"),
@@ -146,14 +149,24 @@ def test_methods_as_text() -> None:
         ("sfron:iterations=2.5", "sfron: iterations is an integer, got '2.5'"),
         ("sfron:protect=1", "sfron: protect is true or false, got '1'"),
         ("sfron:rule=1", "sfron: rule is a word, got '1'"),
+        ("sfron:betas={[1]:2}", "sfron: betas is a tuple, got '{[1]:2}'"),
+        pytest.param(f"sfron:lr={'-' * 5000}1", "sfron: lr is a number, got '----", id="deep"),
         ("sfron:mask=file", "sfron: mask cannot be given as text: set it in Python"),
         ("sfron:lr=-1", "lr: expected a finite number from 0, got -1"),
+        ("bad_teacher:seed=99999999999999999999999", "seed: expected an integer from 0 to 2^64 - 1, got 9999999999"),
+        ("bad_teacher:seed=18446744073709551616", "seed: expected an integer from 0 to 2^64 - 1, got 18446744073709"),
+        ("bad_teacher:seed=-1", "seed: expected an integer from 0 to 2^64 - 1, got -1"),
     ],
 )
 def test_text_that_is_no_method(spec, words) -> None:
     with pytest.raises(InputError) as caught:
         parse(spec)
     assert words in str(caught.value)
+
+
+def test_every_seed_that_is_taken_can_be_drawn_from() -> None:
+    for seed in (0, 2**64 - 1):
+        torch.Generator().manual_seed(parse(f"bad_teacher:seed={seed}").seed)
 
 
 # --- The table ------------------------------------------------------------------------------------------------

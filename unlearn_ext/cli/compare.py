@@ -25,7 +25,8 @@ def compare(
         str, typer.Option(help="With commas: name, or name:setting=value,setting=value; all of them unless given.")
     ] = "all",
     settings: Annotated[
-        Settings, typer.Option(help="A method's tuned settings where it has some, or its published ones.")
+        Settings,
+        typer.Option(help="A method's tuned settings where it has some, or its published ones; else its defaults."),
     ] = Settings.tuned,
     scenario: Annotated[Scenario, typer.Option(help="Forget random samples, or a whole class.")] = Scenario.random,
     forget_class: Annotated[int, typer.Option(help="The digit to forget (scenario class).")] = 3,

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..methods import available, find, parse
-from ..methods.spec import read_settings
+from ..methods.calibration import AUTO
+from ..methods.spec import read_settings, split_commas, split_spec
 from ..methods.ssd import SSD
 from ..tasks import Classification
 from .runners import DampeningRunner, MethodRunner, Runner
@@ -28,7 +29,7 @@ def split_list(text: str) -> list[str]:
     part nothing.
     """
     found: list[str] = []
-    for piece in _pieces(text):
+    for piece in filter(None, map(str.strip, split_commas(text))):
         if "=" in piece.partition(":")[0] and found:
             found[-1] += f",{piece}"
         else:
@@ -41,8 +42,9 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
 
     Args:
         texts: what :func:`split_list` gave; ``all``: each method that can be compared.
-        settings: ``published``, or ``tuned``: those of :data:`~unlearn_ext.comparison.tuned.TUNED` for the text or,
-            where it has none, for the method of that name, and the published ones where it has none of either.
+        settings: ``published``: the published ones, or the defaults of a method that has none; ``tuned``: those of
+            :data:`~unlearn_ext.comparison.tuned.TUNED` for the most of what the text gives, and the published ones
+            where it has none.
         scenario: ``random`` or ``class``, for which the settings were tuned.
 
     Raises:
@@ -62,42 +64,66 @@ def _comparable() -> list[str]:
 
 def complete(text: str, settings: Mapping[str, Any]) -> str:
     """The text with its method's published preset, if it names none, and with the settings that it does not give."""
-    head, colon, rest = text.partition(":")
-    name, _, preset = (part.strip() for part in head.partition("@"))
-    if colon and not rest.strip():
-        return text  # an error that parse() words
-    presets = {} if name == SSD.name else find(name).presets
+    name, preset, rest = split_spec(text)
+    presets = _presets(name)
     if not preset and PUBLISHED in presets:
-        head = f"{name}@{(preset := PUBLISHED)}"
-    given = _pieces(rest)
-    keys = {piece.partition("=")[0].strip() for piece in given}
+        preset = PUBLISHED
+    given = split_commas(rest)
+    keys = set(map(_key, given))
     if "iterations" in keys and "epochs" not in keys and presets.get(preset, {}).get("epochs") is not None:
         settings = {**settings, "epochs": None}  # which would go before what is given
     given += [f"{key}={'none' if value is None else value}" for key, value in settings.items() if key not in keys]
+    head = f"{name}@{preset}" if preset else name
     return f"{head}:{','.join(given)}" if given else head
 
 
 def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) -> Runner:
-    head = text.partition(":")[0]
-    name, _, preset = (part.strip() for part in head.partition("@"))
-    found = None if preset else tuned.get(text, tuned.get(name))
-    origin = preset or ("published" if found is None else "tuned")
-    whole = complete(text, found or {})
-    if head.strip() == SSD.name:  # not of the registry, whose methods make gradient steps
-        return DampeningRunner(text, SSD(**read_settings(SSD.name, SSD, whole.partition(":")[2])), origin)
+    name, preset, rest = split_spec(text)
+    if name == SSD.name and preset:
+        raise InputError(f"{name} has no presets: leave @{preset} out")
+    kind = _kind(name)
+    given = read_settings(name, kind, rest)
+    nearest = None if preset else _nearest(name, kind, given, tuned)
+    origin, own = preset or ("published" if PUBLISHED in _presets(name) else "defaults"), {}
+    if nearest is not None:
+        origin, own = "tuned", read_settings(name, kind, split_spec(nearest)[2])
+    if further := [piece.strip() for piece in split_commas(rest) if _key(piece) not in own]:
+        origin += f", with {','.join(further)}"
+    whole = complete(text, {} if nearest is None else tuned[nearest])
+    if kind is SSD:  # not of the registry, whose methods make gradient steps
+        return DampeningRunner(text, SSD(**read_settings(name, SSD, split_spec(whole)[2])), origin)
     method = parse(whole)
     if scenario == "class" and getattr(method, "calibration", None) is not None and method.target_accuracy is None:
         method = parse(complete(whole, {"target_accuracy": 0.0}))  # unseen digits of that class are not to be matched
-    return MethodRunner(text, method, origin)
+    return MethodRunner(text, method, origin, own_seed="seed" in given)
 
 
-def _pieces(text: str) -> list[str]:
-    """What stands between commas outside of brackets, without empty ones."""
-    pieces, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += letter
-    return [piece.strip() for piece in pieces if piece.strip()]
+def _nearest(name: str, kind: type, given: Mapping[str, Any], tuned: Mapping[str, Any]) -> str | None:
+    """The key of the tuned settings for the most of what is given, and for nothing that is not.
+
+    Calibrated forgetting is another rule, which settings of the uncalibrated one do not suit.
+    """
+    found: dict[str, int] = {}
+    for key in tuned:
+        of, preset, rest = split_spec(key)
+        if of != name or preset:
+            continue
+        own = read_settings(name, kind, rest)
+        if given.get("forget_alpha") == AUTO and own.get("forget_alpha") != AUTO:
+            continue
+        if own.items() <= given.items():
+            found[key] = len(own)
+    return max(found, key=found.__getitem__, default=None)
+
+
+def _kind(name: str) -> type:
+    return SSD if name == SSD.name else find(name)
+
+
+def _presets(name: str) -> Mapping[str, Mapping[str, Any]]:
+    return getattr(_kind(name), "presets", {})
+
+
+def _key(piece: str) -> str:
+    """Of ``key=value``."""
+    return piece.partition("=")[0].strip()

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._hashing import raw_bytes
+from .. import _native, ops
+from .._hashing import file_hash, raw_bytes
+from ..profiling.report import device_name
 
-__all__ = ["class_hash", "file_key", "machine", "sources_hash", "tensor_hash"]
+__all__ = ["class_hash", "file_key", "kernels", "machine", "sources_hash", "tensor_hash"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -32,7 +34,29 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """What rounds differently, and takes another time."""
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    gpu = {"gpu": device_name(device)} if torch.device(device).type == "cuda" else {}
+    return {
+        "device": device,
+        "processor": device_name("cpu"),
+        **gpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def kernels(device: str) -> str:
+    """What the operators of a device are made from: the key that the build cache has for sources, compiler and flags,
+    or the hash of a library that came ready; ``python`` where none is loaded, whose code is among the package's files.
+    """
+    if ops.backend(device) == "python":
+        return "python"
+    if torch.device(device).type == "cuda":
+        from .._cuda import cuda_recipe
+
+        return cuda_recipe().key
+    if (library := _native.library_path()) is not None and library == _native._packaged_library():
+        return file_hash(library)
+    return _native.cpu_recipe().key
 
 
 @cache

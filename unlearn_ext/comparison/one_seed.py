@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
 from ..data import Digits
 from ..errors import InputError, NonFiniteError
 from ..evaluation import Parts, distance, knowledge, predict
-from .keys import machine, sources_hash
+from .keys import kernels, machine, sources_hash
 from .oracles import ROLES, Oracles
 from .protocol import Protocol
 from .records import Records
@@ -92,7 +91,7 @@ class OneSeed:
             "seed": self.seed,
             "models": {role: self.oracles.key(role) for role in ROLES},
             "sources": sources_hash(_SOURCES),
-            "backend": ops.backend(self.protocol.device),
+            "kernels": kernels(self.protocol.device),
             **machine(self.protocol.device),
         }
 

@@ -2,6 +2,10 @@
 
 The second retrained model is what the first is measured by: no method can be asked to come closer to retraining than
 retraining comes to itself.
+
+The seconds that training took are kept with each model. A later comparison divides its methods' seconds by these, so
+that both sides of a share were taken on machines of one description, and not always at one time: whatever else the
+machine did then or does now stands in the share.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +78,11 @@ class Protocol:
     def forget_size(self) -> int:
         """Samples to forget in the scenario random."""
         return round(self.forget_fraction * self.train_size)
+
+    @property
+    def unseen_size(self) -> int:
+        """Held-out samples that a method gets at least: those of a forgotten class are left out."""
+        return self.held_out_size - (math.ceil(self.held_out_size / CLASSES) if self.scenario == "class" else 0)
 
     def describe(self) -> dict[str, Any]:
         """All of it, without what the scenario does not use."""

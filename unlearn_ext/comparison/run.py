@@ -75,9 +75,12 @@ class Comparison:
         for runner in self.runners:
             if labels.count(runner.label) > 1:
                 raise InputError(f"--methods: {runner.label} stands there more than once: leave it out once")
-            if runner.needs_held_out and not self.protocol.held_out_size:
+            if (least := runner.least_held_out) > self.protocol.unseen_size:
+                what = f"{least} or more samples" if least > 1 else "samples"
+                size, classes = self.protocol.held_out_size, self.protocol.scenario == "class"
                 raise InputError(
-                    f"{runner.label} looks at samples that nobody trained on, and --held-out-size is 0: set some aside"
+                    f"{runner.label} looks at {what} {'of the other digits ' if classes and size else ''}that nobody "
+                    f"trained on, and --held-out-size is {size}: set {'more' if size else 'some'} aside"
                 )
             runner.check(SmallResNet(seed=0))
 
@@ -105,6 +108,8 @@ class Comparison:
             "dtype": "float32",
             "gap": f"mean over {', '.join(RETAINED_GAP_KEYS)} of the distance to the same seed's retrained model",
             "MIA_entropy": "fraction of the forget set that an entropy attack takes for training data",
+            "RTE_share": "seconds of the unlearning over those of the same seed's retraining, which were taken when "
+            "that model was trained, maybe by an earlier comparison; CPU_share: the same of processor time",
             "warnings": WARNING_RULE,
             "backend": ops.backend(self.protocol.device),
             **machine(self.protocol.device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from .keys import class_hash
 __all__ = ["DampeningRunner", "MethodRunner", "Runner"]
 
 Batches = Iterable[Any]
+_CALIBRATED = 16  # unseen samples that a calibration learns from, at least
 
 
 class Runner(ABC):
@@ -26,8 +28,10 @@ class Runner(ABC):
 
     Attributes:
         label: its name in the table and the JSON.
-        origin: where its settings are from: ``tuned``, ``published`` or a preset's name.
+        origin: where its settings are from: ``tuned``, ``published``, ``defaults`` or a preset's name, and which were
+            given instead: ``tuned, with lr=10``.
         needs_held_out: whether it looks at samples that nobody trained on.
+        least_held_out: how many of them it needs.
     """
 
     label: str
@@ -36,6 +40,10 @@ class Runner(ABC):
     @property
     def needs_held_out(self) -> bool:
         return False
+
+    @property
+    def least_held_out(self) -> int:
+        return int(self.needs_held_out)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -59,17 +67,27 @@ class Runner(ABC):
 
 
 class MethodRunner(Runner):
-    """A gradient method, through :class:`~unlearn_ext.Unlearner`."""
+    """A gradient method, through :class:`~unlearn_ext.Unlearner`.
 
-    def __init__(self, label: str, method: Method, origin: str = "published"):
+    Args:
+        own_seed: a method with a ``seed`` keeps its own, and does not get that of each run.
+    """
+
+    def __init__(self, label: str, method: Method, origin: str = "published", *, own_seed: bool = False):
         self.label, self.method, self.origin = label, method, origin
+        self._seeds = not own_seed and any(field.name == "seed" for field in fields(method))
 
     @property
     def needs_held_out(self) -> bool:
         return self.method.needs_unseen
 
+    @property
+    def least_held_out(self) -> int:
+        return super().least_held_out if getattr(self.method, "calibration", None) is None else _CALIBRATED
+
     def settings(self) -> dict[str, Any]:
-        return {"method": self.method.name, **self.method.settings(), "code": class_hash(type(self.method))}
+        own = self.method.settings() | ({"seed": "the run's"} if self._seeds else {})
+        return {"method": self.method.name, **own, "code": class_hash(type(self.method))}
 
     def check(self, model: nn.Module) -> None:
         if self.method.learns:
@@ -78,7 +96,10 @@ class MethodRunner(Runner):
 
     def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:
         # A copy: a run may tell its method the number of iterations, or the loss on unseen data.
-        unlearner = Unlearner(model, Classification(seed=seed), copy.deepcopy(self.method))
+        method = copy.deepcopy(self.method)
+        if self._seeds:
+            method.seed = seed
+        unlearner = Unlearner(model, Classification(seed=seed), method)
         unseen = {"unseen": held_out} if self.needs_held_out else {}
         result = unlearner.run(forget, retain, **unseen)
         return {

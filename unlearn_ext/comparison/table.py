@@ -144,5 +144,6 @@ def _legend(protocol: dict[str, Any]) -> str:
         f"{'One seed' if count == 1 else f'Means over {count} seeds'}. Gap: mean distance in FA, RA, TA and MIA to the "
         f"same seed's retrained model{'' if count == 1 else ', ± standard deviation'}. "
         f"{'MIA and gap: over the nine retained classes. ' if classes else ''}RTE: seconds of the unlearning alone; "
-        f"of retrained models, of training. Bold: closest to retraining, or fastest. Warned of: {protocol['warnings']}."
+        "of retrained models, of training, taken when they were trained. Bold: closest to retraining, or fastest. "
+        f"Warned of: {protocol['warnings']}."
     )

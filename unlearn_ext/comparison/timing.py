@@ -1,4 +1,8 @@
-"""A clock that waits for the device, in a process that has paid for its first steps."""
+"""A clock that waits for the device, in a process that has paid for its first steps.
+
+A share of retraining's seconds divides what was taken at two times: the unlearning's when it ran, and retraining's when
+that model was trained, perhaps by an earlier comparison whose models are used again.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ class Seconds:
     cpu: float = 0.0
 
     def metrics(self, retraining: Seconds) -> dict[str, float]:
-        """RTE and CPU, and what share of retraining's they are."""
+        """RTE and CPU, and what share of retraining's they are, which were taken when that model was trained."""
         return {
             "RTE": self.clock,
             "RTE_share": self.clock / retraining.clock,

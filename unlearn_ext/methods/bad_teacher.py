@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .._arguments import check_number
 from .._hashing import weights_hash
+from ..errors import InputError
 from .base import ForgetLoss, Forgetting, Row
 
 __all__ = ["BadTeacher"]
@@ -25,7 +27,7 @@ class BadTeacher(Forgetting):
         temperature: T, for classifiers.
         random_model: the random network, for models whose modules cannot draw their weights anew by
             ``reset_parameters``. It is copied and put in eval mode.
-        seed: of its weights otherwise.
+        seed: of its weights otherwise, from 0 to 2^64 - 1.
     """
 
     name: ClassVar[str] = "bad_teacher"
@@ -51,6 +53,9 @@ class BadTeacher(Forgetting):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("temperature", self.temperature, "a finite number above 0", lambda x: 0.0 < x < math.inf)
+        seed = self.seed
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
+            raise InputError(f"seed: expected an integer from 0 to 2^64 - 1, got {seed!r}")
 
     def settings(self) -> dict[str, Any]:
         given = self.random_model

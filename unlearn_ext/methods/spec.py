@@ -13,7 +13,7 @@ from ..errors import InputError
 from .base import Method
 from .registry import find
 
-__all__ = ["parse", "read_settings"]
+__all__ = ["parse", "read_settings", "split_commas", "split_spec"]
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -31,14 +31,7 @@ def parse(spec: str, **defaults: Any) -> Method:
     Raises:
         InputError: an unknown name, preset or key, or a value that does not fit.
     """
-    head, colon, rest = spec.strip().partition(":")
-    name, at, preset = (part.strip() for part in head.partition("@"))
-    if not name:
-        raise InputError(f"a method is name, name@preset or name:key=value,key=value; got {spec!r}")
-    if (colon and not rest.strip()) or (at and not preset):
-        raise InputError(
-            f"{spec!r} ends where {'settings' if colon else 'a preset'} should follow: leave {colon or at} out"
-        )
+    name, preset, rest = split_spec(spec)
     method = find(name)
     given = read_settings(name, method, rest)
     kinds = _kinds(method)
@@ -49,11 +42,30 @@ def parse(spec: str, **defaults: Any) -> Method:
     return method.preset(preset, **{**{k: v for k, v in known.items() if k not in of_preset}, **given})
 
 
+def split_spec(spec: str) -> tuple[str, str, str]:
+    """Name, preset and settings of ``name[@preset][:key=value,...]``, the last two empty where there are none.
+
+    Raises:
+        InputError: a part that is begun is missing.
+    """
+    head, colon, rest = spec.strip().partition(":")
+    name, at, preset = (part.strip() for part in head.partition("@"))
+    if not name:
+        raise InputError(f"a method is name, name@preset or name:key=value,key=value; got {spec!r}")
+    for text, sign, follows, missing in (
+        (head.strip(), at, preset, "a preset"),
+        (spec.strip(), colon, rest.strip(), "settings"),
+    ):
+        if sign and not follows:
+            raise InputError(f"{text!r} ends where {missing} should follow: leave {sign} out")
+    return name, preset, rest.strip()
+
+
 def read_settings(name: str, kind: type, text: str) -> dict[str, Any]:
     """Arguments of a dataclass, which errors call ``name``, from ``key=value,...``, as :func:`parse` reads them."""
     kinds = _kinds(kind)
     given: dict[str, Any] = {}
-    for part in _split(text):
+    for part in split_commas(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
             raise InputError(f"{name}: expected key=value between commas, got {part.strip()!r}")
@@ -63,8 +75,8 @@ def read_settings(name: str, kind: type, text: str) -> dict[str, Any]:
     return given
 
 
-def _split(text: str) -> list[str]:
-    """At commas outside of brackets."""
+def split_commas(text: str) -> list[str]:
+    """What stands between commas outside of brackets, as it stands there; nothing of a text of blanks."""
     parts, depth, start = [], 0, 0
     for i, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -91,7 +103,7 @@ def _value(name: str, key: str, text: str, kinds: Mapping[str, Any]) -> Any:
     else:
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # a list as a key; too deep
             value = text
     if not _fits(value, kinds[key]):
         words = _in_words(kinds[key])
