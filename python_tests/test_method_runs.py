@@ -20,7 +20,7 @@ SHORT = {"iterations": 12, "lr": 0.02}
 
 
 def short(name: str, **changes):
-    settings = {**SHORT, "epochs": 2, "msteps": 1} if name == "scrub" else SHORT
+    settings = {"lr": SHORT["lr"], "epochs": 2, "msteps": 1} if name == "scrub" else SHORT
     return find(name)(**{**settings, **changes})
 
 

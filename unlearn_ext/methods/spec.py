@@ -35,10 +35,10 @@ def parse(spec: str, **defaults: Any) -> Method:
     name, at, preset = (part.strip() for part in head.partition("@"))
     if not name:
         raise InputError(f"a method is name, name@preset or name:key=value,key=value; got {spec!r}")
-    if (colon and not rest.strip()) or (at and not preset):
-        raise InputError(
-            f"{spec!r} ends where {'settings' if colon else 'a preset'} should follow: leave {colon or at} out"
-        )
+    if at and not preset:
+        raise InputError(f"{spec!r} has an @ that no preset follows: leave @ out, or name one")
+    if colon and not rest.strip():
+        raise InputError(f"{spec!r} ends where settings should follow: leave : out")
     method = find(name)
     given = read_settings(name, method, rest)
     kinds = _kinds(method)
