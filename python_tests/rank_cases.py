@@ -22,7 +22,7 @@ from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext._names import trainable, unwrapped
 from unlearn_ext._shards import full, local, part_like
 from unlearn_ext.errors import UnlearnError
-from unlearn_ext.methods import SFRon, find
+from unlearn_ext.methods import SFRon, find, parse
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 from unlearn_ext.tasks import Classification
@@ -184,7 +184,7 @@ def methods(wrapper: str | None, directory: Path) -> dict[str, Any]:
         ("nabla_tau", {}),
         ("ug_clu", {"gamma": 0.5}),
     ):
-        method, data, model = find(name)(**{**settings, **changes}), sets(), network(wrapper)
+        method, data, model = parse(name, **{**settings, **changes}), sets(), network(wrapper)
         data |= {"learn": batches(2, 7, 6)} if method.learns else {}
         data |= {"unseen": batches(2, 3, 7)} if method.needs_unseen else {}
         own = directory / f"methods-{name}-{wrapper}-{ranks()}"
@@ -200,7 +200,7 @@ def methods(wrapper: str | None, directory: Path) -> dict[str, Any]:
             for p in model.parameters():
                 p.add_(1.0)  # its teacher is not the model that resumes
         resume = directory / f"methods-scrub-{wrapper}-{ranks()}" / "checkpoint-4"
-        method = find("scrub")(**settings | {"epochs": 2, "msteps": 1})
+        method = parse("scrub", **settings, epochs=2, msteps=1)
         Unlearner(model, Classification(), method).run(**sets(), resume_from_checkpoint=resume)
         found["scrub resumed"] = weights(model)
     return found

@@ -100,7 +100,7 @@ def test_constants_by_hand() -> None:
     c = Constants.of(SoftmaxRegression(3, 2, l2=0.5), 100, epsilon=2.0, delta=0.01, iterations=3)
     radius = math.sqrt(4 * math.log(2))  # 1.665, where √2/l2 would be 2.828
     lipschitz = math.sqrt(2) + 0.5 * radius
-    assert (c.m, c.M, c.radius, c.L) == (0.5, 1.0, pytest.approx(radius), pytest.approx(lipschitz))
+    assert (c.m, c.M, c.radius, c.L) == (0.5, pytest.approx(1.0), pytest.approx(radius), pytest.approx(lipschitz))
     assert (c.gamma, c.eta) == (pytest.approx(1 / 3), pytest.approx(4 / 3))
     # D m n / 2L = 3.330 · 0.5 · 100 / 4.493 = 37.06, and ln 37.06 / ln 3 = 3.288
     assert c.training_iterations == math.ceil(3 + 3.288) == 7
@@ -184,6 +184,25 @@ def test_more_iterations_than_float64_resolves_are_refused() -> None:
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Constants.of(MODEL, 100, **settings)
+
+
+def test_the_longest_row_that_is_let_pass_is_in_the_constants() -> None:
+    model = SoftmaxRegression(3, 2, l2=0.5, feature_bound=2.0)
+    x = torch.tensor([[0.0, 2.0 * (1.0 + 9.9e-13), 0.0]] * 2, dtype=torch.float64)
+    learner = certify(model, x, torch.tensor([0, 1]), iterations=2)
+    c, longest = learner.constants, float(x.norm(dim=1).max())
+    assert 2.0 < longest <= c.X < 2.0 * (1 + 2e-12)
+    assert c.M - c.l2 >= longest**2 / 2, "which two classes at even odds attain"
+    assert math.sqrt(2) * longest + c.l2 * c.radius <= c.L
+    with pytest.raises(InputError, match="a row has norm"):
+        certify(model, x * (1 + 2e-12), torch.tensor([0, 1]), iterations=2)
+
+
+def test_the_rounding_of_the_projections_norm_counts() -> None:
+    """By the standard bound of a sum of squares, halved by the root: large l2 and small n leave little else."""
+    model = SoftmaxRegression(1000, 400, l2=1e4)
+    c = Constants.of(model, 2, iterations=1)
+    assert c.step_rounding >= 1000 * 400 / 2 * 2.0**-53 * c.radius
 
 
 @pytest.mark.parametrize("l2", [1e17, 1e-18])
@@ -391,9 +410,10 @@ def test_the_certificates_formulas_give_its_numbers(learner: DescentToDelete) ->
     certificate = learner.publish().certificate
     constants, formulas = certificate["constants"], certificate["formulas"]
     names = {"ln": math.log, "sqrt": math.sqrt, "min": min, "ceil": math.ceil, "floor": math.floor}
-    for name in ("m", "M", "radius", "L", "gamma", "eta", "training_iterations", "distance", "sigma", "max_deletions"):
+    names_of_all = ("X", "m", "M", "radius", "L", "gamma", "eta", "training_iterations", "distance", "sigma")
+    for name in (*names_of_all, "max_deletions"):
         text = formulas[name].split(", at least")[0].replace("^", "**")
-        for product in ("2 ln", "sqrt(2) (", "sqrt(2) feature", "l2 radius", "2 radius", "radius m n", "8 L", "2 L"):
+        for product in ("2 ln", "sqrt(2) (", "sqrt(2) X", "d (1", "l2 radius", "2 radius", "radius m n", "8 L", "2 L"):
             text = text.replace(product, product.replace(" ", " * "))
         text = text.replace("m n", "m * n").replace("n (1 -", "n * (1 -").replace("L gamma", "L * gamma")
         value = eval(text, {"__builtins__": {}}, {**names, **constants, "I": constants["iterations"]})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +15,20 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import InputError, NonFiniteError, SaliencyMask, Unlearner
-from unlearn_ext.methods import METHODS, BadTeacher, Finetune, GradientAscent, SalUn, Scrub, SFRon, find, parse
+from unlearn_ext.methods import (
+    METHODS,
+    BadTeacher,
+    Finetune,
+    GradientAscent,
+    NablaTau,
+    RandomLabel,
+    SalUn,
+    Scrub,
+    SFRon,
+    find,
+    parse,
+)
+from unlearn_ext.saliency.gradient import GradientSum
 from unlearn_ext.tasks import Classification, Task
 
 ON_CLASSIFIERS = [name for name, method in METHODS.items() if "classification" in method.row.tasks]
@@ -20,7 +36,7 @@ SHORT = {"iterations": 12, "lr": 0.02}
 
 
 def short(name: str, **changes):
-    settings = {**SHORT, "epochs": 2, "msteps": 1} if name == "scrub" else SHORT
+    settings = {"lr": SHORT["lr"], "epochs": 2, "msteps": 1} if name == "scrub" else SHORT
     return find(name)(**{**settings, **changes})
 
 
@@ -133,6 +149,9 @@ def test_settings_that_a_method_has_no_use_for() -> None:
         (lambda: Scrub(forget_freq=2), "scrub makes passes over one set at a time"),
         (lambda: Scrub(temperature=0), "temperature: expected a finite number above 0, got 0"),
         (lambda: parse("nabla_tau:forget_alpha=2"), "forget_alpha: expected a number from 0 to 1, or None, got 2"),
+        (lambda: BadTeacher(forget_alpha=-1), "forget_alpha: expected a finite number from 0, got -1"),
+        (lambda: BadTeacher(forget_alpha="auto"), "bad_teacher descends towards a replacement: give a number"),
+        (lambda: SalUn(forget_freq=0), "forget_freq: expected an integer from 1, got 0"),
     ):
         with pytest.raises(InputError, match=words):
             make_method()
@@ -164,6 +183,81 @@ def test_scrub_takes_its_sets_pass_by_pass() -> None:
     result = run(make(), "scrub", changes={"epochs": 3, "msteps": 2})
     kinds = "".join("f" if entry["retain_loss"] is None else "r" for entry in result.history)
     assert kinds == "fffrrrrr" + "fffrrrrr" + "rrrrr"
+
+
+@pytest.mark.parametrize("name", ["random_label", "salun"])
+@pytest.mark.parametrize(("forget", "retain"), [(4, 13), (1, 9), (3, 5), (5, 5), (7, 3)])
+def test_an_epoch_of_a_relabelling_preset_is_a_pass_over_both_sets(name, forget, retain) -> None:
+    method = parse(f"{name}@cifar10-resnet18:epochs=2")
+    given = {"forget": batches(forget, 2, seed=1), "retain": batches(retain, 2, seed=2)}
+    result = Unlearner(make(), Classification(), method).run(**given)
+    once = min(forget, retain)  # there is one forget step at most in an iteration
+    assert result.counts["iterations"] == 2 * retain and result.counts["forget_steps"] == 2 * once
+    forgot = [entry["iteration"] for entry in result.history if entry["alpha"] is not None]
+    assert sum(i < retain for i in forgot) == once
+    gaps = {b - a for a, b in itertools.pairwise(forgot)}
+    assert max(gaps) - min(gaps) <= 1, "evenly spread"
+
+
+def test_a_given_forget_freq_is_what_it_was() -> None:
+    for cls in (RandomLabel, SalUn):
+        assert cls().forget_freq == 1
+    method = parse("random_label@cifar10-resnet18:forget_freq=9")
+    given = {"forget": batches(4, 2, seed=1), "retain": batches(13, 2, seed=2)}
+    result = Unlearner(make(), Classification(), method).run(**given)
+    assert result.counts["iterations"] == 130 and result.counts["forget_steps"] == 15
+
+
+# --- Sizes of the sets ----------------------------------------------------------------------------------------
+
+
+def uneven(name: str) -> dict[str, list]:
+    """18 forget samples in three batches, 20 retain samples in five."""
+    return {**sets(name), "forget": batches(3, 6, seed=1), "retain": batches(5, 4, seed=2)}
+
+
+def test_bad_teacher_counts_every_sample_alike() -> None:
+    own, given, other = make(), make(), make()
+    result = run(own, "bad_teacher", uneven("bad_teacher"))
+    assert {entry["alpha"] for entry in result.history} == {18 / 20}
+    run(given, "bad_teacher", uneven("bad_teacher"), {"forget_alpha": 18 / 20})
+    run(other, "bad_teacher", uneven("bad_teacher"), {"forget_alpha": 1.0})
+    assert same(own, given) and not same(own, other)
+    run(own, "bad_teacher", uneven("bad_teacher"), {"forget_schedule": "linear"}, allow_duplicates=True)
+    result = run(make(), "bad_teacher", uneven("bad_teacher"), {"forget_schedule": "linear"}, allow_duplicates=True)
+    assert [entry["alpha"] for entry in result.history] == pytest.approx([0.9 * (1 - t / 12) for t in range(12)])
+
+
+def test_nabla_tau_starts_from_the_share_of_samples() -> None:
+    for arguments in ({}, {"allow_duplicates": True}):
+        result = run(make(), "nabla_tau", uneven("nabla_tau"), **arguments)
+        assert result.history[0]["alpha"] == pytest.approx(5 / 3 * 18 / 38)
+    result = run(make(), "nabla_tau", uneven("nabla_tau"), {"forget_alpha": 0.25})
+    assert result.history[0]["alpha"] == 0.25
+    assert run(make(), "nabla_tau", {**uneven("nabla_tau"), "retain": batches(5, 1, seed=2)}).history[0]["alpha"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["bad_teacher", "nabla_tau", "random_label", "salun"])
+def test_what_follows_from_the_sets_goes_on_after_a_stop(name, tmp_path) -> None:
+    changes = {"forget_freq": None} if name in ("random_label", "salun") else {}
+    whole, resumed = make(), make(seed=4)
+    expected = run(whole, name, uneven(name), changes)
+    stopping = {"evaluate": lambda model, step: step == 9, "evaluate_every": 1}
+    run(make(), name, uneven(name), changes, output_dir=tmp_path, checkpointing_steps=7, **stopping)
+    result = run(resumed, name, uneven(name), changes, output_dir=tmp_path, resume_from_checkpoint="latest")
+    assert same(whole, resumed) and result.history == expected.history
+
+
+def test_a_method_serves_several_sets_in_turn() -> None:
+    """What it took from the first is not left for the second."""
+    for method, first, second in (
+        (BadTeacher(iterations=2), 18 / 20, 6 / 20),
+        (NablaTau(iterations=2), 5 / 3 * 18 / 38, 5 / 3 * 6 / 26),
+    ):
+        for forget, expected in ((batches(3, 6, seed=1), first), (batches(1, 6, seed=1), second)):
+            data = {**uneven(method.name), "forget": forget}
+            result = Unlearner(make(), Classification(), method).run(**data)
+            assert result.history[0]["alpha"] == pytest.approx(expected)
 
 
 # --- Teachers -------------------------------------------------------------------------------------------------
@@ -205,6 +299,38 @@ def test_a_random_teacher_is_given_or_drawn_by_its_modules() -> None:
         run(model, "bad_teacher", changes={"seed": seed})
         torch.rand(7)
     assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
+
+
+@dataclass(kw_only=True)
+class Elsewhere(Finetune):
+    """Another package's, without Bad Teacher's arguments."""
+
+    name: ClassVar[str] = "elsewhere"
+    retain_teacher: ClassVar[str | None] = "random"
+
+    def retain_loss(self, losses, iteration, distances):
+        return distances.mean()
+
+
+def test_a_method_of_another_package_has_teachers() -> None:
+    model, again = make(), make()
+    for net in (model, again):
+        Unlearner(net, Classification(), Elsewhere(iterations=3)).run(retain=batches(5, 6, seed=2))
+    assert same(model, again) and not same(model, make())
+
+    class NoDraw(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+    with pytest.raises(InputError, match=r"elsewhere compares with a network of random .* to draw them: give"):
+        Unlearner(NoDraw(), Classification(), Elsewhere())
+
+    class Misspelt(Elsewhere):
+        retain_teacher = "orignal"
+
+    with pytest.raises(InputError, match="elsewhere compares with a network called 'orignal', which is not known"):
+        Unlearner(make(), Classification(), Misspelt())
 
 
 def test_a_given_random_teacher_is_asked_for_again(tmp_path) -> None:
@@ -356,6 +482,20 @@ def test_a_ready_mask_for_salun() -> None:
     model = make()
     result = run(model, "salun", changes={"mask": some_mask(model)})
     assert result.moved_protected == 0 and "gradients" not in result.timings
+
+
+def test_the_sum_of_gradients_is_plain() -> None:
+    model, data = make().double().eval(), batches(3, 6, seed=1, dtype=torch.float64)
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    for x, y in data:
+        found = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), [*model.parameters()])
+        expected = [total + g for total, g in zip(expected, found, strict=True)]
+    sums = GradientSum(model, Classification()).measure(data).sums
+    for total, plain in zip(sums.values(), expected, strict=True):
+        torch.testing.assert_close(total, plain, rtol=0, atol=1e-12)
+    for option in ({"max_norm": 1.0}, {"per_sample": True}, {"batches": 1}):  # of squares
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            GradientSum(model, Classification(), **option)
 
 
 def test_salun_measures_in_the_backward_pass_too() -> None:

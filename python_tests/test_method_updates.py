@@ -212,7 +212,8 @@ UNSEEN = batches(2, 7, seed=9, dtype=torch.float64)
 
 def nabla_tau(net, forget, retain, reached: list[bool] | None = None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.02, eps=EPS, weight_decay=0.1)
-    start = 5 / 3 * 3 / (3 + 5)  # three and five batches
+    samples = [sum(len(y) for _, y in data) for data in (forget, retain)]
+    start = 5 / 3 * samples[0] / sum(samples)
     for t, ((x, y), (u, v)) in enumerate(itertools.islice(zip(rounds(forget), rounds(retain), strict=False), STEPS)):
         if t % 5 == 0:
             net.eval()

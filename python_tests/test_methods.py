@@ -54,7 +54,9 @@ def installed(monkeypatch):
     """Adds entry points as installed packages would."""
     entries: list[EntryPoint] = []
     monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.GROUP else [])
-    return entries
+    registry._entries.cache_clear()
+    yield entries
+    registry._entries.cache_clear()
 
 
 # --- Names ----------------------------------------------------------------------------------------------------
@@ -112,7 +114,24 @@ def test_a_name_that_two_have(installed) -> None:
     methods, problems = available()
     assert methods == METHODS and len(problems) == 1
     installed[:] = [entry("ascent", "test_methods:Ascent", "more")] * 2  # one package on two paths
+    registry._entries.cache_clear()
     assert find("ascent").name == "ascent"
+
+
+def test_installed_packages_are_looked_through_once(monkeypatch) -> None:
+    looks: list[str] = []
+    entries: list[EntryPoint] = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: looks.append(group) or entries)
+    registry._entries.cache_clear()
+    for name in (*METHODS, "sfron"):
+        find(name)
+    assert looks == [registry.GROUP]
+    entries.append(entry("ascent", "test_methods:Ascent", "more"))  # while the process runs
+    assert find("ascent").name == find("ascent").name == "ascent" and len(looks) == 2
+    assert "ascent" in available()[0]
+    entries.clear()
+    assert "ascent" not in available()[0]
+    registry._entries.cache_clear()
 
 
 # --- As text --------------------------------------------------------------------------------------------------
@@ -139,6 +158,7 @@ def test_methods_as_text() -> None:
         ("sfron@", "ends where a preset should follow: leave @ out"),
         ("sfron@ : lr=1", "'sfron@' ends where a preset should follow: leave @ out"),
         ("sfron@cifar10-resnet18:", "ends where settings should follow: leave : out"),
+        ("scrub:iterations=5", "scrub has no setting 'iterations': its settings are "),
         ("sfron@cifar", "SFRon has no preset 'cifar': choose from cifar10-resnet18"),
         ("sfron:lr", "sfron: expected key=value between commas, got 'lr'"),
         ("sfron:lr=0.1,lr=0.2", "sfron: lr is given twice"),

@@ -65,8 +65,7 @@ def digits() -> Digits:
 
 def forget_three(digits: Digits, name: str, **changes):
     model, three = copy.deepcopy(digits.model), digits.labels == 3
-    defaults = {key: value for key, value in MOMENTUM.items() if name != "scrub" or key != "iterations"}
-    method = parse(name, **{**defaults, **changes})
+    method = parse(name, **{**MOMENTUM, **changes})
     result = Unlearner(model, Classification(), method).run(digits.batches(three), digits.batches(~three, 29))
     return model, result
 
@@ -79,7 +78,7 @@ CLASS = {
     "random_label": ({}, 0.05, 0.10),
     "salun": ({}, 0.05, 0.10),
     "scrub": ({"epochs": 2, "msteps": 2}, 0.05, 0.10),
-    "bad_teacher": ({"lr": 0.05}, 0.50, 0.08),
+    "bad_teacher": ({"lr": 0.1, "iterations": 90}, 0.50, 0.08),
     "sfron": ({"forget_alpha": 1000.0, "adaptive_eps": 1e-2, "max_norm": 2.0, "forget_freq": 5}, 0.05, 0.10),
 }
 
@@ -123,7 +122,8 @@ def test_the_forget_loss_rises_to_that_of_unseen_data_and_stops(digits) -> None:
     taus = [round(entry["unseen_loss"], 3) for entry in result.history if "unseen_loss" in entry]
     print(f"nabla_tau: loss {before:.3f} -> {after:.3f}, unseen {of_unseen:.3f}, lost {kept:.3f}, tau {taus}")
     assert len(taus) == 5
-    assert abs(after - of_unseen) < abs(before - taus[0]) / 2, "it came nearer to unseen data, and not past it"
+    assert abs(after - of_unseen) < abs(before - taus[0]) / 2, "it came nearer to unseen data"
+    assert after <= max(taus), "and not past it"
     assert kept <= 0.03
 
 

@@ -37,9 +37,11 @@ class DataCheck:
         self.task.check(batch)
         if name == "forget" and self.replaces:
             self.task.check_replacement(batch)
+        inputs = self.task.inputs(batch)
         if name != "forget" and self.allow_duplicates:
+            self._seen[name] += len(inputs)
             return
-        hashes = sample_hashes(self.task.inputs(batch))
+        hashes = sample_hashes(inputs)
         for other, known in self._hashes.items():
             for i, found in enumerate(hashes) if other != name else ():
                 if found in known and self._duplicate is None:
@@ -82,6 +84,12 @@ class DataCheck:
         for name, data in sets.items():
             if name not in self._finished:
                 self.scan(name, data)
+
+    def sizes(self) -> dict[str, int]:
+        """The samples of each set that was looked at, over all ranks."""
+        own = {name: count for name, count in self._seen.items() if name in self._finished}
+        found = self.ranks.gather_objects(own)
+        return {name: sum(of_rank[name] for of_rank in found) for name in own}
 
     @property
     def forget_hash(self) -> str | None:

@@ -42,6 +42,7 @@ def first_pass(
         check.scan("unseen", sets["unseen"])
     if method.measures is None:
         check.scan_rest(sets)
+        method.take_sizes(check.sizes())
         own, mask = check.forget_hash, method.mask
         if mask is not None and mask.metadata.get("forget_hash", own) != own:
             warnings.warn(
@@ -53,6 +54,8 @@ def first_pass(
     measure = {"fisher": _by_fisher, "gradient": _by_gradient}[method.measures]
     mask, whole = measure(unlearner, sets, result, check, progress, keep)
     check.scan_rest(sets)
+    if whole:
+        method.take_sizes(check.sizes())
     if not mask.kept:
         gamma = getattr(method, "gamma", None)
         change = "raise mask_fraction" if gamma is None else f"lower gamma, which is {gamma:g}"

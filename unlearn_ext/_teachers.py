@@ -28,8 +28,8 @@ def make_teachers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
         if name == "original":
             found[name] = _frozen(unwrapped(model))
         elif name is not None:
-            given = method.random_model
-            found[name] = _drawn_anew(unwrapped(model), method.seed) if given is None else _frozen(given)
+            given, seed = getattr(method, "random_model", None), getattr(method, "seed", 0)
+            found[name] = _drawn_anew(unwrapped(model), seed) if given is None else _frozen(given)
     device = next(iter(trainable(model).values())).device
     return {name: teacher.to(device) for name, teacher in found.items()}
 
@@ -37,23 +37,29 @@ def make_teachers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
 def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
     """Raises InputError where the teachers cannot be made; makes none."""
     asked = {method.forget_teacher, method.retain_teacher} - {None}
+    for name in sorted(asked - {"original", "random"}, key=repr):
+        raise InputError(
+            f"{method.name} compares with a network called {name!r}, which is not known: its forget_teacher and "
+            "retain_teacher have to be 'original', 'random' or None"
+        )
     if asked and any(map(is_sharded, model.parameters())):
         raise InputError(
             f"{method.name} keeps a frozen copy of the model beside it, which is not made of sharded weights: use "
             "DistributedDataParallel, or one process"
         )
-    if "random" in asked and method.random_model is not None:
-        given = ranks.gather_objects(weights_hash(method.random_model.state_dict().items()))
+    random_model = getattr(method, "random_model", None)
+    if "random" in asked and random_model is not None:
+        given = ranks.gather_objects(weights_hash(random_model.state_dict().items()))
         if len(set(given)) > 1:
             raise InputError("the ranks were given different networks as random_model: seed it, or load it from a file")
     elif "random" in asked:
+        remedy = "pass random_model, the same network untrained" if hasattr(method, "random_model") else "give it one"
         for name, module in unwrapped(model).named_modules():
             own = [*module.parameters(recurse=False)]
             if own and not callable(getattr(module, "reset_parameters", None)):
                 raise InputError(
                     f"{method.name} compares with a network of random weights, and {name or 'the model itself'} (a "
-                    f"{type(module).__name__}) has no reset_parameters to draw them: pass random_model, the same "
-                    "network untrained"
+                    f"{type(module).__name__}) has no reset_parameters to draw them: {remedy}"
                 )
 
 

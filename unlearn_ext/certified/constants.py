@@ -8,7 +8,8 @@ constants, fixed before the first deletion.
 1. **Loss.** :math:`f_i(\theta) = \mathrm{CE}(\theta^\top x_i, y_i) + \frac{l_2}{2}\lVert\theta\rVert^2` with
    :math:`\lVert x_i\rVert \le X`, F their mean. The cross-entropy's Hessian is
    :math:`(\mathrm{diag}\,p - pp^\top) \otimes x x^\top`; by Gershgorin the first factor's eigenvalues are in
-   [0, max 2 p_k (1 − p_k)], at most 1/2. So F is m-strongly convex and M-smooth: **m = l2, M = l2 + X²/2**.
+   [0, max 2 p_k (1 − p_k)], at most 1/2. So F is m-strongly convex and M-smooth: **m = l2, M = l2 + X²/2**. X is
+   :attr:`SoftmaxRegression.row_bound`, a little above ``feature_bound``, up to which rows are let pass.
 2. **Ball.** At a minimiser :math:`\frac{l_2}{2}\lVert\theta^*\rVert^2 \le F(\theta^*) \le F(0) = \ln K`, and
    :math:`l_2 \theta^*` is minus a mean of cross-entropy gradients, each of norm at most √2 X. So whatever the data, it
    lies in the ball of radius **R = min(√(2 ln K / l2), √2 X / l2)**: projecting onto it moves no minimiser. In it every
@@ -57,10 +58,11 @@ __all__ = ["FORMULAS", "Constants", "noise_scale"]
 
 # As the certificate prints them.
 FORMULAS = {
+    "X": "feature_bound (1 + 1e-12 + (features + 2) / 2^52)",
     "m": "l2",
-    "M": "l2 + feature_bound^2 / 2",
-    "radius": "min(sqrt(2 ln(classes) / l2), sqrt(2) feature_bound / l2)",
-    "L": "sqrt(2) feature_bound + l2 radius",
+    "M": "l2 + X^2 / 2",
+    "radius": "min(sqrt(2 ln(classes) / l2), sqrt(2) X / l2)",
+    "L": "sqrt(2) X + l2 radius",
     "gamma": "(M - m) / (M + m)",
     "eta": "2 / (M + m)",
     "training_iterations": "ceil(I + ln(2 radius m n / (2 L)) / ln(1 / gamma)), at least I = iterations",
@@ -87,6 +89,7 @@ class Constants:
         features, classes, l2, feature_bound: of the model.
         iterations: I, steps for each deletion.
         epsilon, delta: the guarantee.
+        X: what no row's norm exceeds.
         m, M, L: strong convexity, smoothness, Lipschitz constant.
         radius: of the ball that weights are projected onto.
         gamma, eta: contraction of a step, and its length.
@@ -105,6 +108,7 @@ class Constants:
     iterations: int
     epsilon: float
     delta: float
+    X: float
     m: float
     M: float
     radius: float
@@ -133,9 +137,10 @@ class Constants:
             raise InputError(f"features: expected at least 2 samples, of which one can be deleted, got {n}")
         l2, bound = float(model.l2), float(model.feature_bound)
         epsilon, delta, iterations = float(epsilon), float(delta), int(iterations)
-        m, M = l2, l2 + bound**2 / 2.0
-        radius = min(math.sqrt(2.0 * math.log(model.classes) / l2), math.sqrt(2.0) * bound / l2)
-        L = math.sqrt(2.0) * bound + l2 * radius
+        X = float(model.row_bound)
+        m, M = l2, l2 + X**2 / 2.0
+        radius = min(math.sqrt(2.0 * math.log(model.classes) / l2), math.sqrt(2.0) * X / l2)
+        L = math.sqrt(2.0) * X + l2 * radius
         gamma, eta = (M - m) / (M + m), 2.0 / (M + m)
         if not 0.0 < gamma < 1.0:
             raise InputError(
@@ -153,6 +158,7 @@ class Constants:
             iterations=iterations,
             epsilon=epsilon,
             delta=delta,
+            X=X,
             m=m,
             M=M,
             radius=radius,
@@ -191,8 +197,9 @@ class Constants:
 
 def _step_rounding(model: SoftmaxRegression, n: int, radius: float, L: float, eta: float) -> float:
     """Standard bounds of float64 sums, doubled: logits of ``features`` terms of norms X and R, probabilities of K
-    logits, a mean of n terms of norm √2 X; then the step and the projection."""
-    X, K = model.feature_bound, model.classes
+    logits, a mean of n terms of norm √2 X; then the step and the projection, whose norm is a root of ``features`` · K
+    squares."""
+    X, K = model.row_bound, model.classes
     probabilities = math.sqrt(K) * (2.0 * model.features * X * radius + K + 10.0)
     gradient = n * math.sqrt(2.0) * X + X * probabilities + 4.0 * L
-    return 2.0 * 2.0**-53 * (eta * gradient + 8.0 * radius)
+    return 2.0 * 2.0**-53 * (eta * gradient + (8.0 + model.features * K / 2.0) * radius)

@@ -46,6 +46,12 @@ class SoftmaxRegression:
         for name in ("l2", "feature_bound"):
             check_number(name, getattr(self, name), "a finite number above 0", lambda x: 0.0 < x < math.inf)
 
+    @property
+    def row_bound(self) -> float:
+        """What no row that :meth:`check_data` lets pass exceeds: ``feature_bound`` with its tolerance, and the rounding
+        of the norm that was compared with it, less than (features / 2 + 2) 2^-53 of it."""
+        return self.feature_bound * (1.0 + _ROUNDING + (self.features + 2) * 2.0**-52)
+
     def check_data(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies as float64 ``[n, features]`` and int64 ``[n]``.
 

@@ -144,7 +144,7 @@ def _seconds(method: Method, trials: Trials, work: Workload) -> dict[str, float]
     found["sampling_before"] = sampling
     if trials.fisher is not None:
         found["fisher"] = trials.fisher.seconds * work.fisher_batches
-    forgets = -(-method.iterations // method.forget_freq)
+    forgets = sum(map(method.forgets_at, range(method.iterations)))
     loop = trials.forget.seconds * forgets + trials.retain.seconds * method.iterations
     found["unlearning"] = loop * work.accumulation
     found["sampling_after"] = sampling

@@ -241,6 +241,10 @@ class Method(StepConfig, ABC):
         if self.epochs is not None:
             self.iterations = max(1, round(self.epochs * self._pass("retain" if self.retains else "forget", passes)))
 
+    def take_sizes(self, sizes: Mapping[str, int]) -> None:
+        """How many samples each set has, once a first pass has seen all of them. A run that resumes makes no first
+        pass: what follows from this belongs to :meth:`state`."""
+
     def _pass(self, name: str, passes: Mapping[str, int | None]) -> int:
         if passes.get(name) is None:
             raise InputError(

@@ -23,7 +23,7 @@ class NablaTau(Method):
     retain set. Once the forget loss has reached it nothing more is forgotten. α falls to 0, linearly.
 
     Args:
-        forget_alpha: α at the start; None: 5/3 of the forget set's share of all batches, at most 1.
+        forget_alpha: α at the start; None: 5/3 of the forget set's share of all samples, at most 1.
     """
 
     name: ClassVar[str] = "nabla_tau"
@@ -57,9 +57,15 @@ class NablaTau(Method):
     def begin(self, passes: Mapping[str, int | None]) -> None:
         super().begin(passes)
         self._tau, self._period = None, self._pass("retain", passes)
+        if passes.get("forget") is not None:  # batches, until samples are known
+            self._share(passes["forget"], self._period)
+
+    def take_sizes(self, sizes: Mapping[str, int]) -> None:
+        self._share(sizes["forget"], sizes["retain"])
+
+    def _share(self, forget: int, retain: int) -> None:
         if self.forget_alpha is None:
-            forget = self._pass("forget", passes)
-            self._alpha = min(1.0, 5 / 3 * forget / (forget + self._period))
+            self._alpha = min(1.0, 5 / 3 * forget / (forget + retain))
 
     def unseen_at(self, iteration: int) -> bool:
         return iteration % self._period == 0
@@ -68,10 +74,10 @@ class NablaTau(Method):
         self._tau = loss
 
     def state(self) -> dict[str, Any]:
-        return {"tau": self._tau}
+        return {"tau": self._tau, "alpha": self._alpha}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._tau = state["tau"]
+        self._tau, self._alpha = state["tau"], state.get("alpha", self._alpha)
 
     def strength(self, iteration: int) -> float:
         return self._alpha * (1.0 - iteration / self.iterations)

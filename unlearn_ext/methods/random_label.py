@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,14 +12,19 @@ from .base import Default, ForgetLoss, Forgetting, Row
 
 __all__ = ["RandomLabel", "SalUn"]
 
-# CIFAR-10 with 10 % forgotten has nine retain batches for each forget batch: a pass over both is as long.
-_CIFAR10 = {"rule": "momentum", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 10, "forget_freq": 9}
+# An epoch is a pass over both sets, whatever their sizes.
+_CIFAR10 = {"rule": "momentum", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 10, "forget_freq": None}
 
 
 @dataclass(kw_only=True)
 class RandomLabel(Forgetting):
     """Descent on the forget set under what shall stand in its place: a wrong label for each sample, drawn once, or the
-    prediction for another condition (:meth:`~unlearn_ext.tasks.Task.replacement_losses`)."""
+    prediction for another condition (:meth:`~unlearn_ext.tasks.Task.replacement_losses`).
+
+    Args:
+        forget_freq: as in :class:`Method`; None: forget steps so spread that a pass over the forget set takes as long
+            as one over the retain set, or every iteration where the forget set has as many batches or more.
+    """
 
     name: ClassVar[str] = "random_label"
     row: ClassVar[Row] = Row(
@@ -29,6 +35,26 @@ class RandomLabel(Forgetting):
         source="RL in arXiv 2409.19732",
     )
     presets: ClassVar[dict[str, dict[str, Any]]] = {"cifar10-resnet18": {**_CIFAR10, "lr": 0.003}}
+
+    forget_freq: int | None = 1
+
+    def __post_init__(self) -> None:
+        given = self.forget_freq
+        self.forget_freq = 1 if given is None else given  # what numbers have to be, None need not
+        super().__post_init__()
+        self.forget_freq = given
+        self._batches = (1, 1)  # forget and retain iterations of a pass
+
+    def begin(self, passes: Mapping[str, int | None]) -> None:
+        super().begin(passes)
+        if self.forget_freq is None:
+            self._batches = self._pass("forget", passes), self._pass("retain", passes)
+
+    def forgets_at(self, iteration: int) -> bool:
+        if self.forget_freq is not None:
+            return super().forgets_at(iteration)
+        forget, retain = self._batches
+        return iteration * forget % retain < forget  # of any `retain` iterations in a row, `forget` of them
 
     @property
     def replaces(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
@@ -49,6 +50,8 @@ def find(name: str) -> type[Method]:
     Raises:
         InputError: there is none, two packages have one, or a package's cannot be used.
     """
+    if name not in METHODS and name not in _entries():
+        _entries.cache_clear()  # a package may have been installed since
     entries = _entries().get(name, [])
     if name in METHODS:
         if entries:
@@ -67,6 +70,7 @@ def find(name: str) -> type[Method]:
 
 def available() -> tuple[dict[str, type[Method]], list[str]]:
     """All methods that can be used, and one sentence for each entry point that cannot."""
+    _entries.cache_clear()
     methods, problems = dict(METHODS), []
     for name, entries in _entries().items():
         if name in METHODS or len(entries) > 1:
@@ -79,8 +83,10 @@ def available() -> tuple[dict[str, type[Method]], list[str]]:
     return methods, problems
 
 
+@functools.cache
 def _entries() -> dict[str, list[EntryPoint]]:
-    """By name. A package that is installed twice is one package."""
+    """By name. A package that is installed twice is one package. Kept, since a look at all installed packages takes
+    longer than what :func:`find` is asked for."""
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         own = found.setdefault(entry.name, [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -33,7 +33,8 @@ class Scrub(Method):
         distance_weight: α.
         temperature: T, for classifiers.
 
-    ``iterations`` and ``forget_freq`` follow from the data: an iteration is one step, of either kind.
+    An iteration is one step, of either kind. How many there are follows from the passes and the data: ``iterations``
+    is no argument here, and ``forget_freq`` stays 1.
     """
 
     name: ClassVar[str] = "scrub"
@@ -73,6 +74,7 @@ class Scrub(Method):
     }
 
     lr: float = 5e-4
+    iterations: int = field(default=1000, init=False)  # until a run begins
     epochs: float | None = 10
     msteps: int = 3
     retain_loss_weight: float = 1.0

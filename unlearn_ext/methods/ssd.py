@@ -73,12 +73,13 @@ class SSD:
     :math:`F_{all}` takes no pass of its own: all training data are the forget and the retain set, so its sum of
     squares is that of both, and its count too. (With ``per_sample=True`` that is exactly what a third pass would give.
     With batch gradients such a pass would mix both sets in its batches; ours are of one set each.) It follows that
-    F_f / F_all is at most :math:`(c_f + c_r) / c_f`. An alpha from there on selects nothing and is refused: for one of
-    ten classes of equal size that is 10, which is the default and suits a class of many.
+    F_f / F_all is at most :math:`(c_f + c_r) / c_f`. An alpha or a λ from there on dampens nothing and is refused: for
+    one of ten classes of equal size that is 10, which is the default alpha and suits a class of many.
 
     Args:
         alpha: how many times F_all a weight's F_f must exceed.
-        lambd: λ; 0 sets the weights to 0, and what is above alpha spares those whose ratio is below it.
+        lambd: λ. 0 sets the chosen weights to 0. Above alpha it decides which they are: no factor exceeds 1, so weights
+            whose F_f is at most λ F_all stay as they are.
         per_sample: F from gradients of single samples; otherwise from those of batch means, as in
             :class:`~unlearn_ext.FisherDiagonal`.
         chunk: samples differentiated at once with ``per_sample``.
@@ -116,7 +117,7 @@ class SSD:
             progress: called with a stage's name, what is done and what there is in all (None if unknown).
 
         Raises:
-            InputError: data or weights that do not fit, or an alpha that selects no weight.
+            InputError: data or weights that do not fit, or an alpha or λ that dampens no weight.
             NonFiniteError: a loss or a squared gradient is not finite.
         """
         named = trainable(model)
@@ -130,7 +131,10 @@ class SSD:
         chosen = {name: factor < 1.0 for name, factor in factors.items()}
         dampened = sum(int(mask.sum()) for mask in chosen.values())
         if not dampened:
-            raise InputError(f"alpha={self.alpha:g} selects no weight, so nothing would be forgotten: lower it")
+            raise InputError(
+                f"{self._at_fault} dampens no weight, so nothing would be forgotten: no F_f exceeds that many times "
+                "F_all; lower it"
+            )
         total = sum(float(factors[name][mask].double().sum()) for name, mask in chosen.items())
         with torch.no_grad():
             for name, p in named.items():  # where, since a weight that is not chosen keeps its exact bits
@@ -167,13 +171,18 @@ class SSD:
             check.finish(name)
         return found
 
+    @property
+    def _at_fault(self) -> str:
+        """What is in the way where nothing is dampened: F_f has to exceed both alpha F_all and λ F_all."""
+        return f"alpha={self.alpha:g}" if self.alpha >= self.lambd else f"lambd={self.lambd:g}"
+
     def _factors(self, forget: FisherDiagonal, retain: FisherDiagonal) -> dict[str, Tensor]:
         """By name; the forget set's sums are dropped as they are used."""
         largest = (forget.count + retain.count) / forget.count
-        if self.alpha >= largest:
+        if max(self.alpha, self.lambd) >= largest:
             raise InputError(
-                f"alpha={self.alpha:g} can select no weight: F_f is at most {largest:.4g} times F_all where the forget "
-                f"set is {forget.count} of {forget.count + retain.count}; choose an alpha below that"
+                f"{self._at_fault} can dampen no weight: F_f is at most {largest:.4g} times F_all where the forget set "
+                f"is {forget.count} of {forget.count + retain.count}; choose a number below that"
             )
         return {
             name: dampening_factor(
