@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 
+import denoisers
 import numpy
 import pytest
 import torch
@@ -21,7 +22,7 @@ from unlearn_ext import InputError, NonFiniteError, Unlearner
 from unlearn_ext.demo.batches import ShuffledBatches
 from unlearn_ext.methods import UGCLU, GradientAscent, NegativeGradientPlus, Projected, RandomLabel, SFRon, parse
 from unlearn_ext.methods.calibration import TargetAccuracy, UnseenLosses
-from unlearn_ext.tasks import Classification, Task
+from unlearn_ext.tasks import ClassConditionalDiffusion, Classification, Task
 
 ASCENDING = [SFRon, GradientAscent, NegativeGradientPlus, Projected, UGCLU]
 SHORT = {"forget_alpha": "auto", "iterations": 6, "lr": 0.02, "calibrate_every": 2, "calibration_samples": 16}
@@ -328,6 +329,22 @@ def test_looks_leave_a_loader_with_workers_at_its_place() -> None:
     method.calibration.scores = tuple(1 - 0.1 * i for i in range(7))
     Unlearner(model, task, method).run(loader, unseen=sets()["unseen"])
     assert torch.equal(torch.cat(seen[-6:]), x), "one pass, in order"
+
+
+def test_a_diffusion_model_is_looked_at_under_the_same_noise() -> None:
+    data = {
+        name: [(denoisers.images(8, seed=i), denoisers.labels(8, seed=i)) for i in (n, n + 1)]
+        for n, name in ((0, "forget"), (2, "retain"))
+    }
+    data["unseen"] = [(denoisers.images(8, seed=i), denoisers.labels(8, seed=i)) for i in (4, 5)]
+    net = denoisers.unet()
+    task = ClassConditionalDiffusion(denoisers.scheduler(), label_dropout=0.5)
+    method = SFRon(**{**SHORT, "lr": 1e-12, "rule": "sgd"})
+    method.calibration = Scripted(2, 16)
+    method.calibration.scores = (0.4, 0.3, 0.2, 0.1)
+    result = Unlearner(net, task, method).run(**data)
+    losses = [entry["unseen_loss"] for entry in result.calibration["path"]]
+    assert losses[1:] == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 0.01
 
 
 def test_averages_go_back_as_well() -> None:

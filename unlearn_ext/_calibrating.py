@@ -17,17 +17,20 @@ __all__ = ["Calibrating"]
 
 class Calibrating:
     """Calls a method's :class:`~unlearn_ext.methods.calibration.Calibration` with losses or hits of the same samples at
-    every look, and keeps one copy of the weights, buffers and averages: those at the look of the smallest score."""
+    every look, under the same noise if the task draws any, and keeps one copy of the weights, buffers and averages:
+    those at the look of the smallest score."""
 
     def __init__(self, loop: Loop, calibration: Calibration):
         self.loop, self.calibration = loop, calibration
         self.best: dict[str, Any] | None = None
         self._kept: list[Tensor] = []
         self._batches: dict[str, list[Any]] = {}
+        self._state: dict[str, Any] = {}
 
     def start(self) -> None:
         """Before the run has drawn anything. The starting weights are a point to go back to."""
         loop, calibration = self.loop, self.calibration
+        self._state = loop.random_state()
         wanted = {"forget": calibration.samples, "unseen": calibration.first_samples}
         self._batches = {name: loop.sample(name, limit) for name, limit in wanted.items()}
         unseen = self._look("unseen", calibration.first_samples)
@@ -64,7 +67,8 @@ class Calibrating:
         return found
 
     def _look(self, name: str, limit: int) -> Tensor:
-        return self.loop.look(self._batches[name], self.calibration.takes_hits, name)[:limit]
+        found = self.loop.look(self._batches[name], self.calibration.takes_hits, name, self._state)
+        return found[:limit]
 
     def _tensors(self) -> list[Tensor]:
         loop = self.loop

@@ -358,11 +358,19 @@ class Loop:
                     break
         return found
 
+    def random_state(self) -> dict[str, Any]:
+        return _rng.capture(self._generators())
+
     @torch.no_grad()
-    def look(self, batches: Iterable[Any], hits: bool = False, what: str = "unseen") -> Tensor:
-        """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode. The run's random numbers
-        go on as if nothing had been drawn."""
-        with _rng.kept(self._generators()), evaluating(self.model):
+    def look(
+        self, batches: Iterable[Any], hits: bool = False, what: str = "unseen", state: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode; what is drawn for it is
+        drawn from :meth:`random_state` ``state``. The run's random numbers go on as if nothing had been drawn."""
+        generators = self._generators()
+        with _rng.kept(generators), evaluating(self.model):
+            if state is not None:
+                _rng.restore(state, generators)
             prepared = (self._prepared(batch)[0] for batch in batches)
             measure = self.unlearner.hits if hits else self.unlearner.losses
             losses = torch.cat([measure(batch).double().cpu() for batch in prepared])

@@ -48,11 +48,12 @@ class Result:
         mask: the saliency mask, or None.
         history: one dict per logged iteration: ``iteration`` (from 0), ``forget_loss`` and ``retain_loss`` (batch
             means; forget entries are None where the iteration did not forget), ``lr`` (of the first parameter group),
-            ``alpha`` (strength), ``clip`` (factor of the forget gradient), ``largest_share`` (of one sample in the
-            forget gradient), ``evaluation`` where an evaluation returned something (NaN and infinities in it as None),
-            and, in fp16, ``forget_skipped`` or ``retain_skipped``: True where a scaled gradient overflowed and the
-            step was not made, ``clip`` then being None. A method may add ``learn_loss``, ``unseen_loss`` (where it was
-            measured) and ``projection`` (:attr:`UnlearnOptimizer.last_projection`).
+            ``alpha`` (strength; None where it is calibrated), ``clip`` (factor of the forget gradient),
+            ``largest_share`` (of one sample in the forget gradient), ``evaluation`` where an evaluation returned
+            something (NaN and infinities in it as None), and, in fp16, ``forget_skipped`` or ``retain_skipped``: True
+            where a scaled gradient overflowed and the step was not made, ``clip`` then being None. A method may add
+            ``learn_loss``, ``unseen_loss`` (where it was measured), ``calibration`` (a look of the path below) and
+            ``projection`` (:attr:`UnlearnOptimizer.last_projection`).
         timings: seconds of ``fisher`` or ``gradients``, ``mask`` and ``unlearning`` (evaluations and checkpoints not
             included).
         counts: iterations, forget_steps and retain_steps that were made, trainable and salient weights.
@@ -66,7 +67,7 @@ class Result:
             (:class:`~unlearn_ext.methods.calibration.Calibration`), ``ended_at``, the iterations whose weights the
             model has, ``went_back``, whether later ones were given up, and ``met``; else None.
         ema: moving averages of the trained weights by name, where ``ema_decay`` was given; the model itself holds the
-            weights of the last iteration.
+            weights of the last iteration. Both are those of an earlier one where a calibration went back to it.
     """
 
     mask: SaliencyMask | None = None

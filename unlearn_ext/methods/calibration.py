@@ -8,11 +8,11 @@ ranks :math:`r_i` among its N samples, each sample has the strength
     \alpha_i = g \, \frac{\log q((r_i + 1/2) / N) + s - \log l_i}{l_i}
 
 by which its loss rises where it is below its target and falls where it is above: easy samples stay easy, and hard ones
-become those that are got wrong. The gradient of :math:`-\frac1N \sum_i \alpha_i l_i` is that of the distances of
-logarithms, so that losses of all sizes count alike. What retain steps take back, and what forgetting costs unseen data
-themselves, moves the shift s: every few iterations both sets are looked at in eval mode, and s follows the mean
-distance of their log quantiles at that time. Logarithms are of losses plus 1e-6, below which a float32 cross-entropy
-tells nothing.
+become those that are got wrong. The gradient of :math:`-\frac1N \sum_i \alpha_i l_i` is g times that of half the mean
+squared distance of logarithms, so that losses of all sizes count alike. What retain steps take back, and what
+forgetting costs unseen data themselves, moves the shift s, which starts at 1.5: every few iterations the same samples
+of both sets are looked at in eval mode, and s follows the mean distance of their log quantiles at that time. Logarithms
+are of losses plus 1e-6, below which a float32 cross-entropy tells nothing.
 
 **Target accuracy.** For a class there are no unseen data that the wanted model would treat alike, but an accuracy can
 be asked for, such as 0. Of a batch, the samples of rank :math:`r_i \ge a N` for a target accuracy a are to be got
