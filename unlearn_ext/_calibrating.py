@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .errors import NonFiniteError
 from .methods.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -35,17 +37,24 @@ class Calibrating:
         self._batches = {name: loop.sample(name, limit) for name, limit in wanted.items()}
         unseen = self._look("unseen", calibration.first_samples)
         calibration.start(unseen, loop.unlearner.task.wrong_loss() if calibration.takes_hits else None)
+        self._batches["unseen"] = loop.until(self._batches["unseen"], calibration.samples)
         self._take(0)
 
     def after(self, iteration: int, last: bool, entry: dict[str, Any]) -> bool:
         """Looks where one is due. Whether forgetting has come to where it should, so that the run may end."""
         if not last and iteration % self.calibration.every:
             return False
-        found = self._take(iteration)
+        try:
+            found = self._take(iteration)
+        except NonFiniteError as error:
+            self._go_back()
+            raise NonFiniteError(
+                f"after iteration {iteration - 1}: {error}; the model has gone back to its weights after "
+                f"{self.best['iteration']} iterations"
+            ) from None
         entry["calibration"] = {key: value for key, value in found.items() if key != "iteration"}
         return found["met"]
 
-    @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Goes back to the best look where the last is worse."""
         path = self.calibration.path
@@ -53,18 +62,28 @@ class Calibrating:
             self._take(self.loop.iteration)
         best, last = self.best, path[-1]
         if back := best is not last:
-            for tensor, kept in zip(self._tensors(), self._kept, strict=True):
-                tensor.copy_(kept)
+            self._go_back()
+        if best["iteration"] == 0:
+            warnings.warn(
+                "calibration found nothing better than the starting weights, so nothing was forgotten: change lr, "
+                "raise iterations, or pass more unseen samples",
+                stacklevel=2,
+            )
         self._kept, self._batches = [], {}
         return {"path": path, "ended_at": best["iteration"], "went_back": back, "met": best["met"]}
 
     def _take(self, iteration: int) -> dict[str, Any]:
         samples = self.calibration.samples
         found = self.calibration.look(iteration, *(self._look(name, samples) for name in ("forget", "unseen")))
-        if self.best is None or found["score"] <= self.best["score"]:
+        if self.best is None or self.calibration.order(found) <= self.calibration.order(self.best):
             self.best = found
             self._kept = [tensor.detach().clone() for tensor in self._tensors()]
         return found
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        for tensor, kept in zip(self._tensors(), self._kept, strict=True):
+            tensor.copy_(kept)
 
     def _look(self, name: str, limit: int) -> Tensor:
         found = self.loop.look(self._batches[name], self.calibration.takes_hits, name, self._state)

@@ -155,7 +155,6 @@ class Unlearner:
                 "losses_and_distances",
                 "measures no distance to another network",
             ),
-            (getattr(method, "target_accuracy", None) is not None, "hits", "has no accuracy"),
         ):
             if needed and getattr(type(task), offered) is getattr(Task, offered):
                 raise InputError(
@@ -163,6 +162,8 @@ class Unlearner:
                     + (", as with forget_term='ascent'," if method.replaces else "")
                     + f" or give the task {offered}"
                 )
+        if getattr(method, "target_accuracy", None) is not None:
+            task.check_accuracy()
         if gradient_accumulation_steps > 1 and not method.adds_up:
             raise InputError(
                 f"{method.name} takes a function of a whole batch's losses, which does not add up over batches: "
@@ -390,6 +391,8 @@ class Unlearner:
                 f"{self.method.name} takes a function of a whole batch's losses, which does not add up over ranks: "
                 "run it in one process"
             )
+        if self.method.needs_unseen:
+            raise InputError(f"{self.method.name} looks at unseen data in one process: run it in one")
         sharded = any(is_sharded(p) for _, p in self._named)
         if sharded and self.method.measures == "gradient":
             raise InputError(

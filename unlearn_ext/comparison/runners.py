@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..methods import Method
+from ..methods.calibration import LEAST_SAMPLES
 from ..methods.ssd import SSD
 from ..tasks import Classification
 from ..unlearner import Unlearner
@@ -20,7 +21,6 @@ from .keys import class_hash
 __all__ = ["DampeningRunner", "MethodRunner", "Runner"]
 
 Batches = Iterable[Any]
-_CALIBRATED = 16  # unseen samples that a calibration learns from, at least
 
 
 class Runner(ABC):
@@ -83,7 +83,7 @@ class MethodRunner(Runner):
 
     @property
     def least_held_out(self) -> int:
-        return super().least_held_out if getattr(self.method, "calibration", None) is None else _CALIBRATED
+        return super().least_held_out if getattr(self.method, "calibration", None) is None else LEAST_SAMPLES
 
     def settings(self) -> dict[str, Any]:
         own = self.method.settings() | ({"seed": "the run's"} if self._seeds else {})

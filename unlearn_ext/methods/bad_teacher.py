@@ -26,8 +26,8 @@ class BadTeacher(Forgetting):
     predictions, or squared errors of noise predictions.
 
     The paper takes one mean over batches mixed of both sets, where every sample counts alike. So it is here, with
-    :math:`n_f` forget and :math:`n_r` retain samples, where :math:`\alpha = n_f / n_r`: each mean is of a batch of one
-    set.
+    :math:`n_f` forget and :math:`n_r` retain samples in a pass, where :math:`\alpha = n_f / n_r` and ``forget_freq`` is
+    1: each mean is of a batch of one set.
 
     Args:
         forget_alpha: α at the start; None: :math:`n_f / n_r`.

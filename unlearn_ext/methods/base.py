@@ -351,7 +351,9 @@ class Forgetting(Method):
                 raise InputError(f"forget_alpha: expected a number or {AUTO!r}, got {self.forget_alpha!r}")
             check_finite("forget_alpha", self.forget_alpha)
             if self.target_accuracy is not None:
-                raise InputError("target_accuracy is what forget_alpha='auto' steers to: set that, or leave it out")
+                raise InputError(
+                    "target_accuracy is what forget_alpha='auto' steers to: set both, or leave target_accuracy out"
+                )
             return
         if not self.ascends or self.replaces:
             raise InputError(

@@ -15,8 +15,8 @@ of both sets are looked at in eval mode, and s follows the mean distance of thei
 are of losses plus 1e-6, below which a float32 cross-entropy tells nothing.
 
 **Target accuracy.** For a class there are no unseen data that the wanted model would treat alike, but an accuracy can
-be asked for, such as 0. Of a batch, the samples of rank :math:`r_i \ge a N` for a target accuracy a are to be got
-wrong, those of the smallest losses may stay right. Among C classes no sample of a loss above :math:`\log C` is got
+be asked for, such as 0. Of a batch, the samples of rank :math:`r_i + 1/2 \ge a N` for a target accuracy a are to be
+got wrong, those of the smallest losses may stay right. Among C classes no sample of a loss above :math:`\log C` is got
 right, so these have the strength
 
 .. math::
@@ -38,9 +38,10 @@ from torch import Tensor
 from .._arguments import check_count, check_number
 from ..errors import InputError
 
-__all__ = ["AUTO", "Calibration", "TargetAccuracy", "UnseenLosses"]
+__all__ = ["AUTO", "LEAST_SAMPLES", "Calibration", "TargetAccuracy", "UnseenLosses"]
 
 AUTO = "auto"
+LEAST_SAMPLES = 16  # that tell distributions apart
 _GAIN = 0.1  # g
 _SHIFTS = (0.0, 1.5, 3.0)  # s: at least, at the start, at most
 _PULL = 0.5  # of a look on s
@@ -64,7 +65,8 @@ class Calibration(ABC):
     Attributes:
         shift: s.
         path: one dict for each look: ``iteration``, ``shift`` (until then), what was measured, ``score`` (what the best
-            point has least of: the distance to what is wanted, and the damage to unseen data) and ``met``.
+            point has least of, after those that met the target: the distance to what is wanted, and the damage to
+            unseen data) and ``met``.
     """
 
     takes_hits: ClassVar[bool] = False  # whether looks take 1 for each sample that is got right, else 0; else losses
@@ -74,8 +76,10 @@ class Calibration(ABC):
     def __init__(self, every: int, samples: int):
         check_count("calibrate_every", every)
         check_count("calibration_samples", samples)
-        if samples < 16:
-            raise InputError(f"calibration_samples: expected 16 or more, to tell distributions apart, got {samples}")
+        if samples < LEAST_SAMPLES:
+            raise InputError(
+                f"calibration_samples: expected {LEAST_SAMPLES} or more, to tell distributions apart, got {samples}"
+            )
         self.every, self.samples = every, samples
         self.shift = self.shifts[1]
         self.path: list[dict[str, Any]] = []
@@ -93,11 +97,13 @@ class Calibration(ABC):
     def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
         """Losses (or hits) on unseen data at the weights that the run starts with, and, where looks take hits, the loss
         above which no sample is got right."""
-        if len(unseen) < 16:
+        if len(unseen) < LEAST_SAMPLES:
             raise InputError(
-                f"forget_alpha='auto' has {len(unseen)} unseen samples to learn from: pass 16 or more as unseen="
+                f"forget_alpha='auto' has {len(unseen)} unseen samples to learn from: pass {LEAST_SAMPLES} or more as "
+                "unseen="
             )
-        self.shift, self.path, self._mean = self.shifts[1], [], float(unseen.mean())
+        self.shift, self.path = self.shifts[1], []
+        self._mean = float(unseen[: self.samples].mean())  # of those that every look takes
 
     def strengths(self, losses: Tensor) -> Tensor:
         """α_i of a batch."""
@@ -112,6 +118,7 @@ class Calibration(ABC):
     def look(self, iteration: int, forget: Tensor, unseen: Tensor) -> dict[str, Any]:
         """The path's next entry, from losses (or hits) in eval mode after so many iterations; moves the shift."""
         measured, score, met, off = self._compare(forget, unseen)
+        met &= iteration > 0  # a starting model that looks as if it had forgotten has not
         entry = {"iteration": iteration, "shift": self.shift, **measured, "score": score, "met": met}
         self.path.append(entry)
         if iteration > 0:  # before the first step there is nothing that retain steps could have taken back
@@ -122,9 +129,10 @@ class Calibration(ABC):
     def _compare(self, forget: Tensor, unseen: Tensor) -> tuple[dict[str, Any], float, bool, float]:
         """What was measured, the score, whether it is met, and what pulls s."""
 
-    @abstractmethod
-    def chance(self) -> float:
-        """Scores that differ by less differ by chance."""
+    @staticmethod
+    def order(entry: dict[str, Any]) -> tuple[bool, float]:
+        """By which a look is better than another: the smaller; what is met before what is not."""
+        return not entry["met"], entry["score"]
 
 
 class UnseenLosses(Calibration):
@@ -160,9 +168,6 @@ class UnseenLosses(Calibration):
         measured = {"distance": distance, "difference": difference, "unseen_loss": mean}
         return measured, distance + damage, met, difference
 
-    def chance(self) -> float:
-        return self.critical(self.samples, self.samples) / 2.0
-
     @staticmethod
     def critical(n: int, m: int) -> float:
         """The Kolmogorov-Smirnov distance that samples of one distribution exceed in 5 % of cases."""
@@ -194,17 +199,16 @@ class TargetAccuracy(Calibration):
         self._wrong = math.log(wrong_loss)
 
     def _distances(self, own: Tensor) -> Tensor:
-        wrong = _ranks(own) >= self.target * len(own)
+        wrong = _ranks(own) + 0.5 >= self.target * len(own)
         return wrong * (self._wrong + self.shift - own).clamp_min(0.0)
 
     def _compare(self, forget: Tensor, unseen: Tensor) -> tuple[dict[str, Any], float, bool, float]:
         accuracy, kept = float(forget.double().mean()), float(unseen.double().mean())
         off, damage = accuracy - self.target, max(0.0, self._mean - kept)
-        met = max(abs(off), damage) <= _ACCURACY_CLOSE + 1e-12
+        # No closer than one sample more or less allows.
+        close, harmless = (max(_ACCURACY_CLOSE, x) + 1e-12 for x in (0.5 / len(forget), 1.0 / len(unseen)))
+        met = abs(off) <= close and damage <= harmless
         return {"accuracy": accuracy, "unseen_accuracy": kept}, abs(off) + damage, met, off
-
-    def chance(self) -> float:
-        return _ACCURACY_CLOSE
 
 
 def _ranks(losses: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class NablaTau(Method):
     def begin(self, passes: Mapping[str, int | None]) -> None:
         super().begin(passes)
         self._tau, self._period = None, self._pass("retain", passes)
-        if passes.get("forget") is not None:  # batches, until samples are known
+        if passes.get("forget") is not None:  # batches; samples, once they are counted (not in a resumed run)
             self._share(passes["forget"], self._period)
 
     def take_sizes(self, sizes: Mapping[str, int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..errors import InputError
 from .base import Default, ForgetLoss, Forgetting, Row
 
 __all__ = ["RandomLabel", "SalUn"]
@@ -23,7 +24,8 @@ class RandomLabel(Forgetting):
 
     Args:
         forget_freq: as in :class:`Method`; None: forget steps so spread that a pass over the forget set takes as long
-            as one over the retain set, or every iteration where the forget set has as many batches or more.
+            as one over the retain set, or every iteration where the forget set has as many batches or more; both
+            loaders then need a length.
     """
 
     name: ClassVar[str] = "random_label"
@@ -48,7 +50,13 @@ class RandomLabel(Forgetting):
     def begin(self, passes: Mapping[str, int | None]) -> None:
         super().begin(passes)
         if self.forget_freq is None:
-            self._batches = self._pass("forget", passes), self._pass("retain", passes)
+            for name in ("forget", "retain"):
+                if passes.get(name) is None:
+                    raise InputError(
+                        f"forget_freq=None spreads forget steps over a pass, and the {name} set's loader has no "
+                        "length: pass one that has, or give forget_freq a number"
+                    )
+            self._batches = passes["forget"], passes["retain"]
 
     def forgets_at(self, iteration: int) -> bool:
         if self.forget_freq is not None:

@@ -57,13 +57,17 @@ class Task(ABC):
             f"{type(self).__name__} measures no distance to another network: choose a method that needs none"
         )
 
+    def check_accuracy(self) -> None:
+        """Raises InputError for a task that has no :meth:`hits` and :meth:`wrong_loss`."""
+        raise InputError(f"{type(self).__name__} has no accuracy to be brought to a target: leave target_accuracy out")
+
     def hits(self, model: Any, batch: Any) -> Tensor:
         """Bool, shape [N]: which samples are got right."""
-        raise InputError(f"{type(self).__name__} has no accuracy: leave target_accuracy out")
+        raise NotImplementedError
 
     def wrong_loss(self) -> float:
-        """No sample of a larger loss is got right."""
-        raise InputError(f"{type(self).__name__} has no accuracy: leave target_accuracy out")
+        """No sample of a larger loss is got right. Called once a batch has been seen."""
+        raise NotImplementedError
 
     def generators(self) -> list[torch.Generator]:
         """The task's own generators, whose states belong to a checkpoint."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .._hashing import sample_numbers
 from .._modes import evaluating
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from .base import Task
 
 __all__ = ["Classification"]
@@ -133,18 +133,26 @@ class Classification(Task):
         distances = F.kl_div(own, other, reduction="none", log_target=True).sum(1) * temperature**2
         return self._losses_of(logits, labels), distances
 
+    def check_accuracy(self) -> None:
+        if self.loss is not None:
+            raise InputError(
+                "target_accuracy goes with the cross-entropy: leave Classification's loss or target_accuracy out"
+            )
+
     def hits(self, model: Any, batch: Any) -> Tensor:
         inputs, labels = self._split(batch)
         logits = self.logits(model, inputs)
         _check_logits(logits)
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError("a prediction is not finite: check the data, lower lr")
         return logits.argmax(1) == labels
 
     def wrong_loss(self) -> float:
         r""":math:`\log C` of C classes: the label of a sample that is got right has a probability of 1/C or more."""
-        if self.loss is not None or self._classes is None:
+        if self._classes is None or self._classes < 2:
             raise InputError(
-                "a target accuracy goes with the cross-entropy of logits [N, classes]: leave Classification's loss or "
-                "target_accuracy out"
+                "target_accuracy needs logits [N, classes] of two classes or more: change the model's output, or leave "
+                "it out"
             )
         return math.log(self._classes)
 
