@@ -113,7 +113,11 @@ def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
 
 
 def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """The document of all methods; what an earlier search under the same budget found of others stays."""
+    """The document of all methods; what an earlier search found of others stays.
+
+    Raises:
+        InputError: the earlier one had another budget or protocol.
+    """
     protocol = Protocol(
         scenario=options.scenario,
         train_size=options.train_size,
@@ -121,6 +125,11 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
         test_size=options.test_size,
         epochs=options.epochs,
     )
+    budget = {"trials": options.trials, "seeds": options.seeds, "cpu_limit": options.cpu_limit}
+    kept = earlier or {"budget": budget, "protocol": protocol.describe(), "spaces": {}, "methods": {}}
+    same = {name: kept["protocol"].get(name) for name in protocol.describe()}
+    if (kept["budget"], same) != (budget, protocol.describe()):
+        raise InputError("--json holds a search of another budget or protocol: choose another file")
     digits, document = load_digits(), {}
     names = split_list(options.methods) if options.methods else list(SPACES)
     for name in names:
@@ -140,20 +149,21 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
             found = search.run()
             document[name] = summary(found, trials[name], options.cpu_limit)
             errors.print(f"{name}: {_in_words(document[name])}")
-    made = {
+    return {
         "scenario": options.scenario,
-        "budget": {"trials": options.trials, "seeds": options.seeds, "cpu_limit": options.cpu_limit},
+        "budget": budget,
         "protocol": found["protocol"],
         "versions": versions(),
+        "spaces": {**kept["spaces"], **{name: SPACES[name] for name in names}},
+        "methods": {**kept["methods"], **document},
     }
-    made = json.loads(json.dumps(made))  # as a file has it
-    kept = earlier if earlier and all(earlier.get(key) == value for key, value in made.items()) else {}
-    spaces = {name: SPACES[name] for name in names}
-    return {
-        **made,
-        "spaces": {**kept.get("spaces", {}), **spaces},
-        "methods": {**kept.get("methods", {}), **document},
-    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise InputError(f"{file} is no JSON: choose another file, or delete it") from None
 
 
 def _search(name, drawn, protocol, digits, options) -> Comparison:
@@ -242,10 +252,10 @@ def main() -> int:
     console, errors = Console(highlight=False, markup=False), Console(stderr=True, highlight=False, markup=False)
     try:
         if not options.show:
-            document = tune(options, errors, json.loads(file.read_text()) if file.is_file() else None)
+            document = tune(options, errors, _read(file) if file.is_file() else None)
             with atomic_path(file) as partial:
                 partial.write_text(json.dumps(document, indent=1) + "\n")
-        show(json.loads(file.read_text()), console)
+        show(_read(file), console)
     except (UnlearnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

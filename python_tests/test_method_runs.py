@@ -247,6 +247,14 @@ def test_what_follows_from_the_sets_goes_on_after_a_stop(name, tmp_path) -> None
     assert same(whole, resumed) and result.history == expected.history
 
 
+def test_nabla_tau_goes_on_from_a_checkpoint_without_its_strength() -> None:
+    """Older ones hold tau alone: the share is that of batches, as it was."""
+    method = NablaTau(iterations=10)
+    method.begin({"forget": 1, "retain": 4})
+    method.load_state({"tau": 0.5})
+    assert method.strength(0) == pytest.approx(5 / 3 * 1 / 5) and method.strength(5) == pytest.approx(1 / 6)
+
+
 def test_a_method_serves_several_sets_in_turn() -> None:
     """What it took from the first is not left for the second."""
     for method, first, second in (

@@ -93,6 +93,7 @@ def test_the_script_goes_on_from_fewer_trials(tune, script, tmp_path, monkeypatc
     first = json.loads((tmp_path / "tuned.json").read_text())
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert len(kept) == 3  # one trial of each, and what the models give
+    (tmp_path / "tuned.json").unlink()  # of another budget
     code, printed, _ = tune(*methods, "--trials", "2")
     assert code == 0
     second = json.loads((tmp_path / "tuned.json").read_text())
@@ -103,6 +104,26 @@ def test_the_script_goes_on_from_fewer_trials(tune, script, tmp_path, monkeypatc
         assert len(gaps) == 2 and second["methods"][name]["best"]["gap"]["mean"] == min(gaps)
         assert second["protocol"]["seeds"] == [100]
     assert tune("--show")[1] == printed and '"random": {' in printed and "finetune" in printed
+
+
+def test_other_methods_stay_and_other_searches_are_not_overwritten(tune, script, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mlxtend")
+    for name in ("gradient_ascent", "finetune"):
+        monkeypatch.setitem(script.SPACES, name, script.space((1, 2)))
+    file = tmp_path / "tuned.json"
+    for name in ("gradient_ascent", "finetune"):
+        assert tune("--methods", name, "--trials", "1")[0] == 0
+    document = json.loads(file.read_text())
+    assert list(document["methods"]) == list(document["spaces"]) == ["gradient_ascent", "finetune"]
+    before = file.read_text()
+    for further in (["--trials", "2"], ["--trials", "1", "--cpu-limit", "1"], ["--trials", "1", "--epochs", "3"]):
+        code, _, errors = tune("--methods", "finetune", *further)
+        assert (
+            code == 1 and errors == "error: --json holds a search of another budget or protocol: choose another file\n"
+        )
+    assert file.read_text() == before
+    file.write_text("{")
+    assert "is no JSON: choose another file" in tune("--show")[2]
 
 
 def test_what_has_no_space_is_refused(tune) -> None:
