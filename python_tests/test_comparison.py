@@ -296,6 +296,15 @@ def test_a_run_that_fails_is_a_result(seed_zero) -> None:
     assert seed_zero.run(Scripted("diverges", diverges))[0] == {"failed": "the loss is inf", "metrics": {}}
     assert "NaN" in seed_zero.run(Scripted("breaks", breaks))[0]["failed"]
 
+    def explodes(model, **rest):  # to weights that are finite, and predictions that are not
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1e30)
+
+    assert seed_zero.run(Scripted("explodes", explodes))[0] == {
+        "failed": "predictions are inf or NaN after the run", "metrics": {}
+    }  # fmt: skip
+
 
 def test_a_result_is_found_again_unless_something_differs(digits, tmp_path, models_dir) -> None:
     runner = Scripted("one", strength=1)

@@ -68,7 +68,7 @@ def test_methods_are_found_by_their_names() -> None:
         InputError, match=r"no method 'sfrom', perhaps sfron is meant: choose from finetune, gradient_asc"
     ):
         find("sfrom")
-    with pytest.raises(InputError, match="there is no method 'mini_unlearning'"):
+    with pytest.raises(InputError, match="mini_unlearning is left out: its formula"):
         find("mini_unlearning")
 
 
@@ -158,6 +158,11 @@ def test_methods_as_text() -> None:
         ("sfron@", "ends where a preset should follow: leave @ out"),
         ("sfron@ : lr=1", "'sfron@' ends where a preset should follow: leave @ out"),
         ("sfron@cifar10-resnet18:", "ends where settings should follow: leave : out"),
+        (
+            "descent_to_delete",
+            "descent_to_delete certifies one convex model and nothing else: use unlearn_ext.certified",
+        ),
+        ("retrain", "retrain is no method but the reference of unlearn-ext compare"),
         ("scrub:iterations=5", "scrub has no setting 'iterations': its settings are "),
         ("sfron@cifar", "SFRon has no preset 'cifar': choose from cifar10-resnet18"),
         ("sfron:lr", "sfron: expected key=value between commas, got 'lr'"),

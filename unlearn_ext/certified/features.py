@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .._arguments import check_finite
 from ..errors import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = ["unit_rows"]
 
 
-def unit_rows(rows: Tensor, bias: float = 0.3) -> Tensor:
+def unit_rows(rows: Tensor | np.ndarray, bias: float = 0.3) -> Tensor:
     r"""Each row less its mean, at norm 1, with a bias entry: :math:`(\hat x, b) / \sqrt{1 + b^2}`, again of norm 1.
 
     No row depends on another one. A scale or a mean measured over a data set would carry a deleted sample into the
     features of all others, and from there into the retrained model that the guarantee compares with.
 
     Args:
-        rows: ``[n, d]``, any floating or integer dtype. A constant row has no direction: zeros stand in its place.
+        rows: ``[n, d]``, a tensor or an array of any floating or integer dtype. A constant row has no direction: zeros
+            stand in its place.
         bias: b, from 0.
 
     Returns:
@@ -28,6 +34,7 @@ def unit_rows(rows: Tensor, bias: float = 0.3) -> Tensor:
         InputError: not a matrix, or not finite.
     """
     check_finite("bias", bias)
+    rows = torch.as_tensor(rows)
     if rows.dim() != 2 or not rows.shape[1]:
         raise InputError(f"rows: expected a matrix [samples, features], got shape {list(rows.shape)}")
     rows = rows.to(torch.float64)

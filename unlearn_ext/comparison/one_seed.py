@@ -69,7 +69,7 @@ class OneSeed:
         """The record of each role: the original model, which is what doing nothing gives, and two retrained ones."""
         found = self.records.read(self.seed, "references", self._ingredients)
         if found is None:
-            found = {role: {"metrics": self._judge(self.oracles[role].model)} for role in ROLES}
+            found = {role: {"metrics": self._judge(self._logits(self.oracles[role].model))} for role in ROLES}
             for role, record in found.items():
                 trained = self.oracles[role].seconds
                 seconds = Seconds() if role == "original" else trained
@@ -127,13 +127,16 @@ class OneSeed:
                 return {"failed": str(error), "metrics": {}}
         if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
             return {"failed": "weights are inf or NaN after the run", "metrics": {}}
-        metrics = self._judge(model) | seconds.metrics(self.oracles["retrained"].seconds)
+        logits = self._logits(model)
+        if not all(torch.isfinite(part).all() for part in (logits.forget, logits.retain, logits.test)):
+            return {"failed": "predictions are inf or NaN after the run", "metrics": {}}
+        metrics = self._judge(logits) | seconds.metrics(self.oracles["retrained"].seconds)
         return {"metrics": metrics, "summary": summary}
 
     # --- Judging ---------------------------------------------------------------------------------------------
 
-    def _judge(self, model: nn.Module) -> dict[str, float]:
-        logits, (reference, retrained) = self._logits(model), self._retrained
+    def _judge(self, logits: Parts) -> dict[str, float]:
+        reference, retrained = self._retrained
         found = knowledge(logits, self.split.labels, self.split.kept)
         return found | distance(found, logits.forget, reference, retrained.forget)
 

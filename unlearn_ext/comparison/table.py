@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation import RETAINED_GAP_KEYS
+from ..methods.spec import split_commas
 
 __all__ = ["show"]
 
@@ -62,7 +63,7 @@ def _title(protocol: dict[str, Any]) -> str:
 def _label(name: str) -> str:
     """Each setting on a line of its own."""
     method, colon, settings = name.partition(":")
-    return method + colon + "".join(f"\n {piece}" for piece in settings.split(",") if piece)
+    return method + colon + "".join(f"\n {piece}" for piece in split_commas(settings))
 
 
 def _percent(values: dict[str, Any]) -> str:

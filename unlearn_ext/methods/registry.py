@@ -22,6 +22,14 @@ from .ug_clu import UGCLU
 
 __all__ = ["GROUP", "METHODS", "available", "find"]
 
+# Names that are looked for here, and stand elsewhere.
+_ELSEWHERE = {
+    "retrain": "is no method but the reference of unlearn-ext compare, which trains it: leave it out",
+    "ssd": "makes no gradient step: use unlearn_ext.methods.ssd.SSD, or unlearn-ext compare --methods ssd",
+    "descent_to_delete": "certifies one convex model and nothing else: use unlearn_ext.certified",
+    "mini_unlearning": "is left out: its formula has not been published where it could be read",
+}
+
 # A package adds a method by an entry point of this group, whose name is the method's own.
 GROUP = "unlearn_ext.methods"
 
@@ -61,6 +69,8 @@ def find(name: str) -> type[Method]:
         raise InputError(_clash(name, entries))
     if entries:
         return _load(entries[0])
+    if name in _ELSEWHERE:
+        raise InputError(f"{name} {_ELSEWHERE[name]}")
     known = [*METHODS, *(own for own in _entries() if own not in METHODS)]
     near = difflib.get_close_matches(name, known, n=1)
     raise InputError(
