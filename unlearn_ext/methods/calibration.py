@@ -47,7 +47,8 @@ _SHIFTS = (0.0, 1.5, 3.0)  # s: at least, at the start, at most
 _PULL = 0.5  # of a look on s
 _FLOOR = 1e-6
 _QUANTILES = 200
-_DAMAGE = 2.5  # times the unseen loss of the start: beyond it forgetting has ruined more than it took away
+_RUIN = 2.5  # times the unseen loss of the start: beyond it forgetting has ruined more than it took away
+_HARMLESS = 0.02  # damage with which a run may end before its last iteration
 _CLOSE = 0.1  # mean distance of log quantiles that counts as met
 # The same of a target accuracy.
 _ACCURACY_SHIFTS = (0.0, 1.0, 4.0)
@@ -139,11 +140,14 @@ class UnseenLosses(Calibration):
     """The forget set's losses brought to those of unseen data.
 
     A look measures ``distance`` (Kolmogorov-Smirnov, of the losses of both sets), ``difference`` (mean of their log
-    quantiles', unseen minus forget) and ``unseen_loss`` (mean). The damage is the logarithm of the unseen loss's rise
-    beyond 2.5 times that of the start.
+    quantiles', unseen minus forget), ``unseen_loss`` (mean) and ``unseen_sure``: the part of the unseen samples of a
+    loss below log 2, to which a classifier gives a probability above 1/2, and which it so gets right. The damage is
+    what that part has lost since the start, and the logarithm of the unseen loss's rise beyond 2.5 times that of the
+    start, which tells of ruin where losses are no cross-entropies.
     """
 
     _targets: Tensor
+    _sure: float
 
     @property
     def first_samples(self) -> int:
@@ -152,6 +156,7 @@ class UnseenLosses(Calibration):
     def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
         super().start(unseen)
         self._targets = _log(unseen).sort().values
+        self._sure = _sure(unseen[: self.samples])
 
     def _distances(self, own: Tensor) -> Tensor:
         targets = _quantiles(self._targets.to(own), (_ranks(own).double() + 0.5) / len(own))
@@ -162,11 +167,12 @@ class UnseenLosses(Calibration):
         of_forget, of_unseen = _log(forget).double().sort().values, _log(unseen).double().sort().values
         difference = float((_quantiles(of_unseen, at) - _quantiles(of_forget, at)).mean())
         distance = _kolmogorov_smirnov(of_forget, of_unseen)
-        mean = float(unseen.mean())
-        damage = max(0.0, math.log((mean + _FLOOR) / (self._mean + _FLOOR)) - math.log(_DAMAGE))
-        met = distance <= self.critical(len(forget), len(unseen)) and abs(difference) <= _CLOSE and damage == 0.0
-        measured = {"distance": distance, "difference": difference, "unseen_loss": mean}
-        return measured, distance + damage, met, difference
+        mean, sure = float(unseen.mean()), _sure(unseen)
+        ruin = max(0.0, math.log((mean + _FLOOR) / (self._mean + _FLOOR)) - math.log(_RUIN))
+        damage = max(0.0, self._sure - sure) + ruin
+        alike = distance <= self.critical(len(forget), len(unseen)) and abs(difference) <= _CLOSE
+        measured = {"distance": distance, "difference": difference, "unseen_loss": mean, "unseen_sure": sure}
+        return measured, distance + damage, alike and damage <= _HARMLESS + 1e-12, difference
 
     @staticmethod
     def critical(n: int, m: int) -> float:
@@ -209,6 +215,10 @@ class TargetAccuracy(Calibration):
         close, harmless = (max(_ACCURACY_CLOSE, x) + 1e-12 for x in (0.5 / len(forget), 1.0 / len(unseen)))
         met = abs(off) <= close and damage <= harmless
         return {"accuracy": accuracy, "unseen_accuracy": kept}, abs(off) + damage, met, off
+
+
+def _sure(losses: Tensor) -> float:
+    return float((losses < math.log(2.0)).double().mean())
 
 
 def _ranks(losses: Tensor) -> Tensor:
