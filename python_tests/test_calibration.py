@@ -89,7 +89,9 @@ def test_a_look_against_scipy_and_numpy() -> None:
     # Ruined: unseen losses ten times as large, at which both sets look alike.
     ruined = calibration.look(10, 10 * losses(90, 5), 10 * losses(90, 5))
     assert ruined["distance"] == 0.0 and not ruined["met"]
-    assert ruined["score"] == pytest.approx(math.log(10) - math.log(2.5), abs=1e-3)
+    before, after = ((scale * losses(90, 5) < math.log(2)).double().mean().item() for scale in (1, 10))
+    assert ruined["unseen_sure"] == after < before - 0.2
+    assert ruined["score"] == pytest.approx(math.log(10) - math.log(2.5) + before - after, abs=1e-3)
     alike = calibration.look(15, losses(90, 5), losses(90, 5))
     assert alike["met"] and alike["score"] == 0.0
     for _ in range(9):
@@ -126,6 +128,18 @@ def test_a_look_at_accuracies() -> None:
     assert better["met"] and better["score"] == pytest.approx(0.0)
     below = calibration.look(15, torch.zeros(10), hits)
     assert not below["met"] and below["score"] == pytest.approx(0.1) and calibration.shift == pytest.approx(1.7)
+
+
+def test_no_run_ends_where_unseen_samples_are_got_wrong() -> None:
+    """Both sets alike, at the price of three samples of a hundred: too much to stop, and it counts in the score."""
+    for wrong, met in ((2, True), (3, False)):
+        unseen = losses(100, 1, 0.5)
+        calibration = UnseenLosses(5, 100)
+        calibration.start(unseen)
+        worse = unseen.clone()
+        worse[:wrong] = 0.7
+        entry = calibration.look(5, worse, worse)
+        assert entry["met"] is met and entry["score"] == pytest.approx(wrong / 100)
 
 
 def test_few_samples_meet_a_target_as_well_as_they_can() -> None:
