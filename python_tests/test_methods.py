@@ -160,7 +160,7 @@ def test_methods_as_text() -> None:
         ("sfron@cifar10-resnet18:", "ends where settings should follow: leave : out"),
         (
             "descent_to_delete",
-            "descent_to_delete certifies one convex model and nothing else: use unlearn_ext.certified",
+            "descent_to_delete is for one convex model, with a proof, and stands apart",
         ),
         ("retrain", "retrain is no method but the reference of unlearn-ext compare"),
         ("scrub:iterations=5", "scrub has no setting 'iterations': its settings are "),

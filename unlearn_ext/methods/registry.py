@@ -26,7 +26,7 @@ __all__ = ["GROUP", "METHODS", "available", "find"]
 _ELSEWHERE = {
     "retrain": "is no method but the reference of unlearn-ext compare, which trains it: leave it out",
     "ssd": "makes no gradient step: use unlearn_ext.methods.ssd.SSD, or unlearn-ext compare --methods ssd",
-    "descent_to_delete": "certifies one convex model and nothing else: use unlearn_ext.certified",
+    "descent_to_delete": "is for one convex model, with a proof, and stands apart: the README says where",
     "mini_unlearning": "is left out: its formula has not been published where it could be read",
 }
 
