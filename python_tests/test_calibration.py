@@ -351,6 +351,17 @@ def test_a_model_that_is_ruined_goes_back_before_the_run_ends() -> None:
     assert all(torch.equal(tensor, kept[2][name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_model_that_is_ruined_when_an_evaluation_ends_the_run_goes_back_too() -> None:
+    method = SFRon(**{**SHORT, "calibrate_every": 6})
+    method.calibration = Ruined(6, 16)
+    method.calibration.scores = (0.6,)
+    model = make()
+    with pytest.raises(NonFiniteError, match=r"^after iteration 3: .* gone back to its weights after 0 iterations"):
+        run(method, model=model, evaluate=lambda net, done: True, evaluate_every=4)
+    start = make().state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_look_takes_no_more_samples_than_it_uses() -> None:
     task, seen = Classification(), []
     losses = task.losses

@@ -44,14 +44,7 @@ class Calibrating:
         """Looks where one is due. Whether forgetting has come to where it should, so that the run may end."""
         if not last and iteration % self.calibration.every:
             return False
-        try:
-            found = self._take(iteration)
-        except NonFiniteError as error:
-            self._go_back()
-            raise NonFiniteError(
-                f"after iteration {iteration - 1}: {error}; the model has gone back to its weights after "
-                f"{self.best['iteration']} iterations"
-            ) from None
+        found = self._take(iteration)
         entry["calibration"] = {key: value for key, value in found.items() if key != "iteration"}
         return found["met"]
 
@@ -74,7 +67,16 @@ class Calibrating:
 
     def _take(self, iteration: int) -> dict[str, Any]:
         samples = self.calibration.samples
-        found = self.calibration.look(iteration, *(self._look(name, samples) for name in ("forget", "unseen")))
+        try:
+            found = self.calibration.look(iteration, *(self._look(name, samples) for name in ("forget", "unseen")))
+        except NonFiniteError as error:
+            if self.best is None:
+                raise
+            self._go_back()
+            raise NonFiniteError(
+                f"after iteration {iteration - 1}: {error}; the model has gone back to its weights after "
+                f"{self.best['iteration']} iterations"
+            ) from None
         if self.best is None or self.calibration.order(found) <= self.calibration.order(self.best):
             self.best = found
             self._kept = [tensor.detach().clone() for tensor in self._tensors()]
