@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from unlearn_ext import InputError, NonFiniteError, Unlearner
 from unlearn_ext.demo.batches import ShuffledBatches
 from unlearn_ext.methods import UGCLU, GradientAscent, NegativeGradientPlus, Projected, RandomLabel, SFRon, parse
-from unlearn_ext.methods.calibration import TargetAccuracy, UnseenLosses
+from unlearn_ext.methods.calibration import TargetAccuracy, UnseenLosses, spacing
 from unlearn_ext.tasks import ClassConditionalDiffusion, Classification, Task
 
 ASCENDING = [SFRon, GradientAscent, NegativeGradientPlus, Projected, UGCLU]
@@ -53,7 +53,7 @@ def test_strengths_lead_to_the_unseen_sample_of_the_same_rank() -> None:
     sorted_logs = numpy.sort(numpy.log(unseen.numpy() + 1e-6))
     for i, loss in enumerate(own.tolist()):
         target = numpy.quantile(sorted_logs, (order.index(i) + 0.5) / 10)
-        expected = 0.1 * (target + 1.5 - math.log(loss + 1e-6)) / (loss + 1e-6)
+        expected = 0.1 * (target + 2.0 - math.log(loss + 1e-6)) / (loss + 1e-6)
         assert found[i].item() == pytest.approx(expected, rel=1e-12)
     # A sample above its target comes down.
     high = torch.full((4,), 100.0, dtype=torch.float64)
@@ -69,9 +69,9 @@ def test_its_gradient_is_that_of_distances_of_logarithms() -> None:
     logs = (own.detach() + 1e-6).log()
     targets = torch.from_numpy(numpy.quantile(numpy.log(losses(50, 1).numpy() + 1e-6), (ranks.numpy() + 0.5) / 8))
     again = own.detach().clone().requires_grad_()
-    (0.05 * ((targets + 1.5 - (again + 1e-6).log()) ** 2)).mean().backward()
+    (0.05 * ((targets + 2.0 - (again + 1e-6).log()) ** 2)).mean().backward()
     torch.testing.assert_close(own.grad, again.grad, rtol=1e-12, atol=0.0)
-    assert (targets + 1.5 > logs).any()
+    assert (targets + 2.0 > logs).any()
 
 
 def test_a_look_against_scipy_and_numpy() -> None:
@@ -83,7 +83,7 @@ def test_a_look_against_scipy_and_numpy() -> None:
     at = (numpy.arange(200) + 0.5) / 200
     logs = [numpy.quantile(numpy.log(own.numpy() + 1e-6), at) for own in (unseen, forget)]
     assert entry["difference"] == pytest.approx((logs[0] - logs[1]).mean(), rel=1e-12)
-    assert entry["shift"] == 1.5 and calibration.shift == pytest.approx(min(3.0, 1.5 + 0.5 * entry["difference"]))
+    assert entry["shift"] == 2.0 and calibration.shift == pytest.approx(min(4.0, 2.0 + entry["difference"]))
     assert entry["iteration"] == 5 and not entry["met"] and calibration.path == [entry]
     assert UnseenLosses.critical(60, 90) == pytest.approx(1.36 * math.sqrt(1 / 60 + 1 / 90))
     # Ruined: unseen losses ten times as large, at which both sets look alike.
@@ -155,23 +155,28 @@ def test_few_samples_meet_a_target_as_well_as_they_can() -> None:
         assert not calibration.look(15, torch.tensor([1.0] * (right + 2) + [0.0] * (n - right - 2)), hits)["met"]
 
 
-def test_the_start_is_no_damage() -> None:
-    """The mean that damage is counted from is of the samples that looks take, of a long tail as well."""
-    unseen = torch.cat([torch.full((16,), 3.0), torch.full((48,), 0.01)]).double()
-    calibration = UnseenLosses(5, 16)
-    calibration.start(unseen)
-    entry = calibration.look(0, losses(16, 1), unseen[:16])
-    assert entry["score"] == entry["distance"]
+@pytest.mark.parametrize(
+    ("iterations", "trained", "looked", "every"),
+    [
+        (30, 30 * 2 * 64, 456, 15),  # 3 looks of 456, 1,368, within 0.2 * 7,680; one more would be 1,824
+        (300, 300 * 2 * 64, 456, 10),  # 33 fit, the start's included, with 32 others: 300 / 32, rounded up
+        (30, 30 * 64, 456, 30),  # not even the end's fits
+        (7, 7 * 2 * 1000, 100, 1),
+    ],
+)
+def test_looks_are_spaced_by_their_cost(iterations, trained, looked, every) -> None:
+    assert spacing(iterations, trained, looked) == every
 
 
 # --- 20 steps against plain PyTorch ---------------------------------------------------------------------------
 
 UNSEEN = batches(9, 8, seed=20, dtype=torch.float64)
+UNSEEN32 = batches(9, 8, seed=20)
 SETTINGS = "rule=momentum,lr=0.05,momentum=0.9,forget_freq=1,gamma=none,forget_alpha=auto,calibrate_every=4"
 SHIFTS: dict[str, list[float]] = {}
 
 
-def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: float, bounds, pull: float):
+def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: float, bounds):
     """Forget and retain steps, and a shift that looks move."""
     shift = bounds[1]
     for t, ((x, y), (u, v)) in enumerate(itertools.islice(zip(rounds(forget), rounds(retain), strict=False), STEPS)):
@@ -186,7 +191,7 @@ def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: fl
         if (t + 1) % 4 == 0:
             net.eval()
             with torch.no_grad():
-                shift = min(max(shift + pull * (look(net) - target), bounds[0]), bounds[2])
+                shift = min(max(shift + look(net) - target, bounds[0]), bounds[2])
             net.train()
             shifts.append(shift)
         yield
@@ -211,10 +216,10 @@ def to_unseen(net, forget, retain):
         return 0.1 * (numpy.quantile(targets, places) + shift - own) / numpy.exp(own)
 
     net.eval()
-    targets = logs(UNSEEN, 64)
+    targets = logs(UNSEEN, 16)
     net.train()
     optimizer, shifts = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), SHIFTS.setdefault("unseen", [])
-    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.0, (0.0, 1.5, 3.0), 0.5)
+    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.0, (0.0, 2.0, 4.0))
 
 
 def to_accuracy(net, forget, retain):
@@ -227,7 +232,7 @@ def to_accuracy(net, forget, retain):
         return 0.1 * wrong * numpy.maximum(0.0, math.log(math.log(4)) + shift - own) / numpy.exp(own)
 
     optimizer, shifts = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), SHIFTS.setdefault("accuracy", [])
-    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.3, (0.0, 1.0, 4.0), 1.0)
+    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.3, (0.0, 1.0, 4.0))
 
 
 @pytest.mark.parametrize(("name", "more"), [("unseen", ""), ("accuracy", ",target_accuracy=0.3")])
@@ -362,6 +367,17 @@ def test_a_model_that_is_ruined_when_an_evaluation_ends_the_run_goes_back_too() 
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("freq", "looked"), [(1, [0, 7, 14, 20]), (2, [0, 10, 20]), (4, [0, 20])])
+def test_without_a_spacing_looks_cost_a_fifth_of_the_training(freq, looked) -> None:
+    """20 iterations of batches of 8 and looks at 32 samples: 320, 240 or 200 samples trained on, each for two passes,
+    pay for 4, 3 or 2 looks, that at the start being one."""
+    method = SFRon(**{**SHORT, "iterations": 20, "calibrate_every": None, "forget_freq": freq})
+    method.calibration = Scripted(None, 16)
+    method.calibration.scores = (0.5, 0.4, 0.3, 0.2)
+    _, result = run(method, {"forget": batches(3, 8, seed=1), "retain": batches(5, 8, seed=2), "unseen": UNSEEN32})
+    assert [entry["iteration"] for entry in result.calibration["path"]] == looked
+
+
 def test_a_look_takes_no_more_samples_than_it_uses() -> None:
     task, seen = Classification(), []
     losses = task.losses
@@ -377,7 +393,7 @@ def test_a_look_takes_no_more_samples_than_it_uses() -> None:
     method.calibration.scores = (0.4, 0.3, 0.2, 0.1)
     data = {**sets(), "forget": batches(3, 8, seed=1), "unseen": batches(12, 8, seed=6)}
     Unlearner(make(), task, method).run(**data)
-    assert sum(seen) == 64 + 4 * (16 + 16)
+    assert sum(seen) == 4 * (16 + 16)
 
 
 def test_it_stops_when_it_is_met() -> None:

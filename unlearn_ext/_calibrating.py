@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
-from .methods.calibration import Calibration
+from .methods.calibration import Calibration, spacing
 
 if TYPE_CHECKING:
     from ._loop import Loop
@@ -28,23 +28,26 @@ class Calibrating:
         self._kept: list[Tensor] = []
         self._batches: dict[str, list[Any]] = {}
         self._state: dict[str, Any] = {}
+        self._every = calibration.every
 
     def start(self) -> None:
         """Before the run has drawn anything. The starting weights are a point to go back to."""
         loop, calibration = self.loop, self.calibration
         self._state = loop.random_state()
-        wanted = {"forget": calibration.samples, "unseen": calibration.first_samples}
-        self._batches = {name: loop.sample(name, limit) for name, limit in wanted.items()}
-        unseen = self._look("unseen", calibration.first_samples)
+        self._batches = {name: loop.sample(name, calibration.samples) for name in ("forget", "unseen")}
+        forget, unseen = self._look("forget"), self._look("unseen")
         calibration.start(unseen, loop.unlearner.task.wrong_loss() if calibration.takes_hits else None)
-        self._batches["unseen"] = loop.until(self._batches["unseen"], calibration.samples)
-        self._take(0)
+        self._take(0, forget, unseen)
+        if calibration.every is None:  # a retain batch is taken to be as large as a forget batch
+            method, size = loop.method, loop.unlearner.task.size(self._batches["forget"][0])
+            batches = sum(method.forgets_at(t) + method.retains_at(t) for t in range(method.iterations))
+            self._every = spacing(method.iterations, size * batches, len(forget) + len(unseen))
 
     def after(self, iteration: int, last: bool, entry: dict[str, Any]) -> bool:
         """Looks where one is due. Whether forgetting has come to where it should, so that the run may end."""
-        if not last and iteration % self.calibration.every:
+        if not last and iteration % self._every:
             return False
-        found = self._take(iteration)
+        found = self._look_after(iteration)
         entry["calibration"] = {key: value for key, value in found.items() if key != "iteration"}
         return found["met"]
 
@@ -52,7 +55,7 @@ class Calibrating:
         """Goes back to the best look where the last is worse."""
         path = self.calibration.path
         if path[-1]["iteration"] != self.loop.iteration:  # an evaluation has stopped the run
-            self._take(self.loop.iteration)
+            self._look_after(self.loop.iteration)
         best, last = self.best, path[-1]
         if back := best is not last:
             self._go_back()
@@ -65,18 +68,18 @@ class Calibrating:
         self._kept, self._batches = [], {}
         return {"path": path, "ended_at": best["iteration"], "went_back": back, "met": best["met"]}
 
-    def _take(self, iteration: int) -> dict[str, Any]:
-        samples = self.calibration.samples
+    def _look_after(self, iteration: int) -> dict[str, Any]:
         try:
-            found = self.calibration.look(iteration, *(self._look(name, samples) for name in ("forget", "unseen")))
+            return self._take(iteration, self._look("forget"), self._look("unseen"))
         except NonFiniteError as error:
-            if self.best is None:
-                raise
             self._go_back()
             raise NonFiniteError(
                 f"after iteration {iteration - 1}: {error}; the model has gone back to its weights after "
                 f"{self.best['iteration']} iterations"
             ) from None
+
+    def _take(self, iteration: int, forget: Tensor, unseen: Tensor) -> dict[str, Any]:
+        found = self.calibration.look(iteration, forget, unseen)
         if self.best is None or self.calibration.order(found) <= self.calibration.order(self.best):
             self.best = found
             self._kept = [tensor.detach().clone() for tensor in self._tensors()]
@@ -87,9 +90,9 @@ class Calibrating:
         for tensor, kept in zip(self._tensors(), self._kept, strict=True):
             tensor.copy_(kept)
 
-    def _look(self, name: str, limit: int) -> Tensor:
+    def _look(self, name: str) -> Tensor:
         found = self.loop.look(self._batches[name], self.calibration.takes_hits, name, self._state)
-        return found[:limit]
+        return found[: self.calibration.samples]
 
     def _tensors(self) -> list[Tensor]:
         loop = self.loop

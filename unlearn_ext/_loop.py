@@ -348,18 +348,14 @@ class Loop:
         numbers go on as if nothing had been drawn; but some loaders have one pass at a time: call it before the run
         draws."""
         stream = self.unseen if name == "unseen" else self.streams[name]
-        with _rng.kept(self._generators()):
-            return self.until(stream.data, limit)
-
-    def until(self, batches: Iterable[Any], limit: int) -> list[Any]:
-        """Those with about the first ``limit`` samples."""
         found: list[Any] = []
         count = 0
-        for batch in batches:
-            found.append(batch)
-            count += self.unlearner.task.size(batch)
-            if count >= limit:
-                break
+        with _rng.kept(self._generators()):
+            for batch in stream.data:
+                found.append(batch)
+                count += self.unlearner.task.size(batch)
+                if count >= limit:
+                    break
         return found
 
     def random_state(self) -> dict[str, Any]:

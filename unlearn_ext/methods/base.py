@@ -329,7 +329,8 @@ class Forgetting(Method):
         forget_schedule: its course over the run, as ``lr_schedule``; ``"auto"`` has its own.
         target_accuracy: with ``"auto"``: bring the forget set's accuracy to this number from 0 to 1 instead; 0 forgets
             a class. Unseen data are then of the classes that stay.
-        calibrate_every: with ``"auto"``, iterations between two looks at both sets in eval mode.
+        calibrate_every: with ``"auto"``, iterations between two looks at both sets in eval mode; None: as many looks
+            as keep their cost within a fifth of the training's.
         calibration_samples: that such a look takes of each set, at most.
     """
 
@@ -339,7 +340,7 @@ class Forgetting(Method):
     forget_alpha: float | str = 1.0
     forget_schedule: str = "constant"
     target_accuracy: float | None = None
-    calibrate_every: int = 5
+    calibrate_every: int | None = None
     calibration_samples: int = 256
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ ranks :math:`r_i` among its N samples, each sample has the strength
 by which its loss rises where it is below its target and falls where it is above: easy samples stay easy, and hard ones
 become those that are got wrong. The gradient of :math:`-\frac1N \sum_i \alpha_i l_i` is g times that of half the mean
 squared distance of logarithms, so that losses of all sizes count alike. What retain steps take back, and what
-forgetting costs unseen data themselves, moves the shift s, which starts at 1.5: every few iterations the same samples
-of both sets are looked at in eval mode, and s follows the mean distance of their log quantiles at that time. Logarithms
+forgetting costs unseen data themselves, moves the shift s, which starts at 2: every few iterations the same samples of
+both sets are looked at in eval mode, and s follows the mean distance of their log quantiles at that time. Logarithms
 are of losses plus 1e-6, below which a float32 cross-entropy tells nothing.
 
 **Target accuracy.** For a class there are no unseen data that the wanted model would treat alike, but an accuracy can
@@ -24,6 +24,10 @@ right, so these have the strength
 
 and the others 0. At looks s follows the accuracy in eval mode. Unseen data, here of the classes that stay, tell the
 damage: the accuracy that is lost on them.
+
+**Looks** cost a forward pass of both sets' samples each. Unless their spacing is given it is such that all of them,
+that at the start included, cost at most a fifth of the training passes, one forward and backward being counted as two
+forward; there are two at least, at the start and at the end.
 """
 
 from __future__ import annotations
@@ -38,13 +42,13 @@ from torch import Tensor
 from .._arguments import check_count, check_number
 from ..errors import InputError
 
-__all__ = ["AUTO", "LEAST_SAMPLES", "Calibration", "TargetAccuracy", "UnseenLosses"]
+__all__ = ["AUTO", "LEAST_SAMPLES", "Calibration", "TargetAccuracy", "UnseenLosses", "spacing"]
 
 AUTO = "auto"
 LEAST_SAMPLES = 16  # that tell distributions apart
 _GAIN = 0.1  # g
-_SHIFTS = (0.0, 1.5, 3.0)  # s: at least, at the start, at most
-_PULL = 0.5  # of a look on s
+_SHIFTS = (0.0, 2.0, 4.0)  # s: at least, at the start, at most
+_COST = 0.2  # of looks, as a part of the training's
 _FLOOR = 1e-6
 _QUANTILES = 200
 _RUIN = 2.5  # times the unseen loss of the start: beyond it forgetting has ruined more than it took away
@@ -52,7 +56,6 @@ _HARMLESS = 0.02  # damage with which a run may end before its last iteration
 _CLOSE = 0.1  # mean distance of log quantiles that counts as met
 # The same of a target accuracy.
 _ACCURACY_SHIFTS = (0.0, 1.0, 4.0)
-_ACCURACY_PULL = 1.0
 _ACCURACY_CLOSE = 0.01  # of the target, and to the start's on unseen data
 
 
@@ -60,7 +63,7 @@ class Calibration(ABC):
     """Where a calibrated run stands.
 
     Args:
-        every: iterations between two looks.
+        every: iterations between two looks; None: :func:`spacing`.
         samples: of each set that a look takes at most.
 
     Attributes:
@@ -72,10 +75,10 @@ class Calibration(ABC):
 
     takes_hits: ClassVar[bool] = False  # whether looks take 1 for each sample that is got right, else 0; else losses
     shifts: ClassVar[tuple[float, float, float]] = _SHIFTS  # at least, at the start, at most
-    pull: ClassVar[float] = _PULL
 
-    def __init__(self, every: int, samples: int):
-        check_count("calibrate_every", every)
+    def __init__(self, every: int | None, samples: int):
+        if every is not None:
+            check_count("calibrate_every", every)
         check_count("calibration_samples", samples)
         if samples < LEAST_SAMPLES:
             raise InputError(
@@ -90,11 +93,6 @@ class Calibration(ABC):
     def gain(self) -> float:
         return _GAIN
 
-    @property
-    def first_samples(self) -> int:
-        """Unseen ones that the start takes at most."""
-        return self.samples
-
     def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
         """Losses (or hits) on unseen data at the weights that the run starts with, and, where looks take hits, the loss
         above which no sample is got right."""
@@ -104,7 +102,7 @@ class Calibration(ABC):
                 "unseen="
             )
         self.shift, self.path = self.shifts[1], []
-        self._mean = float(unseen[: self.samples].mean())  # of those that every look takes
+        self._mean = float(unseen.mean())
 
     def strengths(self, losses: Tensor) -> Tensor:
         """α_i of a batch."""
@@ -123,7 +121,7 @@ class Calibration(ABC):
         entry = {"iteration": iteration, "shift": self.shift, **measured, "score": score, "met": met}
         self.path.append(entry)
         if iteration > 0:  # before the first step there is nothing that retain steps could have taken back
-            self.shift = min(max(self.shift + self.pull * off, self.shifts[0]), self.shifts[2])
+            self.shift = min(max(self.shift + off, self.shifts[0]), self.shifts[2])
         return entry
 
     @abstractmethod
@@ -149,14 +147,10 @@ class UnseenLosses(Calibration):
     _targets: Tensor
     _sure: float
 
-    @property
-    def first_samples(self) -> int:
-        return 4 * self.samples
-
     def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
         super().start(unseen)
         self._targets = _log(unseen).sort().values
-        self._sure = _sure(unseen[: self.samples])
+        self._sure = _sure(unseen)
 
     def _distances(self, own: Tensor) -> Tensor:
         targets = _quantiles(self._targets.to(own), (_ranks(own).double() + 0.5) / len(own))
@@ -191,11 +185,10 @@ class TargetAccuracy(Calibration):
 
     takes_hits: ClassVar[bool] = True
     shifts: ClassVar[tuple[float, float, float]] = _ACCURACY_SHIFTS
-    pull: ClassVar[float] = _ACCURACY_PULL
 
     _wrong: float
 
-    def __init__(self, every: int, samples: int, target: float):
+    def __init__(self, every: int | None, samples: int, target: float):
         super().__init__(every, samples)
         check_number("target_accuracy", target, "a number from 0 to 1, or None", lambda x: 0.0 <= x <= 1.0)
         self.target = target
@@ -215,6 +208,13 @@ class TargetAccuracy(Calibration):
         close, harmless = (max(_ACCURACY_CLOSE, x) + 1e-12 for x in (0.5 / len(forget), 1.0 / len(unseen)))
         met = abs(off) <= close and damage <= harmless
         return {"accuracy": accuracy, "unseen_accuracy": kept}, abs(off) + damage, met, off
+
+
+def spacing(iterations: int, trained: int, looked: int) -> int:
+    """Iterations between two looks at ``looked`` samples, in a run that trains on ``trained``, samples that are taken
+    twice counted twice."""
+    looks = int(_COST * 2 * trained / looked) - 1  # beside that at the start
+    return math.ceil(iterations / max(1, looks))
 
 
 def _sure(losses: Tensor) -> float:
