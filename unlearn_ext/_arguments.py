@@ -22,7 +22,11 @@ def check_count(name: str, value: Any) -> None:
 def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> None:
     """Numbers of Python and NumPy, and 0-d tensors."""
     number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0)
-    if not number or not fits(float(value)):
+    try:
+        good = number and fits(float(value))
+    except OverflowError:  # an integer beyond all floats
+        raise InputError(f"{name}: expected {expected}, got more than a float holds") from None
+    if not good:
         raise InputError(f"{name}: expected {expected}, got {value if number else repr(value)}")
 
 

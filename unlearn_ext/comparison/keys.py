@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -66,9 +67,15 @@ def sources_hash(patterns: tuple[str, ...]) -> str:
 
 
 def class_hash(kind: type) -> str:
-    """Of the files that a class and those that it is derived from stand in, in whatever package."""
-    files = (inspect.getsourcefile(one) for one in kind.__mro__ if one.__module__ not in ("builtins", "abc"))
-    return _files_hash(Path(file) for file in files if file is not None)
+    """Of the files that a class and those that it is derived from stand in, in whatever package; and of all sources of
+    the class's own package, which may help it, where that is not this one."""
+    found = (inspect.getsourcefile(one) for one in kind.__mro__ if one.__module__ not in ("builtins", "abc"))
+    files = {Path(file) for file in found if file is not None}
+    top = kind.__module__.partition(".")[0]
+    if top != _PACKAGE.name:
+        for directory in getattr(sys.modules.get(top), "__path__", ()):
+            files |= set(Path(directory).rglob("*.py"))
+    return _files_hash(files)
 
 
 def _files_hash(files: Iterable[Path]) -> str:
