@@ -120,14 +120,16 @@ def test_a_look_at_accuracies() -> None:
     calibration.start(hits, math.log(10.0))
     entry = calibration.look(5, torch.tensor([1.0] * 9 + [0.0]), torch.tensor([1.0] * 13 + [0.0] * 7))
     assert entry == {
-        "iteration": 5, "shift": 1.0, "accuracy": pytest.approx(0.9), "unseen_accuracy": pytest.approx(0.65),
+        "iteration": 5, "shift": 2.0, "accuracy": pytest.approx(0.9), "unseen_accuracy": pytest.approx(0.65),
         "score": pytest.approx(0.8 + 0.1), "met": False,
     }  # fmt: skip
-    assert calibration.shift == pytest.approx(1.8)
+    assert calibration.shift == pytest.approx(2.0 + 3 * 0.8)
     better = calibration.look(10, torch.tensor([1.0] + [0.0] * 9), torch.tensor([1.0] * 19 + [0.0]))
     assert better["met"] and better["score"] == pytest.approx(0.0)
     below = calibration.look(15, torch.zeros(10), hits)
-    assert not below["met"] and below["score"] == pytest.approx(0.1) and calibration.shift == pytest.approx(1.7)
+    assert (
+        not below["met"] and below["score"] == pytest.approx(0.1) and calibration.shift == pytest.approx(4.4 - 3 * 0.1)
+    )
 
 
 def test_no_run_ends_where_unseen_samples_are_got_wrong() -> None:
@@ -176,7 +178,7 @@ SETTINGS = "rule=momentum,lr=0.05,momentum=0.9,forget_freq=1,gamma=none,forget_a
 SHIFTS: dict[str, list[float]] = {}
 
 
-def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: float, bounds):
+def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: float, bounds, pull: float):
     """Forget and retain steps, and a shift that looks move."""
     shift = bounds[1]
     for t, ((x, y), (u, v)) in enumerate(itertools.islice(zip(rounds(forget), rounds(retain), strict=False), STEPS)):
@@ -191,7 +193,7 @@ def steps_of(net, forget, retain, optimizer, strengths, shifts, look, target: fl
         if (t + 1) % 4 == 0:
             net.eval()
             with torch.no_grad():
-                shift = min(max(shift + look(net) - target, bounds[0]), bounds[2])
+                shift = min(max(shift + pull * (look(net) - target), bounds[0]), bounds[2])
             net.train()
             shifts.append(shift)
         yield
@@ -219,7 +221,7 @@ def to_unseen(net, forget, retain):
     targets = logs(UNSEEN, 16)
     net.train()
     optimizer, shifts = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), SHIFTS.setdefault("unseen", [])
-    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.0, (0.0, 2.0, 4.0))
+    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.0, (0.0, 2.0, 4.0), 1.0)
 
 
 def to_accuracy(net, forget, retain):
@@ -232,7 +234,7 @@ def to_accuracy(net, forget, retain):
         return 0.1 * wrong * numpy.maximum(0.0, math.log(math.log(4)) + shift - own) / numpy.exp(own)
 
     optimizer, shifts = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), SHIFTS.setdefault("accuracy", [])
-    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.3, (0.0, 1.0, 4.0))
+    yield from steps_of(net, forget, retain, optimizer, strengths, shifts, look, 0.3, (0.0, 2.0, 5.0), 3.0)
 
 
 @pytest.mark.parametrize(("name", "more"), [("unseen", ""), ("accuracy", ",target_accuracy=0.3")])

@@ -22,8 +22,8 @@ right, so these have the strength
 .. math::
     \alpha_i = g \, \frac{\max(0, \log \log C + s - \log l_i)}{l_i}
 
-and the others 0. At looks s follows the accuracy in eval mode. Unseen data, here of the classes that stay, tell the
-damage: the accuracy that is lost on them.
+and the others 0. At looks s, which starts at 2, follows three times the distance of the accuracy in eval mode to a.
+Unseen data, here of the classes that stay, tell the damage: the accuracy that is lost on them.
 
 **Looks** cost a forward pass of both sets' samples each. Unless their spacing is given it is such that all of them,
 that at the start included, cost at most a fifth of the training passes, one forward and backward being counted as two
@@ -48,6 +48,7 @@ AUTO = "auto"
 LEAST_SAMPLES = 16  # that tell distributions apart
 _GAIN = 0.1  # g
 _SHIFTS = (0.0, 2.0, 4.0)  # s: at least, at the start, at most
+_PULL = 1.0  # of a look on s
 _COST = 0.2  # of looks, as a part of the training's
 _FLOOR = 1e-6
 _QUANTILES = 200
@@ -55,7 +56,8 @@ _RUIN = 2.5  # times the unseen loss of the start: beyond it forgetting has ruin
 _HARMLESS = 0.02  # damage with which a run may end before its last iteration
 _CLOSE = 0.1  # mean distance of log quantiles that counts as met
 # The same of a target accuracy.
-_ACCURACY_SHIFTS = (0.0, 1.0, 4.0)
+_ACCURACY_SHIFTS = (0.0, 2.0, 5.0)
+_ACCURACY_PULL = 3.0
 _ACCURACY_CLOSE = 0.01  # of the target, and to the start's on unseen data
 
 
@@ -75,6 +77,7 @@ class Calibration(ABC):
 
     takes_hits: ClassVar[bool] = False  # whether looks take 1 for each sample that is got right, else 0; else losses
     shifts: ClassVar[tuple[float, float, float]] = _SHIFTS  # at least, at the start, at most
+    pull: ClassVar[float] = _PULL
 
     def __init__(self, every: int | None, samples: int):
         if every is not None:
@@ -121,7 +124,7 @@ class Calibration(ABC):
         entry = {"iteration": iteration, "shift": self.shift, **measured, "score": score, "met": met}
         self.path.append(entry)
         if iteration > 0:  # before the first step there is nothing that retain steps could have taken back
-            self.shift = min(max(self.shift + off, self.shifts[0]), self.shifts[2])
+            self.shift = min(max(self.shift + self.pull * off, self.shifts[0]), self.shifts[2])
         return entry
 
     @abstractmethod
@@ -185,6 +188,7 @@ class TargetAccuracy(Calibration):
 
     takes_hits: ClassVar[bool] = True
     shifts: ClassVar[tuple[float, float, float]] = _ACCURACY_SHIFTS
+    pull: ClassVar[float] = _ACCURACY_PULL
 
     _wrong: float
 
