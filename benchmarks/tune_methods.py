@@ -51,43 +51,14 @@ def space(iterations: tuple[int, int] | None, **settings: Any) -> dict[str, Any]
 
 _CLIPPED = {"forget_alpha": ("log", 1e-2, 3.0), "max_norm": ("log", 0.1, 10.0)}
 _RELABELLED = {"forget_alpha": ("log", 0.1, 3.0), "forget_freq": ("choice", 1, 2, 4, 9)}
-
-
-# SFR-on's were narrowed after a first search on the same seeds, where weak forgetting (forget_alpha below 10) did
-# nothing; a second gave those for a class smaller masks, which cost less accuracy there.
-def _sfron(iterations: tuple[int, int], masks: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return space(
-        iterations,
-        lr=("log", 3e-3, 6e-2),
-        **masks,
-        forget_freq=("choice", 1, 2),
-        forget_schedule=("choice", "constant", "cosine"),
-        max_norm=("log", 0.5, 8.0),
-        adaptive_eps=("choice", 1e-15, 1e-2),
-        **settings,
-    )
-
-
-def _variants(masks: dict[str, Any], calibrated: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {
-        "sfron": _sfron((15, 45), masks, forget_alpha=("log", 10.0, 3000.0)),
-        # DualOptim: forget steps by Adam, with moments of their own.
-        "sfron:dual_state=true,forget_rule=adam": _sfron(
-            (15, 45), masks, forget_alpha=("log", 1.0, 1000.0), forget_lr=("log", 1e-5, 1e-2)
-        ),
-        # Looks at the held-out set cost time as well.
-        "sfron:forget_alpha=auto": space(
-            (20, 30),
-            lr=("log", 5e-3, 6e-2),
-            max_norm=("log", 0.5, 8.0),
-            **calibrated,
-            forget_freq=1,
-            calibrate_every=10,
-        ),
-    }
-
-
-_SALIENT = {"mask": ("together", {"gamma": 1.0}, {"gamma": 5.0}, {"gamma": None, "mask_fraction": 0.1})}
+# Narrowed after a first search on the same seeds, where weak forgetting (forget_alpha below 10) did nothing.
+_SFRON = {
+    "lr": ("log", 3e-3, 6e-2),
+    "forget_freq": ("choice", 1, 2),
+    "forget_schedule": ("choice", "constant", "cosine"),
+    "max_norm": ("log", 0.5, 8.0),
+    "adaptive_eps": ("choice", 1e-15, 1e-2),
+}
 _TEMPERATURE = ("choice", 1.0, 2.0, 4.0)
 SPACES: dict[str, dict[str, Any]] = {
     "finetune": space((10, 70), lr=("log", 3e-3, 3e-1)),
@@ -106,13 +77,21 @@ SPACES: dict[str, dict[str, Any]] = {
     "bad_teacher": space((4, 28), forget_alpha=("log", 1e-2, 3.0), temperature=_TEMPERATURE),
     "nabla_tau": space((6, 26), rule="adamw", momentum=0.0, lr=("log", 1e-4, 1e-2), forget_alpha=("log", 0.03, 1.0)),
     "ssd": {"alpha": ("log", 1.05, 4.2), "lambd": ("log", 0.03, 3.0), "per_sample": ("choice", False, True)},
-    **_variants({}, {"gamma": ("choice", None, 0.5, 1.0)}),
+    "sfron": space((15, 45), **_SFRON, forget_alpha=("log", 10.0, 3000.0)),
+    # DualOptim: forget steps by Adam, with moments of their own.
+    "sfron:dual_state=true,forget_rule=adam": space(
+        (15, 45), **_SFRON, forget_alpha=("log", 1.0, 1000.0), forget_lr=("log", 1e-5, 1e-2)
+    ),
+    # Looks at the held-out set cost time as well.
+    "sfron:forget_alpha=auto": space(
+        (20, 30),
+        lr=("log", 5e-3, 6e-2),
+        max_norm=("log", 0.5, 8.0),
+        gamma=("choice", None, 0.5, 1.0),
+        forget_freq=1,
+        calibrate_every=10,
+    ),
 }
-CLASS = _variants(_SALIENT, _SALIENT)  # what stands in SPACES' place where a class is forgotten
-
-
-def space_of(name: str, scenario: str) -> dict[str, Any]:
-    return CLASS[name] if scenario == "class" and name in CLASS else SPACES[name]
 
 
 def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
@@ -156,10 +135,9 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
     for name in names:
         if name not in SPACES:
             raise InputError(f"--methods: {name} has no space to draw from: choose from {', '.join(SPACES)}")
-    spaces = {name: space_of(name, options.scenario) for name in names}
     first = [] if options.without_published else [{}]
     trials = {
-        name: [*first, *(draw(spaces[name], f"{options.scenario} {name} {trial}") for trial in range(options.trials))]
+        name: [*first, *(draw(SPACES[name], f"{options.scenario} {name} {trial}") for trial in range(options.trials))]
         for name in names
     }
     searches = {name: _search(name, drawn, protocol, digits, options) for name, drawn in trials.items()}
@@ -176,7 +154,7 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
         "budget": budget,
         "protocol": found["protocol"],
         "versions": versions(),
-        "spaces": {**kept["spaces"], **spaces},
+        "spaces": {**kept["spaces"], **{name: SPACES[name] for name in names}},
         "methods": {**kept["methods"], **document},
     }
 
