@@ -19,7 +19,20 @@ OPERATOR_FILES = (
     "test_update.py",
     "test_top_bits.py",
 )
-FILES = (*OPERATOR_FILES, "test_optim.py", "test_saliency.py", "test_trajectory.py")
+FILES = (
+    *OPERATOR_FILES,
+    "test_optim.py",
+    "test_optim_masks.py",
+    "test_optim_not_finite.py",
+    "test_optim_torch.py",
+    "test_optim_state.py",
+    "test_optim_refusals.py",
+    "test_saliency.py",
+    "test_mask_files.py",
+    "test_fisher.py",
+    "test_protection.py",
+    "test_trajectory.py",
+)
 # Long, and the same ordinary operations whichever operators are there.
 ALIKE = "second_derivatives"
 
