@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import known
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -41,15 +43,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@cache
+def all_digits() -> tuple[dict[int, Tensor], Tensor]:
+    """Pictures by size, and labels."""
+    data = known.digits()
+    return {size: data.pixels(size) for _, size in MODELS.values()}, torch.as_tensor(data.labels)
+
+
 def digits(count: int, seed: int, dtype: torch.dtype, size: int, forget: bool) -> tuple[Tensor, Tensor]:
     """Real digits: threes, or all but threes."""
-    from unlearn_ext.data import load_digits
-
-    data = load_digits()
-    labels = torch.as_tensor(data.labels)
+    pixels, labels = all_digits()
     chosen = torch.nonzero((labels == 3) == forget).flatten()
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:count]]
-    return data.pixels(size)[chosen].to(dtype), labels[chosen]
+    return pixels[size][chosen].to(dtype), labels[chosen]
 
 
 def resnet(dtype: torch.dtype) -> tuple[nn.Module, Task]:
