@@ -8,6 +8,7 @@ does every job in the file, a list of keyword arguments of :func:`run`, on the C
 from __future__ import annotations
 
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -31,8 +32,10 @@ RULES = {
     "adamw": {"rule": "adamw", "lr": 1e-3, "weight_decay": 0.01},
     "momentum": {"rule": "momentum", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
 }
+# All pairs and as many iterations as the README's figures are of, or a choice of them.
+ALL = os.environ.get("UNLEARN_EXT_ALL_RANKS") == "1"
 SETTINGS: dict[str, Any] = {
-    "iterations": 50,
+    "iterations": 50 if ALL else 20,
     "forget_alpha": 0.5,
     "lambd": 0.5,
     "adaptive_eps": 1e-8,
