@@ -58,6 +58,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"UNLEARN_EXT_REQUIRE_NATIVE=1, but the backend is {backend!r}", returncode=1)
 
 
+# Where files run side by side, those that take minutes must not be the last to begin; the longest first.
+LONGEST = ("test_nvcc", "test_ranks", "test_python_backend", "test_cuda_on_host", "test_cli", "test_native")
+LONGEST += ("test_benchmarks", "test_sanitizers", "test_update", "test_diffusion_demo", "test_diffusion_pretraining")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

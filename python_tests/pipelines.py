@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import known
 import torch
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -214,9 +215,8 @@ def save_digit_folders(
     from PIL import Image
 
     from unlearn_ext.data import digits as package
-    from unlearn_ext.data import load_digits
 
-    mnist = load_digits()
+    mnist = known.digits()
     pixels = (mnist.images * package.STD + package.MEAN).mul(255).round().to(torch.uint8)
     for digit in digits:
         home = folder / (str(digit) if names is None else names[digit])

@@ -8,10 +8,13 @@ does every job in the file, a list of keyword arguments of :func:`run`, on the C
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import known
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,8 +32,10 @@ RULES = {
     "adamw": {"rule": "adamw", "lr": 1e-3, "weight_decay": 0.01},
     "momentum": {"rule": "momentum", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
 }
+# All pairs and as many iterations as the README's figures are of, or a choice of them.
+ALL = os.environ.get("UNLEARN_EXT_ALL_RANKS") == "1"
 SETTINGS: dict[str, Any] = {
-    "iterations": 50,
+    "iterations": 50 if ALL else 20,
     "forget_alpha": 0.5,
     "lambd": 0.5,
     "adaptive_eps": 1e-8,
@@ -41,15 +46,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@cache
+def all_digits() -> tuple[dict[int, Tensor], Tensor]:
+    """Pictures by size, and labels."""
+    data = known.digits()
+    return {size: data.pixels(size) for _, size in MODELS.values()}, torch.as_tensor(data.labels)
+
+
 def digits(count: int, seed: int, dtype: torch.dtype, size: int, forget: bool) -> tuple[Tensor, Tensor]:
     """Real digits: threes, or all but threes."""
-    from unlearn_ext.data import load_digits
-
-    data = load_digits()
-    labels = torch.as_tensor(data.labels)
+    pixels, labels = all_digits()
     chosen = torch.nonzero((labels == 3) == forget).flatten()
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:count]]
-    return data.pixels(size)[chosen].to(dtype), labels[chosen]
+    return pixels[size][chosen].to(dtype), labels[chosen]
 
 
 def resnet(dtype: torch.dtype) -> tuple[nn.Module, Task]:

@@ -331,7 +331,7 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     done = run(
         ROOT / "benchmarks" / "gpu_check.py",
-        "--device=cpu", "--scale=0.01", "--repeats=2", "--implementations", "loop", "eager", "--output", file,
+        "--device=cpu", "--scale=0.001", "--repeats=2", "--implementations", "loop", "eager", "--output", file,
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -43,6 +43,7 @@ def default_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dic
 def test_the_default_demo_really_forgets(default_run) -> None:
     _, report, _ = default_run
     models = report["models"]
+    assert report["update"] == "sequential" and report["scenario"] == "class"
     assert models["original"]["FA"] >= 0.98 and models["original"]["TA"] >= 0.96
     assert models["retrained"]["FA"] == 0.0
     assert models["unlearned"]["FA"] <= 0.02
@@ -78,49 +79,86 @@ def test_the_default_demo_writes_its_results(default_run) -> None:
     assert sorted(p.name for p in directory.iterdir()) == ["mask.safetensors", "result.json", "unlearned.safetensors"]
 
 
-@pytest.mark.parametrize("update", ["sequential", "joint"])
-def test_a_random_subset_with_underscores(update, tmp_path) -> None:
+def test_a_random_subset_with_underscores(tmp_path) -> None:
     """diffusers spells options with underscores; both are taken."""
     done = command(
-        "demo", "classifier", "--scenario=random", "--train_size", 200, "--forget_fraction", 0.25, "--update", update,
+        "demo", "classifier", "--scenario=random", "--train_size", 100, "--forget_fraction", 0.25, "--update", "joint",
         "--output_dir", "[bold]x", "--seed", 100, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("result.json: [bold]x")
     report = json.loads((tmp_path / "[bold]x" / "result.json").read_text())
-    assert report["forget_size"] == 50 and report["train_size"] == 200 and report["update"] == update
+    assert report["forget_size"] == 25 and report["train_size"] == 100 and report["update"] == "joint"
     assert report["models"]["original"]["TA_retained"] == report["models"]["original"]["TA"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--forget-class", 10], "--forget-class: expected a digit"),
-        (["--scenario", "random", "--forget-fraction", 1.0], "something must be"),
-        (["--scenario", "random", "--forget-fraction", 0.00001], "is 0"),
-        (["--scenario", "random", "--train-size", 10, "--forget-fraction", 0.04], "is 0: something must be"),
-        (["--train-size", 5000], "--train-size: expected at most 4000, which leaves 1000 of the digits for the test"),
-        (["--train-size", 5], "--train-size: expected at least 10, one digit of each class, got 5"),
-        (["--mixed-precision", "fp16"], "--mixed-precision: fp16 needs a GPU"),
-        (["--device", "cuda"], "sees no GPU"),
-        (["--device", "toaster"], "expected cpu, cuda or cuda:N"),
-        (["--json", "."], "expected a file"),
-        (["--json", "/proc/x.json"], "cannot write to /proc"),
-        (["--device", "meta"], "expected cpu, cuda or cuda:N"),
-        (["--output-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-        (["--json", "missing/file.json"], "expected a file in a directory that exists"),
-    ],
-    ids=str,
-)
+BAD = [
+    (["--forget-class", 10], "--forget-class: expected a digit"),
+    (["--scenario", "random", "--forget-fraction", 1.0], "something must be"),
+    (["--scenario", "random", "--forget-fraction", 0.00001], "is 0"),
+    (["--scenario", "random", "--train-size", 10, "--forget-fraction", 0.04], "is 0: something must be"),
+    (["--train-size", 5000], "--train-size: expected at most 4000, which leaves 1000 of the digits for the test"),
+    (["--train-size", 5], "--train-size: expected at least 10, one digit of each class, got 5"),
+    (["--mixed-precision", "fp16"], "--mixed-precision: fp16 needs a GPU"),
+    (["--device", "cuda"], "sees no GPU"),
+    (["--device", "toaster"], "expected cpu, cuda or cuda:N"),
+    (["--json", "."], "expected a file"),
+    (["--json", "/proc/x.json"], "cannot write to /proc"),
+    (["--device", "meta"], "expected cpu, cuda or cuda:N"),
+    (["--output-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    (["--json", "missing/file.json"], "expected a file in a directory that exists"),
+]
+# The command's own process, once for all of its bad inputs: argv holds lists of arguments. Says what each one gave.
+EACH = """
+import contextlib, io, json, os, sys
+from unlearn_ext import _native
+from unlearn_ext.cli import main
+
+def load():
+    raise AssertionError("the library is loaded before all is checked")
+
+_native.load = load
+found = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    os.mkdir(str(number))
+    os.chdir(str(number))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    found.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "files": os.listdir()})
+    os.chdir(os.pardir)
+print(json.dumps(found))
+"""
+
+
+def run_each(given: list[list[str]], cwd: Path) -> list[dict]:
+    """What the command gives for each list of arguments, in directories of their own and one process."""
+    script = [sys.executable, "-c", EACH, json.dumps(given)]
+    done = subprocess.run(
+        script, cwd=cwd, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> list[dict]:
+    return run_each([["demo", *map(str, arguments)] for arguments, _ in BAD], tmp_path_factory.mktemp("bad"))
+
+
+@pytest.mark.parametrize("number", range(len(BAD)), ids=[f"{arguments}-{words}" for arguments, words in BAD])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="one case needs a machine without a GPU")
-def test_bad_input_is_one_sentence(arguments, words, tmp_path) -> None:
-    done = command("demo", *arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and words in last
-    assert "Traceback" not in done.stderr and not done.stdout
-    assert not list(tmp_path.iterdir()), "nothing is written before all is checked"
-    assert "building" not in done.stderr and "backend" not in done.stderr
+def test_bad_input_is_one_sentence(number, refused) -> None:
+    (_, words), found = BAD[number], refused[number]
+    assert found["code"] == 1
+    assert found["err"].startswith("error: ") and found["err"].count("\n") == 1 and words in found["err"]
+    assert not found["out"]
+    assert not found["files"], "nothing is written before all is checked"
+
+
+def test_bad_input_ends_the_process_with_one_sentence(tmp_path) -> None:
+    done = command("demo", "--forget-class", 10, cwd=tmp_path)
+    assert done.returncode == 1 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: --forget-class: expected a digit") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -149,21 +187,31 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys) -> None:
     assert "--device cuda:9: expected an index below 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--scenario", "some"], ["--bogus"], ["paint"]])
-def test_usage_errors(arguments, tmp_path) -> None:
-    done = command("demo", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage" in done.stderr
+USAGE = [["--scenario", "some"], ["--bogus"], ["paint"]]
 
 
-def test_help_fits_and_names_the_options(tmp_path) -> None:
-    assert command("--help", cwd=tmp_path).returncode == 0
-    done = command("demo", "--help", cwd=tmp_path)
-    assert max(map(len, done.stdout.splitlines())) <= 80
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> list[dict]:
+    """What usage errors give, and the two helps."""
+    given = [*(["demo", *arguments] for arguments in USAGE), ["--help"], ["demo", "--help"]]
+    return run_each(given, tmp_path_factory.mktemp("usage"))
+
+
+@pytest.mark.parametrize("number", range(len(USAGE)), ids=["arguments0", "arguments1", "arguments2"])
+def test_usage_errors(number, told) -> None:
+    found = told[number]
+    assert found["code"] == 2 and "Traceback" not in found["err"] and "Usage" in found["err"]
+
+
+def test_help_fits_and_names_the_options(told) -> None:
+    short, full = told[-2:]
+    assert short["code"] == full["code"] == 0
+    assert max(map(len, full["out"].splitlines())) <= 80
     for option in (
         "--scenario", "--forget-class", "--forget-fraction", "--train-size", "--update", "--seed", "--output-dir",
         "--json", "--device", "--mixed-precision", "--allow-duplicates",
     ):  # fmt: skip
-        assert option in done.stdout
+        assert option in full["out"]
 
 
 def test_version(capsys) -> None:

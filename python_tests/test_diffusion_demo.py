@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import known
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +25,9 @@ from unlearn_ext.demo.diffusion.settings import method_for
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch) -> None:
-    """Two denoising steps, two iterations and one Fisher batch."""
+    """Two denoising steps, two iterations and one Fisher batch; digits are read once."""
+    for module in (demo_run, judging):
+        monkeypatch.setattr(module, "load_digits", known.digits)
     monkeypatch.setattr(judging, "STEPS", 2)
 
     def method(task: str, **changes):

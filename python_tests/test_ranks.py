@@ -289,10 +289,11 @@ def test_duplicates_are_told(tmp_path):
 
 # --- Real networks -------------------------------------------------------------------------------------------------
 
-# Each network, wrapper, rule and number of ranks has its turn; UNLEARN_EXT_ALL_RANKS=1 takes all of the pairs.
+# Each network, wrapper, rule and number of ranks has its turn, for 20 iterations; UNLEARN_EXT_ALL_RANKS=1 takes all of
+# the pairs, for 50.
 CHOSEN = [("resnet", "ddp", "adamw", 2), ("dit", "fsdp", "adamw", 2), ("resnet", "fsdp", "momentum", 4)]
 CHOSEN += [("dit", "ddp", "momentum", 4)]
-if os.environ.get("UNLEARN_EXT_ALL_RANKS") == "1":
+if rank_jobs.ALL:
     CHOSEN = [(m, w, r, n) for m in rank_jobs.MODELS for w in WRAPPERS for r in rank_jobs.RULES for n in WORLDS]
 DTYPES = ("float64", "float32")
 

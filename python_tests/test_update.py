@@ -167,11 +167,10 @@ def test_steps_of_nothing_are_new_tensors(rng: torch.Generator) -> None:
 # --- Gradients ----------------------------------------------------------------------------------------------
 
 
-@mask_cases
-@parts_cases
-def test_gradcheck(parts: Sequence[str], mask_scope: str | None, rng: torch.Generator) -> None:
-    """In weights, slow weights, gradients and all scalars; and again, through the derivative."""
-    shapes = ((), (3,), (0,), (2, 17))
+def as_function(
+    rng: torch.Generator, shapes: Sequence[Sequence[int]], parts: Sequence[str], mask_scope: str | None
+) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A call as a function of weights, slow weights, gradients and all scalars, and a place to look at it."""
     operands, scalars = followed(new_operands(rng, shapes, parts)), new_scalars()
     bits = ops.pack_bits([coin(rng, shape) for shape in shapes]) if mask_scope else []
 
@@ -180,8 +179,21 @@ def test_gradcheck(parts: Sequence[str], mask_scope: str | None, rng: torch.Gene
         lists = {name: [next(remaining) for _ in shapes] for name in operands}
         return tuple(call(lists, bits, mask_scope, **dict(zip(scalars, remaining, strict=True))))
 
-    inputs = (*flat(operands), *scalars.values())
+    return function, (*flat(operands), *scalars.values())
+
+
+@mask_cases
+@parts_cases
+def test_gradcheck(parts: Sequence[str], mask_scope: str | None, rng: torch.Generator) -> None:
+    function, inputs = as_function(rng, ((), (3,), (0,), (2, 3)), parts, mask_scope)
     assert torch.autograd.gradcheck(function, inputs)
+
+
+@mask_cases
+@parts_cases
+def test_second_derivatives(parts: Sequence[str], mask_scope: str | None, rng: torch.Generator) -> None:
+    """Through the derivative, which is made of ordinary operations then, whatever the kernels: a few weights do."""
+    function, inputs = as_function(rng, ((), (0,), (2, 3)), parts, mask_scope)
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
