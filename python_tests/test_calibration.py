@@ -173,7 +173,6 @@ def test_looks_are_spaced_by_their_cost(iterations, trained, looked, every) -> N
 # --- 20 steps against plain PyTorch ---------------------------------------------------------------------------
 
 UNSEEN = batches(9, 8, seed=20, dtype=torch.float64)
-UNSEEN32 = batches(9, 8, seed=20)
 SETTINGS = "rule=momentum,lr=0.05,momentum=0.9,forget_freq=1,gamma=none,forget_alpha=auto,calibrate_every=4"
 SHIFTS: dict[str, list[float]] = {}
 
@@ -369,15 +368,41 @@ def test_a_model_that_is_ruined_when_an_evaluation_ends_the_run_goes_back_too() 
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("freq", "looked"), [(1, [0, 7, 14, 20]), (2, [0, 10, 20]), (4, [0, 20])])
-def test_without_a_spacing_looks_cost_a_fifth_of_the_training(freq, looked) -> None:
-    """20 iterations of batches of 8 and looks at 32 samples: 320, 240 or 200 samples trained on, each for two passes,
-    pay for 4, 3 or 2 looks, that at the start being one."""
+@pytest.mark.parametrize(
+    ("freq", "forget", "unseen", "looked"),
+    [
+        # 20 iterations on batches of 8 and looks at 32 samples: 320, 240 or 200 samples trained on, each for two
+        # passes, pay for 4, 3 or 2 looks, that at the start being one.
+        (1, [8, 8, 8], [8] * 4, [0, 7, 14, 20]),
+        (2, [8, 8, 8], [8] * 4, [0, 10, 20]),
+        (4, [8, 8, 8], [8] * 4, [0, 20]),
+        # Batches are taken whole: looks at 24 + 40 samples, of 40 * 20 trained on, 960 with batches of 24.
+        (1, [24], [40], [0, 4, 8, 12, 16, 20]),
+        # 6 samples in a forget batch on average, not 8: 240, and looks at 12 + 16.
+        (1, [8, 4], [8, 8], [0, 10, 20]),
+    ],
+)
+def test_without_a_spacing_looks_cost_a_fifth_of_the_training(freq, forget, unseen, looked) -> None:
+    def cut(sizes: list[int], seed: int) -> list:
+        (whole,) = batches(1, sum(sizes), seed=seed)
+        return list(zip(*(part.split(sizes) for part in whole), strict=True))
+
     method = SFRon(**{**SHORT, "iterations": 20, "calibrate_every": None, "forget_freq": freq})
     method.calibration = Scripted(None, 16)
-    method.calibration.scores = (0.5, 0.4, 0.3, 0.2)
-    _, result = run(method, {"forget": batches(3, 8, seed=1), "retain": batches(5, 8, seed=2), "unseen": UNSEEN32})
-    assert [entry["iteration"] for entry in result.calibration["path"]] == looked
+    method.calibration.scores = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+    for _ in range(2):  # a method keeps nothing of a run for the next
+        data = {"forget": cut(forget, 1), "retain": batches(5, 8, seed=2), "unseen": cut(unseen, 6)}
+        _, result = run(method, data)
+        assert [entry["iteration"] for entry in result.calibration["path"]] == looked
+
+
+def test_the_start_is_no_damage() -> None:
+    data = {**sets(), "unseen": batches(9, 8, seed=20)}  # more than a look takes
+    for settings in ({}, {"target_accuracy": 0.0}):
+        method = SFRon(**{**SHORT, **settings})
+        _, result = run(method, data)
+        start = result.calibration["path"][0]
+        assert start["score"] == (start["accuracy"] if settings else start["distance"])
 
 
 def test_a_look_takes_no_more_samples_than_it_uses() -> None:

@@ -25,7 +25,7 @@ def check_number(name: str, value: Any, expected: str, fits: Callable[[float], b
     try:
         good = number and fits(float(value))
     except OverflowError:  # an integer beyond all floats
-        raise InputError(f"{name}: expected {expected}, got more than a float holds") from None
+        raise InputError(f"{name}: expected {expected}, got what no float holds") from None
     if not good:
         raise InputError(f"{name}: expected {expected}, got {value if number else repr(value)}")
 

@@ -38,10 +38,17 @@ class Calibrating:
         forget, unseen = self._look("forget"), self._look("unseen")
         calibration.start(unseen, loop.unlearner.task.wrong_loss() if calibration.takes_hits else None)
         self._take(0, forget, unseen)
-        if calibration.every is None:  # a retain batch is taken to be as large as a forget batch
-            method, size = loop.method, loop.unlearner.task.size(self._batches["forget"][0])
-            batches = sum(method.forgets_at(t) + method.retains_at(t) for t in range(method.iterations))
-            self._every = spacing(method.iterations, size * batches, len(forget) + len(unseen))
+        if calibration.every is None:
+            self._every = self._spacing()
+
+    def _spacing(self) -> int:
+        """From the sizes of the batches that looks take whole. A retain batch is taken to be as large as a forget batch
+        is on average; what is learned, and Fisher passes, are not counted as training."""
+        method, task = self.loop.method, self.loop.unlearner.task
+        sizes = {name: [task.size(batch) for batch in batches] for name, batches in self._batches.items()}
+        steps = sum(method.forgets_at(t) + method.retains_at(t) for t in range(method.iterations))
+        trained = steps * sum(sizes["forget"]) / len(sizes["forget"])
+        return spacing(method.iterations, trained, sum(map(sum, sizes.values())))
 
     def after(self, iteration: int, last: bool, entry: dict[str, Any]) -> bool:
         """Looks where one is due. Whether forgetting has come to where it should, so that the run may end."""

@@ -330,8 +330,8 @@ class Forgetting(Method):
         target_accuracy: with ``"auto"``: bring the forget set's accuracy to this number from 0 to 1 instead; 0 forgets
             a class. Unseen data are then of the classes that stay.
         calibrate_every: with ``"auto"``, iterations between two looks at both sets in eval mode; None: as many looks
-            as keep their cost within a fifth of the training's.
-        calibration_samples: that such a look takes of each set, at most.
+            as keep their cost within a fifth of the training's, but one at the start and one at the end in any case.
+        calibration_samples: that such a look counts of each set, at most.
     """
 
     # Whether the forget term is the ascent of losses, which can be calibrated.

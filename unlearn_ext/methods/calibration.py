@@ -11,8 +11,8 @@ by which its loss rises where it is below its target and falls where it is above
 become those that are got wrong. The gradient of :math:`-\frac1N \sum_i \alpha_i l_i` is g times that of half the mean
 squared distance of logarithms, so that losses of all sizes count alike. What retain steps take back, and what
 forgetting costs unseen data themselves, moves the shift s, which starts at 2: every few iterations the same samples of
-both sets are looked at in eval mode, and s follows the mean distance of their log quantiles at that time. Logarithms
-are of losses plus 1e-6, below which a float32 cross-entropy tells nothing.
+both sets are looked at in eval mode, and each look adds the mean distance of their log quantiles to s, within 0 and 4.
+Logarithms are of losses plus 1e-6, below which a float32 cross-entropy tells nothing.
 
 **Target accuracy.** For a class there are no unseen data that the wanted model would treat alike, but an accuracy can
 be asked for, such as 0. Of a batch, the samples of rank :math:`r_i + 1/2 \ge a N` for a target accuracy a are to be
@@ -22,12 +22,12 @@ right, so these have the strength
 .. math::
     \alpha_i = g \, \frac{\max(0, \log \log C + s - \log l_i)}{l_i}
 
-and the others 0. At looks s, which starts at 2, follows three times the distance of the accuracy in eval mode to a.
-Unseen data, here of the classes that stay, tell the damage: the accuracy that is lost on them.
+and the others 0. Each look adds three times the distance of the accuracy in eval mode to a to s, which starts at 2,
+within 0 and 5. Unseen data, here of the classes that stay, tell the damage: the accuracy that is lost on them.
 
-**Looks** cost a forward pass of both sets' samples each. Unless their spacing is given it is such that all of them,
-that at the start included, cost at most a fifth of the training passes, one forward and backward being counted as two
-forward; there are two at least, at the start and at the end.
+**Looks** cost a forward pass of both sets' samples each; that at the start moves no shift. Unless their spacing is given
+it is such that all of them, that at the start included, cost at most a fifth of the training passes, one forward and
+backward being counted as two forward; there are two at least, at the start and at the end.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Calibration(ABC):
 
     Args:
         every: iterations between two looks; None: :func:`spacing`.
-        samples: of each set that a look takes at most.
+        samples: of each set that a look counts at most; batches are taken whole.
 
     Attributes:
         shift: s.
@@ -214,10 +214,10 @@ class TargetAccuracy(Calibration):
         return {"accuracy": accuracy, "unseen_accuracy": kept}, abs(off) + damage, met, off
 
 
-def spacing(iterations: int, trained: int, looked: int) -> int:
+def spacing(iterations: int, trained: float, looked: int) -> int:
     """Iterations between two looks at ``looked`` samples, in a run that trains on ``trained``, samples that are taken
     twice counted twice."""
-    looks = int(_COST * 2 * trained / looked) - 1  # beside that at the start
+    looks = int(_COST * 2 * trained / looked) - 1  # after that at the start
     return math.ceil(iterations / max(1, looks))
 
 
