@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import known
+import shared_digits
 import torch
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -216,7 +216,7 @@ def save_digit_folders(
 
     from unlearn_ext.data import digits as package
 
-    mnist = known.digits()
+    mnist = shared_digits.digits()
     pixels = (mnist.images * package.STD + package.MEAN).mul(255).round().to(torch.uint8)
     for digit in digits:
         home = folder / (str(digit) if names is None else names[digit])

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import known
+import shared_digits
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 @cache
 def all_digits() -> tuple[dict[int, Tensor], Tensor]:
     """Pictures by size, and labels."""
-    data = known.digits()
+    data = shared_digits.digits()
     return {size: data.pixels(size) for _, size in MODELS.values()}, torch.as_tensor(data.labels)
 
 

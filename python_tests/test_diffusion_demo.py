@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import known
 import pytest
+import shared_digits
 import torch
 from PIL import Image
 
@@ -27,7 +27,7 @@ from unlearn_ext.demo.diffusion.settings import method_for
 def short(monkeypatch) -> None:
     """Two denoising steps, two iterations and one Fisher batch; digits are read once."""
     for module in (demo_run, judging):
-        monkeypatch.setattr(module, "load_digits", known.digits)
+        monkeypatch.setattr(module, "load_digits", shared_digits.digits)
     monkeypatch.setattr(judging, "STEPS", 2)
 
     def method(task: str, **changes):

@@ -5,9 +5,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import known
 import numpy as np
 import pytest
+import shared_digits
 import torch
 
 from unlearn_ext.data import digits as digits_module
@@ -28,12 +28,12 @@ ALL = (*networks.DENOISERS, "judge")
 @pytest.fixture(autouse=True)
 def digits_are_read_once(monkeypatch) -> None:
     for module in (pretraining, judging):
-        monkeypatch.setattr(module, "load_digits", known.digits)
+        monkeypatch.setattr(module, "load_digits", shared_digits.digits)
 
 
 @pytest.fixture(scope="module")
 def mnist():
-    return known.digits()
+    return shared_digits.digits()
 
 
 def batch(count=4, seed=0):
@@ -144,7 +144,7 @@ def test_a_few_steps_lower_the_held_out_loss(name):
     metadata = trained.metadata
     assert metadata["seed"] == 3 and metadata["steps"] == 12 and metadata["without"] is None
     assert metadata["recipe"]["batch_size"] == 16
-    assert metadata["data_sha256"] == known.digits().sha256 and metadata["train_size"] == 4000
+    assert metadata["data_sha256"] == shared_digits.digits().sha256 and metadata["train_size"] == 4000
     assert metadata["held_out_loss"] == pytest.approx(pretraining.held_out_loss(trained.network, 100))
     if name == "dit":  # tied while trained
         first, *others = [block.norm1.emb for block in trained.network.model.transformer_blocks]

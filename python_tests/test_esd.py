@@ -7,8 +7,8 @@ import itertools
 from typing import Any
 
 import denoisers
-import known
 import pytest
+import shared_digits
 import torch
 from denoisers import CLASSES, images, labels, normal, scheduler
 from diffusion_oracle import Diffusion, Draws
@@ -89,7 +89,7 @@ def test_update_is_the_transcriptions_for_prompts(replaced) -> None:
 
 def test_the_forgotten_classs_prediction_moves_to_its_target() -> None:
     """On digits that it was not run on, at other noise; those of other classes stay nearer to where they were."""
-    digits = known.digits()
+    digits = shared_digits.digits()
     pixels = digits.pixels(8)
     by_class = {k: pixels[digits.labels == k] for k in range(CLASSES)}
     net = denoisers.unet()

@@ -8,9 +8,9 @@ import os
 import shutil
 from pathlib import Path
 
-import known
 import numpy as np
 import pytest
+import shared_digits
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -785,7 +785,7 @@ def test_whether_there_is_a_null_class_is_asked_where_the_data_do_not_tell(home,
         (tmp_path / "map.json").write_text(json.dumps({"3": 3, "9": 9}))
         own += ["--data", str(tmp_path / "few"), "--class-map", str(tmp_path / "map.json")]
     else:
-        digits = known.digits()
+        digits = shared_digits.digits()
         chosen = torch.cat([(digits.labels == digit).nonzero().flatten()[:8] for digit in (3, 9)])
         images, labels = digits.pixels(16)[chosen], digits.labels[chosen]
         np.savez(tmp_path / "few.npz", images=images.numpy(), labels=labels.numpy())

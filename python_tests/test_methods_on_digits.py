@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-import known
 import pytest
+import shared_digits
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -51,7 +51,7 @@ def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
 
 
 def trained(*left_out: int) -> Digits:
-    split = known.digits().split(1000, 1000, seed=0)
+    split = shared_digits.digits().split(1000, 1000, seed=0)
     chosen = ~torch.isin(split.train_labels, torch.tensor(left_out))
     model = SmallResNet(widths=(8, 24, 48), seed=0)
     train_classifier(model, split.train_images[chosen], split.train_labels[chosen], epochs=8)

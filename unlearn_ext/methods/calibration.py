@@ -25,9 +25,9 @@ right, so these have the strength
 and the others 0. Each look adds three times the distance of the accuracy in eval mode to a to s, which starts at 2,
 within 0 and 5. Unseen data, here of the classes that stay, tell the damage: the accuracy that is lost on them.
 
-**Looks** cost a forward pass of both sets' samples each; that at the start moves no shift. Unless their spacing is given
-it is such that all of them, that at the start included, cost at most a fifth of the training passes, one forward and
-backward being counted as two forward; there are two at least, at the start and at the end.
+**Looks** cost a forward pass of both sets' samples each; that at the start moves no shift. Unless their spacing is
+given it is such that all of them, that at the start included, cost at most a fifth of the training passes, one forward
+and backward being counted as two forward; there are two at least, at the start and at the end.
 """
 
 from __future__ import annotations
