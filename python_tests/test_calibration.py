@@ -378,8 +378,10 @@ def test_a_model_that_is_ruined_when_an_evaluation_ends_the_run_goes_back_too() 
         (4, [8, 8, 8], [8] * 4, [0, 20]),
         # Batches are taken whole: looks at 24 + 40 samples, of 40 * 20 trained on, 960 with batches of 24.
         (1, [24], [40], [0, 4, 8, 12, 16, 20]),
-        # 6 samples in a forget batch on average, not 8: 240, and looks at 12 + 16.
-        (1, [8, 4], [8, 8], [0, 10, 20]),
+        # 6 samples in a forget batch on average, 8 in a retain batch: 280 pay for 4 looks at 12 + 16.
+        (1, [8, 4], [8, 8], [0, 7, 14, 20]),
+        # 8 and 12: 400, and looks at 16 + 20: 4.4; with 12 and 12 it would be 5.3.
+        (1, [12, 4], [12, 8], [0, 7, 14, 20]),
     ],
 )
 def test_without_a_spacing_looks_cost_a_fifth_of_the_training(freq, forget, unseen, looked) -> None:

@@ -42,12 +42,12 @@ class Calibrating:
             self._every = self._spacing()
 
     def _spacing(self) -> int:
-        """From the sizes of the batches that looks take whole. A retain batch is taken to be as large as a forget batch
-        is on average; what is learned, and Fisher passes, are not counted as training."""
+        """From the sizes of the batches that looks take whole. A retain batch is taken to be as large as the largest
+        forget batch; what is learned, and Fisher passes, are not counted as training."""
         method, task = self.loop.method, self.loop.unlearner.task
         sizes = {name: [task.size(batch) for batch in batches] for name, batches in self._batches.items()}
-        steps = sum(method.forgets_at(t) + method.retains_at(t) for t in range(method.iterations))
-        trained = steps * sum(sizes["forget"]) / len(sizes["forget"])
+        forgets, retains = (sum(map(at, range(method.iterations))) for at in (method.forgets_at, method.retains_at))
+        trained = forgets * sum(sizes["forget"]) / len(sizes["forget"]) + retains * max(sizes["forget"])
         return spacing(method.iterations, trained, sum(map(sum, sizes.values())))
 
     def after(self, iteration: int, last: bool, entry: dict[str, Any]) -> bool:

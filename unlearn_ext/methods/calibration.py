@@ -217,7 +217,7 @@ class TargetAccuracy(Calibration):
 def spacing(iterations: int, trained: float, looked: int) -> int:
     """Iterations between two looks at ``looked`` samples, in a run that trains on ``trained``, samples that are taken
     twice counted twice."""
-    looks = int(_COST * 2 * trained / looked) - 1  # after that at the start
+    looks = int(_COST * 2 * trained / looked + 1e-9) - 1  # after that at the start
     return math.ceil(iterations / max(1, looks))
 
 
