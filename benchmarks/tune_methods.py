@@ -89,7 +89,7 @@ SPACES: dict[str, dict[str, Any]] = {
         max_norm=("log", 0.5, 8.0),
         gamma=("choice", None, 0.5, 1.0),
         forget_freq=1,
-        calibrate_every=10,  # one look more than it takes unless told: SFR-on's Fisher passes are not counted there
+        calibrate_every=10,  # a look more than by default, where Fisher passes do not count
     ),
 }
 

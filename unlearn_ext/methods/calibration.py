@@ -22,8 +22,8 @@ right, so these have the strength
 .. math::
     \alpha_i = g \, \frac{\max(0, \log \log C + s - \log l_i)}{l_i}
 
-and the others 0. Each look adds three times the distance of the accuracy in eval mode to a to s, which starts at 2,
-within 0 and 5. Unseen data, here of the classes that stay, tell the damage: the accuracy that is lost on them.
+and the others 0. To s, which starts at 2, each look adds three times what the accuracy in eval mode is above a, within
+0 and 5. Unseen data, here of the classes that stay, tell the damage: the accuracy that is lost on them.
 
 **Looks** cost a forward pass of both sets' samples each; that at the start moves no shift. Unless their spacing is
 given it is such that all of them, that at the start included, cost at most a fifth of the training passes, one forward
