@@ -47,10 +47,19 @@ def test_every_draw_of_every_space_is_a_method(script) -> None:
             assert {key: made[key] for key in settings} == settings
 
 
-def trial(gap, share, failed=()) -> dict:
-    spread = {"mean": gap, "std": 0.0, "values": [gap]}
-    row = dict.fromkeys(("FA", "RA", "TA", "MIA_entropy"), spread)
-    return {**row, "gap": spread, "CPU_share": {"mean": share, "std": 0.0, "values": [share]}, "failed": list(failed)}
+def spread(mean: float | None) -> dict:
+    return {"mean": mean, "std": 0.0, "values": [mean]}
+
+
+def trial(gap, share, failed=(), forget=0.9, kept=0.9) -> dict:
+    row = dict.fromkeys(("RA", "TA", "MIA_entropy"), spread(gap))
+    told = {"gap": spread(gap), "CPU_share": spread(share), "FA": spread(forget), "TA_retained": spread(kept)}
+    return {**row, **told, "failed": list(failed)}
+
+
+def found(rows: dict) -> dict:
+    references = {"original": {"gap": 1}, "retrained": {"TA_retained": spread(0.95)}}
+    return {"methods": rows, "references": references, "noise_floor": 2}
 
 
 def test_the_best_trial_is_the_smallest_gap_within_the_time(script) -> None:
@@ -58,13 +67,25 @@ def test_the_best_trial_is_the_smallest_gap_within_the_time(script) -> None:
         "published": trial(0.01, 3.0), "slow": trial(0.02, 0.3), "good": trial(0.03, 0.2), "worse": trial(0.04, 0.1),
         "broken": trial(None, None, ["inf"]),
     }  # fmt: skip
-    found = {"methods": rows, "references": {"original": {"gap": 1}}, "noise_floor": 2}
     drawn = [{}, {"lr": 1}, {"lr": 2}, {"lr": 3}, {"lr": 4}]
-    got = script.summary(found, drawn, 0.25)
+    got = script.summary(found(rows), drawn, 0.25, "random")
     assert got["best"]["settings"] == {"lr": 2} and got["published"]["gap"]["mean"] == 0.01
     assert [one["settings"] for one in got["trials"]] == drawn and got["trials"][4]["failed"] == ["inf"]
-    assert script.summary(found, drawn, 0.01)["best"] is None
-    assert script.summary({**found, "methods": {"a": rows["good"]}}, [{"lr": 2}], 0.25)["published"] is None
+    assert script.summary(found(rows), drawn, 0.01, "random")["best"] is None
+    assert script.summary(found({"a": rows["good"]}), [{"lr": 2}], 0.25, "random")["published"] is None
+
+
+def test_for_a_class_the_best_trial_has_forgotten_and_kept_where_one_has(script) -> None:
+    rows = {
+        "remembers": trial(0.01, 0.1, forget=0.021, kept=0.95), "loses": trial(0.02, 0.1, forget=0.0, kept=0.939),
+        "both": trial(0.05, 0.1, forget=0.02, kept=0.94), "further": trial(0.06, 0.1, forget=0.0, kept=0.95),
+        "slow": trial(0.01, 0.3, forget=0.0, kept=0.95),
+    }  # fmt: skip
+    drawn = [{"lr": number} for number in range(1, 6)]
+    assert script.summary(found(rows), drawn, 0.25, "class")["best"]["settings"] == {"lr": 3}
+    assert script.summary(found(rows), drawn, 0.25, "random")["best"]["settings"] == {"lr": 1}
+    rest = {name: rows[name] for name in ("loses", "remembers")}
+    assert script.summary(found(rest), drawn[:2], 0.25, "class")["best"]["settings"] == {"lr": 2}
 
 
 @pytest.fixture
