@@ -530,3 +530,71 @@ def test_batch_normalisation_is_frozen_for_the_run_alone() -> None:
         assert model.norm.num_batches_tracked == 0 and model.norm.training is training
         run(model, "gradient_ascent", changes={"freeze_batch_norm": False})
         assert model.norm.num_batches_tracked == 12
+
+
+class Normed(nn.Module):
+    """What batch normalisation sees is the data, whatever the weights become."""
+
+    def __init__(self, checkpointed: bool = False):
+        super().__init__()
+        self.norm, self.head, self.checkpointed = nn.BatchNorm1d(3), nn.Linear(3, 4), checkpointed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.checkpointed:  # the backward pass runs it again
+            return self.head(torch.utils.checkpoint.checkpoint(self.norm, x, use_reentrant=False))
+        return self.head(self.norm(x))
+
+
+def around(mean: float, count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (mean + torch.randn(6, 3, generator=generator), torch.randint(4, (6,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options"),
+    [
+        ("sfron", {"forget_freq": 2}, {}),
+        ("sfron", {"update": "joint"}, {"gradient_accumulation_steps": 2}),
+        ("salun", {"mask_fraction": 0.5}, {"optimizer_in_backward": True}),
+        ("bad_teacher", {}, {}),
+        ("projected", {}, {}),
+    ],
+)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_statistics_of_retain_batches_alone(name, changes, options, checkpointed) -> None:
+    """By hand: 0.9 of what was and 0.1 of each retain batch's mean and variance."""
+    forget, retain = around(50.0, 2, seed=1), around(-2.0, 3, seed=2)
+    method = find(name)(iterations=6, lr=1e-3, batch_norm_statistics="retain", **changes)
+    model = Normed(checkpointed)
+    Unlearner(model, Classification(), method, **options).run(forget, retain)
+    mean, variance = torch.zeros(3), torch.ones(3)
+    seen = 6 * options.get("gradient_accumulation_steps", 1) * (1 + checkpointed)
+    for x, _ in [batch for batch in retain for _ in range(1 + checkpointed)] * (seen // (3 * (1 + checkpointed))):
+        mean, variance = 0.9 * mean + 0.1 * x.mean(0), 0.9 * variance + 0.1 * x.var(0)
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    torch.testing.assert_close(model.norm.running_var, variance)
+    assert model.norm.num_batches_tracked == seen and model.norm.track_running_stats
+
+
+def test_statistics_of_forget_batches_move_too_unless_told_otherwise() -> None:
+    model = Normed()
+    Unlearner(model, Classification(), SFRon(iterations=2, lr=1e-3)).run(around(50.0, 2, seed=1), around(-2.0, 2, 2))
+    assert model.norm.num_batches_tracked == 4 and bool((model.norm.running_mean > 5).all())
+
+
+def test_statistics_frozen_before_stay_and_an_error_leaves_the_module_as_it_was() -> None:
+    model = Normed()
+    model.norm.eval()
+    method = SFRon(iterations=2, lr=1e-3, batch_norm_statistics="retain")
+    Unlearner(model, Classification(), method).run(around(1.0, 2, seed=1), around(-2.0, 2, seed=2))
+    assert model.norm.num_batches_tracked == 0 and model.norm.track_running_stats
+    broken = [(torch.full((6, 3), torch.nan), torch.zeros(6, dtype=torch.long))]
+    model = Normed()
+    with pytest.raises(NonFiniteError):
+        Unlearner(model, Classification(), method).run(broken, around(-2.0, 2, seed=2))
+    assert model.norm.track_running_stats and model.norm.running_mean.eq(0).all()
+    with pytest.raises(InputError, match=r"^batch_norm_statistics: expected all or retain, got 'none'$"):
+        SFRon(batch_norm_statistics="none")

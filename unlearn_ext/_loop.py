@@ -18,7 +18,7 @@ from . import _checkpoint, _rng
 from ._averages import Averages
 from ._calibrating import Calibrating
 from ._history import History, plain
-from ._modes import evaluating
+from ._modes import evaluating, freeze_batch_norm, keeping_statistics
 from ._names import unwrapped
 from ._parts import own_part
 from ._shards import local
@@ -168,9 +168,7 @@ class Loop:
         if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
             self.model.train()
         if method.freeze_batch_norm:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            freeze_batch_norm(self.model)
         try:
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
@@ -238,7 +236,11 @@ class Loop:
             if method.unseen_at(t):
                 entry["unseen_loss"] = float(self.look(self.unseen.data).mean())
                 method.take_unseen(entry["unseen_loss"])
-            forget_grads = self._forget(t, entry) if method.forgets_at(t) else None
+            forget_grads = None
+            if method.forgets_at(t):
+                kept = method.batch_norm_statistics == "retain"
+                with keeping_statistics(self.model) if kept else contextlib.nullcontext():
+                    forget_grads = self._forget(t, entry)
             if method.retains_at(t):
                 self._retain(t, entry, forget_grads)
             if self.averages is not None:

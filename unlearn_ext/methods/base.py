@@ -98,6 +98,10 @@ class Method(StepConfig, ABC):
             weights, those of the largest saliency.
         mask: which weights forgetting may move: a ready mask, used instead of measuring.
         freeze_batch_norm: batch normalisation runs in eval mode: with its running statistics, which do not move.
+        batch_norm_statistics: which batches move batch normalisation's running statistics: ``all``, as in released
+            code, or ``retain``, those that stay (of the learn set, too). A forget batch is normalised by its own either
+            way; but a retrained model's statistics never saw it, and where the forget set is a class, statistics half
+            of which are that class's cost the others accuracy.
         param_groups: other settings for some weights: name pattern, as of a file (``*embedding*``; a star stands for
             dots as well), to what a parameter group of :class:`~unlearn_ext.UnlearnOptimizer` may set for itself. The
             first pattern that fits a name has it. A label's own row of an embedding table, which no retained sample
@@ -126,6 +130,7 @@ class Method(StepConfig, ABC):
     mask_fraction: float | None = None
     mask: SaliencyMask | None = None
     freeze_batch_norm: bool = False
+    batch_norm_statistics: str = "all"
     param_groups: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +140,8 @@ class Method(StepConfig, ABC):
         check_count("forget_freq", self.forget_freq)
         if self.epochs is not None:
             check_number("epochs", self.epochs, "a finite number above 0, or None", lambda x: 0.0 < x < math.inf)
+        if self.batch_norm_statistics not in ("all", "retain"):
+            raise InputError(f"batch_norm_statistics: expected all or retain, got {self.batch_norm_statistics!r}")
         if self.update not in ("sequential", "joint"):
             raise InputError(f"update: expected sequential or joint, got {self.update!r}")
         if self.update == "joint" and (self.dual_state or self.forget_lr is not None):
