@@ -35,6 +35,7 @@ from unlearn_ext.comparison.protocol import Protocol
 from unlearn_ext.comparison.run import Comparison
 from unlearn_ext.data import load_digits
 from unlearn_ext.errors import InputError, UnlearnError
+from unlearn_ext.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_SEED = 100
@@ -96,6 +97,16 @@ SPACES: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Drawn last where the forget set is a class: its batches are unlike the others', and so are their statistics.
+_OF_A_CLASS = {"batch_norm_statistics": ("choice", "all", "retain")}
+
+
+def space_of(name: str, scenario: str) -> dict[str, Any]:
+    """What a method's trials are drawn from."""
+    method = METHODS.get(name.partition(":")[0])  # ssd is none
+    steps_on_both = method is not None and method.forgets and method.retains
+    return SPACES[name] | (_OF_A_CLASS if scenario == "class" and steps_on_both else {})
+
 
 def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
     """One trial's settings; floats have three digits, so that text and number are the same."""
@@ -139,8 +150,9 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
         if name not in SPACES:
             raise InputError(f"--methods: {name} has no space to draw from: choose from {', '.join(SPACES)}")
     first = [] if options.without_published else [{}]
+    spaces = {name: space_of(name, options.scenario) for name in names}
     trials = {
-        name: [*first, *(draw(SPACES[name], f"{options.scenario} {name} {trial}") for trial in range(options.trials))]
+        name: [*first, *(draw(spaces[name], f"{options.scenario} {name} {trial}") for trial in range(options.trials))]
         for name in names
     }
     searches = {name: _search(name, drawn, protocol, digits, options) for name, drawn in trials.items()}
@@ -157,7 +169,7 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
         "budget": budget,
         "protocol": found["protocol"],
         "versions": versions(),
-        "spaces": {**kept["spaces"], **{name: SPACES[name] for name in names}},
+        "spaces": {**kept["spaces"], **spaces},
         "methods": {**kept["methods"], **document},
     }
 

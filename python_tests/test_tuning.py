@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -39,10 +40,10 @@ def test_draws_are_seeded_and_within_their_space(script) -> None:
 
 
 def test_every_draw_of_every_space_is_a_method(script) -> None:
-    for name, space in script.SPACES.items():
+    for name, scenario in itertools.product(script.SPACES, ("random", "class")):
         for trial in range(6):
-            settings = script.draw(space, f"random {name} {trial}")
-            (runner,) = choose([complete(name, settings)], "published", "random")
+            settings = script.draw(script.space_of(name, scenario), f"{scenario} {name} {trial}")
+            (runner,) = choose([complete(name, settings)], "published", scenario)
             made = runner.settings()
             assert {key: made[key] for key in settings} == settings
 
