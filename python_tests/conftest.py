@@ -61,7 +61,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 # Where files run side by side, those that take minutes must not be the last to begin; the longest first. (xdist keeps
 # the order with --no-loadscope-reorder only.)
 LONGEST = ("test_nvcc", "test_ranks", "test_python_backend", "test_cuda_on_host", "test_cli", "test_native")
-LONGEST += ("test_benchmarks", "test_sanitizers", "test_update", "test_diffusion_demo", "test_diffusion_pretraining")
+LONGEST += ("test_benchmarks", "test_sanitizers", "test_update_gradients", "test_update_compiled")
+LONGEST += ("test_diffusion_demo", "test_diffusion_pretraining")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

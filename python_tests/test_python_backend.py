@@ -17,6 +17,9 @@ OPERATOR_FILES = (
     "test_saliency_ops.py",
     "test_contracts.py",
     "test_update.py",
+    "test_update_gradients.py",
+    "test_update_graphs.py",
+    "test_update_compiled.py",
     "test_top_bits.py",
 )
 FILES = (
