@@ -100,10 +100,10 @@ SPACES: dict[str, dict[str, Any]] = {
 # The same where the forget set is a class, whose batches are unlike the others', and so are their statistics. Where
 # bounds stand they are what some twenty draws on the same seeds told of, for SFR-on and SalUn: forgetting has to be
 # strong, and a weight's saliency high, for what stays to be left alone.
-_STATISTICS = {"batch_norm_statistics": ("choice", "all", "retain")}
 _SFRON_CLASS = {"lr": ("log", 4e-3, 6e-2), "max_norm": ("log", 1.0, 6.0), "gamma": ("choice", 1.0, 3.0, 5.0)}
 _RELABELLED_CLASS = {"lr": ("log", 2e-2, 1e-1), "forget_alpha": ("log", 0.4, 3.0), "forget_freq": ("choice", 1, 2)}
 CLASS_SPACES: dict[str, dict[str, Any]] = {
+    "nabla_tau": {"batch_norm_statistics": "all"},  # drawn, they left it worse off: none of its good draws had these
     "random_label": _RELABELLED_CLASS,
     "salun": {**_RELABELLED_CLASS, "iterations": ("log", 15, 45), "mask_fraction": ("choice", 0.2, 0.5, 0.8)},
     "sfron": {**_SFRON_CLASS, "iterations": ("log", 18, 40)},
@@ -116,9 +116,11 @@ def space_of(name: str, scenario: str) -> dict[str, Any]:
     """What a method's trials are drawn from."""
     if scenario != "class":
         return SPACES[name]
+    found = SPACES[name] | CLASS_SPACES.get(name, {})
     method = METHODS.get(name.partition(":")[0])  # ssd is none
-    steps_on_both = method is not None and method.forgets and method.retains
-    return SPACES[name] | CLASS_SPACES.get(name, {}) | (_STATISTICS if steps_on_both else {})
+    if method is not None and method.forgets and method.retains:
+        found.setdefault("batch_norm_statistics", ("choice", "all", "retain"))
+    return found
 
 
 def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
