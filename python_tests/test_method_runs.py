@@ -579,6 +579,20 @@ def test_statistics_of_retain_batches_alone(name, changes, options, checkpointed
     assert model.norm.num_batches_tracked == seen and model.norm.track_running_stats
 
 
+def test_statistics_of_a_compiled_model() -> None:
+    """One graph for each side: the forget side's must not be taken for the retain side's."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Normed()
+        method = SFRon(iterations=4, lr=1e-3, batch_norm_statistics="retain")
+        unlearner = Unlearner(torch.compile(model, backend="eager") if compiled else model, Classification(), method)
+        unlearner.run(around(50.0, 2, seed=1), around(-2.0, 2, seed=2))
+        found.append(model.norm)
+    assert torch.equal(found[0].running_mean, found[1].running_mean)
+    assert found[0].num_batches_tracked == found[1].num_batches_tracked == 4
+
+
 def test_statistics_of_forget_batches_move_too_unless_told_otherwise() -> None:
     model = Normed()
     Unlearner(model, Classification(), SFRon(iterations=2, lr=1e-3)).run(around(50.0, 2, seed=1), around(-2.0, 2, 2))
