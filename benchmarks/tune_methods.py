@@ -106,7 +106,6 @@ CLASS_SPACES: dict[str, dict[str, Any]] = {
     "random_label": _RELABELLED_CLASS,
     "salun": {**_RELABELLED_CLASS, "iterations": ("log", 15, 45), "mask_fraction": ("choice", 0.2, 0.5, 0.8)},
     "sfron": {**_SFRON_CLASS, "iterations": ("log", 18, 40)},
-    "sfron:dual_state=true,forget_rule=adam": _SFRON_CLASS,
     "sfron:forget_alpha=auto": {"lr": ("log", 2e-2, 1.2e-1)},
 }
 
