@@ -567,9 +567,15 @@ def around(mean: float, count: int, seed: int) -> list[tuple[torch.Tensor, torch
 def test_statistics_of_retain_batches_alone(name, changes, options, checkpointed) -> None:
     """By hand: 0.9 of what was and 0.1 of each retain batch's mean and variance."""
     forget, retain = around(50.0, 2, seed=1), around(-2.0, 3, seed=2)
-    method = find(name)(iterations=6, lr=1e-3, batch_norm_statistics="retain", **changes)
-    model = Normed(checkpointed)
-    Unlearner(model, Classification(), method, **options).run(forget, retain)
+    models = []
+    for statistics in ("all", "retain"):
+        torch.manual_seed(0)
+        models.append(model := Normed(checkpointed))
+        method = find(name)(iterations=6, lr=1e-3, batch_norm_statistics=statistics, **changes)
+        Unlearner(model, Classification(), method, **options).run(forget, retain)
+    # In train mode a batch is normalised by its own statistics: no weight depends on where the running ones are.
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert not torch.equal(models[0].norm.running_mean, models[1].norm.running_mean)
     mean, variance = torch.zeros(3), torch.ones(3)
     seen = 6 * options.get("gradient_accumulation_steps", 1) * (1 + checkpointed)
     for x, _ in [batch for batch in retain for _ in range(1 + checkpointed)] * (seen // (3 * (1 + checkpointed))):
@@ -599,16 +605,57 @@ def test_statistics_of_forget_batches_move_too_unless_told_otherwise() -> None:
     assert model.norm.num_batches_tracked == 4 and bool((model.norm.running_mean > 5).all())
 
 
-def test_statistics_frozen_before_stay_and_an_error_leaves_the_module_as_it_was() -> None:
-    model = Normed()
-    model.norm.eval()
-    method = SFRon(iterations=2, lr=1e-3, batch_norm_statistics="retain")
-    Unlearner(model, Classification(), method).run(around(1.0, 2, seed=1), around(-2.0, 2, seed=2))
-    assert model.norm.num_batches_tracked == 0 and model.norm.track_running_stats
+def test_statistics_frozen_before_stay_and_normalise_both_sides() -> None:
+    models = []
+    for statistics in ("all", "retain"):
+        torch.manual_seed(0)
+        models.append(model := Normed())
+        model.norm.eval()
+        model.norm.running_mean.fill_(3.0)
+        method = SFRon(iterations=2, lr=1e-3, batch_norm_statistics=statistics)
+        Unlearner(model, Classification(), method).run(around(1.0, 2, seed=1), around(-2.0, 2, seed=2))
+        assert model.norm.num_batches_tracked == 0 and model.norm.track_running_stats
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_an_error_leaves_batch_normalisation_as_it_was() -> None:
+    model, method = Normed(), SFRon(iterations=2, lr=1e-3, batch_norm_statistics="retain")
     broken = [(torch.full((6, 3), torch.nan), torch.zeros(6, dtype=torch.long))]
-    model = Normed()
     with pytest.raises(NonFiniteError):
         Unlearner(model, Classification(), method).run(broken, around(-2.0, 2, seed=2))
-    assert model.norm.track_running_stats and model.norm.running_mean.eq(0).all()
-    with pytest.raises(InputError, match=r"^batch_norm_statistics: expected all or retain, got 'none'$"):
-        SFRon(batch_norm_statistics="none")
+    assert model.norm.track_running_stats
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_statistics_that_cannot_be_kept_are_refused() -> None:
+    for settings, words in (
+        ({"batch_norm_statistics": "none"}, "expected all or retain, got 'none'"),
+        ({"batch_norm_statistics": "retain", "freeze_batch_norm": True}, "leave batch_norm_statistics out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            SFRon(**settings)
+    for name in ("finetune", "gradient_ascent"):
+        with pytest.raises(InputError, match=r"has no (forget|retain) term, and batch_norm_statistics"):
+            find(name)(batch_norm_statistics="retain", freeze_batch_norm=False)
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)))
+    method = SFRon(iterations=2, gamma=None, batch_norm_statistics="retain")
+    with pytest.raises(InputError, match="does not reach batch normalisation in a scripted model"):
+        Unlearner(scripted, Classification(), method).run(around(1.0, 2, seed=1), around(-2.0, 2, seed=2))
+    run(scripted_conv := torch.jit.script(make()), "gradient_ascent")
+    assert scripted_conv.norm.num_batches_tracked == 0
+
+
+def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path) -> None:
+    run(make(), "sfron", output_dir=tmp_path, checkpointing_steps=6)
+    (state,) = tmp_path.rglob("checkpoint-6/state.json")
+    document = json.loads(state.read_text())
+    assert document["settings"].pop("batch_norm_statistics") == "all"
+    state.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="written with batch_norm_statistics='all' and the method has 'retain'"):
+        run(
+            make(),
+            changes={"batch_norm_statistics": "retain"},
+            output_dir=tmp_path,
+            resume_from_checkpoint=state.parent,
+        )
+    assert run(make(), "sfron", output_dir=tmp_path, resume_from_checkpoint=state.parent).counts["iterations"] == 12

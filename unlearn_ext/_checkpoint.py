@@ -175,16 +175,19 @@ def check(
     model: nn.Module,
     names: Collection[str],
     settings: dict[str, Any],
+    defaults: dict[str, Any],
     mask: SaliencyMask | None,
 ) -> None:
     """Whether the run at hand is the one that wrote the checkpoint.
 
     Args:
         names: of the trainable parameters, in any order.
+        defaults: of the settings: what one had that is younger than the checkpoint.
         mask: what the method was given, if anything.
     """
     path, document = checkpoint.path, checkpoint.document
-    saved, own = document["settings"], json.loads(json.dumps(settings))
+    own, younger = json.loads(json.dumps(settings)), json.loads(json.dumps(defaults))
+    saved = {**{key: value for key, value in younger.items() if key in own}, **document["settings"]}
     for key in {**saved, **own}:
         if not _same(saved.get(key), own.get(key)):
             raise InputError(

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .errors import InputError
+
 __all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "keeping_modes", "keeping_statistics"]
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,11 +44,20 @@ def freeze_batch_norm(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_statistics(model: nn.Module) -> Iterator[None]:
-    """Passes inside the block move no running statistics of batch normalisation. In train mode a batch is normalised by
-    its own, as ever; in eval mode by those that ran before."""
-    moving = [module for module in _batch_norms(model) if module.track_running_stats]
+    """Passes inside the block move no running statistics of batch normalisation; batches are normalised as ever.
+
+    Raises:
+        InputError: a scripted module, whose code no longer asks.
+    """
+    moving = [module for module in _batch_norms(model) if module.training and module.track_running_stats]
     for module in moving:
-        module.track_running_stats = False  # of the pass: what the module has tracked stays
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                "batch_norm_statistics='retain' does not reach batch normalisation in a scripted model: pass the model "
+                "it was made from"
+            )
+    for module in moving:
+        module.track_running_stats = False  # in train mode torch then hands on no running statistics; the buffers stay
     try:
         yield
     finally:
@@ -54,4 +66,10 @@ def keeping_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    """Scripted ones too, which have lost their class."""
+    kinds = {kind.__name__ for kind in _NORMS}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "original_name", None) in kinds
+    ]

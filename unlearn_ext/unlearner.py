@@ -328,7 +328,8 @@ class Unlearner:
         with self.ranks.together():
             found = _checkpoint.read(path, self.ranks)
             names = [name for name, _ in self._named]
-            _checkpoint.check(found, self.model, names, self.settings(), self.method.mask)
+            defaults = self.method.defaults()
+            _checkpoint.check(found, self.model, names, self.settings(), defaults, self.method.mask)
         return found
 
     def settings(self) -> dict[str, Any]:

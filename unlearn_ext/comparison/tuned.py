@@ -1,4 +1,5 @@
-"""Settings found by ``benchmarks/tune_methods.py``: an equal budget of trials for every method, seeds from 100 up."""
+"""Settings found by ``benchmarks/tune_methods.py``: an equal budget of trials for every method, seeds from 100 up, in
+spaces of which that script says how they were chosen."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,10 +98,10 @@ class Method(StepConfig, ABC):
             weights, those of the largest saliency.
         mask: which weights forgetting may move: a ready mask, used instead of measuring.
         freeze_batch_norm: batch normalisation runs in eval mode: with its running statistics, which do not move.
-        batch_norm_statistics: which batches move batch normalisation's running statistics: ``all``, as in released
-            code, or ``retain``, those that stay (of the learn set, too). A forget batch is normalised by its own either
-            way; but a retrained model's statistics never saw it, and where the forget set is a class, statistics half
-            of which are that class's cost the others accuracy.
+        batch_norm_statistics: which batches move the running statistics of BatchNorm and SyncBatchNorm (of no other
+            norm): ``all``, as in released code, or ``retain``, those of the retain and learn sets. A forget batch is
+            normalised by its own statistics either way; but a retrained model's running ones never saw it, and where
+            the forget set is a class, statistics up to half of which are that class's cost the others accuracy.
         param_groups: other settings for some weights: name pattern, as of a file (``*embedding*``; a star stands for
             dots as well), to what a parameter group of :class:`~unlearn_ext.UnlearnOptimizer` may set for itself. The
             first pattern that fits a name has it. A label's own row of an embedding table, which no retained sample
@@ -142,6 +142,10 @@ class Method(StepConfig, ABC):
             check_number("epochs", self.epochs, "a finite number above 0, or None", lambda x: 0.0 < x < math.inf)
         if self.batch_norm_statistics not in ("all", "retain"):
             raise InputError(f"batch_norm_statistics: expected all or retain, got {self.batch_norm_statistics!r}")
+        if self.batch_norm_statistics == "retain" and self.freeze_batch_norm:
+            raise InputError(
+                "freeze_batch_norm=True moves no statistics, whatever the batch: leave batch_norm_statistics out"
+            )
         if self.update not in ("sequential", "joint"):
             raise InputError(f"update: expected sequential or joint, got {self.update!r}")
         if self.update == "joint" and (self.dual_state or self.forget_lr is not None):
@@ -161,6 +165,10 @@ class Method(StepConfig, ABC):
             return
         own, missing = type(self).__name__, "retain" if self.forgets else "forget"
         for needed, why in (
+            (
+                self.batch_norm_statistics != "all",
+                "batch_norm_statistics tells its batches from the other's: leave it out",
+            ),
             (self.update == "joint", "update='joint' needs the gradients of both sides"),
             (missing == "retain" and self.slow_rate != 1.0, "slow weights follow at retain steps: set slow_rate=1"),
             (missing == "retain" and self.forget_freq != 1, "between forget steps nothing is done: set forget_freq=1"),
@@ -209,6 +217,12 @@ class Method(StepConfig, ABC):
         """All arguments but the mask and networks, for results and checkpoints."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OBJECTS}
         return {name: float(value) if isinstance(value, Default) else value for name, value in values.items()}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Of those arguments that have plain ones."""
+        found = {field.name: field.default for field in fields(cls) if field.name not in _OBJECTS}
+        return {name: value for name, value in found.items() if value is not MISSING and not isinstance(value, Default)}
 
     def groups(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: weights that no pattern fits, then the groups in the order given.
