@@ -62,6 +62,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(changes, log_every, tmp_path) ->
     assert result.moved_protected == expected.moved_protected
 
 
+def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path) -> None:
+    whole = run(make(), output_dir=tmp_path, checkpointing_steps=6)
+    (state,) = tmp_path.rglob("checkpoint-6/state.json")
+    document = json.loads(state.read_text())
+    assert document["settings"].pop("batch_norm_statistics") == "all"
+    state.write_text(json.dumps(document))
+    resume = {"output_dir": tmp_path, "resume_from_checkpoint": state.parent}
+    with pytest.raises(InputError, match="written with batch_norm_statistics='all' and the method has 'retain'"):
+        run(make(), changes={"batch_norm_statistics": "retain"}, **resume)
+    assert run(make(), **resume).counts == whole.counts
+
+
 def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path) -> None:
     run(make(), output_dir=tmp_path, checkpointing_steps=6)
     with pytest.raises(InputError, match=r"written with lr=0\.02 and the method has 0\.5"):
