@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import batches, make
+from normed import Normed, around
 from torch import nn
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner
@@ -24,27 +25,6 @@ def test_batch_normalisation_is_frozen_for_the_run_alone() -> None:
         assert model.norm.num_batches_tracked == 0 and model.norm.training is training
         run_ascent(model, freeze_batch_norm=False)
         assert model.norm.num_batches_tracked == 12
-
-
-class Normed(nn.Module):
-    """What batch normalisation sees is the data, whatever the weights become."""
-
-    def __init__(self, checkpointed: bool = False):
-        super().__init__()
-        self.norm, self.head, self.checkpointed = nn.BatchNorm1d(3), nn.Linear(3, 4), checkpointed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.checkpointed:  # the backward pass runs it again
-            return self.head(torch.utils.checkpoint.checkpoint(self.norm, x, use_reentrant=False))
-        return self.head(self.norm(x))
-
-
-def around(mean: float, count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (mean + torch.randn(6, 3, generator=generator), torch.randint(4, (6,), generator=generator))
-        for _ in range(count)
-    ]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import rank_cases
 import rank_jobs
 import torch
+from normed import around
 from rank_cases import CASES
 from safetensors.torch import load_file
 
@@ -203,7 +204,7 @@ def test_a_part_of_a_checkpoint_that_is_missing_is_noticed(results, tmp_path, wr
 def others(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("others")
     names = ("unwrapped_model", "duplicates", "accelerated", "partly_sharded", "uneven", "sampled_before")
-    names += ("other_teachers",)
+    names += ("other_teachers", "statistics")
     launch(2, "rank_cases.py", directory, *names)
     return directory
 
@@ -229,6 +230,17 @@ def test_the_fisher_can_follow_a_pass_without_gradients(others, alone):
     found = json.loads((others / "sampled_before-ddp-2.json").read_text())
     diagonal = FisherDiagonal(rank_cases.network(None), Classification()).measure(rank_cases.batches(3, 5, 1))
     assert_same(found, {name: value.flatten().tolist() for name, value in diagonal.means().items()})
+
+
+def test_running_statistics_are_of_retain_batches_alone(others):
+    """By hand: 0.9 of what was and 0.1 of the mean of the first rank's half of each retain batch."""
+    found = json.loads((others / "statistics-ddp-2.json").read_text())
+    mean = torch.zeros(3)
+    for x, _ in around(-2.0, 3, seed=2) * 2:
+        mean = 0.9 * mean + 0.1 * x[:3].mean(0)
+    for means, counted in (found["ddp"], found["fsdp"]):
+        torch.testing.assert_close(torch.tensor(means), mean)
+        assert counted == 6
 
 
 def test_a_model_that_nobody_has_wrapped_is_refused(others):
