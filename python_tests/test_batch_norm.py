@@ -100,7 +100,7 @@ def test_an_error_leaves_batch_normalisation_as_it_was() -> None:
     assert model.norm.track_running_stats
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_statistics_that_cannot_be_kept_are_refused() -> None:
     for settings, words in (
         ({"batch_norm_statistics": "none"}, "expected all or retain, got 'none'"),
@@ -111,9 +111,11 @@ def test_statistics_that_cannot_be_kept_are_refused() -> None:
     for name in ("finetune", "gradient_ascent"):
         with pytest.raises(InputError, match=r"has no (forget|retain) term, and batch_norm_statistics"):
             find(name)(batch_norm_statistics="retain", freeze_batch_norm=False)
-    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)))
+    plain = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4))
+    traced = torch.jit.trace(plain.train(), torch.randn(6, 3), check_trace=False)
     method = SFRon(iterations=2, gamma=None, batch_norm_statistics="retain")
-    with pytest.raises(InputError, match="does not reach batch normalisation in a scripted model"):
-        Unlearner(scripted, Classification(), method).run(around(1.0, 2, seed=1), around(-2.0, 2, seed=2))
+    for model in (torch.jit.script(plain), traced):
+        with pytest.raises(InputError, match="does not reach batch normalisation in a scripted or traced model"):
+            Unlearner(model, Classification(), method).run(around(1.0, 2, seed=1), around(-2.0, 2, seed=2))
     run_ascent(scripted_conv := torch.jit.script(make()))
     assert scripted_conv.norm.num_batches_tracked == 0

@@ -47,15 +47,15 @@ def keeping_statistics(model: nn.Module) -> Iterator[None]:
     """Passes inside the block move no running statistics of batch normalisation; batches are normalised as ever.
 
     Raises:
-        InputError: a scripted module, whose code no longer asks.
+        InputError: a scripted or traced module, whose code no longer asks.
     """
-    moving = [module for module in _batch_norms(model) if module.training and module.track_running_stats]
-    for module in moving:
-        if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(
-                "batch_norm_statistics='retain' does not reach batch normalisation in a scripted model: pass the model "
-                "it was made from"
-            )
+    norms = [module for module in _batch_norms(model) if module.training]
+    if any(isinstance(module, torch.jit.ScriptModule) for module in norms):
+        raise InputError(
+            "batch_norm_statistics='retain' does not reach batch normalisation in a scripted or traced model: pass the "
+            "model it was made from"
+        )
+    moving = [module for module in norms if module.track_running_stats]
     for module in moving:
         module.track_running_stats = False  # in train mode torch then hands on no running statistics; the buffers stay
     try:
