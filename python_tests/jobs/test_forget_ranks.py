@@ -1,0 +1,104 @@
+"""``torchrun -m unlearn_ext forget``: the folder that one process writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import pipelines
+from helpers.forgetting import SHORT, denoiser, hashes, job_of, result, run
+
+from unlearn_ext.diffusion import parallel
+from unlearn_ext.errors import InputError
+
+pytest.importorskip("diffusers")
+pytest.importorskip("mlxtend")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    pipelines.save_dit_pipeline(folder / "dit")
+    pipelines.save_ddpm_pipeline(folder / "ddpm")
+    pipelines.save_digit_folders(folder / "digits", 6)
+    return folder
+
+
+def forget(ranks: int, home: Path, model: str, output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / "digits")]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*torchrun, "-m", "unlearn_ext", "forget", *own, "--output-dir", str(output), *SHORT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    "model, way, more",
+    [
+        ("dit", "fsdp", ["--checkpointing-steps", "1", "--save-weights", "ema", "--ema-decay", "0.5"]),
+        ("ddpm", "ddp", ["--null-class"]),
+    ],
+)
+def test_two_ranks_write_what_one_process_writes(home: Path, tmp_path: Path, model: str, way: str, more) -> None:
+    common = ["--forget-class", "3", "--fisher-batches", "1", *more]
+    done = forget(2, home, model, tmp_path / "two", *common, "--parallel", way)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("not verified") == 1  # one rank tells
+    assert run(home, model, tmp_path / "one", *common) == 0
+    ours, alone, before = (denoiser(folder, model) for folder in (tmp_path / "two", tmp_path / "one", home / model))
+    assert ours.keys() == alone.keys() == before.keys()
+    moved = sum((alone[name] - before[name]).double().square().sum() for name in before).sqrt()
+    apart = sum((ours[name] - alone[name]).double().square().sum() for name in before).sqrt()
+    assert moved > 1e-3 and apart <= 0.02 * moved  # Adam's first steps of near-zero gradients are of any length
+    mine, theirs = (hashes(folder) for folder in (tmp_path / "two", tmp_path / "one"))
+    differ = {name for name in theirs if mine[name] != theirs[name]}
+    assert mine.keys() == theirs.keys() and all("diffusion_pytorch_model" in name for name in differ)
+    found, expected = result(tmp_path / "two"), result(tmp_path / "one")
+    for key in ("forgotten", "mapping", "trained_weights", "sampling"):
+        assert found[key] == expected[key], key
+    assert found["mask_density"] == pytest.approx(expected["mask_density"], rel=2e-3)  # ratios at the cut round apart
+    assert found["counts"]["retain_steps"] == expected["counts"]["retain_steps"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "two/unlearning/history.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1]
+    if way == "fsdp":
+        assert (tmp_path / "two/unlearning/checkpoint-1/tensors").is_dir()
+        emb = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+        assert torch.equal(ours[emb.format(0)], ours[emb.format(1)])
+
+
+def test_what_ranks_cannot_do_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
+    from unlearn_ext.diffusion import job
+
+    monkeypatch.setattr(job, "world_size", lambda: 2)
+    for options, message in (
+        ({"weights_dtype": "bfloat16"}, "--weights-dtype bfloat16 is for one process: leave it out, or run without"),
+        ({"optimizer_in_backward": True}, "--optimizer-in-backward is for one process"),
+        ({"fisher_storage": "host"}, "--fisher-storage is for one process"),
+        ({"channels_last": True, "parallel": "fsdp"}, "--channels-last with --parallel fsdp is for one process"),
+    ):
+        with pytest.raises(InputError, match=message):
+            job_of(home, "dit", tmp_path / "out", **options)
+    with pytest.raises(InputError, match="--parallel: expected one of ddp, fsdp, got 'tp'"):
+        job_of(home, "dit", tmp_path / "out", parallel="tp")
+    monkeypatch.setattr(job, "wrap", lambda model, way: model)
+    with pytest.raises(InputError, match="--dry-run tries batches in one process: run it without torchrun"):
+        job_of(home, "dit", tmp_path / "out").estimate()
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_gpu_is_not_for_all_ranks(monkeypatch) -> None:
+    assert parallel.start_ranks("cuda:1") == "cuda:1"  # without torchrun
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device cuda:1 is one GPU for all ranks: say --device cuda"):
+        parallel.start_ranks("cuda:1")

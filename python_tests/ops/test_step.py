@@ -1,0 +1,587 @@
+"""step_: hand-computed numbers, torch.optim, the float64 transcription, layouts, masks and rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import oracles
+from helpers.layouts import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    DTYPES,
+    LAYOUTS,
+    MISALIGNED,
+    RULES,
+    Arena,
+    Layout,
+    assert_ulps,
+    coin,
+    layout_cases,
+    layouts_of,
+    normal,
+    opmath,
+    same_bits,
+    shapes_and_layouts,
+    ulps,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unlearn_ext import ops
+
+MOMENTS = {"sgd": (), "momentum": ("first",), "adam": ("first", "second"), "adamw": ("first", "second")}
+ARGUMENT = {"theta": "weights", "slow": "slow", "first": "first_moments", "second": "second_moments"}
+HYPER = {"lr": 0.05, "momentum": 0.9, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.03}
+FACTORS = {"forget_weight": 0.7, "retain_weight": 1.3, "forget_clip": 0.45, "retain_clip": 0.9}
+PARTS = ("forget", "retain", "both")
+
+State = dict[str, list[Tensor]]
+
+
+def new_state(
+    rng: torch.Generator, shapes: Sequence[Sequence[int]], dtype: torch.dtype, rule: str, slow: bool = False
+) -> State:
+    """Contiguous tensors as they stand in the middle of a run: |first| and sqrt(second) are alike."""
+    wide = opmath(dtype)
+    state = {"theta": [normal(rng, shape, dtype) for shape in shapes]}
+    if "first" in MOMENTS[rule]:
+        state["first"] = [normal(rng, shape, wide) for shape in shapes]
+    if "second" in MOMENTS[rule]:
+        state["second"] = [(m.square() + 0.1 * normal(rng, m.shape, wide).square()) for m in state["first"]]
+    if slow:
+        state["slow"] = [theta.to(wide) + 0.1 * normal(rng, theta.shape, wide) for theta in state["theta"]]
+    return state
+
+
+def call(state: State, forget: Sequence[Tensor] = (), retain: Sequence[Tensor] = (), **options: Any) -> None:
+    """ops.step_ on a state; options of ops.scalars and of ops.step_ may be mixed."""
+    own = {"rule", "bits", "mask_scope", "protect", "rounding_seed"} & options.keys()
+    own_options = {name: options.pop(name) for name in own}
+    tensors = {ARGUMENT[name]: tensors for name, tensors in state.items()}
+    weights = tensors.pop("weights")
+    scalars = ops.scalars(**options)
+    ops.step_(weights, scalars=scalars, forget_grads=forget, retain_grads=retain, **tensors, **own_options)
+
+
+def expect(
+    state: State,
+    forget: Sequence[Tensor] = (),
+    retain: Sequence[Tensor] = (),
+    masks: Sequence[Tensor] = (),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The transcription's answer for every tensor of a list."""
+    return [
+        oracles.step(
+            {name: tensors[i].double().numpy() for name, tensors in state.items()},
+            forget=forget[i].double().numpy() if forget else None,
+            retain=retain[i].double().numpy() if retain else None,
+            mask=masks[i].numpy() if masks else None,
+            **options,
+        )
+        for i in range(len(state["theta"]))
+    ]
+
+
+def assert_state(state: State, expected: Sequence[dict[str, Any]]) -> None:
+    """8 ulp of the opmath type, as the scalars are rounded to it too; half types: the last rounding and little more."""
+    for name, tensors in state.items():
+        for got, want in zip(tensors, expected, strict=True):
+            limit = 8.0 if got.dtype in (torch.float32, torch.float64) else 0.51
+            assert_ulps(got, want[name], limit, want.get(f"{name}_scale"))
+
+
+def clone(state: State) -> State:
+    return {name: [tensor.clone() for tensor in tensors] for name, tensors in state.items()}
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize(
+    "rule, options, before, expected",
+    [
+        # Kept: g = 3·0.5·2 + 0.5 + 0.2·1 = 3.7, θ' = 1 - 0.1·3.7. Not kept: g = 0.5 + 0.2 = 0.7.
+        ("sgd", {}, {"theta": 1.0}, {"theta": (0.63, 0.93)}),
+        # As above, then 0.9 + 0.5·(θ' - 0.9).
+        ("sgd", {"slow_rate": 0.5}, {"theta": 1.0, "slow": 0.9}, {"theta": (0.765, 0.915), "slow": (0.765, 0.915)}),
+        # The whole gradient halved by a loss scale of 2: g = 1.5 + 0.25 + 0.2 = 1.95; 0.25 + 0.2 = 0.45.
+        ("sgd", {"inverse_scale": 0.5}, {"theta": 1.0}, {"theta": (0.805, 0.955)}),
+        # Scope "all": the kept one is as in the first row; the other is left with its decay, g = 0.2.
+        ("sgd", {"mask_scope": "all"}, {"theta": 1.0}, {"theta": (0.63, 0.98)}),
+        # Buffer: 0.9·0.5 + 3.7 = 4.15; 0.45 + 0.7 = 1.15.
+        (
+            "momentum",
+            {"momentum": 0.9},
+            {"theta": 1.0, "first": 0.5},
+            {"theta": (0.585, 0.885), "first": (4.15, 1.15)},
+        ),
+    ],
+    ids=("sgd", "sgd-slow", "sgd-scale", "sgd-scope-all", "momentum"),
+)
+def test_hand_computed(
+    rule: str,
+    options: dict[str, Any],
+    before: dict[str, float],
+    expected: dict[str, tuple[float, float]],
+    dtype: torch.dtype,
+) -> None:
+    state = {name: [torch.full((2,), value, dtype=dtype)] for name, value in before.items()}
+    bits = ops.pack_bits([torch.tensor([True, False])])
+    forget, retain = torch.full((2,), 2.0, dtype=dtype), torch.full((2,), 0.5, dtype=dtype)
+    factors = {"lr": 0.1, "weight_decay": 0.2, "forget_weight": 3.0, "forget_clip": 0.5}
+    call(state, [forget], [retain], rule=rule, bits=bits, **factors, **options)
+    for name, values in expected.items():
+        assert_ulps(state[name][0], values, 4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("rule, theta", [("adam", 1.92), ("adamw", 1.82)])
+def test_hand_computed_adam(rule: str, theta: float, dtype: torch.dtype) -> None:
+    # Second step, β1 = 0.5, β2 = 0.75, ε = 0.5; m = v = 1 before.
+    # The gradient in the moments is 2: adam 1 + 0.5·2 (coupled decay), adamw 2 itself.
+    # m = 0.5 + 0.5·2 = 1.5, m̂ = 1.5/(1 - 0.25) = 2;  v = 0.75 + 0.25·4 = 1.75, v̂ = 1.75/(1 - 0.5625) = 4.
+    # θ: 0.1·2/(√4 + 0.5) = 0.08 off 2 for adam, off 2·(1 - 0.1·0.5) = 1.9 for adamw.
+    state = {"theta": [torch.tensor([2.0], dtype=dtype)]}
+    state |= {name: [torch.tensor([1.0], dtype=dtype)] for name in ("first", "second")}
+    gradient = torch.tensor([1.0 if rule == "adam" else 2.0], dtype=dtype)
+    options = {"lr": 0.1, "beta1": 0.5, "beta2": 0.75, "eps": 0.5, "weight_decay": 0.5, "step": 2}
+    call(state, retain=[gradient], rule=rule, **options)
+    for name, value in (("theta", theta), ("first", 1.5), ("second", 1.75)):
+        assert_ulps(state[name][0], [value], 4)
+
+
+# Of 5 steps of 6,000 weights at most this fraction may differ from torch.optim's float32 step, rounded, and
+# those by one ulp: float32 errors of a few ulp decide otherwise only next to a tie.
+TIES = {torch.bfloat16: 2e-4, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_matches_torch_optim(rule: str, dtype: torch.dtype, parts: str, rng: torch.Generator) -> None:
+    shapes = ((), (0,), (33, 3), (6000,))
+    wide = opmath(dtype)
+    state = {"theta": [normal(rng, shape, dtype) for shape in shapes]}
+    state |= {name: [torch.zeros(shape, dtype=wide) for shape in shapes] for name in MOMENTS[rule]}
+    parameters = [theta.to(wide, copy=True).requires_grad_() for theta in state["theta"]]
+    optimizer = make_optimizer(rule, parameters)
+    masks = [coin(rng, shape) for shape in shapes]
+    bits = ops.pack_bits(masks)
+    differ = total = 0
+
+    for t in range(1, 6):
+        forget = [normal(rng, shape, dtype) for shape in shapes] if parts != "retain" else []
+        retain = [normal(rng, shape, dtype) for shape in shapes] if parts != "forget" else []
+        expected = expect(state, forget, retain, masks, rule=rule, step=t, **HYPER, **FACTORS)
+        for i, parameter in enumerate(parameters):
+            parameter.grad = torch.zeros_like(parameter)
+            if forget:
+                scaled = forget[i].to(wide) * (FACTORS["forget_weight"] * FACTORS["forget_clip"])
+                parameter.grad += torch.where(masks[i], scaled, 0.0)
+            if retain:
+                parameter.grad += retain[i].to(wide) * (FACTORS["retain_weight"] * FACTORS["retain_clip"])
+        optimizer.step()
+        call(state, forget, retain, rule=rule, bits=bits, step=t, **HYPER, **FACTORS)
+
+        # Against the transcription, and against torch.optim; then both go on from torch.optim's state.
+        assert_state(state, expected)
+        for i, parameter in enumerate(parameters):
+            reference = {"theta": parameter.detach().to(dtype), **moments_of(optimizer, parameter)}
+            for name, want in reference.items():
+                got = state[name][i]
+                limit = 4.0 if got.dtype == wide else 1.0
+                assert_ulps(got, want, limit, expected[i][f"{name}_scale"])
+                if got.dtype != wide:
+                    differ, total = differ + int((got != want).sum()), total + got.numel()
+                got.copy_(want)
+            with torch.no_grad():
+                parameter.copy_(reference["theta"])
+    assert differ <= TIES.get(dtype, 0.0) * total, f"{differ} of {total} weights"
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.3, 0.9), (0.5, 0.5), (0.9, 0.0)], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("rule", ("adam", "adamw"))
+def test_moments_follow_torch_optim_for_all_betas(
+    rule: str, dtype: torch.dtype, betas: tuple[float, float], rng: torch.Generator
+) -> None:
+    """Gradients that shrink by 1e8 in one step: an interpolation from the wrong end would lose the small ones."""
+    parameter = normal(rng, (1000,), dtype).requires_grad_()
+    state = {name: [torch.zeros(1000, dtype=dtype)] for name in MOMENTS[rule]} | {"theta": [parameter.detach().clone()]}
+    optimizer = (torch.optim.Adam if rule == "adam" else torch.optim.AdamW)(
+        [parameter], lr=1e-3, betas=betas, eps=1e-6, weight_decay=0.0, foreach=False
+    )
+    for t, scale in enumerate((1e8, 1.0, 1e-3), start=1):
+        parameter.grad = normal(rng, (1000,), dtype) * scale
+        optimizer.step()
+        call(state, [], [parameter.grad], rule=rule, lr=1e-3, beta1=betas[0], beta2=betas[1], eps=1e-6, step=t)
+        for name, want in moments_of(optimizer, parameter).items():
+            assert_ulps(state[name][0], want, 4.0)
+        assert_ulps(state["theta"][0], parameter.detach(), 4.0, parameter.detach().abs().clamp_min(1e-2))
+
+
+def make_optimizer(
+    rule: str, parameters: Sequence[Tensor], weight_decay: float = HYPER["weight_decay"]
+) -> torch.optim.Optimizer:
+    common = {"lr": HYPER["lr"], "weight_decay": weight_decay, "foreach": False}
+    if rule in ("sgd", "momentum"):
+        return torch.optim.SGD(parameters, momentum=HYPER["momentum"] if rule == "momentum" else 0.0, **common)
+    adam = torch.optim.Adam if rule == "adam" else torch.optim.AdamW
+    return adam(parameters, betas=(HYPER["beta1"], HYPER["beta2"]), eps=HYPER["eps"], **common)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    names = {"momentum_buffer": "first", "exp_avg": "first", "exp_avg_sq": "second"}
+    held = optimizer.state[parameter]
+    return {names[key]: value for key, value in held.items() if key in names and value is not None}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_infinite_weights_stay_where_nothing_moves_them(rule: str) -> None:
+    """As in torch.optim: a mask of -inf kept as a parameter must not become NaN through 0 · inf of absent decay."""
+    parameter = torch.tensor([float("inf"), -float("inf"), 1.0], requires_grad=True)
+    parameter.grad = torch.tensor([0.0, 0.0, 1.0])
+    state = {"theta": [parameter.detach().clone()]} | {name: [torch.zeros(3)] for name in MOMENTS[rule]}
+    call(state, retain=[parameter.grad], rule=rule, **HYPER | {"weight_decay": 0.0})
+    make_optimizer(rule, [parameter], weight_decay=0.0).step()
+    assert_ulps(state["theta"][0], parameter.detach(), 4)
+
+
+# --- Dtypes, layouts, lists ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retain_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("forget_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_mix_of_dtypes(
+    dtype: torch.dtype, forget_dtype: torch.dtype, retain_dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    shapes = ((45,), (300,))
+    state = new_state(rng, shapes, dtype, "adamw", slow=True)
+    forget = [normal(rng, shape, forget_dtype) for shape in shapes]
+    retain = [normal(rng, shape, retain_dtype) for shape in shapes]
+    masks = [coin(rng, shape) for shape in shapes]
+    options = {"rule": "adamw", "step": 3, "slow_rate": 0.3, "inverse_scale": 0.25, **HYPER, **FACTORS}
+    expected = expect(state, forget, retain, masks, **options)
+    call(state, forget, retain, bits=ops.pack_bits(masks), **options)
+    assert_state(state, expected)
+
+
+def test_a_list_may_mix_dtypes(rng: torch.Generator) -> None:
+    parts = [new_state(rng, [(70,)], dtype, "adam", slow=True) for dtype in DTYPES]
+    state = {name: [part[name][0] for part in parts] for name in parts[0]}
+    retain = [normal(rng, (70,), dtype) for dtype in reversed(DTYPES)]
+    options = {"rule": "adam", "slow_rate": 0.3, "step": 2, **HYPER}
+    expected = expect(state, retain=retain, **options)
+    call(state, retain=retain, **options)
+    assert_state(state, expected)
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_number_survives_a_step_of_zero(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    theta = every.clone()
+    call({"theta": [theta]}, retain=[torch.zeros(2**16)], rule="sgd", lr=1.0)
+    finite = every.isfinite() | every.isinf()
+    assert same_bits(theta[finite], every[finite])
+    assert theta[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_gradient_is_read_exactly(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for wide in (torch.float32, torch.float64):
+        theta = torch.zeros(2**16, dtype=wide)
+        call({"theta": [theta]}, [every], rule="sgd", lr=-1.0)
+        assert_ulps(theta, every.to(wide), 0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounding_to_half_is_that_of_torch(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Any float32: ties to even, subnormals, overflow to infinity, NaN."""
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    ties = halves[:-1] + (halves[1:] - halves[:-1]) / 2
+    anything = torch.randint(-(2**31), 2**31, (50000,), generator=rng).to(torch.int32).view(torch.float32)
+    values = torch.cat([ties, ties.nextafter(halves[1:]), ties.nextafter(halves[:-1]), anything])
+    theta = torch.zeros(values.shape, dtype=dtype)
+    call({"theta": [theta]}, [values], rule="sgd", lr=-1.0)
+    assert_ulps(theta, values.to(dtype), 0)
+
+
+def placed(arena: Arena, state: State, layouts: Sequence[Layout]) -> State:
+    return {name: arena.place_each(tensors, layouts) for name, tensors in state.items()}
+
+
+@layout_cases
+@pytest.mark.parametrize("rule", RULES)
+def test_layouts(rule: str, shape: tuple[int, ...], layout: Layout, arena: Arena, rng: torch.Generator) -> None:
+    """All operands in one layout."""
+    for dtype in DTYPES if math.prod(shape) < 10000 else (torch.bfloat16,):
+        state = placed(arena, new_state(rng, [shape], dtype, rule, slow=True), [layout])
+        forget, retain = ([arena.place(normal(rng, shape, dtype), layout)] for _ in range(2))
+        mask = coin(rng, shape)
+        options = {"rule": rule, "slow_rate": 0.6, "step": 4, "mask_scope": "all", **HYPER, **FACTORS}
+        expected = expect(state, forget, retain, [mask], protect=True, **options)
+        bits = [arena.place(word) for word in ops.pack_bits([arena.place(mask, layout)])]
+        call(state, forget, retain, bits=bits, protect=True, **options)
+        assert_state(state, expected)
+
+
+def test_operands_of_differing_strides(arena: Arena, rng: torch.Generator) -> None:
+    """A channels_last weight with contiguous gradients and moments must not pair the wrong elements."""
+    shape = (6, 5, 3, 3)
+    state = new_state(rng, [shape], torch.float32, "adamw", slow=True)
+    layouts = {"theta": CHANNELS_LAST, "first": CONTIGUOUS, "second": Layout((3, 2, 1, 0)), "slow": MISALIGNED}
+    state = {name: [arena.place(tensors[0], layouts[name])] for name, tensors in state.items()}
+    forget = [arena.place(normal(rng, shape, torch.bfloat16), CONTIGUOUS)]
+    retain = [arena.place(normal(rng, shape, torch.float32), Layout((1, 0, 2, 3), gap=2))]
+    mask = coin(rng, shape)
+    options = {"rule": "adamw", "slow_rate": 0.6, "step": 4, **HYPER, **FACTORS}
+    expected = expect(state, forget, retain, [mask], **options)
+    call(state, forget, retain, bits=ops.pack_bits([arena.place(mask, CHANNELS_LAST)]), **options)
+    assert_state(state, expected)
+
+
+@given(data=st.data())
+def test_any_list_in_any_layout(data: st.DataObject) -> None:
+    draw = data.draw
+    rule, dtype = draw(st.sampled_from(RULES)), draw(st.sampled_from(DTYPES))
+    parts = draw(st.sampled_from((*PARTS, "neither")))
+    slow = parts == "neither" or draw(st.booleans())
+    masked = draw(st.booleans())
+    protect = masked and draw(st.booleans())
+    shapes, layouts = zip(*draw(st.lists(shapes_and_layouts(), min_size=1, max_size=4)), strict=True)
+    rng, arena = torch.Generator().manual_seed(draw(st.integers(0, 2**32))), Arena()
+
+    def gradients() -> list[Tensor]:
+        own = [draw(st.one_of(st.just(layout), layouts_of(len(s)))) for s, layout in zip(shapes, layouts, strict=True)]
+        values = [normal(rng, shape, draw(st.sampled_from(DTYPES))) for shape in shapes]
+        return arena.place_each(values, own)
+
+    state = placed(arena, new_state(rng, shapes, dtype, rule, slow), layouts)
+    forget = gradients() if parts in ("forget", "both") else []
+    retain = gradients() if parts in ("retain", "both") else []
+    masks = [coin(rng, shape) for shape in shapes] if masked else []
+    bits = ops.pack_bits(arena.place_each(masks, layouts)) if masked else []
+    options = {"mask_scope": draw(st.sampled_from(("forget", "all"))), "protect": protect, "rule": rule}
+    options |= {"step": draw(st.integers(1, 1000)), "slow_rate": 0.35, "inverse_scale": 0.5, **HYPER, **FACTORS}
+    before = clone(state)
+    expected = expect(state, forget, retain, masks, **options)
+    call(state, forget, retain, bits=bits, **options)
+    assert_state(state, expected)
+    arena.check()
+    if protect:
+        for name in state:
+            for old, new, mask in zip(before[name], state[name], masks, strict=True):
+                assert same_bits(old[~mask], new[~mask])
+
+
+def test_a_list_gives_the_bits_that_each_tensor_gives_alone(rng: torch.Generator) -> None:
+    """Where a tensor falls in the cut into blocks must not show: 300 small ones and two large ones."""
+    shapes = [(i % 97,) for i in range(300)] + [(50001,), (40000,)]
+    together = new_state(rng, shapes, torch.float32, "adamw", slow=True)
+    alone = clone(together)
+    forget, retain = ([normal(rng, shape, torch.float32) for shape in shapes] for _ in range(2))
+    bits = ops.pack_bits([coin(rng, shape) for shape in shapes])
+    options = {"rule": "adamw", "slow_rate": 0.5, **HYPER, **FACTORS}
+    call(together, forget, retain, bits=bits, **options)
+    for i in range(len(shapes)):
+        one = {name: [tensors[i]] for name, tensors in alone.items()}
+        call(one, [forget[i]], [retain[i]], bits=[bits[i]], **options)
+    for name, tensors in together.items():
+        assert all(same_bits(a, b) for a, b in zip(tensors, alone[name], strict=True)), name
+
+
+def test_interleaved_slices_of_one_buffer_are_separate_weights(rng: torch.Generator) -> None:
+    buffer = normal(rng, (40, 6))
+    expected = buffer - 0.5 * torch.tensor([1.0, 2.0]).repeat(3)
+    ones = torch.ones(40, 3, dtype=torch.float64)
+    call({"theta": [buffer[:, ::2], buffer[:, 1::2]]}, retain=[ones, 2 * ones], rule="sgd", lr=0.5)
+    assert torch.equal(buffer, expected)
+
+
+def test_an_empty_list_is_no_work() -> None:
+    assert ops.step_([], rule="sgd", scalars=ops.scalars(lr=1.0)) is None
+
+
+# --- Masks and protection -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_masked_out_non_finite_gradients_do_not_leak(
+    rule: str, dtype: torch.dtype, value: float, rng: torch.Generator
+) -> None:
+    mask = coin(rng, (100,))
+    clean = normal(rng, (100,), dtype)
+    dirty = clean.clone()
+    dirty[~mask] = value
+    for scope in ("forget", "all"):
+        state = new_state(rng, [(100,)], dtype, rule, slow=True)
+        other = clone(state)
+        options = {"rule": rule, "bits": ops.pack_bits([mask]), "mask_scope": scope, **HYPER}
+        call(state, [clean], [clean], **options)
+        call(other, [dirty], [dirty if scope == "all" else clean], **options)
+        assert all(same_bits(state[name][0], other[name][0]) for name in state)
+
+
+def test_kept_non_finite_gradients_do_show(rng: torch.Generator) -> None:
+    state = new_state(rng, [(64,)], torch.float32, "sgd")
+    gradient = normal(rng, (64,), torch.float32)
+    gradient[40] = float("nan")
+    call(state, [gradient], rule="sgd", lr=0.1, bits=ops.pack_bits([torch.arange(64) >= 32]))
+    assert torch.equal(state["theta"][0].isnan(), torch.arange(64) == 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_protected_weights_keep_their_bits_for_100_adamw_steps(dtype: torch.dtype, rng: torch.Generator) -> None:
+    shapes = ((7, 11), (1000,), ())
+    state = new_state(rng, shapes, dtype, "adamw", slow=True)
+    masks = [coin(rng, shape) for shape in shapes[:2]] + [torch.tensor(False)]
+    first = clone(state)
+    fixed = {"rule": "adamw", "bits": ops.pack_bits(masks), "protect": True, "mask_scope": "all"}
+    for t in range(1, 101):
+        forget, retain = ([normal(rng, shape, dtype) for shape in shapes] for _ in range(2))
+        seed = t if dtype == torch.bfloat16 else None
+        call(state, forget, retain, step=t, slow_rate=0.5, rounding_seed=seed, **fixed, **HYPER)
+    for name, tensors in state.items():
+        for old, new, mask in zip(first[name], tensors, masks, strict=True):
+            assert same_bits(old[~mask], new[~mask])
+            assert not same_bits(old[mask], new[mask]) or not mask.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_protected_representations_survive(rule: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """A NaN's payload, a signalling NaN, -0 and subnormals are bits like all others."""
+    size = torch.empty((), dtype=dtype).element_size()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    info = torch.finfo(dtype)
+    infinity = torch.tensor(float("inf"), dtype=dtype).view(integer)
+    tiny = torch.tensor([-0.0, info.smallest_normal / 2, -info.smallest_normal * info.eps], dtype=dtype)
+    odd = torch.cat([infinity.reshape(1), infinity + torch.arange(1, 30), tiny.view(integer)]).to(integer)
+    theta = odd.repeat(3).view(dtype)
+    state = new_state(rng, [theta.shape], dtype, rule, slow=True)
+    state["theta"][0].copy_(theta)
+    state["theta"][0].view(integer).copy_(odd.repeat(3))
+    before = clone(state)
+    gradient = normal(rng, theta.shape, dtype)
+    bits = ops.pack_bits([torch.zeros(theta.shape, dtype=torch.bool)])
+    call(state, [gradient], [gradient], rule=rule, bits=bits, protect=True, slow_rate=0.5, **HYPER)
+    assert all(same_bits(before[name][0], state[name][0]) for name in state)
+
+
+# --- Interpolation, skipping, rounding ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interpolation_alone(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Without gradients neither the rule nor its moments or decay take part."""
+    state = new_state(rng, [(77,), ()], dtype, "adamw", slow=True)
+    before = clone(state)
+    expected = expect(state, rule="adamw", slow_rate=0.25, **HYPER)
+    call(state, rule="adamw", slow_rate=0.25, **HYPER)
+    assert_state(state, expected)
+    for name in ("first", "second"):
+        assert all(same_bits(a, b) for a, b in zip(before[name], state[name], strict=True))
+    for theta, slow in zip(state["theta"], state["slow"], strict=True):
+        assert same_bits(theta, slow.to(dtype))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_skip_writes_nothing(rule: str, rng: torch.Generator) -> None:
+    for flag in (True, torch.tensor(True), torch.tensor(3.0, dtype=torch.float64)):
+        state = new_state(rng, [(5, 9), (40,)], torch.float32, rule, slow=True)
+        state["theta"][0] = state["theta"][0].t()
+        state["slow"][0] = state["slow"][0].t().contiguous()
+        before = clone(state)
+        gradients = [torch.full(theta.shape, float("nan")) for theta in state["theta"]]
+        for moment in MOMENTS[rule]:
+            state[moment][0] = state[moment][0].t()
+            before[moment][0] = before[moment][0].t()
+        call(state, gradients, gradients, rule=rule, skip=flag, slow_rate=0.5, **HYPER)
+        assert all(same_bits(a, b) for name in state for a, b in zip(before[name], state[name], strict=True))
+
+
+def test_a_false_skip_flag_does_not_skip(rng: torch.Generator) -> None:
+    theta = torch.ones(3)
+    call({"theta": [theta]}, retain=[torch.ones(3)], rule="sgd", lr=0.25, skip=torch.tensor(False))
+    assert theta.tolist() == [0.75] * 3
+
+
+def test_scalars_take_tensors_for_clips() -> None:
+    theta = torch.ones(3)
+    clip = torch.tensor(0.5, dtype=torch.float64)
+    factors = {"forget_clip": clip, "retain_clip": 2 * clip}
+    call({"theta": [theta]}, [torch.ones(3)], [torch.ones(3)], rule="sgd", lr=0.25, **factors)
+    assert theta.tolist() == [1 - 0.25 * (0.5 + 1.0)] * 3
+
+
+def test_stochastic_rounding_is_unbiased() -> None:
+    # Between 1.5 and 1.5 + 2^-7, its neighbour in bfloat16, in 16 places; 20,000 weights each, |z| < 5.
+    ulp, count = 2.0**-7, 20000
+    fractions = (torch.arange(16) / 16 + 1 / 64).repeat_interleave(count)
+    theta = torch.full((16 * count,), 1.5, dtype=torch.bfloat16)
+    call({"theta": [theta]}, retain=[-fractions * ulp], rule="sgd", lr=1.0, rounding_seed=7)
+    up = theta.float() > 1.5
+    assert set(theta.float().unique().tolist()) == {1.5, 1.5 + ulp}
+    p = fractions[::count]
+    z = (up.view(16, count).float().mean(1) - p) / (p * (1 - p) / count).sqrt()
+    assert z.abs().max() < 5, z
+    # No pattern along the tensor: neighbours at any small distance are uncorrelated.
+    noise = up.float() - fractions
+    for distance in (1, 2, 16, 32, 64, 256, 16384):
+        correlation = (noise[distance:] * noise[:-distance]).mean() / noise.square().mean()
+        assert abs(correlation) < 5 / (len(noise) - distance) ** 0.5, distance
+
+
+def test_stochastic_rounding_follows_its_seed(rng: torch.Generator) -> None:
+    def step(seed: int | None, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        weights = [torch.full((5000,), 1.5, dtype=dtype) for _ in range(2)]
+        gradients = [torch.full((5000,), 2.0**-9) for _ in range(2)]
+        call({"theta": weights}, retain=gradients, rule="sgd", lr=1.0, rounding_seed=seed)
+        return weights
+
+    first, second = step(3)
+    assert torch.equal(first, step(3)[0]) and torch.equal(second, step(3)[1])
+    assert not torch.equal(first, second), "tensors of a list need noise of their own"
+    assert not torch.equal(first, step(4)[0])
+    assert not torch.equal(first, step(3 + 2**32)[0])
+    assert torch.equal(step(None)[0], torch.full((5000,), 1.5, dtype=torch.bfloat16))
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        assert torch.equal(step(None, dtype)[0], step(3, dtype)[0])
+
+
+def test_stochastic_rounding_keeps_infinities_and_exact_numbers() -> None:
+    theta = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.5, 0.0, -2.0], dtype=torch.bfloat16)
+    before = theta.clone()
+    state = {"theta": [theta], "first": [torch.zeros(6)], "second": [torch.zeros(6)]}
+    for seed in range(20):
+        call(state, retain=[torch.zeros(6)], rule="adamw", lr=1.0, rounding_seed=seed)
+    assert torch.equal(ulps(theta, before), torch.zeros(6, dtype=torch.float64))
+
+
+def test_moments_and_slow_weights_are_not_rounded_stochastically(rng: torch.Generator) -> None:
+    """Stochastic rounding concerns the weights alone, and comes after the interpolation."""
+    state = new_state(rng, [shape for shape, _ in LAYOUTS.values()], torch.bfloat16, "adamw", slow=True)
+    other = clone(state)
+    gradients = [normal(rng, theta.shape, torch.bfloat16) for theta in state["theta"]]
+    options = {"rule": "adamw", "slow_rate": 0.5, **HYPER}
+    expected = expect(state, retain=gradients, **options)
+    call(state, retain=gradients, **options)
+    call(other, retain=gradients, rounding_seed=11, **options)
+    for name in ("first", "second", "slow"):
+        assert all(same_bits(a, b) for a, b in zip(state[name], other[name], strict=True))
+    for got, want in zip(other["theta"], expected, strict=True):
+        assert_ulps(got, want["theta"], 1.01, want["theta_scale"])
