@@ -8,19 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layouts import (
-    CHANNELS_LAST,
-    DTYPES,
-    PYTHON_BACKEND,
-    RULES,
-    SEED,
-    Arena,
-    Layout,
-    coin,
-    normal,
-    opmath,
-    same_bits,
-)
+from helpers.backends import PYTHON_BACKEND
+from helpers.layouts import CHANNELS_LAST, DTYPES, RULES, SEED, Arena, Layout, coin, normal, opmath, same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.layouts import PYTHON_BACKEND, coin, same_bits
+from helpers.backends import PYTHON_BACKEND
+from helpers.layouts import coin, same_bits
 from helpers.updates import (
     SCALARS,
     Calls,
