@@ -97,8 +97,11 @@ def check(device: str, scale: float, repeats: int | None, implementations: list[
             print(outcome["output"], file=sys.stderr, flush=True)
 
     record("build", build(device))
-    tests = "test_cuda.py" if on_gpu else "test_products.py"
-    record("tests", run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"python_tests/{tests}"))
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    tests = ["-m", "gpu"] if on_gpu else ["python_tests/ops/test_products.py"]
+    record("tests", run(*pytest, *tests))
+    if on_gpu:
+        record("operators", run(*pytest, "--backend=cuda", "-m", "not native_only", "python_tests/ops"))
 
     weights = max(round(scale * sum(map(_numel, named(SHAPES)))), 1000)
     options = ["--device", device, *(["--repeats", repeats] if repeats else [])]
