@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.backends import PYTHON_BACKEND
 from helpers.layouts import coin, same_bits
 from helpers.updates import (
     SCALARS,
@@ -60,7 +59,7 @@ def in_place_step(operands: Operands, bits: Sequence[Tensor], scalars: Tensor) -
     "backend",
     [
         "aot_eager",
-        pytest.param("inductor", marks=pytest.mark.skipif(PYTHON_BACKEND, reason="inductor needs a compiler")),
+        pytest.param("inductor", marks=pytest.mark.native_only),
     ],
 )
 def test_compiles_functional_and_in_place(backend: str, rng: torch.Generator) -> None:
