@@ -3,10 +3,10 @@
     python benchmarks/gpu_check.py                              # DiT-XL/2 in diffusers' layout, under 8 minutes
     python benchmarks/gpu_check.py --device cpu --scale 0.01    # the same script where there is no GPU
 
-Needs the test extra and, for a GPU, nvcc. The tests are those marked ``gpu``, which compare fused CPU with fused CUDA for
-every dtype among others, and the operators' with --backend=cuda. The file is written whatever the outcome, and says what
-passed; the exit code is 0 only if everything did. The sequential step at DiT-XL/2 and what it is checked against take
-about 64 GB of GPU memory; --scale 0.3 fits 24 GB.
+Needs the test extra and, for a GPU, nvcc. The tests are those marked ``gpu``, which compare fused CPU with fused CUDA
+for every dtype among others, and the operators' with --backend=cuda. The file is written whatever the outcome, and says
+what passed; the exit code is 0 only if everything did. The sequential step at DiT-XL/2 and what it is checked against
+take about 64 GB of GPU memory; --scale 0.3 fits 24 GB.
 """
 
 from __future__ import annotations
