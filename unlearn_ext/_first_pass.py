@@ -13,7 +13,8 @@ import torch
 from ._data import DataCheck
 from ._hashing import weights_hash
 from ._ranks import ALONE
-from ._streams import in_step, length
+from ._small_batches import SmallBatches
+from ._streams import empty_set, in_step, length
 from .errors import InputError
 from .saliency import FisherDiagonal, SaliencyMask
 from .saliency.gradient import GradientSum
@@ -37,7 +38,11 @@ def first_pass(
     does. ``keep`` takes Fisher sums that are not needed for a while."""
     method = unlearner.method
     ranks = ALONE if unlearner.split_batches else unlearner.ranks
-    check = DataCheck(unlearner.model, unlearner.task, allow_duplicates, method.replaces, ranks)
+    for name, data in sets.items():
+        if length(data) == 0:  # before anything is measured
+            raise empty_set(name, data)
+    small = SmallBatches(unlearner.model, unlearner.task, method, sets, unlearner.ranks, unlearner.split_batches)
+    check = DataCheck(unlearner.model, unlearner.task, allow_duplicates, method.replaces, ranks, small)
     if "unseen" in sets:  # before those that must not hold any of it
         check.scan("unseen", sets["unseen"])
     if method.measures is None:

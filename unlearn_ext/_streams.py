@@ -10,14 +10,36 @@ from . import _rng
 from ._ranks import ALONE, Ranks
 from .errors import InputError
 
-__all__ = ["BatchStream", "in_step", "length"]
+__all__ = ["BatchStream", "empty_set", "in_step", "length", "no_batches"]
 
 
-def length(data: Iterable[Any]) -> int | None:
+def length(data: Any) -> int | None:
     try:
         return len(data)
     except TypeError:  # no length, or a DataLoader of an IterableDataset without one
         return None
+
+
+def empty_set(name: str, data: Iterable[Any], again: bool = False) -> InputError:
+    """What to do about a data set that gives no batch; ``again``: it has given some in an earlier pass."""
+    if again:
+        return InputError(
+            f"the {name} set is empty in its second pass: it can be iterated once only, and several passes are needed; "
+            "pass a list of batches or a DataLoader"
+        )
+    return InputError(f"the {name} set is empty" + (no_batches(data) or ": pass at least one batch"))
+
+
+def no_batches(data: Iterable[Any]) -> str:
+    """The end of a sentence about data that give no batch: what a loader drops; empty where it drops nothing."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    for owner in (batch_sampler, data):
+        size = getattr(owner, "batch_size", None)
+        if getattr(owner, "drop_last", False) and size is not None:
+            count = length(getattr(batch_sampler, "sampler", None))
+            what = f"its {count} samples do" if count else "its samples do"
+            return f": {what} not fill a batch of {size}, and drop_last=True: lower batch_size, or set drop_last=False"
+    return ""
 
 
 @contextlib.contextmanager
@@ -84,7 +106,7 @@ class BatchStream:
             try:
                 batch = next(self._iterator)
             except StopIteration:
-                raise InputError(f"the {self.name} set is empty: pass at least one batch") from None
+                raise empty_set(self.name, self.data, again=True) from None
         self._taken = 1
         return batch
 
