@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import _rng
 from ._hashing import sample_hashes, samples_hash
 from ._ranks import ALONE, Ranks
 from ._small_batches import SmallBatches
@@ -15,6 +16,16 @@ from .errors import InputError
 from .tasks import Task
 
 __all__ = ["DataCheck"]
+
+_MOST_KINDS = 8  # of a set's batches that are tried: a forward pass each
+
+
+def _kind(inputs: Tensor | Mapping[str, Tensor]) -> Any:
+    """Dtypes and shapes of samples; not the lengths of texts, which differ from batch to batch."""
+    if isinstance(inputs, Mapping):
+        return {key: _kind(tensor) for key, tensor in inputs.items()}
+    is_text = inputs.dim() == 2 and not inputs.is_floating_point()
+    return inputs.dtype, inputs.dim() if is_text else inputs.shape[1:]
 
 
 class DataCheck:
@@ -39,20 +50,33 @@ class DataCheck:
         self._finished: set[str] = set()
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
+        self._kinds: dict[str, list[Any]] = {}  # of batches, by set
         self._error: InputError | None = None  # the first that was found
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
         if name == "forget" and self.replaces:
             self.task.check_replacement(batch)
-        size = self.task.size(batch)
+        size, inputs = self.task.size(batch), self.task.inputs(batch)
+        self._try_other_kind(name, batch, inputs)
         if self.small_batches is not None:
             self._error = self._error or self.small_batches.find(name, batch, size)
         if name == "forget" or not self.allow_duplicates:
-            self._compare(name, self.task.inputs(batch))
+            self._compare(name, inputs)
         self._seen[name] += size
         if self.ranks.size == 1:
             self._raise()
+
+    def _try_other_kind(self, name: str, batch: Any, inputs: Tensor | Mapping[str, Tensor]) -> None:
+        """Shows the task a batch of another shape or dtype than those before, which the model may not take; ranks with
+        samples of their own would wait for each other in its forward pass."""
+        kinds, kind = self._kinds.setdefault(name, []), _kind(inputs)
+        if kind in kinds or len(kinds) == _MOST_KINDS:
+            return
+        kinds.append(kind)
+        if len(kinds) > 1 and self.ranks.size == 1:  # the first has been shown
+            with _rng.kept(self.task.generators()):
+                self.task.begin(self.model, batch)
 
     def _compare(self, name: str, inputs: Tensor | Mapping[str, Tensor]) -> None:
         hashes = sample_hashes(inputs)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import operator
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
 
 from . import _rng
 from ._ranks import ALONE, Ranks
 from .errors import InputError
 
-__all__ = ["BatchStream", "empty_set", "in_step", "length", "no_batches"]
+__all__ = ["BatchStream", "empty_set", "in_step", "is_spent", "length", "no_batches"]
 
 
 def length(data: Any) -> int | None:
@@ -40,6 +45,26 @@ def no_batches(data: Iterable[Any]) -> str:
             what = f"its {count} samples do" if count else "its samples do"
             return f": {what} not fill a batch of {size}, and drop_last=True: lower batch_size, or set drop_last=False"
     return ""
+
+
+def is_spent(data: Iterable[Any]) -> bool:
+    """Whether a pass has used up an iterator that the data keep and iterate over, so that another pass is empty. Data
+    that keep no iterator at its end are not touched."""
+    owner = data.dataset if isinstance(data, DataLoader) else data
+    if not isinstance(owner, IterableDataset) and hasattr(owner, "__getitem__"):
+        return False
+    iterators = [value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, Iterator)]
+    if not any(_has_ended(value) or iter(owner) is value for value in iterators):
+        return False
+    with _rng.kept(_rng.generators_of(owner)):
+        return next(iter(owner), _END) is _END
+
+
+def _has_ended(iterator: Iterator[Any]) -> bool:
+    """Told without taking anything; False where that cannot be."""
+    if isinstance(iterator, types.GeneratorType):
+        return inspect.getgeneratorstate(iterator) == inspect.GEN_CLOSED
+    return operator.length_hint(iterator, 1) == 0
 
 
 @contextlib.contextmanager

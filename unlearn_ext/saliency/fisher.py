@@ -228,7 +228,16 @@ class FisherDiagonal:
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):
-            gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
+            try:
+                gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
+            except RuntimeError as error:
+                if not str(error).startswith("vmap:"):
+                    raise
+                raise InputError(
+                    "per_sample=True: torch.func cannot run this model on several samples at once, since it looks at "
+                    "values: set chunk=1 in one process, which makes a backward pass for each sample, or "
+                    "per_sample=False"
+                ) from error
             _check_finite(losses.mean(), self._NAME, where)
             samples = [{name: g[i].detach() for name, g in gradients.items()} for i in range(losses.shape[0])]
             weights = [self._weight_of(sample) for sample in samples]

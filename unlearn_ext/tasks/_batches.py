@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._arguments import describe
 from .._names import unwrapped
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, is_out_of_memory
 
 __all__ = ["LABEL_KEYS", "REPLACEMENT", "Inputs", "by_name", "check_values", "label_key", "refusal", "split"]
 
@@ -70,7 +70,8 @@ def _described(batch: Any) -> str:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return f"inputs that are {describe(batch[0])} and labels that are {describe(batch[1])}"
     if isinstance(batch, (tuple, list)) and batch:
-        return f"{len(batch)} parts ({', '.join(map(describe, batch))}): let collate_fn keep two, or make it a dict"
+        parts = "one part" if len(batch) == 1 else f"{len(batch)} parts"
+        return f"{parts} ({', '.join(map(describe, batch))}): let collate_fn give these two, or a dict"
     return describe(batch)
 
 
@@ -135,7 +136,8 @@ def by_name(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 
 
 def refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
-    """What is wrong with inputs whose types or names a model's forward pass has not taken; None for another error."""
+    """What is wrong with inputs whose names, types or shapes a model's forward pass has not taken; None for another
+    error."""
     kind = type(unwrapped(model)).__name__
     named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
     if isinstance(error, TypeError):
@@ -148,9 +150,12 @@ def refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     other = [f"{name} of {tensor.dtype}" for name, tensor in named.items() if tensor.dtype != dtype]
-    if dtype is None or not other or not re.search(r"type|not implemented for '", str(error)):
+    if dtype is not None and other and re.search(r"type|not implemented for '", str(error)):
+        return (
+            f"{kind}, whose weights are {dtype}, does not take {' and '.join(other)} ({first_line(error)}): convert "
+            "the inputs to what it was trained on"
+        )
+    if is_out_of_memory(error) or not re.search(r"shape|size|dimension|channels", str(error)):
         return None
-    return (
-        f"{kind}, whose weights are {dtype}, does not take {' and '.join(other)} ({first_line(error)}): convert the "
-        "inputs to what it was trained on"
-    )
+    given = " and ".join(f"{name} of shape {list(tensor.shape)}" for name, tensor in named.items())
+    return f"{kind} does not take {given} ({first_line(error)}): give the inputs the shape that it was trained on"

@@ -74,7 +74,7 @@ class Classification(Task):
         with evaluating(model), torch.no_grad():
             try:
                 logits = self.logits(model, inputs)
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 if (sentence := refusal(model, inputs, error)) is None:
                     raise
                 raise InputError(sentence) from error
@@ -235,7 +235,7 @@ def _label_remedy(labels: Tensor) -> str:
 
 def _check_logits(logits: Any) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
-        got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else describe(logits)
+        got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         got += f" of {logits.dtype}" if isinstance(logits, Tensor) and not logits.is_floating_point() else ""
         raise InputError(
             f"the model's output: expected logits [N, classes] or an object with .logits, got {got}: wrap the model, "
