@@ -79,10 +79,10 @@ class SmallBatches:
         has, norm = "has one sample", ""
         if size > 1:
             has = f"has {size} samples for {self.ranks.size} ranks, which leaves one of them a single one"
-            norm = "SyncBatchNorm or "
+            norm = "SyncBatchNorm, "
         larger = "use drop_last=True on its loader" if last else "use a larger batch_size"
         return InputError(
-            f"{which} {has}, which BatchNorm refuses in train mode: {larger}, or {norm}freeze_batch_norm=True"
+            f"{which} {has}, which BatchNorm refuses in train mode: {larger}, {norm}or freeze_batch_norm=True"
         )
 
     @torch.no_grad()

@@ -119,7 +119,7 @@ def test_the_trial_moves_nothing(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("size", "ranks", "shared", "words"),
     [
-        (3, 2, True, r"set has 3 samples for 2 ranks, which leaves one of them a single one.*SyncBatchNorm or"),
+        (3, 2, True, r"set has 3 samples for 2 ranks, which leaves one of them a single one.*SyncBatchNorm, or freeze"),
         (1, 2, True, r"set has one sample"),
         (2, 4, True, r"set has 2 samples for 4 ranks"),
         (4, 2, True, None),
