@@ -1,35 +1,193 @@
-"""Checks of numbers that a user gives: one sentence where they do not fit."""
+"""Checks of arguments that a user gives: one sentence where they do not fit."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .errors import InputError
 
-__all__ = ["check_count", "check_finite", "check_number"]
+__all__ = [
+    "as_number",
+    "check_count",
+    "check_device",
+    "check_finite",
+    "check_instance",
+    "check_model",
+    "check_number",
+    "check_seed",
+    "describe",
+    "nearest",
+]
+
+LARGEST_COUNT = 2**63 - 1  # what an int64 holds
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise InputError(f"{name}: expected an integer from 1, got {value!r}")
+# --- Numbers ------------------------------------------------------------------------------------------------
 
 
-def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> None:
-    """Numbers of Python and NumPy, and 0-d tensors."""
-    number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0)
+def as_number(value: Any) -> int | float | None:
+    """Python's int or float of a number of Python or NumPy or of a 0-d tensor or array, which JSON can hold; None for
+    anything else, bools and complex numbers among it."""
+    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+        if getattr(value, "ndim", None) != 0 or (isinstance(value, Tensor) and value.is_meta):
+            return None
+        value = value.item()
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def check_count(name: str, value: Any) -> int:
+    """An integer from 1 that an int64 holds, as Python's int.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    number = as_number(value)
+    if not isinstance(number, int) or number < 1:
+        raise InputError(f"{name}: expected an integer from 1, got {_shown(value, number)}")
+    if number > LARGEST_COUNT:
+        raise InputError(f"{name}: expected an integer from 1 to 2^63 - 1, got {_shown(value, number)}")
+    return number
+
+
+def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> int | float:
+    """A number of Python or NumPy or a 0-d tensor or array, as Python's int or float. NaN never fits.
+
+    Raises:
+        InputError: it is anything else, or ``fits`` refuses it.
+    """
+    number = as_number(value)
     try:
-        good = number and fits(float(value))
+        good = number is not None and not math.isnan(number) and fits(float(number))
     except OverflowError:  # an integer beyond all floats
         raise InputError(f"{name}: expected {expected}, got what no float holds") from None
     if not good:
-        raise InputError(f"{name}: expected {expected}, got {value if number else repr(value)}")
+        raise InputError(f"{name}: expected {expected}, got {_shown(value, number)}")
+    return number
 
 
-def check_finite(name: str, value: Any) -> None:
+def check_finite(name: str, value: Any) -> int | float:
     """A finite number from 0."""
-    check_number(name, value, "a finite number from 0", lambda x: 0.0 <= x < math.inf)
+    return check_number(name, value, "a finite number from 0", lambda x: 0.0 <= x < math.inf)
+
+
+def check_seed(name: str, value: Any) -> int:
+    """An integer that ``torch.manual_seed`` takes, as Python's int."""
+    number = as_number(value)
+    if not isinstance(number, int) or not -(2**63) <= number < 2**64:
+        raise InputError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {_shown(value, number)}")
+    return number
+
+
+def _shown(value: Any, number: int | float | None) -> str:
+    if isinstance(number, int) and number.bit_length() > 128:  # Python prints no integer of thousands of digits
+        return f"an integer of {number.bit_length()} bits"
+    return describe(value) if number is None else str(number)
+
+
+# --- Objects ------------------------------------------------------------------------------------------------
+
+
+def describe(value: Any) -> str:
+    """What an argument is, for the end of a sentence: its type, and what else tells one mistake from another."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return _shown(value, int(value))
+    if value is None or isinstance(value, (bool, numbers.Number)):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    if isinstance(value, os.PathLike):
+        return f"the path {os.fspath(value)!r}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
+        if not value.ndim:
+            return repr(value)
+        return f"a numpy.{type(value).__name__} of {value.dtype} and shape {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {_listed(value)}" if value else f"an empty {type(value).__name__}"
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        kinds = sorted({type(part).__name__ for part in value})
+        return f"a {kind} of {len(value)} {' and '.join(kinds[:3])}" if value else f"an empty {kind}"
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _listed(names: Iterable[Any], limit: int = 8) -> str:
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+
+
+def nearest(name: str, known: Mapping[str, str] | Iterable[str]) -> str | None:
+    """The known name that was probably meant, whatever its case and hyphens; of a mapping, what it stands for."""
+    plain = {_plain(key): (known[key] if isinstance(known, Mapping) else key) for key in known}
+    near = difflib.get_close_matches(_plain(name), plain, n=1)
+    return plain[near[0]] if near else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def check_instance(name: str, value: Any, kind: type, example: str) -> None:
+    """Raises InputError unless ``value`` is an instance of ``kind``; a class is told to be called."""
+    if isinstance(value, kind):
+        return
+    if isinstance(value, type) and issubclass(value, kind):
+        raise InputError(f"{name}: got the class {value.__name__} and not an instance: pass {value.__name__}(...)")
+    raise InputError(f"{name}: expected a {kind.__name__}, such as {example}, got {describe(value)}")
+
+
+def check_model(model: Any, name: str = "model") -> None:
+    """Raises InputError, which says what to do, unless ``model`` is a torch.nn.Module."""
+    if isinstance(model, nn.Module):
+        return
+    got = describe(model)
+    if isinstance(model, (str, os.PathLike)):
+        remedy = "open the file or folder, and pass the network that it holds"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        remedy = "make one, and load its trained weights"
+    elif isinstance(model, Mapping) and model and all(isinstance(part, Tensor) for part in model.values()):
+        got = f"a state_dict of {len(model)} tensors"
+        remedy = "build the network, call its load_state_dict with this, and pass the network"
+    else:
+        parts = [part for part in ("unet", "transformer", "model") if isinstance(getattr(model, part, None), nn.Module)]
+        remedy = f"pass its .{parts[0]}" if parts else "pass the network itself"
+    raise InputError(f"{name}: expected a torch.nn.Module, got {got}: {remedy}")
+
+
+def check_device(device: Any, name: str = "device") -> torch.device:
+    """The device, which is there and can hold a model.
+
+    Raises:
+        InputError: there is none of that name, or this torch cannot use it.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise InputError(f"{name}: expected one such as 'cpu', 'cuda' or 'cuda:0', got {describe(device)}") from None
+    if found.type == "meta":
+        raise InputError(f"{name}: 'meta' holds no numbers: choose cpu, cuda or another device that does")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{name}: this torch sees no GPU, so {str(found)!r} cannot be used: choose 'cpu'")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"{name}: expected an index below {count}, the number of GPUs that torch sees, got {found}")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError):
+        raise InputError(f"{name}: this torch cannot use {str(found)!r}: choose 'cpu'") from None
+    return found

@@ -5,59 +5,94 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from . import _rng
 from ._hashing import sample_hashes, samples_hash
 from ._ranks import ALONE, Ranks
+from ._small_batches import SmallBatches
+from ._streams import empty_set
 from .errors import InputError
 from .tasks import Task
 
 __all__ = ["DataCheck"]
+
+_MOST_KINDS = 8  # of a set's batches that are tried: a forward pass each
+
+
+def _kind(inputs: Tensor | Mapping[str, Tensor]) -> Any:
+    """Dtypes and shapes of samples; not the lengths of texts, which differ from batch to batch."""
+    if isinstance(inputs, Mapping):
+        return {key: _kind(tensor) for key, tensor in inputs.items()}
+    is_text = inputs.dim() == 2 and not inputs.is_floating_point()
+    return inputs.dtype, inputs.dim() if is_text else inputs.shape[1:]
 
 
 class DataCheck:
     """Finds samples that stand in two sets, by content hash: one cannot forget what one is told to keep, and what is
     trained on is not unseen. An unseen set is to be looked at first, and the forget set before the others.
 
-    Also, where ``replaces``, forget batches that do not say what shall stand in their place. ``ranks`` are those whose
-    loaders give different samples.
+    Also, where ``replaces``, forget batches that do not say what shall stand in their place; and those that
+    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, allow_duplicates: bool, replaces: bool = False, ranks: Ranks = ALONE
+        self,
+        model: nn.Module,
+        task: Task,
+        allow_duplicates: bool,
+        replaces: bool = False,
+        ranks: Ranks = ALONE,
+        small_batches: SmallBatches | None = None,
     ):
         self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
-        self.ranks = ranks
+        self.ranks, self.small_batches = ranks, small_batches
         self._finished: set[str] = set()
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
-        self._duplicate: InputError | None = None
+        self._kinds: dict[str, list[Any]] = {}  # of batches, by set
+        self._error: InputError | None = None  # the first that was found
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
         if name == "forget" and self.replaces:
             self.task.check_replacement(batch)
-        inputs = self.task.inputs(batch)
-        if name != "forget" and self.allow_duplicates:
-            self._seen[name] += len(inputs)
+        size, inputs = self.task.size(batch), self.task.inputs(batch)
+        self._try_other_kind(name, batch, inputs)
+        if self.small_batches is not None:
+            self._error = self._error or self.small_batches.find(name, batch, size)
+        if name == "forget" or not self.allow_duplicates:
+            self._compare(name, inputs)
+        self._seen[name] += size
+        if self.ranks.size == 1:
+            self._raise()
+
+    def _try_other_kind(self, name: str, batch: Any, inputs: Tensor | Mapping[str, Tensor]) -> None:
+        """Shows the task a batch of another shape or dtype than those before, which the model may not take; ranks with
+        samples of their own would wait for each other in its forward pass."""
+        kinds, kind = self._kinds.setdefault(name, []), _kind(inputs)
+        if kind in kinds or len(kinds) == _MOST_KINDS:
             return
+        kinds.append(kind)
+        if len(kinds) > 1 and self.ranks.size == 1:  # the first has been shown
+            with _rng.kept(self.task.generators()):
+                self.task.begin(self.model, batch)
+
+    def _compare(self, name: str, inputs: Tensor | Mapping[str, Tensor]) -> None:
         hashes = sample_hashes(inputs)
         for other, known in self._hashes.items():
             for i, found in enumerate(hashes) if other != name else ():
-                if found in known and self._duplicate is None:
-                    self._duplicate = InputError(
+                if found in known and self._error is None:
+                    self._error = InputError(
                         f"sample {self._seen[name] + i} of the {name} set is also in the {other} set: remove it "
                         "from one of them, or set allow_duplicates=True (--allow-duplicates) to go on"
                     )
         if name in self._hashes:
             self._hashes[name].update(hashes)
-        self._seen[name] += len(hashes)
-        if self.ranks.size == 1:
-            self._raise()
 
     def _raise(self) -> None:
-        if self._duplicate is not None:
-            raise self._duplicate
+        if self._error is not None:
+            raise self._error
 
     def finish(self, name: str) -> None:
         """After a pass over a set: every rank learns of what the others were given, and none goes on alone."""
@@ -76,7 +111,7 @@ class DataCheck:
             self.add(name, batch)
             count += 1
         if not count:
-            raise InputError(f"the {name} set is empty: pass at least one batch")
+            raise empty_set(name, data)
         self.finish(name)
 
     def scan_rest(self, sets: Mapping[str, Iterable[Any]]) -> None:

@@ -18,8 +18,7 @@ from . import _checkpoint, _rng
 from ._averages import Averages
 from ._calibrating import Calibrating
 from ._history import History, plain
-from ._modes import evaluating, freeze_batch_norm, keeping_statistics
-from ._names import unwrapped
+from ._modes import evaluating, keeping_statistics, set_training
 from ._parts import own_part
 from ._shards import local
 from ._streams import BatchStream, length
@@ -165,10 +164,7 @@ class Loop:
     def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
         modes = [(module, module.training) for module in self.model.modules()]
-        if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
-            self.model.train()
-        if method.freeze_batch_norm:
-            freeze_batch_norm(self.model)
+        set_training(self.model, method.freeze_batch_norm)
         try:
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
@@ -340,7 +336,7 @@ class Loop:
                 unlearner.task.begin(self.model, batch)
             self.begun = True
         prepared = unlearner.task.prepare(batch, unlearner.device)
-        count = unlearner.task.size(prepared)
+        count = unlearner.task.size(batch)
         if unlearner.split_batches:
             return own_part(prepared, count, self.ranks)
         return prepared, count

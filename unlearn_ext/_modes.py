@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ._names import unwrapped
 from .errors import InputError
 
-__all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "keeping_modes", "keeping_statistics"]
+__all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "keeping_modes", "keeping_statistics", "set_training"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -34,6 +35,15 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def set_training(model: nn.Module, freeze_norms: bool) -> None:
+    """The modes of a run's steps: a model in eval mode is switched as a whole; in one in train mode, modules that are
+    in eval mode are frozen on purpose, and stay so."""
+    if not unwrapped(model).training:
+        model.train()
+    if freeze_norms:
+        freeze_batch_norm(model)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ._ranks import Ranks
 
-__all__ = ["map_tensors", "own_part"]
+__all__ = ["cut", "map_tensors", "own_part"]
 
 
 def own_part(batch: Any, size: int, ranks: Ranks) -> tuple[Any, int]:
@@ -22,16 +22,21 @@ def own_part(batch: Any, size: int, ranks: Ranks) -> tuple[Any, int]:
     count = part.stop - part.start
     if ranks.size == 1:
         return batch, count
-    chosen = part if count else slice(0, 1)
-    return map_tensors(batch, lambda tensor: tensor[chosen]), count
+    return cut(batch, part if count else slice(0, 1)), count
+
+
+def cut(batch: Any, samples: slice) -> Any:
+    """These samples of a prepared batch; numbers without a first dimension stay as they are."""
+    return map_tensors(batch, lambda tensor: tensor[samples] if tensor.dim() else tensor)
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Applies a function to every tensor of a tuple, list or dict of tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: map_tensors(value, function) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(value, function) for value in batch)
+        parts = [map_tensors(value, function) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes each
     return batch

@@ -3,21 +3,68 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import operator
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
 
 from . import _rng
 from ._ranks import ALONE, Ranks
 from .errors import InputError
 
-__all__ = ["BatchStream", "in_step", "length"]
+__all__ = ["BatchStream", "empty_set", "in_step", "is_spent", "length", "no_batches"]
 
 
-def length(data: Iterable[Any]) -> int | None:
+def length(data: Any) -> int | None:
     try:
         return len(data)
     except TypeError:  # no length, or a DataLoader of an IterableDataset without one
         return None
+
+
+def empty_set(name: str, data: Iterable[Any], again: bool = False) -> InputError:
+    """What to do about a data set that gives no batch; ``again``: it has given some in an earlier pass."""
+    if again:
+        return InputError(
+            f"the {name} set is empty in its second pass: it can be iterated once only, and several passes are needed; "
+            "pass a list of batches or a DataLoader"
+        )
+    return InputError(f"the {name} set is empty" + (no_batches(data) or ": pass at least one batch"))
+
+
+def no_batches(data: Iterable[Any]) -> str:
+    """The end of a sentence about data that give no batch: what a loader drops; empty where it drops nothing."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    for owner in (batch_sampler, data):
+        size = getattr(owner, "batch_size", None)
+        if getattr(owner, "drop_last", False) and size is not None:
+            count = length(getattr(batch_sampler, "sampler", None))
+            what = f"its {count} samples do" if count else "its samples do"
+            return f": {what} not fill a batch of {size}, and drop_last=True: lower batch_size, or set drop_last=False"
+    return ""
+
+
+def is_spent(data: Iterable[Any]) -> bool:
+    """Whether a pass has used up an iterator that the data keep and iterate over, so that another pass is empty. Data
+    that keep no iterator at its end are not touched."""
+    owner = data.dataset if isinstance(data, DataLoader) else data
+    if not isinstance(owner, IterableDataset) and hasattr(owner, "__getitem__"):
+        return False
+    iterators = [value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, Iterator)]
+    if not any(_has_ended(value) or iter(owner) is value for value in iterators):
+        return False
+    with _rng.kept(_rng.generators_of(owner)):
+        return next(iter(owner), _END) is _END
+
+
+def _has_ended(iterator: Iterator[Any]) -> bool:
+    """Told without taking anything; False where that cannot be."""
+    if isinstance(iterator, types.GeneratorType):
+        return inspect.getgeneratorstate(iterator) == inspect.GEN_CLOSED
+    return operator.length_hint(iterator, 1) == 0
 
 
 @contextlib.contextmanager
@@ -84,7 +131,7 @@ class BatchStream:
             try:
                 batch = next(self._iterator)
             except StopIteration:
-                raise InputError(f"the {self.name} set is empty: pass at least one batch") from None
+                raise empty_set(self.name, self.data, again=True) from None
         self._taken = 1
         return batch
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from . import _checkpoint, ops
-from ._arguments import check_count, check_number
+from ._arguments import check_count, check_device, check_model, check_number
 from ._arriving import keeping_graphs
 from ._files import writable_directory
 from ._first_pass import first_pass
@@ -26,10 +26,10 @@ from ._shards import is_sharded
 from ._streams import BatchStream, length
 from ._teachers import check_teachers
 from .errors import InputError
-from .methods import Method, parse
+from .methods import Method, find_method
 from .saliency import SaliencyMask
 from .saliency.storage import check_storage, stored
-from .tasks import Task
+from .tasks import Task, check_task
 
 __all__ = ["Result", "Unlearner"]
 
@@ -131,15 +131,16 @@ class Unlearner:
         optimizer_in_backward: bool = False,
         fisher_storage: str = "device",
     ):
-        if isinstance(method, str):
-            method = parse(method)
+        check_model(model)
+        check_task(task)
+        method = find_method(method)
         if mixed_precision not in PRECISIONS:
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")
-        check_count("gradient_accumulation_steps", gradient_accumulation_steps)
+        gradient_accumulation_steps = check_count("gradient_accumulation_steps", gradient_accumulation_steps)
         if ema_decay is not None:
-            check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
+            ema_decay = check_number("ema_decay", ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
         if optimizer_in_backward:
             check_in_backward(method, mixed_precision, gradient_accumulation_steps)
         self.optimizer_in_backward = optimizer_in_backward
@@ -180,7 +181,7 @@ class Unlearner:
             )
         method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
         if device is not None:
-            model.to(device)
+            model.to(check_device(device))
         self.device = self._named[0][1].device
         self.ranks, self.split_batches = Ranks.of(model), split_batches
         self._check_ranks(mixed_precision)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_device, check_model, describe
 from .._modes import evaluating
+from .._streams import no_batches
 from ..errors import InputError
 from ..tasks import Classification
 
@@ -88,14 +90,20 @@ def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], ke
 
 
 def predict(
-    model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    device: torch.device | str | None = None,
+    *,
+    label_key: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``model`` over ``batches`` in eval mode and collect its logits.
 
     Args:
-        model: returns logits ``[B, K]``, or an object that has them as ``.logits``.
-        batches: an iterable of ``(inputs, labels)``, or of dicts with ``pixel_values`` and ``labels``.
+        model: returns logits ``[B, K]``, or an object or dict that has them as ``logits``.
+        batches: an iterable of ``(inputs, labels)``, or of dicts of the model's keyword arguments with ``labels`` or
+            ``label``, as :class:`~unlearn_ext.tasks.Classification` takes them.
         device: where the inputs are sent; by default where the model's first parameter is.
+        label_key: where dicts have their labels, if under another name.
 
     Returns:
         ``(logits, labels)``: float32 ``[N, K]`` and int64 ``[N]``, both on the CPU, in the order of the
@@ -104,10 +112,13 @@ def predict(
     Raises:
         InputError: when there are no batches, or a batch or the model's output has not the form above.
     """
+    check_model(model)
     if device is None:
         first = next(model.parameters(), None)
         device = first.device if first is not None else torch.device("cpu")
-    task = Classification()
+    else:
+        device = check_device(device)
+    task = Classification(label_key=label_key)
     logits, labels = [], []
     with evaluating(model), torch.no_grad():
         for batch in batches:
@@ -116,13 +127,13 @@ def predict(
             if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(targets):
                 raise InputError(
                     f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
-                    f"got {_describe(output)}"
+                    f"got {describe(output)}"
                 )
             # Copying to the host waits for the device, but logits of a large set need not pile up there.
             logits.append(output.to("cpu", torch.float32))
             labels.append(targets.to("cpu", torch.int64))
     if not logits:
-        raise InputError("batches: expected at least one batch, got none")
+        raise InputError("batches: expected at least one batch, got none" + no_batches(batches))
     return torch.cat(logits), torch.cat(labels)
 
 

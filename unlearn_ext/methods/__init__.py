@@ -12,7 +12,7 @@ from .random_label import RandomLabel, SalUn
 from .registry import METHODS, available, find
 from .scrub import Scrub
 from .sfron import ABLATIONS, SFRon
-from .spec import parse
+from .spec import find_method, parse
 from .ssd import SSD
 from .ug_clu import UGCLU
 
@@ -38,5 +38,6 @@ __all__ = [
     "Scrub",
     "available",
     "find",
+    "find_method",
     "parse",
 ]

@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .._arguments import check_count, check_finite, check_number
+from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, nearest
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
@@ -29,6 +29,8 @@ DIFFUSION = ("class-conditional diffusion", "text-conditional diffusion")
 ALL_TASKS = CLASSIFICATION + DIFFUSION
 
 MASK_SOURCES = ("gamma", "mask_fraction", "mask")
+AnyMethod = TypeVar("AnyMethod", bound="Method")
+
 _OBJECTS = ("mask", "random_model")  # arguments that are no settings
 
 
@@ -203,11 +205,13 @@ class Method(StepConfig, ABC):
                 raise InputError(f"mask_fraction: {type(self).__name__} measures no saliency; give it a ready mask")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Method:
+    def preset(cls: type[AnyMethod], name: str, **overrides: Any) -> AnyMethod:
         """Published settings by name; keyword arguments replace single ones, and a mask of any kind the preset's."""
         if name not in cls.presets:
             known = ", ".join(cls.presets) or "none"
-            raise InputError(f"{cls.__name__} has no preset {name!r}: choose from {known}")
+            near = nearest(name, cls.presets.keys()) if isinstance(name, str) else None
+            hint = f", perhaps {near} is meant" if near else ""
+            raise InputError(f"{cls.__name__} has no preset {name!r}{hint}: choose from {known}")
         preset = dict(cls.presets[name])
         if any(overrides.get(source) is not None for source in MASK_SOURCES):
             preset = {key: value for key, value in preset.items() if key not in MASK_SOURCES}
@@ -260,7 +264,13 @@ class Method(StepConfig, ABC):
             InputError: ``epochs`` are asked of data without a length.
         """
         if self.epochs is not None:
-            self.iterations = max(1, round(self.epochs * self._pass("retain" if self.retains else "forget", passes)))
+            batches = self._pass("retain" if self.retains else "forget", passes)
+            self.iterations = max(1, self._rounded(self.epochs * batches))
+
+    def _rounded(self, iterations: float) -> int:
+        if iterations > LARGEST_COUNT:
+            raise InputError(f"epochs: expected fewer than 2^63 iterations in all, got epochs={self.epochs}")
+        return round(iterations)
 
     def take_sizes(self, sizes: Mapping[str, int]) -> None:
         """How many samples each set has, once a first pass has seen all of them. A run that resumes makes no first

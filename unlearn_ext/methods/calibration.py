@@ -81,8 +81,8 @@ class Calibration(ABC):
 
     def __init__(self, every: int | None, samples: int):
         if every is not None:
-            check_count("calibrate_every", every)
-        check_count("calibration_samples", samples)
+            every = check_count("calibrate_every", every)
+        samples = check_count("calibration_samples", samples)
         if samples < LEAST_SAMPLES:
             raise InputError(
                 f"calibration_samples: expected {LEAST_SAMPLES} or more, to tell distributions apart, got {samples}"
@@ -194,8 +194,8 @@ class TargetAccuracy(Calibration):
 
     def __init__(self, every: int | None, samples: int, target: float):
         super().__init__(every, samples)
-        check_number("target_accuracy", target, "a number from 0 to 1, or None", lambda x: 0.0 <= x <= 1.0)
-        self.target = target
+        expected = "a number from 0 to 1, or None"
+        self.target = check_number("target_accuracy", target, expected, lambda x: 0.0 <= x <= 1.0)
 
     def start(self, unseen: Tensor, wrong_loss: float | None = None) -> None:
         super().start(unseen)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
+from .._arguments import nearest
 from ..errors import InputError, first_line
 from .bad_teacher import BadTeacher
 from .base import Method, Row
@@ -72,9 +72,10 @@ def find(name: str) -> type[Method]:
     if name in _ELSEWHERE:
         raise InputError(f"{name} {_ELSEWHERE[name]}")
     known = [*METHODS, *(own for own in _entries() if own not in METHODS)]
-    near = difflib.get_close_matches(name, known, n=1)
+    classes = {method.__name__: key for key, method in METHODS.items()}  # the name of a class is tried, too
+    near = nearest(name, {**classes, **{own: own for own in known}})
     raise InputError(
-        f"there is no method {name!r}{f', perhaps {near[0]} is meant' if near else ''}: choose from {', '.join(known)}"
+        f"there is no method {name!r}{f', perhaps {near} is meant' if near else ''}: choose from {', '.join(known)}"
     )
 
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from .._arguments import check_instance, describe
 from ..errors import InputError
 from .base import Method
 from .registry import find
+from .ssd import SSD
 
-__all__ = ["parse", "read_settings", "split_commas", "split_spec"]
+__all__ = ["find_method", "parse", "read_settings", "split_commas", "split_spec"]
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -31,6 +33,8 @@ def parse(spec: str, **defaults: Any) -> Method:
     Raises:
         InputError: an unknown name, preset or key, or a value that does not fit.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"a method is given as text, such as 'sfron', got {describe(spec)}")
     name, preset, rest = split_spec(spec)
     method = find(name)
     given = read_settings(name, method, rest)
@@ -40,6 +44,20 @@ def parse(spec: str, **defaults: Any) -> Method:
         return method(**{**known, **given})
     of_preset = method.presets.get(preset, {})
     return method.preset(preset, **{**{k: v for k, v in known.items() if k not in of_preset}, **given})
+
+
+def find_method(method: Method | str) -> Method:
+    """A method as it is, or :func:`parse` of a text.
+
+    Raises:
+        InputError: it is neither, such as a method's class; says what to pass.
+    """
+    if isinstance(method, str):
+        return parse(method)
+    if isinstance(method, SSD) or (isinstance(method, type) and issubclass(method, SSD)):
+        raise InputError("method: SSD makes no gradient step: call SSD().run(model, task, forget, retain)")
+    check_instance("method", method, Method, "SFRon() or its name 'sfron'")
+    return method
 
 
 def split_spec(spec: str) -> tuple[str, str, str]:

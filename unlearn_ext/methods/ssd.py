@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_finite
+from .._arguments import check_count, check_finite, check_model
 from .._data import DataCheck
 from .._names import trainable
 from .._shards import is_sharded
 from .._streams import length
 from ..errors import InputError
 from ..saliency import FisherDiagonal, SaliencyMask
-from ..tasks import Task
+from ..tasks import Task, check_task
 
 __all__ = ["SSD", "Dampening", "dampening_factor"]
 
@@ -93,9 +93,8 @@ class SSD:
     chunk: int = 8
 
     def __post_init__(self) -> None:
-        check_finite("alpha", self.alpha)
-        check_finite("lambd", self.lambd)
-        check_count("chunk", self.chunk)
+        self.alpha, self.lambd = check_finite("alpha", self.alpha), check_finite("lambd", self.lambd)
+        self.chunk = check_count("chunk", self.chunk)
 
     def run(
         self,
@@ -120,6 +119,8 @@ class SSD:
             InputError: data or weights that do not fit, or an alpha or λ that dampens no weight.
             NonFiniteError: a loss or a squared gradient is not finite.
         """
+        check_model(model)
+        check_task(task)
         named = trainable(model)
         if any(map(is_sharded, named.values())):
             raise InputError("SSD needs whole weights, and these are sharded: run it before fully_shard")

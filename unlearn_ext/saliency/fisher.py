@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_number
+from .._arguments import check_count, check_model, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._in_backward import clip_factor
 from .._modes import evaluating
 from .._names import trainable, unwrapped
-from .._parts import map_tensors, own_part
+from .._parts import cut, map_tensors, own_part
 from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
-from .._streams import in_step
+from .._streams import empty_set, in_step
 from ..errors import InputError, NonFiniteError
+from ..tasks import check_task
 from ._parts import in_parts
 
 if TYPE_CHECKING:
@@ -74,13 +75,16 @@ class FisherDiagonal:
         split_batches: bool = True,
         in_backward: bool = False,
     ):
+        check_model(model)
+        check_task(task)
         if in_backward and per_sample:
             raise InputError("in_backward is for batch gradients, and per_sample has no backward pass: leave one out")
         if batches is not None:
-            check_count("Fisher batches", batches)
-        check_count("chunk", chunk)
+            batches = check_count("Fisher batches", batches)
+        chunk = check_count("chunk", chunk)
         if max_norm is not None:
-            check_number("Fisher max_norm", max_norm, "more than 0, or None for no clipping", lambda x: x > 0.0)
+            expected = "more than 0, or None for no clipping"
+            max_norm = check_number("Fisher max_norm", max_norm, expected, lambda x: x > 0.0)
         self.model, self.task, self.per_sample, self.batches, self.chunk = model, task, per_sample, batches, chunk
         self.max_norm, self.in_backward = max_norm, in_backward
         self.split_batches, self.ranks = split_batches, Ranks.of(model)
@@ -132,7 +136,7 @@ class FisherDiagonal:
             # torch.func gives zeros where autograd gives None.
             self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
         if self.count == before:
-            raise InputError(f"the {name} set is empty: pass at least one batch")
+            raise empty_set(name, data)
         if not self.seen:
             raise InputError(f"no trainable weight received a gradient from the {name} set: check the loss")
         if self._products(self.sums)[1] > 0:
@@ -142,8 +146,9 @@ class FisherDiagonal:
         return self
 
     def _update(self, batch: Any, where: str) -> None:
-        batch = self.task.prepare(batch, self._device)
+        prepared = self.task.prepare(batch, self._device)
         count = size = self.task.size(batch)
+        batch = prepared
         if self.split_batches:
             batch, count = own_part(batch, size, self.ranks)
         if not self.per_sample:
@@ -223,7 +228,16 @@ class FisherDiagonal:
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):
-            gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
+            try:
+                gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
+            except RuntimeError as error:
+                if not str(error).startswith("vmap:"):
+                    raise
+                raise InputError(
+                    "per_sample=True: torch.func cannot run this model on several samples at once, since it looks at "
+                    "values: set chunk=1 in one process, which makes a backward pass for each sample, or "
+                    "per_sample=False"
+                ) from error
             _check_finite(losses.mean(), self._NAME, where)
             samples = [{name: g[i].detach() for name, g in gradients.items()} for i in range(losses.shape[0])]
             weights = [self._weight_of(sample) for sample in samples]
@@ -273,4 +287,4 @@ def _check_finite(loss: Tensor, name: str, where: str) -> None:
 
 def _samples(batch: Any, start: int, stop: int) -> Any:
     """These samples of a prepared batch."""
-    return map_tensors(batch, lambda tensor: tensor[start:stop])
+    return cut(batch, slice(start, stop))

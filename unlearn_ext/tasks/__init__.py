@@ -1,8 +1,9 @@
 """How a batch becomes per-sample losses, whatever the method."""
 
-from .base import Task
+from .base import Task, check_task
 from .class_diffusion import ClassConditionalDiffusion
 from .classification import Classification
 from .text_diffusion import TextConditionalDiffusion
 
 __all__ = ["ClassConditionalDiffusion", "Classification", "Task", "TextConditionalDiffusion"]
+__all__ += ["check_task"]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check_finite, check_number
+from .._arguments import check_finite, check_number, check_seed
 from .._names import unwrapped
 from ..errors import InputError
 from ._noise import NoiseSchedule
@@ -67,8 +67,9 @@ class Diffusion(Task):
                 "variational_bound=False"
             )
         self.reduction, self.antithetic, self.guidance = reduction, antithetic, guidance
-        self.scaling_factor, self.variational_bound, self.seed = float(scaling_factor), variational, seed
-        self.generator = torch.Generator().manual_seed(seed)
+        self.scaling_factor, self.variational_bound = float(scaling_factor), variational
+        self.seed = check_seed("seed", seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
         # Of the model, since begin():
         self._dtype: torch.dtype | None = None
         self._channels: int | None = None
@@ -80,7 +81,8 @@ class Diffusion(Task):
     # --- Raw batches ----------------------------------------------------------------------------------------
 
     def inputs(self, batch: Any) -> Tensor:
-        if isinstance(batch, Mapping) and "noise" in batch:  # prepared
+        """The samples of a raw batch, and of a prepared one."""
+        if isinstance(batch, Mapping) and "noise" in batch:
             return batch["inputs"]
         return self._samples(batch).values
 

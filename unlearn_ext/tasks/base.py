@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_instance, describe
 from ..errors import InputError
 
-__all__ = ["Task"]
+__all__ = ["Task", "check_task"]
 
 
 class Task(ABC):
-    """A task knows batches, losses and outputs; it knows nothing of masks, schedules or methods."""
+    """A task knows batches, losses and outputs; it knows nothing of masks, schedules or methods.
+
+    A *raw* batch is what a loader gives, and goes to :meth:`begin`, :meth:`check`, :meth:`check_replacement`,
+    :meth:`inputs`, :meth:`size` and :meth:`prepare`. A *prepared* batch is what :meth:`prepare` makes of it, and goes
+    to all losses and to :meth:`hits`. On several ranks that share batches, and for Fisher diagonals of single samples,
+    a prepared batch has to be a tensor, or a tuple, list or dict of tensors, whose first dimension is N.
+
+    A task of your own needs :meth:`prepare`, :meth:`losses` and :meth:`inputs`; what else it offers says which methods
+    it runs with.
+    """
 
     kind: ClassVar[str] = ""  # by which methods say what they run on; an own task may leave it empty
 
     def begin(self, model: nn.Module, batch: Any) -> None:  # noqa: B027 - optional
-        """Called with the first raw batch of a pass, to learn from the model what batches must fit."""
+        """Called with the first raw batch of a pass, and with one of another shape or dtype, to learn from the model
+        what batches must fit. Raises InputError for one that the model does not take."""
 
     def check(self, batch: Any) -> None:  # noqa: B027 - optional
         """Raises InputError for a raw batch that does not fit; draws nothing and moves nothing."""
@@ -32,18 +44,18 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:
-        """The batch checked, on the device, with everything random in it drawn."""
+        """A raw batch checked, on the device, with everything random in it drawn; of as many samples."""
 
     @abstractmethod
     def losses(self, model: Any, batch: Any) -> Tensor:
-        """Per-sample losses, shape [N]. ``model`` is a module or a function of the same arguments."""
+        """Per-sample losses of a prepared batch, shape [N]; ``model`` is a module, or a function of its arguments."""
 
     def fisher_losses(self, model: Any, batch: Any) -> Tensor:
-        """Per-sample losses whose squared gradients are the Fisher diagonal."""
+        """Per-sample losses of a prepared batch, whose squared gradients are the Fisher diagonal."""
         return self.losses(model, batch)
 
     def replacement_losses(self, model: Any, batch: Any) -> Tensor:
-        """Per-sample losses, shape [N], of a forget batch towards what shall stand in its place."""
+        """Per-sample losses, shape [N], of a prepared forget batch towards what shall stand in its place."""
         raise InputError(
             f"{type(self).__name__} has no replacement for what is forgotten: choose a method that needs none"
         )
@@ -62,7 +74,7 @@ class Task(ABC):
         raise InputError(f"{type(self).__name__} has no accuracy to be brought to a target: leave target_accuracy out")
 
     def hits(self, model: Any, batch: Any) -> Tensor:
-        """Bool, shape [N]: which samples are got right."""
+        """Bool, shape [N]: which samples of a prepared batch are got right."""
         raise NotImplementedError
 
     def wrong_loss(self) -> float:
@@ -74,9 +86,26 @@ class Task(ABC):
         return []
 
     @abstractmethod
-    def inputs(self, batch: Any) -> Tensor:
-        """The samples of a raw batch, first dimension N, by which duplicates are told."""
+    def inputs(self, batch: Any) -> Tensor | Mapping[str, Tensor]:
+        """The samples of a raw batch, by which duplicates are found: a tensor, or a dict of tensors, whose first
+        dimension is N."""
 
     def size(self, batch: Any) -> int:
-        """N."""
-        return self.inputs(batch).shape[0]
+        """N, the number of samples of a raw batch.
+
+        Raises:
+            InputError: :meth:`inputs` gives no tensors whose first dimension can be N.
+        """
+        inputs = self.inputs(batch)
+        parts = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+            raise InputError(
+                f"{type(self).__name__}.inputs: expected a tensor, or a dict of tensors, whose first dimension is the "
+                f"samples, got {describe(inputs)}"
+            )
+        return parts[0].shape[0]
+
+
+def check_task(task: Any) -> None:
+    """Raises InputError, which says what to do, unless ``task`` is a :class:`Task`."""
+    check_instance("task", task, Task, "unlearn_ext.tasks.Classification()")

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_seed, describe
 from .._hashing import sample_numbers
 from .._modes import evaluating
+from .._parts import map_tensors
 from ..errors import InputError, NonFiniteError
+from ._batches import LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusal, split
 from .base import Task
 
 __all__ = ["Classification"]
@@ -21,26 +24,42 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Classification(Task):
-    """Batches are ``(inputs, labels)`` or dicts with ``pixel_values`` and ``labels``, as transformers has them.
+    """Batches are ``(inputs, labels)``, or dicts of the model's keyword arguments with ``labels`` or ``label``, as
+    transformers has them (``pixel_values``, or ``input_ids`` and ``attention_mask``): the model gets all but the
+    labels. The inputs of a pair may also be such a dict.
 
     What stands in a forgotten sample's place is a wrong label: that of ``replace_labels`` where a batch is a dict and
     has them, otherwise one drawn for the sample once, evenly among the other classes, from the seed and the sample's
-    bytes: whatever the order, the batch and the rank. Samples that are augmented anew in every pass need
-    ``replace_labels``.
+    bytes, padding that ``attention_mask`` leaves out not counted: whatever the order, the batch and the rank. Samples
+    that are augmented anew in every pass need ``replace_labels``.
 
     Args:
-        loss: ``loss(logits, labels) -> per-sample losses [N]``; cross-entropy by default. Logits are [N, classes]
-            and the model may return an object with ``.logits``.
+        loss: ``loss(logits, labels) -> per-sample losses [N]``; cross-entropy by default. Logits are [N, classes],
+            and the model may return an object or a dict that has them as ``logits``.
         seed: of the wrong labels.
+        label_key: where dicts have their labels; by default under ``labels`` or ``label``.
     """
 
     kind = "classification"
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None, *, seed: int = 0):
-        self.loss, self.seed = loss, seed
-        self._classes: int | None = None  # of the model's output
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        seed: int = 0,
+        label_key: str | None = None,
+    ):
+        if loss is not None and (not callable(loss) or isinstance(loss, type)):
+            raise InputError(f"loss: expected a function loss(logits, labels), got {describe(loss)}")
+        if label_key is not None and not isinstance(label_key, str):
+            raise InputError(f"label_key: expected a name, got {describe(label_key)}")
+        self.loss, self.seed = loss, check_seed("seed", seed)
+        self._label_keys = LABEL_KEYS if label_key is None else (label_key,)
+        # Of the model, since begin():
+        self._classes: int | None = None
+        self._by_name = True  # whether it takes a dict's inputs by their names
 
-    def inputs(self, batch: Any) -> Tensor:
+    def inputs(self, batch: Any) -> Inputs:
         return self._split(batch)[0]
 
     def labels(self, batch: Any) -> Tensor:
@@ -49,27 +68,39 @@ class Classification(Task):
     def begin(self, model: nn.Module, batch: Any) -> None:
         """Learns the number of classes from one forward pass, so that :meth:`check` can check every label."""
         self._classes = None
-        inputs, _ = self._split(self.prepare(batch, next(model.parameters()).device))
+        inputs, labels = self._split(self.prepare(batch, next(model.parameters()).device))
+        if isinstance(inputs, dict):
+            self._by_name = by_name(model, inputs)
         with evaluating(model), torch.no_grad():
-            logits = self.logits(model, inputs)
+            try:
+                logits = self.logits(model, inputs)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if (sentence := refusal(model, inputs, error)) is None:
+                    raise
+                raise InputError(sentence) from error
         if self.loss is None:  # else it knows what it takes
             _check_logits(logits)
+            if logits.shape[0] != labels.shape[0]:
+                raise InputError(
+                    f"the model's output: expected {labels.shape[0]} rows of logits, one for each sample of a batch, "
+                    f"got shape {list(logits.shape)}"
+                )
         if isinstance(logits, Tensor) and logits.dim() == 2:
             self._classes = logits.shape[1]
 
     def check(self, batch: Any) -> None:
         inputs, labels = self._split(batch)
-        if inputs.shape[:1] != labels.shape[:1]:
-            raise InputError(f"a batch has {inputs.shape[0]} inputs and {labels.shape[0]} labels: they must match")
-        if inputs.shape[0] == 0:
-            raise InputError("a batch is empty: drop it, or set drop_last=True on its loader")
+        check_values(inputs, labels)
         if self.loss is not None:  # it knows what its labels mean
             return
         if not are_indices(labels):
             raise InputError(
                 f"labels: expected integers of shape [N], got {labels.dtype} of shape {list(labels.shape)}"
+                f"{_label_remedy(labels)}"
             )
         replace = _replace_labels(batch)
+        if replace is not None and not isinstance(replace, Tensor):
+            raise InputError(f"replace_labels: expected a tensor of integers, got {describe(replace)}")
         if replace is not None and (not are_indices(replace) or replace.shape != labels.shape):
             raise InputError(
                 f"replace_labels: expected integers of shape {list(labels.shape)}, got {replace.dtype} of shape "
@@ -90,19 +121,28 @@ class Classification(Task):
                 "with replace_labels"
             )
 
-    def prepare(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+    def prepare(self, batch: Any, device: torch.device) -> tuple[Inputs, Tensor] | dict[str, Tensor]:
         self.check(batch)
-        inputs, labels = (part.to(device, non_blocking=True) for part in self._split(batch))
+        inputs, labels = map_tensors(self._split(batch), lambda part: part.to(device, non_blocking=True))
         if are_indices(labels):
             labels = labels.long()
         replace = _replace_labels(batch)
         if replace is None:
             return inputs, labels
+        named = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
         replace = replace.to(device, non_blocking=True).long()
-        return {"pixel_values": inputs, "labels": labels, "replace_labels": replace}
+        return {**named, label_key(batch, self._label_keys): labels, REPLACEMENT: replace}
 
-    def logits(self, model: Any, inputs: Tensor) -> Tensor:
-        output = model(inputs)
+    def logits(self, model: Any, inputs: Inputs) -> Tensor:
+        """What the model gives for the inputs of a prepared batch."""
+        if isinstance(inputs, Tensor):
+            output = model(inputs)
+        elif by_name(model, inputs) if isinstance(model, nn.Module) else self._by_name:
+            output = model(**inputs)
+        else:
+            output = model(*inputs.values())
+        if isinstance(output, Mapping) and "logits" in output:
+            return output["logits"]
         return getattr(output, "logits", output)
 
     def losses(self, model: Any, batch: Any) -> Tensor:
@@ -168,23 +208,12 @@ class Classification(Task):
             )
         return losses
 
-    @staticmethod
-    def _split(batch: Any) -> tuple[Tensor, Tensor]:
-        pair: tuple[Any, ...] = ()
-        if isinstance(batch, Mapping):
-            pair = (batch.get("pixel_values"), batch.get("labels"))
-        elif isinstance(batch, (tuple, list)):
-            pair = tuple(batch)
-        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-            got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-            raise InputError(
-                f"a batch is (inputs, labels) or a dict with pixel_values and labels, all tensors; got {got}"
-            )
-        return pair
+    def _split(self, batch: Any) -> tuple[Inputs, Tensor]:
+        return split(batch, self._label_keys)
 
 
 def _replace_labels(batch: Any) -> Tensor | None:
-    return batch.get("replace_labels") if isinstance(batch, Mapping) else None
+    return batch.get(REPLACEMENT) if isinstance(batch, Mapping) else None
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -196,9 +225,18 @@ def are_indices(labels: Tensor) -> bool:
     return labels.dtype in _INTEGERS and labels.dim() == 1
 
 
+def _label_remedy(labels: Tensor) -> str:
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        return ": use labels.squeeze(1)" + (".long()" if labels.dtype not in _INTEGERS else "")
+    if labels.dim() == 2:
+        return ": use labels.argmax(1) of one-hot labels, or give Classification a loss that takes them"
+    return ": use labels.long()" if labels.dim() == 1 else ""
+
+
 def _check_logits(logits: Any) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        got += f" of {logits.dtype}" if isinstance(logits, Tensor) and not logits.is_floating_point() else ""
         raise InputError(
             f"the model's output: expected logits [N, classes] or an object with .logits, got {got}: wrap the model, "
             "or give Classification a loss that takes its output"
