@@ -207,9 +207,8 @@ def _not_loaded(path: Path, error: Exception) -> BuildError:
 def no_kernel(operator: str, device: str) -> BuildError:
     """The error of a library that was loaded and has no kernel for an operator: another one of that name."""
     library = _library if device == "cpu" else "the library that was loaded"
-    return BuildError(
-        f"{library} has no {device} kernel for unlearn_ext::{operator}: it is another library, replace it"
-    )
+    advice = "it is another library, delete it or install unlearn_ext again"
+    return BuildError(f"{library} has no {device} kernel for unlearn_ext::{operator}: {advice}")
 
 
 def _is_cut(path: str) -> bool:
@@ -528,11 +527,12 @@ def compile_recipe(recipe: Recipe, library: Path) -> Path:
     ``build.log`` beside it keeps what the compiler said, and a file with its hash lies beside it too.
     """
     started = time.monotonic()
+    ninja = [_find_ninja(), "-j", str(_toolchain.jobs())]
     _say(f"building {recipe.file_name} with {recipe.compiler[0]} ...")
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as name:
             work = Path(name)
-            _run_ninja(recipe, work, library.with_name("build.log"))
+            _run_ninja(ninja, recipe, work, library.with_name("build.log"))
             _library_cache.put(work / recipe.file_name, library)
     except OSError as error:  # a full disk, say
         what = f"cannot build in {library.parent}: {error.strerror or error}"
@@ -541,10 +541,10 @@ def compile_recipe(recipe: Recipe, library: Path) -> Path:
     return library
 
 
-def _run_ninja(recipe: Recipe, work: Path, log: Path) -> None:
+def _run_ninja(ninja: list[str], recipe: Recipe, work: Path, log: Path) -> None:
     script = work / "build.ninja"
     script.write_bytes(os.fsencode(_ninja_script(recipe, work)))
-    command = [_find_ninja(), "-f", str(script), "-j", str(_toolchain.jobs())]
+    command = [*ninja, "-f", str(script)]
     limit = _toolchain.build_timeout()
     hung = False
     with open(work / log.name, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:

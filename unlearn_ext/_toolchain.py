@@ -58,7 +58,7 @@ def find_compiler() -> tuple[str, ...]:
         words = [text] if shutil.which(text) else split_words("CXX", text)  # a path may hold spaces
         if path := shutil.which(words[0]):
             return (os.path.abspath(path), *words[1:])
-        what = "is a directory" if os.path.isdir(words[0]) else "was not found"
+        what = "is not a program" if os.path.exists(words[0]) else "was not found"
         raise ToolchainError(f"the compiler in CXX, {words[0]!r}, {what}: correct it, or {install}")
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):

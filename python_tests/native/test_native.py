@@ -225,36 +225,22 @@ def test_a_library_that_was_cut_is_built_anew_once(
         results = list(pool.map(lambda _: run(TINY, tiny_csrc, **env), range(processes)))
     assert all((status, out.split()) == (0, ["native", str(library)]) for status, out, _ in results), results
     assert sum(err.count("unlearn_ext: building") for _, _, err in results) == 1
-    assert sum("does not load: it is replaced" in err for _, _, err in results) >= 1
+    assert sum("its hash differs; it is replaced" in err for _, _, err in results) >= 1
     assert len(library.read_bytes()) == len(whole)
     if processes > 1:
         assert "building" not in run(TINY, tiny_csrc, **env)[2]
 
 
 @needs_compiler
-def test_a_library_that_cannot_be_replaced_is_an_error(
-    tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that the cache does not own, one that this process has just built, or without a tool to build it with."""
-    monkeypatch.setenv("UNLEARN_EXT_CACHE", str(tmp_path / "cache"))
-    message = r"\.so does not load: .*Delete it to have it built anew$"
+def test_a_library_that_cannot_be_replaced_is_an_error(tiny_csrc: Path, tmp_path: Path) -> None:
+    """One that the cache does not own, and one that was overwritten after its hash was checked."""
     foreign = tmp_path / "libother.so"
-    foreign.write_bytes(b"junk")
-    library = _native.build(tiny_csrc)
-    library.write_bytes(b"junk")
+    library = _native.build(tiny_csrc, tmp_path / "cache")
     for path in (foreign, library):
-        with pytest.raises(_native.BuildError, match=message):
-            _native._load_library(path, lambda: _native.cpu_recipe(tiny_csrc))
+        path.write_bytes(b"junk")
+        with pytest.raises(_native.BuildError, match=r"\.so does not load: .*(too short|ELF).*UNLEARN_EXT_CACHE"):
+            _native._load_library(path)
         assert path.read_bytes() == b"junk"
-    monkeypatch.setattr(_native, "_built", set())
-
-    def missing() -> str:
-        raise _native.ToolchainError("ninja was not found")
-
-    monkeypatch.setattr(_native, "_find_ninja", missing)
-    with pytest.raises(_native.BuildError, match=message):
-        _native._load_library(library, lambda: _native.cpu_recipe(tiny_csrc))
-    assert library.read_bytes() == b"junk"
 
 
 @needs_compiler
@@ -265,7 +251,7 @@ def test_an_unwritable_cache_is_replaced_for_this_process(tiny_csrc: Path, tmp_p
     backend, library = out.split()
     assert backend == "native"
     assert Path(library).is_relative_to(tmp_path)
-    assert "cannot write to" in err
+    assert "is a file, where a directory is needed" in err and "UNLEARN_EXT_CACHE" in err
     assert not Path(library).exists(), "the directory should go with its process"
 
 
