@@ -68,11 +68,7 @@ class CacheDirectory:
                 return None
             finally:
                 os.close(parent)
-            try:
-                directory._check()
-            except BaseException:
-                directory.close()
-                raise
+            directory._check()
         return directory
 
     def _check(self) -> None:
@@ -80,22 +76,26 @@ class CacheDirectory:
         if is_noexec(self._descriptor):
             raise UnusableError(f"{self.path} is on a file system mounted noexec, from which no library loads")
 
-    def close(self) -> None:
-        os.close(self._descriptor)
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
     def fault(self, name: str) -> str | None:
         """Why a library must not be loaded, or ``MISSING``; ``None``: it is what was built here."""
         try:
             with self._file(name) as file:
                 digest = _digest(file)
+        except FileNotFoundError:
+            return MISSING
+        except (UnusableError, OSError) as error:
+            return _said(error)
+        try:
             with self._file(name + _HASH_SUFFIX) as file:
                 recorded = os.read(file, 64).decode(errors="replace")
-        except FileNotFoundError as error:
-            return MISSING if error.filename == name else "has no hash beside it"
-        except UnusableError as error:
-            return str(error)
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
+        except FileNotFoundError:
+            return "has no hash beside it"
+        except (UnusableError, OSError) as error:
+            return f"has a hash beside it that {_said(error)}"
         return None if recorded == digest else "is not what was built there: its hash differs"
 
     @contextlib.contextmanager
@@ -222,6 +222,10 @@ def _explained(path: Path) -> Iterator[None]:
         raise UnusableError(f"{there} is a file, where a directory is needed") from None
     except OSError as error:
         raise UnusableError(f"cannot use {path} ({error.strerror or error})") from None
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, UnusableError) else f"cannot be read ({getattr(error, 'strerror', error)})"
 
 
 def _digest(descriptor: int) -> str:

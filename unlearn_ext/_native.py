@@ -476,8 +476,6 @@ def _build_cached(recipe: Recipe, cache: Path | None) -> Path:
     except UnusableError as error:
         return _build_apart(recipe, str(error))
     library = directory.path / recipe.file_name
-    if former := _directories.get(library):
-        former.close()
     _directories[library] = directory
     return library
 
