@@ -242,9 +242,8 @@ def _packaged_library() -> Path | None:
 class Recipe:
     """One shared library: what goes into it, and the key that names it.
 
-    ``sources`` are relative to ``csrc``, where the compiler runs, so that neither the key nor the library
-    depends on where that is; the first takes the longest to compile. ``includes`` and ``libraries`` are outside the
-    key: ``identity`` tells what they hold.
+    ``sources`` are relative to ``csrc``, so that neither the key nor the library depends on where that is; the first
+    takes the longest to compile. ``includes`` and ``libraries`` are outside the key: ``identity`` tells what they hold.
     """
 
     file_name: str
@@ -540,14 +539,14 @@ def compile_recipe(recipe: Recipe, library: Path) -> Path:
 
 
 def _run_ninja(ninja: list[str], recipe: Recipe, work: Path, log: Path) -> None:
-    script = work / "build.ninja"
-    script.write_bytes(os.fsencode(_ninja_script(recipe, work)))
-    command = [*ninja, "-f", str(script)]
+    (work / "csrc").symlink_to(recipe.csrc.absolute())
+    (work / _others(recipe)).write_text("".join(f'#include "{source}"\n' for source in recipe.sources[1:]))
+    (work / "build.ninja").write_bytes(os.fsencode(_ninja_script(recipe)))
     limit = _toolchain.build_timeout()
     hung = False
     with open(work / log.name, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
         try:
-            status, _, _ = _toolchain.start(command, limit, cwd=recipe.csrc, stdout=output, stderr=subprocess.STDOUT)
+            status, _, _ = _toolchain.start(ninja, limit, cwd=work, stdout=output, stderr=subprocess.STDOUT)
         except subprocess.TimeoutExpired:
             hung = True
     _library_cache.replace(work / log.name, log)
@@ -561,44 +560,40 @@ def _run_ninja(ninja: list[str], recipe: Recipe, work: Path, log: Path) -> None:
         raise BuildError(f"{recipe.compiler[0]} says that it has built the library, and has not; full log: {log}")
 
 
-def _ninja_script(recipe: Recipe, work: Path) -> str:
-    """A build from nothing in ``work``: no dependency files, because nothing is ever rebuilt there.
+def _ninja_script(recipe: Recipe) -> str:
+    """A build from nothing: no dependency files, because nothing is ever rebuilt there.
 
-    Paths stand in variables, whose values may hold every character but a line's end, which no path of ours has.
+    It runs in the work directory, where ``csrc`` is a link to the sources. Names relative to it keep every character of
+    users' paths away from ninja, from shells, and from nvcc, which hands paths to a shell without quoting them.
     """
-    if re.search(r"[\r\n]", f"{work}{recipe.csrc}"):
-        raise BuildError(f"the path {str(work)!r} has a line break: let UNLEARN_EXT_CACHE name another directory")
 
-    def value(text: object) -> str:
-        return str(text).replace("$", "$$")
+    def command(*words: str) -> str:
+        return shlex.join(words).replace("$", "$$")
 
-    includes = ["-I.", *(word for directory in recipe.includes for word in ("-isystem", directory))]
-    units = _translation_units(recipe, work)
-    objects = [f"$work/{number}.o" for number in range(len(units))]
+    includes = ["-Icsrc", *(word for directory in recipe.includes for word in ("-isystem", directory))]
+    units = _translation_units(recipe)
+    objects = [f"{number}.o" for number in range(len(units))]
     link = (*recipe.link_flags, *recipe.libraries)
     lines = [
-        f"work = {value(work)}",
-        f"name = {value(recipe.file_name)}",
-        *(f"unit{number} = {value(unit)}" for number, unit in enumerate(units)),
-        "builddir = $work",
         "rule compile",
-        f"  command = {value(shlex.join([*recipe.compiler, *recipe.flags, *includes]))} -c $in -o $out",
+        f"  command = {command(*recipe.compiler, *recipe.flags, *includes)} -c $in -o $out",
         "rule link",
-        f"  command = {value(shlex.join(recipe.compiler))} $in {value(shlex.join(link))} -o $out",
+        f"  command = {command(*recipe.compiler)} $in {command(*link)} -o $out",
+        *(f"unit{number} = {unit}".replace("$", "$$") for number, unit in enumerate(units)),
+        *(f"build {target}: compile $unit{number}" for number, target in enumerate(objects)),
+        f"build {recipe.file_name}: link {' '.join(objects)}",
     ]
-    lines += [f"build {target}: compile $unit{number}" for number, target in enumerate(objects)]
-    lines += [f"build $work/$name: link {' '.join(objects)}"]
     return "\n".join(lines) + "\n"
 
 
-def _translation_units(recipe: Recipe, work: Path) -> list[str | Path]:
+def _translation_units(recipe: Recipe) -> list[str]:
     """The first source, and all others together: every unit pays two seconds for PyTorch's headers."""
     first, *others = recipe.sources
-    if not others:
-        return [first]
-    together = work / f"others{Path(first).suffix}"
-    together.write_text("".join(f'#include "{source}"\n' for source in others))
-    return [first, together]
+    return [os.path.join("csrc", first), *([_others(recipe)] if others else [])]
+
+
+def _others(recipe: Recipe) -> str:
+    return f"others{Path(recipe.sources[0]).suffix}"
 
 
 @contextlib.contextmanager
