@@ -148,12 +148,9 @@ def ask(command: list[str]) -> str:
 def start(command: list[str], seconds: float, **options: Any) -> tuple[int, bytes, bytes]:
     """Run to the end: status, stdout and stderr, where these are pipes.
 
-    Whatever ends the wait (the time, Ctrl-C) also ends the process and all that it started. What it writes is
-    readable by this user alone, whatever the umask.
+    Whatever ends the wait (the time, Ctrl-C) also ends the process and all that it started.
     """
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}, umask=0o077, **options
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}, **options)
     with process:
         try:
             out, err = process.communicate(timeout=None if math.isinf(seconds) else seconds)
