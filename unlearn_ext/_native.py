@@ -367,7 +367,7 @@ def torch_flags() -> list[str]:
 def _find_csrc() -> Path:
     """Inside the package when a wheel was installed, beside it in a checkout."""
     if not _HERE.is_dir():
-        raise ToolchainError(f"unlearn_ext is imported from inside an archive ({_HERE}), where no compiler can read")
+        raise ToolchainError(f"unlearn_ext is imported from inside an archive ({_HERE}), which compilers cannot read")
     for csrc in (_HERE / "csrc", _HERE.parent / "csrc"):
         if (csrc / "math").is_dir():
             return csrc
