@@ -9,10 +9,11 @@ Such a wheel is tied to the platform but to no Python version, and holds one lib
 best one is chosen at run time. It needs torch where it is built, hence no isolation.
 """
 
-import importlib.util
+import importlib
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -53,7 +54,9 @@ class BuildPackage(build_py):
         self.mkpath(str(work))
         self.mkpath(str(target))
         for recipe in native.aot_recipes():
-            shutil.copy2(native.compile_recipe(recipe, work / recipe.file_name), target)
+            library = native.compile_recipe(recipe, work / recipe.file_name)
+            library.chmod(0o755)  # a cache's are for their user alone
+            shutil.copy2(library, target)
 
 
 class PlatformDistribution(Distribution):
@@ -72,12 +75,11 @@ class BuildWheel(bdist_wheel):
 
 
 def _load_native():
-    """unlearn_ext/_native.py by itself: the package is not built yet."""
-    spec = importlib.util.spec_from_file_location("unlearn_ext_native", ROOT / "unlearn_ext" / "_native.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """unlearn_ext/_native.py without the package's __init__, which imports what need not be installed here."""
+    package = types.ModuleType("unlearn_ext_sources")
+    package.__path__ = [str(ROOT / "unlearn_ext")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}._native")
 
 
 setup(

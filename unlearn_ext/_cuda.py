@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ._native import BuildError, Recipe, ToolchainError, _find_compiler, _find_csrc, _run, torch_flags
+from ._toolchain import host_compiler, macros
 
 __all__ = ["architectures", "cuda_loop_recipe", "cuda_recipe", "find_nvcc", "nvcc_command"]
 
@@ -75,7 +76,9 @@ def _generate(architecture: str) -> list[str]:
 
 def nvcc_command(chosen: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The compiler with its host compiler, and the flags that make the library what it is."""
-    compiler = (find_nvcc(), "-ccbin", _find_compiler()[0])
+    host = host_compiler(_find_compiler())
+    macros((host,), [])  # a host compiler that is none gives many lines of other things from nvcc
+    compiler = (find_nvcc(), "-ccbin", host)
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *torch_flags()]
     for architecture in chosen:
         flags += _generate(architecture)

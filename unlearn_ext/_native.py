@@ -17,8 +17,9 @@ Environment:
 
 - ``UNLEARN_EXT_BACKEND``: ``native`` or ``python`` forces one; unset chooses as above.
 - ``UNLEARN_EXT_CACHE``: the cache directory, default ``$XDG_CACHE_HOME/unlearn_ext``, else
-  ``~/.cache/unlearn_ext``.
+  ``~/.cache/unlearn_ext``. One that others can write to is not used: see :mod:`unlearn_ext._library_cache`.
 - ``UNLEARN_EXT_CXXFLAGS``: further flags for compiling and linking (``-fsanitize=address``); forces a build.
+- ``UNLEARN_EXT_BUILD_TIMEOUT``: seconds after which a compiler that hangs is ended, default 1800.
 - ``UNLEARN_EXT_LOCK_TIMEOUT``: seconds to wait for another process's build before building too, default 300.
 - ``UNLEARN_EXT_QUIET``: ``1`` drops the progress lines on stderr.
 - ``UNLEARN_EXT_CUDA``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``: see :mod:`unlearn_ext._cuda`.
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.machinery
@@ -54,24 +56,24 @@ from types import ModuleType
 
 import torch
 
+from . import _library_cache, _toolchain
+from ._library_cache import MISSING, CacheDirectory, UnusableError
+from ._toolchain import BuildError, ToolchainError
+from ._toolchain import ask as _run
+from ._toolchain import find_compiler as _find_compiler
+from ._toolchain import find_ninja as _find_ninja
+from ._toolchain import say as _say
+from .errors import InputError
+
 __all__ = ["BuildError", "ToolchainError", "backend", "build", "build_reference", "library_path", "load", "load_cuda"]
 
 # The oldest torch whose stable ABI the library needs: major, minor, patch and so on in one byte each (2.11).
 _TORCH_TARGET = "0x020b000000000000"
 _HERE = Path(__file__).resolve().parent
-_LOG_LINES = 30
 _LARGEST_SOURCE = "cpu/step.cpp"  # takes as long to compile as all other CPU sources together
 
 # Ahead-of-time variants, best first: torch's name for what a processor offers, and the target within it.
 _X86_VARIANTS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "DEFAULT": "-march=x86-64-v2"}
-
-
-class BuildError(RuntimeError):
-    """The library does not compile, link or load. The message ends with the compiler's last lines."""
-
-
-class ToolchainError(RuntimeError):
-    """What a build needs is not installed: the one failure for which the pure-PyTorch operators stand in."""
 
 
 # --- Loading ------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ _load_lock = threading.RLock()
 _backend: str | None = None
 _cuda_backend: str | None = None
 _library: Path | None = None
-_built: set[Path] = set()  # by this process
+_directories: dict[Path, CacheDirectory] = {}  # of the libraries whose hash this process has checked
 
 
 def backend() -> str:
@@ -99,7 +101,7 @@ def load() -> str:
     Safe to call from several threads and processes at once, and cheap after the first call.
 
     Raises:
-        ValueError: ``UNLEARN_EXT_BACKEND`` is neither ``native`` nor ``python``.
+        InputError: ``UNLEARN_EXT_BACKEND`` is neither ``native`` nor ``python``.
         ToolchainError: ``UNLEARN_EXT_BACKEND=native`` and no compiler or no ninja.
         BuildError: the sources do not compile, or the library does not load.
     """
@@ -109,7 +111,7 @@ def load() -> str:
             if _backend is None:
                 _library = _find_or_build()
                 if _library is not None:
-                    _load_library(_library, cpu_recipe)
+                    _load_library(_library)
                 # Last, because other threads read it without the lock.
                 _backend = "python" if _library is None else "native"
     if os.environ.get("UNLEARN_EXT_CUDA") == "1":
@@ -128,13 +130,11 @@ def load_cuda() -> str:
     """
     global _cuda_backend
     if _cuda_backend is None:
-        from ._cuda import cuda_recipe
-
         with _load_lock:
             if _cuda_backend is None:
                 library = _find_or_build_cuda()
                 if library is not None:
-                    _load_library(library, cuda_recipe)
+                    _load_library(library)
                 _cuda_backend = "python" if library is None else "native"
     return _cuda_backend
 
@@ -163,7 +163,7 @@ def _find_or_build() -> Path | None:
     """The library to load, or None for the pure-PyTorch operators."""
     forced = os.environ.get("UNLEARN_EXT_BACKEND", "")
     if forced not in ("", "native", "python"):
-        raise ValueError(f"UNLEARN_EXT_BACKEND is {forced!r}: expected 'native', 'python' or nothing")
+        raise InputError(f"UNLEARN_EXT_BACKEND is {forced!r}: expected 'native', 'python' or nothing")
     if forced == "python":
         return None
     try:
@@ -180,49 +180,38 @@ def _find_or_build() -> Path | None:
         return None
 
 
-def _load_library(path: Path, recipe: Callable[[], Recipe]) -> None:
-    """Load a library; one of the cache that does not load, cut short by a full disk, say, is built anew once."""
-    tried = _identity(path)
+def _load_library(path: Path) -> None:
+    """Load a library into the process: one of the cache from the directory in which its hash was checked."""
+    directory = _directories.get(path)
+    place = str(path) if directory is None else directory.loadable(path.name)
     try:
-        if _is_cut(path):
+        if _is_cut(place):
             raise OSError("the file is cut short")
-        torch.ops.load_library(path)
-        return
+        ctypes.CDLL(place)  # torch.ops.load_library hides what the loader says, and follows links first
     except OSError as error:
-        failure = error
-    if _build_anew(path, recipe, tried):
-        try:
-            torch.ops.load_library(path)
-            return
-        except OSError as error:
-            failure = error
-    raise BuildError(f"{path} does not load: {failure}. Delete it to have it built anew") from failure
+        raise _not_loaded(path, error) from error
+    torch.ops.loaded_libraries.add(str(path))
 
 
-def _build_anew(path: Path, recipe: Callable[[], Recipe], broken: tuple[int, ...] | None) -> bool:
-    """Replace a library of the cache, unless this process built it or another one has replaced it meanwhile.
-
-    Returns:
-        Whether the path holds another library than the ``broken`` one.
-    """
-    root = _default_cache()
-    if root is None or root.absolute() != path.parent.parent or path in _built:
-        return False
-    try:
-        found = recipe()
-        _find_ninja()
-    except (ToolchainError, BuildError):
-        return False
-    if root.absolute() / found.key / found.file_name != path or _not_writable(path.parent):
-        return False
-    _say(f"{path} does not load: it is replaced")
-    with _lock(path.with_name("lock"), lambda: _identity(path) != broken):
-        if _identity(path) == broken:
-            compile_recipe(found, path)  # in the name of the broken one, which goes when there is another
-    return True
+def _not_loaded(path: Path, error: Exception) -> BuildError:
+    hint = ""
+    if "failed to map segment" in str(error) or "not permitted" in str(error):
+        hint = " (programs and libraries may not run from there: a file system mounted noexec, or a security policy)"
+    if path.parent == _HERE / "_lib":
+        advice = "install unlearn_ext again"
+    else:
+        advice = "delete it to have it built anew, or let UNLEARN_EXT_CACHE name another directory"
+    return BuildError(f"{path} does not load: {error}{hint}; {advice}")
 
 
-def _is_cut(path: Path) -> bool:
+def no_kernel(operator: str, device: str) -> BuildError:
+    """The error of a library that was loaded and has no kernel for an operator: another one of that name."""
+    library = _library if device == "cpu" else "the library that was loaded"
+    advice = "it is another library, delete it or install unlearn_ext again"
+    return BuildError(f"{library} has no {device} kernel for unlearn_ext::{operator}: {advice}")
+
+
+def _is_cut(path: str) -> bool:
     """Whether an ELF file ends before its section headers, which come last.
 
     The loader maps such a file without a look at its size, and the process dies of SIGBUS.
@@ -233,15 +222,6 @@ def _is_cut(path: Path) -> bool:
             return False
         (start,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
         return start + size * count > os.fstat(file.fileno()).st_size
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from the one that takes its name."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _packaged_library() -> Path | None:
@@ -262,9 +242,8 @@ def _packaged_library() -> Path | None:
 class Recipe:
     """One shared library: what goes into it, and the key that names it.
 
-    ``sources`` are relative to ``csrc``, where the compiler runs, so that neither the key nor the library
-    depends on where that is; the first takes the longest to compile. ``includes`` and ``libraries`` are outside the
-    key: ``identity`` tells what they hold.
+    ``sources`` are relative to ``csrc``, so that neither the key nor the library depends on where that is; the first
+    takes the longest to compile. ``includes`` and ``libraries`` are outside the key: ``identity`` tells what they hold.
     """
 
     file_name: str
@@ -355,7 +334,7 @@ def _recipe(
     if not sources or not all((csrc / name).is_file() for name in sources):
         raise BuildError(f"the C++ sources in {csrc} are incomplete: install unlearn_ext again")
     compiler = _find_compiler()
-    extra = shlex.split(os.environ.get("UNLEARN_EXT_CXXFLAGS", ""))
+    extra = _toolchain.split_words("UNLEARN_EXT_CXXFLAGS", os.environ.get("UNLEARN_EXT_CXXFLAGS", ""))
     # -fno-math-errno lets sqrt vectorise. Nothing else of the -ffast-math family: results keep IEEE's rules.
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden"]
     flags += torch_flags()
@@ -387,37 +366,12 @@ def torch_flags() -> list[str]:
 
 def _find_csrc() -> Path:
     """Inside the package when a wheel was installed, beside it in a checkout."""
+    if not _HERE.is_dir():
+        raise ToolchainError(f"unlearn_ext is imported from inside an archive ({_HERE}), which compilers cannot read")
     for csrc in (_HERE / "csrc", _HERE.parent / "csrc"):
         if (csrc / "math").is_dir():
             return csrc
     raise BuildError(f"no C++ sources in {_HERE} or {_HERE.parent}: install unlearn_ext again")
-
-
-def _find_compiler() -> tuple[str, ...]:
-    """``CXX``, which may hold a launcher or arguments, or the system's compiler."""
-    install = "install one (`apt install g++`, `dnf install gcc-c++`, `conda install cxx-compiler`)"
-    if sys.platform == "win32":
-        raise ToolchainError("the native library is built on Linux and macOS only")
-    if wanted := shlex.split(os.environ.get("CXX", "")):
-        if path := shutil.which(wanted[0]):
-            return (os.path.abspath(path), *wanted[1:])
-        raise ToolchainError(f"the compiler in CXX, {wanted[0]!r}, was not found: correct it, or {install}")
-    for name in ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return (path,)
-    raise ToolchainError(f"no C++ compiler was found: {install}, or let CXX name it")
-
-
-def _find_ninja() -> str:
-    """ninja from the PATH or, where an environment is used without activating it, from its package."""
-    if path := shutil.which("ninja"):
-        return path
-    with contextlib.suppress(ImportError, FileNotFoundError):
-        import ninja
-
-        if path := shutil.which("ninja", path=ninja.BIN_DIR):
-            return path
-    raise ToolchainError("ninja was not found: `pip install ninja`")
 
 
 def _settle_target(compiler: tuple[str, ...], flags: list[str], target: str, extra: list[str]) -> tuple[list[str], str]:
@@ -432,26 +386,12 @@ def _settle_target(compiler: tuple[str, ...], flags: list[str], target: str, ext
     for spelling in spellings:
         candidate = [*flags, *filter(None, spelling), *extra]
         try:
-            return candidate, _run([*compiler, *candidate, "-dM", "-E", "-x", "c++", os.devnull])
+            return candidate, _toolchain.macros(compiler, candidate)
+        except _toolchain.CompilerHangsError:
+            raise
         except BuildError as error:
             refusal = error
     raise refusal
-
-
-def _run(command: list[str]) -> str:
-    """The output of a question to the compiler, in one language whatever the locale."""
-    result = subprocess.run(
-        command,
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    if result.returncode != 0:
-        raise BuildError(f"`{shlex.join(command)}` failed:\n{_tail(result.stdout)}")
-    return result.stdout
 
 
 def _readable_prefix(macros: str) -> str:
@@ -487,7 +427,7 @@ def build(csrc: Path | None = None, cache: Path | None = None) -> Path:
 @functools.cache
 def load_loop() -> None:
     """Build ``csrc/benchmark/loop.cpp`` unless the cache has it, and load it: the kernels of ``unlearn_ext_bench``."""
-    _load_library(_build_cached(loop_recipe(), None), loop_recipe)
+    _load_library(_build_cached(loop_recipe(), None))
 
 
 @functools.cache
@@ -495,16 +435,21 @@ def load_cuda_loop() -> None:
     """The same for ``csrc/benchmark/loop.cu``."""
     from ._cuda import cuda_loop_recipe
 
-    _load_library(_build_cached(cuda_loop_recipe(), None), cuda_loop_recipe)
+    _load_library(_build_cached(cuda_loop_recipe(), None))
 
 
 @functools.cache
 def build_reference(csrc: Path | None = None, cache: Path | None = None) -> ModuleType:
     """Build ``csrc/reference.cpp`` unless the cache has it, and import it (needs the ``test`` extra)."""
     path = _build_cached(reference_recipe(csrc), cache)
-    loader = importlib.machinery.ExtensionFileLoader("reference", str(path))
+    directory = _directories.get(path)
+    place = str(path) if directory is None else directory.loadable(path.name)
+    loader = importlib.machinery.ExtensionFileLoader("reference", place)
     spec = importlib.machinery.ModuleSpec("reference", loader, origin=str(path))
-    module = importlib.util.module_from_spec(spec)
+    try:
+        module = importlib.util.module_from_spec(spec)
+    except ImportError as error:
+        raise _not_loaded(path, error) from error
     loader.exec_module(module)
     return module
 
@@ -518,35 +463,56 @@ def _build_cached(recipe: Recipe, cache: Path | None) -> Path:
     """
     root = cache or _default_cache()
     if root is None:
-        return _build_apart(recipe, "no home directory for a cache (UNLEARN_EXT_CACHE names one)")
-    directory = root.absolute() / recipe.key
-    library = directory / recipe.file_name
-    if library.is_file():
-        return library
-    _find_ninja()  # before anything is created
-    if error := _not_writable(directory):
-        return _build_apart(recipe, f"cannot write to {directory} ({error}; UNLEARN_EXT_CACHE moves it)")
-    with _lock(directory / "lock", library.is_file):
-        if not library.is_file():
-            _sweep(directory)
-            compile_recipe(recipe, library)
+        return _build_apart(recipe, "there is no home directory for a cache")
+    try:
+        directory = CacheDirectory.open(root, recipe.key, create=False)
+        if directory is None or directory.fault(recipe.file_name):
+            _find_ninja()  # before anything is created
+            directory = directory or CacheDirectory.open(root, recipe.key, create=True)
+            if directory is None:
+                raise UnusableError(f"{root / recipe.key} was removed while it was made")
+            _build_into(directory, recipe)
+    except UnusableError as error:
+        return _build_apart(recipe, str(error))
+    library = directory.path / recipe.file_name
+    _directories[library] = directory
     return library
 
 
-def _not_writable(directory: Path) -> str | None:
-    """Create the directory, and tell why nothing can be written there, if so."""
+def _build_into(directory: CacheDirectory, recipe: Recipe) -> None:
+    """Build what is missing there, or not what was built there.
+
+    Raises:
+        UnusableError: nothing can be written there.
+    """
+    path, name = directory.path, recipe.file_name
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        return error.strerror or str(error)
-    return None
+        raise UnusableError(f"cannot write to {path} ({error.strerror or error})") from None
+    with _lock(path / "lock", lambda: directory.fault(name) is None):
+        if fault := directory.fault(name):
+            if fault != MISSING:
+                _say(f"{path / name} {fault}; it is replaced")
+            _sweep(path)
+            compile_recipe(recipe, path / name)
+            if fault := directory.fault(name):  # by another process that has the cache's owner and its name
+                raise UnusableError(f"{path / name}, built just now, {fault}")
 
 
 def _build_apart(recipe: Recipe, reason: str) -> Path:
     """Build for this process alone. The directory goes when the process ends; after a failure it stays."""
-    directory = Path(tempfile.mkdtemp(prefix="unlearn_ext-"))
-    _say(f"{reason}: building in {directory}, for this process only")
+    advice = "let UNLEARN_EXT_CACHE name a directory of your own"
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="unlearn_ext-"))
+        noexec = _library_cache.is_noexec(str(directory))
+    except OSError as error:
+        missing = f"there is no temporary directory ({error.strerror or error})"
+        raise BuildError(f"{reason}, and {missing}: {advice}") from None
+    if noexec:
+        os.rmdir(directory)
+        raise BuildError(f"{reason}, and {directory.parent} is on a file system mounted noexec: {advice}")
+    _say(f"{reason}: building in {directory}, for this process only; {advice}")
     library = compile_recipe(recipe, directory / recipe.file_name)
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return library
@@ -555,67 +521,79 @@ def _build_apart(recipe: Recipe, reason: str) -> Path:
 def compile_recipe(recipe: Recipe, library: Path) -> Path:
     """Compile into a private directory beside ``library``, then move the result to that name in one step.
 
-    ``build.log`` beside it keeps what the compiler said.
+    ``build.log`` beside it keeps what the compiler said, and a file with its hash lies beside it too.
     """
-    ninja = _find_ninja()
-    log = library.with_name("build.log")
     started = time.monotonic()
+    ninja = [_find_ninja(), "-j", str(_toolchain.jobs())]
     _say(f"building {recipe.file_name} with {recipe.compiler[0]} ...")
-    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as name:
-        work = Path(name)
-        script = work / "build.ninja"
-        script.write_text(_ninja_script(recipe, work))
-        command = [ninja, "-f", str(script), "-j", os.environ.get("MAX_JOBS") or str(_cores())]
-        with open(work / log.name, "wb") as output:
-            status = subprocess.run(
-                command, cwd=recipe.csrc, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            ).returncode
-        os.replace(work / log.name, log)
-        if status != 0:
-            text = log.read_text(errors="replace")
-            raise BuildError(f"the native library does not compile; full log: {log}\n{_tail(text)}")
-        result = work / recipe.file_name
-        with open(result, "rb") as file:
-            os.fsync(file.fileno())  # content before name: a power cut leaves no half library
-        os.replace(result, library)
-    _built.add(library)
+    try:
+        with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as name:
+            work = Path(name)
+            _run_ninja(ninja, recipe, work, library.with_name("build.log"))
+            _library_cache.put(work / recipe.file_name, library)
+    except OSError as error:  # a full disk, say
+        what = f"cannot build in {library.parent}: {error.strerror or error}"
+        raise BuildError(f"{what}; UNLEARN_EXT_CACHE names another directory") from error
     _say(f"built in {time.monotonic() - started:.1f} s: {library}")
     return library
 
 
-def _ninja_script(recipe: Recipe, work: Path) -> str:
-    """A build from nothing in ``work``: no dependency files, because nothing is ever rebuilt there."""
+def _run_ninja(ninja: list[str], recipe: Recipe, work: Path, log: Path) -> None:
+    (work / "csrc").symlink_to(recipe.csrc.absolute())
+    (work / _others(recipe)).write_text("".join(f'#include "{source}"\n' for source in recipe.sources[1:]))
+    (work / "build.ninja").write_bytes(os.fsencode(_ninja_script(recipe)))
+    limit = _toolchain.build_timeout()
+    hung = False
+    with open(work / log.name, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+        try:
+            status, _, _ = _toolchain.start(ninja, limit, cwd=work, stdout=output, stderr=subprocess.STDOUT)
+        except subprocess.TimeoutExpired:
+            hung = True
+    _library_cache.replace(work / log.name, log)
+    if hung:
+        advice = "UNLEARN_EXT_BUILD_TIMEOUT gives it longer, CXX names another"
+        raise BuildError(f"{recipe.compiler[0]} was ended after {limit:g} s without a library: {advice}; log: {log}")
+    if status != 0:
+        errors = _toolchain.errors_in(log.read_text(encoding="utf-8", errors="replace"))
+        raise BuildError(f"the native library does not compile:\n{errors}\nfull log: {log}")
+    if not (work / recipe.file_name).is_file():
+        raise BuildError(f"{recipe.compiler[0]} says that it has built the library, and has not; full log: {log}")
+
+
+def _ninja_script(recipe: Recipe) -> str:
+    """A build from nothing: no dependency files, because nothing is ever rebuilt there.
+
+    It runs in the work directory, where ``csrc`` is a link to the sources. Names relative to it keep every character of
+    users' paths away from ninja, from shells, and from nvcc, which hands paths to a shell without quoting them.
+    """
 
     def command(*words: str) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    def path(value: Path | str) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(value))
-
-    includes = ["-I.", *(word for directory in recipe.includes for word in ("-isystem", directory))]
-    units = _translation_units(recipe, work)
-    objects = [work / f"{number}.o" for number in range(len(units))]
+    includes = ["-Icsrc", *(word for directory in recipe.includes for word in ("-isystem", directory))]
+    units = _translation_units(recipe)
+    objects = [f"{number}.o" for number in range(len(units))]
     link = (*recipe.link_flags, *recipe.libraries)
     lines = [
-        f"builddir = {path(work)}",
         "rule compile",
         f"  command = {command(*recipe.compiler, *recipe.flags, *includes)} -c $in -o $out",
         "rule link",
         f"  command = {command(*recipe.compiler)} $in {command(*link)} -o $out",
+        *(f"unit{number} = {unit}".replace("$", "$$") for number, unit in enumerate(units)),
+        *(f"build {target}: compile $unit{number}" for number, target in enumerate(objects)),
+        f"build {recipe.file_name}: link {' '.join(objects)}",
     ]
-    lines += [f"build {path(o)}: compile {path(u)}" for o, u in zip(objects, units, strict=True)]
-    lines += [f"build {path(work / recipe.file_name)}: link {' '.join(map(path, objects))}"]
     return "\n".join(lines) + "\n"
 
 
-def _translation_units(recipe: Recipe, work: Path) -> list[str | Path]:
+def _translation_units(recipe: Recipe) -> list[str]:
     """The first source, and all others together: every unit pays two seconds for PyTorch's headers."""
     first, *others = recipe.sources
-    if not others:
-        return [first]
-    together = work / f"others{Path(first).suffix}"
-    together.write_text("".join(f'#include "{source}"\n' for source in others))
-    return [first, together]
+    return [os.path.join("csrc", first), *([_others(recipe)] if others else [])]
+
+
+def _others(recipe: Recipe) -> str:
+    return f"others{Path(recipe.sources[0]).suffix}"
 
 
 @contextlib.contextmanager
@@ -626,14 +604,16 @@ def _lock(path: Path, done: Callable[[], bool]) -> Iterator[None]:
     """
     import fcntl  # not on Windows, where nothing gets here
 
-    timeout = _lock_timeout()
+    timeout = _toolchain.seconds_setting("UNLEARN_EXT_LOCK_TIMEOUT", 300.0)
     deadline = time.monotonic() + timeout
     waiting = False
     with contextlib.ExitStack() as stack:
         file = None
         while not done():
             try:
-                file = file or stack.enter_context(open(path, "ab"))
+                if file is None:
+                    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o600)
+                    stack.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
@@ -650,43 +630,26 @@ def _lock(path: Path, done: Callable[[], bool]) -> Iterator[None]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove what builders that were killed left behind. An hour is far more than a living one needs."""
+    """Remove what builders that were killed left behind: what is older than a living one can be."""
+    limit = max(3600.0, 2 * _toolchain.build_timeout())
     for path in directory.glob("build-*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 3600:
+            if time.time() - path.lstat().st_mtime > limit:
                 shutil.rmtree(path)
 
 
 def _default_cache() -> Path | None:
+    """The cache directory, ``None`` where there is none: a container's user whom no password file lists."""
     if chosen := os.environ.get("UNLEARN_EXT_CACHE"):
-        return Path(chosen).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:
+            raise InputError(f"UNLEARN_EXT_CACHE is {chosen!r}, and there is no such home directory") from None
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # its specification says to take no notice of others
         return Path(base, "unlearn_ext")
     try:
-        return Path.home() / ".cache" / "unlearn_ext"
-    except RuntimeError:  # a container's user that no password file lists
+        home = Path.home()
+    except RuntimeError:
         return None
-
-
-def _lock_timeout() -> float:
-    text = os.environ.get("UNLEARN_EXT_LOCK_TIMEOUT") or "300"
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"UNLEARN_EXT_LOCK_TIMEOUT is {text!r}: expected seconds") from None
-
-
-def _cores() -> int:
-    """The cores this process may use, which in a container or a batch job are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.rstrip().splitlines()[-_LOG_LINES:])
-
-
-def _say(message: str) -> None:
-    if os.environ.get("UNLEARN_EXT_QUIET") != "1":
-        print(f"unlearn_ext: {message}", file=sys.stderr, flush=True)
+    return home / ".cache" / "unlearn_ext" if home.is_absolute() and os.environ.get("HOME") != "" else None

@@ -128,6 +128,8 @@ def _first_use_kernel(name: str) -> Callable:
         _check_operands(name, args)
         device = next(t.device for arg in args if isinstance(arg, list) for t in arg)
         if backend(device) == "native":
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"unlearn_ext::{name}", device.type.upper()):
+                raise _native.no_kernel(name, device.type)  # this one would call itself for ever
             return getattr(torch.ops.unlearn_ext, name).default(*args)
         return fallback(*args)
 

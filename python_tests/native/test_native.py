@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from unlearn_ext import _native
+from unlearn_ext.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -157,16 +159,26 @@ def test_first_use_builds_and_loads(built_cache: Path) -> None:
     assert err == ""
 
 
-def test_python_backend_builds_nothing(tmp_path: Path) -> None:
-    status, out, err = run(PROBE, UNLEARN_EXT_CACHE=tmp_path, UNLEARN_EXT_BACKEND="python")
-    assert (status, out.split(), err) == (0, ["python", "None"], "")
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and none of the choices that were made for the suite."""
+    for name in [*filter(lambda name: name.startswith("UNLEARN_EXT_"), os.environ), "CXX", "MAX_JOBS"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("UNLEARN_EXT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_unknown_backend_is_an_error(tmp_path: Path) -> None:
-    status, _, err = run(PROBE, UNLEARN_EXT_CACHE=tmp_path, UNLEARN_EXT_BACKEND="cuda")
-    assert status != 0
-    assert "UNLEARN_EXT_BACKEND is 'cuda': expected 'native', 'python' or nothing" in err
+def test_python_backend_builds_nothing(no_choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNLEARN_EXT_BACKEND", "python")
+    assert _native._find_or_build() is None and _native._find_or_build_cuda() is None
+    assert not no_choice.exists()
+
+
+def test_unknown_backend_is_an_error(no_choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNLEARN_EXT_BACKEND", "cuda")
+    with pytest.raises(InputError, match=r"UNLEARN_EXT_BACKEND is 'cuda': expected 'native', 'python' or nothing"):
+        _native._find_or_build()
+    assert not no_choice.exists()
 
 
 def test_without_a_compiler_one_warning_and_the_python_path(tmp_path: Path) -> None:
@@ -177,30 +189,38 @@ def test_without_a_compiler_one_warning_and_the_python_path(tmp_path: Path) -> N
 
 
 @needs_compiler
-def test_without_ninja_one_warning_and_the_python_path(tmp_path: Path) -> None:
-    hidden = "import sys; sys.modules['ninja'] = None\n" + PROBE
-    status, out, err = run(hidden, UNLEARN_EXT_CACHE=tmp_path, PATH="", CXX=COMPILER)
-    assert (status, out.split()) == (0, ["python", "None"]), err
-    assert err.count("RuntimeWarning") == 1
-    assert "pip install ninja" in err
+def test_without_ninja_one_warning_and_the_python_path(no_choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", COMPILER)
+    with pytest.warns(RuntimeWarning, match=r"slower pure-PyTorch .*`pip install ninja`") as warned:
+        assert _native._find_or_build() is None
+    assert len(warned) == 1 and not no_choice.exists()
 
 
 @pytest.mark.parametrize("missing", [{"PATH": ""}, {"CXX": "no-such-compiler"}])
-def test_forced_native_without_a_compiler_is_an_error(tmp_path: Path, missing: dict[str, str]) -> None:
-    status, out, err = run(PROBE, UNLEARN_EXT_CACHE=tmp_path, UNLEARN_EXT_BACKEND="native", **missing)
-    assert status != 0 and out == ""
-    assert "ToolchainError: UNLEARN_EXT_BACKEND=native, but" in err
-    assert "RuntimeWarning" not in err
+def test_forced_native_without_a_compiler_is_an_error(
+    missing: dict[str, str], no_choice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"UNLEARN_EXT_BACKEND": "native", **missing}.items():
+        monkeypatch.setenv(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(_native.ToolchainError, match="UNLEARN_EXT_BACKEND=native, but"):
+            _native._find_or_build()
 
 
 @needs_compiler
-def test_a_failed_compile_is_an_error(tiny_csrc: Path, tmp_path: Path) -> None:
+def test_a_failed_compile_is_an_error(
+    no_choice: Path, tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tiny_csrc / "cpu" / "broken.cpp").write_text("#error deliberately broken\n")
-    status, out, err = run(TINY, tiny_csrc, UNLEARN_EXT_CACHE=tmp_path / "cache")
-    assert status != 0 and out == ""
-    assert "BuildError" in err and "deliberately broken" in err
-    assert "RuntimeWarning" not in err
-    log = re.search(r"full log: (/\S+)", err)
+    monkeypatch.setattr(_native, "_find_csrc", lambda: tiny_csrc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(_native.BuildError, match="deliberately broken") as caught:
+            _native._find_or_build()
+    log = re.search(r"full log: (/\S+)", str(caught.value))
     assert log and "deliberately broken" in Path(log.group(1)).read_text()
     assert not list(tmp_path.glob("cache/*/build-*"))
 
@@ -225,36 +245,22 @@ def test_a_library_that_was_cut_is_built_anew_once(
         results = list(pool.map(lambda _: run(TINY, tiny_csrc, **env), range(processes)))
     assert all((status, out.split()) == (0, ["native", str(library)]) for status, out, _ in results), results
     assert sum(err.count("unlearn_ext: building") for _, _, err in results) == 1
-    assert sum("does not load: it is replaced" in err for _, _, err in results) >= 1
+    assert sum("its hash differs; it is replaced" in err for _, _, err in results) >= 1
     assert len(library.read_bytes()) == len(whole)
     if processes > 1:
         assert "building" not in run(TINY, tiny_csrc, **env)[2]
 
 
 @needs_compiler
-def test_a_library_that_cannot_be_replaced_is_an_error(
-    tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that the cache does not own, one that this process has just built, or without a tool to build it with."""
-    monkeypatch.setenv("UNLEARN_EXT_CACHE", str(tmp_path / "cache"))
-    message = r"\.so does not load: .*Delete it to have it built anew$"
+def test_a_library_that_cannot_be_replaced_is_an_error(tiny_csrc: Path, tmp_path: Path) -> None:
+    """One that the cache does not own, and one that was overwritten after its hash was checked."""
     foreign = tmp_path / "libother.so"
-    foreign.write_bytes(b"junk")
-    library = _native.build(tiny_csrc)
-    library.write_bytes(b"junk")
+    library = _native.build(tiny_csrc, tmp_path / "cache")
     for path in (foreign, library):
-        with pytest.raises(_native.BuildError, match=message):
-            _native._load_library(path, lambda: _native.cpu_recipe(tiny_csrc))
+        path.write_bytes(b"junk")
+        with pytest.raises(_native.BuildError, match=r"\.so does not load: .*(too short|ELF).*UNLEARN_EXT_CACHE"):
+            _native._load_library(path)
         assert path.read_bytes() == b"junk"
-    monkeypatch.setattr(_native, "_built", set())
-
-    def missing() -> str:
-        raise _native.ToolchainError("ninja was not found")
-
-    monkeypatch.setattr(_native, "_find_ninja", missing)
-    with pytest.raises(_native.BuildError, match=message):
-        _native._load_library(library, lambda: _native.cpu_recipe(tiny_csrc))
-    assert library.read_bytes() == b"junk"
 
 
 @needs_compiler
@@ -265,7 +271,7 @@ def test_an_unwritable_cache_is_replaced_for_this_process(tiny_csrc: Path, tmp_p
     backend, library = out.split()
     assert backend == "native"
     assert Path(library).is_relative_to(tmp_path)
-    assert "cannot write to" in err
+    assert "is a file, where a directory is needed" in err and "UNLEARN_EXT_CACHE" in err
     assert not Path(library).exists(), "the directory should go with its process"
 
 
@@ -457,6 +463,22 @@ def test_ahead_of_time_wheel_needs_no_compiler(tmp_path: Path, tiny_csrc: Path) 
         assert Path(library).parent == installed / "unlearn_ext" / "_lib"
         if capability:
             assert Path(library).name == "libunlearn_ext-default.so"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.process
+def test_a_package_in_an_archive_runs_without_the_library(tmp_path: Path) -> None:
+    """zipimport finds its modules, and no compiler its sources."""
+    archive = tmp_path / "unlearn_ext.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in (ROOT / "unlearn_ext").rglob("*.py"):
+            packed.write(path, path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*.cpp"):
+            packed.write(path, Path("unlearn_ext", "csrc", path.relative_to(ROOT / "csrc")))
+    env = {"PYTHONPATH": archive, "UNLEARN_EXT_CACHE": tmp_path / "cache"}
+    status, out, err = run(PROBE, **env)
+    assert (status, out.split()) == (0, ["python", "None"]), err
+    assert err.count("RuntimeWarning") == 1 and f"from inside an archive ({archive}" in err
     assert not (tmp_path / "cache").exists()
 
 

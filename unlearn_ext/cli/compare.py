@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,7 @@ def compare(
     the unlearning alone (RTE). Where a comparison was cut, the same command
     goes on.
     """
+    from .._library_cache import make_private
     from .._native import _default_cache
     from ..comparison.choosing import choose, split_list
     from ..comparison.protocol import Protocol
@@ -78,6 +80,10 @@ def compare(
     )
     runners = choose(split_list(methods), settings.value, scenario.value)
     check_file("--json", json_file, output_dir)
+    cache = _default_cache() if cache_dir is None else None
+    if cache is not None:
+        with contextlib.suppress(OSError):  # the folder below it says which
+            make_private(cache)
     comparison = Comparison(
         protocol,
         runners,
@@ -85,7 +91,7 @@ def compare(
         seed=seed,
         count=seeds,
         output_dir=output_dir,
-        models_dir=cache_dir or (_default_cache() or output_dir) / "compare",
+        models_dir=cache_dir or (cache or output_dir) / "compare",
     )
     errors = plain_console(stderr=True)
     errors.print(f"backend: {load_backend(errors)}", style="dim")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._files import atomic_path
+from ..._library_cache import make_private
 from ..._native import _default_cache
 from ..._pixels import to_bytes
 from ...errors import InputError
@@ -65,7 +66,7 @@ def load(
         trained = pretrain(name, seed=seed, without=without, progress=report)
     if cached is not None:
         try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
+            make_private(cached.parent)
             save(trained, cached)
         except OSError:  # a cache that cannot be written costs the time of another training, nothing else
             pass
