@@ -73,7 +73,7 @@ def test_methods_are_found_by_their_names() -> None:
 
 
 def test_another_package_adds_a_method(installed) -> None:
-    installed.append(entry("ascent", "test_methods:Ascent", "more"))
+    installed.append(entry("ascent", f"{__name__}:Ascent", "more"))
     assert find("ascent").__qualname__ == "Ascent"
     assert parse("ascent:lr=0.5").lr == 0.5
     methods, problems = available()
@@ -91,9 +91,9 @@ def test_another_package_adds_a_method(installed) -> None:
             "no_such_module:Ascent",
             r"the method ascent of more cannot be loaded \(ModuleNotFoundError: No mod",
         ),
-        ("ascent", "test_methods:Missing", r"the method ascent of more cannot be loaded \(AttributeError: module"),
-        ("ascent", "test_methods:make", "the method ascent of more is no subclass of unlearn_ext.methods.Method"),
-        ("climb", "test_methods:Ascent", "the method climb of more has to have name = 'climb' and a row"),
+        ("ascent", f"{__name__}:Missing", r"the method ascent of more cannot be loaded \(AttributeError: module"),
+        ("ascent", f"{__name__}:make", "the method ascent of more is no subclass of unlearn_ext.methods.Method"),
+        ("climb", f"{__name__}:Ascent", "the method climb of more has to have name = 'climb' and a row"),
     ],
 )
 def test_a_broken_entry_point_is_one_sentence_and_breaks_no_other(installed, name, value, words) -> None:
@@ -105,15 +105,15 @@ def test_a_broken_entry_point_is_one_sentence_and_breaks_no_other(installed, nam
 
 
 def test_a_name_that_two_have(installed) -> None:
-    installed += [entry("sfron", "test_methods:Ascent", "more")]
+    installed += [entry("sfron", f"{__name__}:Ascent", "more")]
     with pytest.warns(UserWarning, match="more has a method called sfron, as a built-in one is, which is used"):
         assert find("sfron") is SFRon
-    installed[:] = [entry("ascent", "test_methods:Ascent", package) for package in ("more", "other")]
+    installed[:] = [entry("ascent", f"{__name__}:Ascent", package) for package in ("more", "other")]
     with pytest.raises(InputError, match="more and other each have a method called ascent: remove one of them"):
         find("ascent")
     methods, problems = available()
     assert methods == METHODS and len(problems) == 1
-    installed[:] = [entry("ascent", "test_methods:Ascent", "more")] * 2  # one package on two paths
+    installed[:] = [entry("ascent", f"{__name__}:Ascent", "more")] * 2  # one package on two paths
     registry._entries.cache_clear()
     assert find("ascent").name == "ascent"
 
@@ -126,7 +126,7 @@ def test_installed_packages_are_looked_through_once(monkeypatch) -> None:
     for name in (*METHODS, "sfron"):
         find(name)
     assert looks == [registry.GROUP]
-    entries.append(entry("ascent", "test_methods:Ascent", "more"))  # while the process runs
+    entries.append(entry("ascent", f"{__name__}:Ascent", "more"))  # while the process runs
     assert find("ascent").name == find("ascent").name == "ascent" and len(looks) == 2
     assert "ascent" in available()[0]
     entries.clear()
