@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["MOST_BYTES", "parse_json", "read_json", "read_text"]
 
 MOST_BYTES = 16 << 20
-_MOST_DIGITS = 18  # of an integer: it fits into 64 bits
+_MOST_DIGITS = 64  # of an integer; transformers writes 10^30 for a length without a limit
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
@@ -34,7 +34,7 @@ def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
     """What ``json.loads`` gives.
 
     Raises:
-        ValueError: no JSON, nested too deeply, or with an integer beyond 64 bits.
+        ValueError: no JSON, nested too deeply, or with an integer of more than 64 digits.
     """
     try:
         return json.loads(text, parse_int=_integer, object_pairs_hook=object_pairs_hook)
@@ -48,6 +48,6 @@ def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS + 1:
+    if len(digits) > _MOST_DIGITS:
         raise ValueError(f"it has an integer of {len(digits)} digits")
     return int(digits)

@@ -171,7 +171,7 @@ def test_class_maps_beyond_all_bounds(tmp_path, text, match):
 
 
 def test_a_class_of_many_digits_is_none():
-    with pytest.raises(InputError, match="class 1{100}… is outside the model's 3 classes"):
+    with pytest.raises(InputError, match=r"class 1{100}… is outside the model's 3 classes"):
         parse_classes("1" * 5000, 3, {})
     assert parse_classes("٣", 4, {}) == [3]  # decimal digits of any script
 

@@ -182,7 +182,7 @@ def _pairs_of_lines(path: Path, text: str) -> list[tuple[str, object]]:
 
 
 def _index_of(path: Path, folder: str, value: object, names: Mapping[str, list[int]]) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**_MOST_DIGITS:
         return value
     if isinstance(value, str):
         number = whole_number(value.strip())
