@@ -14,7 +14,7 @@ from .._pixels import to_bytes
 from ..data.labels import fold
 from ..errors import InputError, first_line
 from .adapters import check_adapter_files
-from .reading import check_sizes, read_config
+from .reading import check_loaded, check_sizes, read_config
 from .variants import TRANSFORMERS, find_weights
 
 __all__ = ["JUDGED_AT_ONCE", "Judge"]
@@ -45,9 +45,7 @@ class Judge:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         folder = Path(os.path.expanduser(folder))
-        loaded = self._open_model(folder, AutoModelForImageClassification)
-        if loaded["missing_keys"]:  # which would have random numbers in their place
-            raise InputError(f"--classifier: the weights in {folder} lack {sorted(loaded['missing_keys'])[0]}")
+        self._open_model(folder, AutoModelForImageClassification)
         try:
             self.processor = AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, use_fast=False, trust_remote_code=False
@@ -70,14 +68,11 @@ class Judge:
         if not finite:
             raise InputError(f"--classifier: {folder} gives inf or NaN for a grey picture: its weights are damaged")
 
-    def _open_model(self, folder: Path, kind: Any) -> dict[str, Any]:
+    def _open_model(self, folder: Path, kind: Any) -> None:
         try:
             weights = find_weights(folder, "classifier", TRANSFORMERS)
             check_adapter_files(folder)  # transformers would open what it names in place of this model
             check_sizes(folder / "config.json", read_config(folder / "config.json"))
-        except InputError as error:
-            raise InputError(f"--classifier: {error}") from None
-        try:
             self.model, loaded = kind.from_pretrained(
                 folder,
                 variant=weights.variant,
@@ -91,7 +86,10 @@ class Judge:
             raise InputError(
                 f"--classifier: {folder} is no transformers image-classification folder: {first_line(error)}"
             ) from None
-        return loaded
+        try:
+            check_loaded(folder, "classifier", loaded)
+        except InputError as error:
+            raise InputError(f"--classifier: {error}") from None
 
     @torch.no_grad()
     def probabilities(self, pictures: Tensor, batch_size: int = JUDGED_AT_ONCE) -> Tensor:

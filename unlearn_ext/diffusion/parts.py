@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from .adapters import check_adapter_files, check_adapter_tensors
+from .adapters import check_adapter_files
 from .conditioning import check_scheduler, check_vae
 from .reading import as_input_error, check_loaded, check_sizes, import_diffusers, named_class, read_config
 from .variants import DIFFUSERS, TRANSFORMERS, Weights, find_weights
@@ -52,7 +52,7 @@ def _open_model(name: str, home: Path, what: str, dtype: torch.dtype) -> tuple[n
             local_files_only=True,
             output_loading_info=True,
         )
-    _check_whole(home, what, info)
+    check_loaded(home, what, info)
     return model, weights, info
 
 
@@ -77,14 +77,8 @@ def open_text_encoder(home: Path, dtype: torch.dtype) -> nn.Module:
             local_files_only=True,
             output_loading_info=True,
         )
-    _check_whole(home, "text encoder", info)
+    check_loaded(home, "text encoder", info)
     return model
-
-
-def _check_whole(home: Path, what: str, info: Mapping[str, Any]) -> None:
-    names = [name for key in ("unexpected_keys", "missing_keys") for name in info.get(key) or ()]
-    check_adapter_tensors(home, what, names)
-    check_loaded(home, what, info)
 
 
 def open_tokenizer(home: Path, index: Mapping[str, Any] | None, encoder: nn.Module | None) -> Any:
@@ -115,8 +109,8 @@ def _tokenizer_class(home: Path, index: Mapping[str, Any] | None) -> str:
     file = home / "tokenizer_config.json"
     value = (index or {}).get("tokenizer")
     by_index = value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
-    by_config = named_class(read_config(file), "tokenizer_class") if file.is_file() else None
-    names = [name for name in (by_index, by_config) if name is not None]
+    by_config = read_config(file).get("tokenizer_class") if file.is_file() else None
+    names = [str(name) for name in (by_index, by_config) if name is not None]
     kinds = [_tokenizer(home, name) for name in names]
     if len(kinds) == 2 and kinds[0] is not kinds[1] and len({name.removesuffix("Fast") for name in names}) == 2:
         raise InputError(

@@ -9,11 +9,13 @@ from typing import Any
 
 from .._json import read_json
 from ..errors import InputError, UnlearnError, first_line
+from .adapters import check_adapter_tensors
 
 __all__ = ["as_input_error", "check_loaded", "check_sizes", "import_diffusers", "named_class", "read_config"]
 
 _LARGEST = 1 << 24  # of a size in a configuration
 _MOST_LAYERS = 1000
+_KEYS = ("unexpected_keys", "missing_keys")
 _NOT_LOADED = (("missing_keys", "lack"), ("mismatched_keys", "do not fit in"))
 
 
@@ -87,6 +89,7 @@ def check_loaded(home: Path, what: str, info: Mapping[str, Any]) -> None:
     Args:
         info: the ``output_loading_info`` of ``from_pretrained``.
     """
+    check_adapter_tensors(home, what, [name for key in _KEYS for name in info.get(key) or ()])
     for key, problem in _NOT_LOADED:
         names = sorted(str(name) for name in info.get(key) or ())
         if names:
