@@ -221,6 +221,24 @@ def test_headers_that_are_none(tmp_path):
         peak_of_refusal(tmp_path / "a.safetensors", "not a safetensors file")
 
 
+@pytest.mark.parametrize("manifest", [b"", b"[" * 100_000, b'{"format": "unlearn_ext.latents.1", "indices": 3}', b"[]"])
+def test_manifests_of_latents(tmp_path, manifest):
+    from unlearn_ext.data.latents import _read_manifest
+
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    with pytest.raises(InputError, match="is no manifest of latents"):
+        _read_manifest(tmp_path)
+
+
+def test_shards_of_latents(tmp_path):
+    from unlearn_ext.data.latents import _read_shards
+
+    tensors = {"indices": ("I64", [2], bytes(16)), "latent_std": ("F32", [2], bytes(8))}
+    safetensors(tmp_path / "latents-00000.safetensors", latent_mean=("F32", [], bytes(4)), **tensors)
+    with pytest.raises(InputError, match="is damaged"):
+        _read_shards(tmp_path)
+
+
 # --- Anything -----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import unlearn_ext
 from unlearn_ext.diffusion.conditioning import check_denoiser, check_scheduler
 from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained, plan_result, write_result
+from unlearn_ext.diffusion.pretrained import open_pretrained, write_result
 from unlearn_ext.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")
@@ -356,16 +356,17 @@ def test_a_part_that_is_a_link_out_of_the_folder(copy, tmp_path, name):
     refused("is a link that leaves the model's folder", open_pretrained, source)
 
 
-def test_links_that_stay_in_the_folder(copy, tmp_path):
+def test_weights_are_left_out_under_every_name(copy, tmp_path):
     source = copy("bare")
     (source / "blobs").mkdir()
     shutil.move(source / WEIGHTS, source / "blobs" / "0")
     (source / WEIGHTS).symlink_to(Path("blobs", "0"))
+    (source / "blobs" / "hard").hardlink_to(source / "blobs" / "0")
     (tmp_path / "link").symlink_to(source)  # the folder itself may be one
     opened = open_pretrained(tmp_path / "link")
-    assert not [why for why in plan_result(source, opened).left_out.values() if "link" in why]
-    write_result(tmp_path / "link", opened, tmp_path / "output")
-    assert (tmp_path / "output" / WEIGHTS).is_file()
+    plan = write_result(tmp_path / "link", opened, tmp_path / "output")
+    assert {"blobs/0", "blobs/hard", WEIGHTS} == plan.left_out.keys()
+    assert (tmp_path / "output" / WEIGHTS).is_file() and not (tmp_path / "output" / "blobs").exists()
 
 
 def test_home_is_found(built, tmp_path, monkeypatch):

@@ -174,10 +174,13 @@ def open_pretrained(
     else:
         place, name = _denoiser_of_folder(folder)
     home = folder / place
-    kind = _DENOISERS[name][1]
+    loaded_by, kind = _DENOISERS[name]
     _check_is_whole(folder, place, index, kind)
     find_weights(home, "denoiser", DIFFUSERS)  # before anything large is opened
-    check_denoiser(home, _DENOISERS[name][0], read_config(home / "config.json"))
+    config = read_config(home / "config.json")
+    if "_class_name" in config and _DENOISERS.get(str(config["_class_name"]), ("",))[0] != loaded_by:
+        raise InputError(f"the denoiser in {home} is a {config['_class_name']}: expected {loaded_by}")
+    check_denoiser(home, loaded_by, config)
     scheduler = open_scheduler(folder, place, index)
     vae_home = _component(folder, index, "vae", needed=index is not None and ("vae" in index or kind == "text"))
     vae = text_encoder = tokenizer = None
@@ -191,8 +194,8 @@ def open_pretrained(
             text_encoder = _frozen(open_text_encoder(encoder_home, dtype), device)
         if tokenizer_home is not None:
             tokenizer = open_tokenizer(tokenizer_home, index, text_encoder)
-    denoiser, weights = open_denoiser(_DENOISERS[name][0], home, dtype)
-    check_denoiser(home, _DENOISERS[name][0], denoiser.config)  # with what its file leaves to the class
+    denoiser, weights = open_denoiser(loaded_by, home, dtype)
+    check_denoiser(home, loaded_by, denoiser.config)  # with what its file leaves to the class
     if vae is not None and vae.config.latent_channels != denoiser.config.in_channels:
         raise InputError(
             f"the denoiser of {folder} takes {denoiser.config.in_channels} channels and its VAE gives "
@@ -366,7 +369,9 @@ def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: 
     extra_files = set(extra_files)
     source, place = Path(source_folder), pretrained.denoiser_folder
     components = _components(source, pretrained)
-    copied, left_out, size = [], {}, 0
+    copied: list[str] = []
+    left_out: dict[str, str] = {}
+    old: set[tuple[int, int]] = set()  # files that hold weights of the denoiser, under whatever name
     for name, elsewhere in _files(source):
         path = PurePosixPath(name)
         top = path.parts[0] if len(path.parts) > 1 else ""
@@ -377,13 +382,23 @@ def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: 
                 left_out[name] = "the denoiser's weights as they were"
             else:
                 left_out[name] = "weights outside the pipeline's parts, which may hold what was forgotten"
+            old.add(_identity(source / name))
         elif name in extra_files:
             left_out[name] = "replaced by a file of this result"
         else:
             copied.append(name)
-            size += (source / name).stat().st_size
+    for name in [name for name in copied if _identity(source / name) in old]:
+        copied.remove(name)
+        left_out[name] = "the denoiser's weights as they were, by another name"
+    size = sum((source / name).stat().st_size for name in copied)
     denoiser = sum(t.numel() * t.element_size() for t in unwrapped(pretrained.denoiser).state_dict().values())
     return Plan(tuple(copied), left_out, size, denoiser)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for a file, its links and its hard links."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_weights(path: PurePosixPath) -> bool:
