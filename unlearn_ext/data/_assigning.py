@@ -39,14 +39,14 @@ def assign_classes(
     """
     texts = label_names(id2label)
     if class_map is not None and not is_sorted(class_map):
-        given = dict(class_map) if isinstance(class_map, Mapping) else read_class_map(class_map, texts)
-        return _by_map(path, names, classes, given)
+        pairs = dict(class_map) if isinstance(class_map, Mapping) else read_class_map(class_map, texts)
+        return _by_map(path, names, classes, pairs)
     if classes is None:
         return _in_order(names)
     if not is_sorted(class_map):
-        found = [texts.get(fold(name), []) for name in names]
-        if all(len(indices) == 1 for indices in found) and not _are_numbers(names):
-            return _by_text(path, names, [index for (index,) in found])
+        matches = [texts.get(fold(name), []) for name in names]
+        if all(len(indices) == 1 for indices in matches) and not _are_numbers(names):
+            return _by_text(path, names, [index for (index,) in matches])
     if len(names) != classes:
         raise InputError(
             f"{path} has {len(names)} class folders and the model {classes} classes: say which folder is which class "
@@ -70,12 +70,12 @@ def assign_classes(
     return folders
 
 
-def _by_map(path: Path, names: list[str], classes: int | None, given: Mapping[str, int]) -> dict[str, int]:
+def _by_map(path: Path, names: list[str], classes: int | None, class_map: Mapping[str, int]) -> dict[str, int]:
     folders: dict[str, int] = {}
     for name in names:
-        same = [index for folder, index in given.items() if folder == name]
+        same = [index for folder, index in class_map.items() if folder == name]
         # The name of a folder may come from another system than the map.
-        same = same or [index for folder, index in given.items() if composed(folder) == composed(name)]
+        same = same or [index for folder, index in class_map.items() if composed(folder) == composed(name)]
         if len(same) != 1:
             problem = "names more than once" if same else "does not name"
             raise InputError(f"the class map {problem} the folder {name!r} of {path}: add it, or move it away")

@@ -76,7 +76,7 @@ def class_folders(path: Path) -> tuple[list[str], int]:
 
 def _pictures(root: Path, name: str) -> tuple[list[str], int]:
     """Paths relative to ``root``, sorted, and how many other files there are."""
-    found: list[str] = []
+    pictures: list[str] = []
     others = 0
     seen: set[str] = set()  # links may lead in circles
     pending = [root / name]
@@ -91,10 +91,10 @@ def _pictures(root: Path, name: str) -> tuple[list[str], int]:
                 if not _is_passed_over(entry.name):
                     pending.append(Path(entry.path))
             elif _is_picture(entry):
-                found.append(os.path.relpath(entry.path, root))
+                pictures.append(os.path.relpath(entry.path, root))
             else:
                 others += 1
-    return sorted(found), others
+    return sorted(pictures), others
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -26,10 +26,11 @@ def check_adapter_files(*homes: Path) -> None:
     """
     for home in homes:
         files = sorted(entry.name for entry in home.iterdir()) if home.is_dir() else []
-        found = next((name for name in files if _FILE.fullmatch(name)), None)
-        if found is not None:
+        adapter = next((name for name in files if _FILE.fullmatch(name)), None)
+        if adapter is not None:
             raise InputError(
-                f"{home} holds {found}, an adapter, without which the model would be opened: {_MERGE}, or move it away"
+                f"{home} holds {adapter}, an adapter, without which the model would be opened: {_MERGE}, or move it "
+                "away"
             )
 
 
@@ -43,6 +44,8 @@ def check_adapter_tensors(home: Path, what: str, names: Iterable[str]) -> None:
     Raises:
         InputError: with the first of them.
     """
-    found = next((name for name in sorted(map(str, names)) if _TENSOR.search(name)), None)
-    if found is not None:
-        raise InputError(f"the weights of the {what} in {home} hold an adapter that is not merged ({found}): {_MERGE}")
+    adapter = next((name for name in sorted(map(str, names)) if _TENSOR.search(name)), None)
+    if adapter is not None:
+        raise InputError(
+            f"the weights of the {what} in {home} hold an adapter that is not merged ({adapter}): {_MERGE}"
+        )

@@ -92,10 +92,10 @@ def check_denoiser(home: Path, name: str, config: Mapping[str, Any]) -> None:
                 f"the denoiser in {home} is conditioned on {what} ({key} = {value!r}), which is not supported: only "
                 "the denoisers of DiT, DDPM, and Stable Diffusion 1 and 2 are"
             )
-    taken, given = config.get("in_channels"), config.get("out_channels")
-    if isinstance(taken, int) and isinstance(given, int) and given not in (taken, 2 * taken):
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    if isinstance(inputs, int) and isinstance(outputs, int) and outputs not in (inputs, 2 * inputs):
         raise InputError(
-            f"the denoiser in {home} takes {taken} channels and predicts {given}: models for inpainting, "
+            f"the denoiser in {home} takes {inputs} channels and predicts {outputs}: models for inpainting, "
             "super-resolution, depth and the like are not supported"
         )
     size = config.get("sample_size")

@@ -31,9 +31,9 @@ def open_denoiser(name: str, home: Path, dtype: torch.dtype) -> tuple[nn.Module,
 
 
 def open_vae(home: Path, dtype: torch.dtype) -> nn.Module:
-    given = named_class(read_config(home / "config.json")) if (home / "config.json").is_file() else "AutoencoderKL"
-    if given != "AutoencoderKL":
-        raise InputError(f"the VAE in {home} is a {given}: expected AutoencoderKL")
+    name = named_class(read_config(home / "config.json")) if (home / "config.json").is_file() else "AutoencoderKL"
+    if name != "AutoencoderKL":
+        raise InputError(f"the VAE in {home} is a {name}: expected AutoencoderKL")
     model, _, _ = _open_model("AutoencoderKL", home, "VAE", dtype)
     check_vae(home, model.config)
     return model

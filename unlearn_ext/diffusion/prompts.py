@@ -115,15 +115,15 @@ def _read_map(path: Path, names: Mapping[str, int], what: str, example: str) -> 
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) and isinstance(pair[1], str) for pair in pairs):
         raise InputError(f'--class-map: {path} is no JSON of {what}s and prompts, as in {{"{example}": "a cat"}}')
     known = {composed(name): name for name in names} | {name: name for name in names}
-    given: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for key, prompt in pairs:
         name = known.get(key, known.get(composed(key)))
         if name is None:
             raise InputError(f"--class-map: there is no {what} {key!r} in the data")
-        if name in given:
+        if name in prompts:
             raise InputError(f"--class-map: {path} names the {what} {key!r} twice")
-        given[name] = prompt
-    return given
+        prompts[name] = prompt
+    return prompts
 
 
 def _check_text(prompt: str) -> None:

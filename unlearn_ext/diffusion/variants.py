@@ -56,7 +56,7 @@ def find_weights(home: Path, what: str, stems: dict[str, str]) -> Weights:
     several: list[str] = []
     for ending, stem in stems.items():
         whole: set[str] = set()
-        for variant, index in sorted(_candidates(files, stem, ending), key=lambda found: found[0] or ""):
+        for variant, index in sorted(_candidates(files, stem, ending), key=lambda candidate: candidate[0] or ""):
             lacking = None if index is None else _lacking(home / index, files)
             missing = missing or lacking
             if lacking is None and variant is None:
@@ -84,13 +84,13 @@ def _candidates(files: set[str], stem: str, ending: str) -> list[tuple[str | Non
         rf"{stem}\.{ending}\.index(?:\.(?P<variant>.+))?\.json",
         rf"{stem}\.{ending}\.(?P<variant>.+)\.index\.json",
     )
-    found: list[tuple[str | None, str | None]] = []
+    candidates: list[tuple[str | None, str | None]] = []
     for name in sorted(files):
         for number, form in enumerate(forms):
             match = re.fullmatch(form, name)
             if match is not None and not (number == 0 and _SHARD.search(name)):
-                found.append((match["variant"], name if number else None))
-    return found
+                candidates.append((match["variant"], name if number else None))
+    return candidates
 
 
 def _lacking(index: Path, files: set[str]) -> str | None:
