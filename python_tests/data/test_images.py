@@ -136,7 +136,8 @@ def test_sorted_order_that_contradicts_the_models_texts_is_refused(kept, tmp_pat
     for digit, name in enumerate(pipelines.NAMES):
         shutil.copytree(kept / str(digit), tmp_path / name)
     named = {**MODEL, "id2label": ID2LABEL}
-    refused("'eight' would be class 0 by sorted order, and the model calls class 8 so", tmp_path, **named)
+    confirmed = {**named, "class_map": "sorted"}
+    refused("'eight' would be class 0 by sorted order, and the model calls class 8 so", tmp_path, **confirmed)
     mapped = open_data(tmp_path, **named, class_map={n: i for i, n in ID2LABEL.items()})
     assert mapped.folders["eight"] == 8 and mapped.labels.tolist() == sorted(mapped.labels.tolist())
     assert torch.equal(mapped[32]["pixel_values"], open_data(kept, **MODEL)[32]["pixel_values"])
@@ -457,7 +458,7 @@ def test_folder_names_are_texts_unless_they_are_numbers(kept, tmp_path):
     assert label_names(None, {"cat": 1, "7": 3}) == {"cat": [1]}
     for digit in (0, 1):
         shutil.copytree(kept / str(digit), tmp_path / f"n0{digit}x")
-    data = open_data(tmp_path, size=16, channels=1, classes=2)
+    data = open_data(tmp_path, size=16, channels=1, classes=2, class_map="sorted")
     assert data.parse_classes("n01x") == [1]
     with pytest.raises(InputError, match=r"did you mean 'n0.x' or"):
         data.parse_classes("n02x")

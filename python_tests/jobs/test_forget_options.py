@@ -517,11 +517,6 @@ def with_a_damaged_preprocessor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text("{")
 
 
-def as_a_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
@@ -540,7 +535,6 @@ def damaged(folder: Path) -> None:
         (without_head, "lack classifier.bias"),
         (without_preprocessor, "says nothing of how pictures are prepared (preprocessor_config.json)"),
         (with_a_damaged_preprocessor, "says nothing of how pictures are prepared (preprocessor_config.json): "),
-        (as_a_pickle, "holds weights as a pickle: save them as safetensors"),
         (without_weights, "is no transformers image-classification folder"),
         (of_another_kind, "is no transformers image-classification folder"),
         (damaged, "is no transformers image-classification folder"),

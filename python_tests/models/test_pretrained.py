@@ -182,12 +182,6 @@ def edit(path, **changes):
     path.write_text(json.dumps(content))
 
 
-def pickled(folder, old, new):
-    folder = Path(folder)
-    torch.save(load_file(folder / old), folder / new)
-    (folder / old).unlink()
-
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DAMAGES = {
     "vae": ("dit", lambda s: shutil.rmtree(s / "vae"), "the VAE of .* is missing"),
@@ -225,21 +219,6 @@ DAMAGES = {
     "nothing": ("bare", lambda s: (s / "config.json").unlink(), "is no diffusers folder"),
     "denoiser": ("dit", lambda s: shutil.rmtree(s / "transformer"), "has no config.json"),
     "weights": ("dit", lambda s: (s / "transformer" / WEIGHTS).unlink(), f"has no weights: expected {WEIGHTS}"),
-    "pickle": (
-        "dit",
-        lambda s: pickled(s / "transformer", WEIGHTS, "diffusion_pytorch_model.bin"),
-        r"the denoiser in .* has weights in pickle form only \(diffusion_pytorch_model.bin\).*save_pretrained",
-    ),
-    "pickled vae": (
-        "text",
-        lambda s: pickled(s / "vae", WEIGHTS, "diffusion_pytorch_model.bin"),
-        "the VAE in .* pickle form only",
-    ),
-    "pickled encoder": (
-        "text",
-        lambda s: pickled(s / "text_encoder", "model.safetensors", "pytorch_model.bin"),
-        "the text encoder in .* pickle form only",
-    ),
     "truncated": (
         "ddpm",
         lambda s: (s / "unet" / WEIGHTS).write_bytes((s / "unet" / WEIGHTS).read_bytes()[:5000]),

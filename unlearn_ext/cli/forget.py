@@ -48,7 +48,10 @@ def forget(
     ] = None,
     class_map: Annotated[
         Path | None,
-        typer.Option(help="JSON: folder -> index or label text; for text models folder or label -> prompt."),
+        typer.Option(
+            help="JSON: folder -> index or label text; for text models folder or label -> prompt. Without it folders "
+            "are the classes that they are called by, as label text or number; sorted: they are the classes in order.",
+        ),
     ] = None,
     null_class: Annotated[
         bool | None,

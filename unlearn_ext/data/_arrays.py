@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ._array_files import Array, read_arrays
 from ._source import HASHED_BYTES, as_pixels, known_classes
 
-__all__ = ["array_labels", "open_arrays", "read_arrays"]
+__all__ = ["array_labels", "open_arrays"]
 
-_KEYS = ("images", "latents", "latent_mean", "latent_std", "labels")
 _KINDS = {"images": "pixel_values", "latents": "latents", "latent_mean": "latent_moments"}
 _ROWS_LOOKED_AT = 64  # when an array is opened
 _LARGEST_PIXEL = 1.001  # float16 and resampling round
@@ -61,131 +58,19 @@ def open_arrays(
     return source, _KINDS[found[0]]
 
 
-def read_arrays(path: Path) -> dict[str, _Array]:
-    suffix = path.suffix.lower()
-    if suffix not in (".npz", ".safetensors"):
-        raise InputError(f"{path}: expected a folder with one folder per class, a .npz or a .safetensors file")
-    return _npz_arrays(path) if suffix == ".npz" else _safetensors_arrays(path)
-
-
-def array_labels(path: Path, arrays: Mapping[str, _Array]) -> _Array:
+def array_labels(path: Path, arrays: Mapping[str, Array]) -> Array:
     if "labels" not in arrays:
         raise InputError(f"{path} has no labels: add an array of integers, one for each sample")
     labels = arrays["labels"]
-    if labels.dtype.is_floating_point or len(labels.shape) != 1:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or len(labels.shape) != 1:
         raise InputError(f"{path}: labels: expected integers of shape [N], got {labels.dtype} {list(labels.shape)}")
     return labels
-
-
-class _Array(Protocol):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    nbytes: int  # in memory
-
-    def row(self, index: int) -> Tensor: ...
-
-    def all(self) -> Tensor: ...
-
-
-class _NumpyArray:
-    def __init__(self, array: np.ndarray):
-        self._array = array
-        self.shape = tuple(array.shape)
-        self.dtype = torch.from_numpy(np.zeros(1, array.dtype)).dtype
-        self.nbytes = array.nbytes if getattr(array, "filename", None) is None else 0  # else it is mapped
-
-    def row(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self._array[index]))
-
-    def all(self) -> Tensor:
-        return torch.from_numpy(np.array(self._array))
-
-
-class _SafetensorsArray:
-    nbytes = 0
-
-    def __init__(self, path: Path, key: str):
-        self._path, self._key, self._slice = path, key, None
-        self.shape = tuple(self._open().get_shape())
-        empty = self._open()[:0] if self.shape else self.all()
-        self.dtype = empty.dtype
-
-    def _open(self) -> Any:
-        if self._slice is None:
-            from safetensors import safe_open
-
-            self._slice = safe_open(self._path, framework="pt").get_slice(self._key)
-        return self._slice
-
-    def row(self, index: int) -> Tensor:
-        return self._open()[index : index + 1][0].clone()
-
-    def all(self) -> Tensor:
-        return self._open()[...].clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slice": None}
-
-
-def _npz_arrays(path: Path) -> dict[str, _Array]:
-    """Members of an archive; those stored without compression (as np.savez does) are mapped, not read."""
-    arrays: dict[str, _Array] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                key = info.filename.removesuffix(".npy")
-                if key not in _KEYS:
-                    continue
-                with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    read_header = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }[version]
-                    shape, fortran, dtype = read_header(member)
-                    start = member.tell()
-                    if dtype.hasobject:
-                        raise InputError(f"{path}: {key} holds pickled objects, which may run code: save plain numbers")
-                    if dtype.kind not in "uif":
-                        raise InputError(f"{path}: {key} has the dtype {dtype}: save plain numbers")
-                    if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
-                        member.seek(0)
-                        array = np.lib.format.read_array(member, allow_pickle=False)
-                    else:
-                        offset = _data_offset(path, info) + start
-                        array = np.memmap(path, dtype, "r", offset, shape, order="F" if fortran else "C")
-                native = array.dtype.newbyteorder("=")
-                arrays[key] = _NumpyArray(array if array.dtype == native else array.astype(native))
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise InputError(f"{path} is not a whole .npz file ({error})") from None
-    return arrays
-
-
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header, which is not as long as the directory's."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset)
-        name, extra = struct.unpack("<HH", file.read(30)[26:])
-    return info.header_offset + 30 + name + extra
-
-
-def _safetensors_arrays(path: Path) -> dict[str, _Array]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key in _KEYS]  # noqa: SIM118 - not a dict
-        return {key: _SafetensorsArray(path, key) for key in keys}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error})") from None
 
 
 class ArrayFile:
     path: Path
     labels: Tensor
-    _parts: dict[str, _Array]
+    _parts: dict[str, Array]
 
     def held_bytes(self, count: int) -> int:
         return sum(array.nbytes for array in self._parts.values())
@@ -209,7 +94,7 @@ class ArrayFile:
 
 
 class _Images(ArrayFile):
-    def __init__(self, path: Path, array: _Array, labels: Tensor, size: tuple[int, int], channels: int):
+    def __init__(self, path: Path, array: Array, labels: Tensor, size: tuple[int, int], channels: int):
         self.path, self._array, self.labels = path, array, labels
         self._parts = {"images": array}
         shape = array.shape[1:]
@@ -255,7 +140,7 @@ class _Images(ArrayFile):
 
 
 class _Latents(ArrayFile):
-    def __init__(self, path: Path, parts: Mapping[str, _Array], labels: Tensor, shape: tuple[int, ...]):
+    def __init__(self, path: Path, parts: Mapping[str, Array], labels: Tensor, shape: tuple[int, ...]):
         self.path, self._parts, self.labels = path, dict(parts), labels
         for key, array in parts.items():
             if array.shape[1:] != shape or array.shape[0] != len(labels):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,19 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._source import HASHED_BYTES, Unreadable, as_pixels, known_classes
-from .labels import label_names, read_class_map
+from ._assigning import assign_classes
+from ._source import HASHED_BYTES, Unreadable, as_pixels
+from .labels import printable
 
 __all__ = ["KEPT_BYTES", "Folders", "class_folders", "open_folders"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KEPT_BYTES = 512 << 20  # of decoded pictures, where they are to be kept
+MOST_PIXELS = 89_478_485  # of a picture: where PIL begins to warn, which a process may have switched off
+_LARGE = 1 << 24  # pixels: larger ones are decoded one at a time, whatever the number of threads
+# What archives, servers and file systems put beside pictures; hidden folders are passed over as well.
+_NOT_OF_THE_DATA = ("__MACOSX", "@eaDir", "lost+found")
+_decoding_a_large_one = threading.Lock()
 
 
 def open_folders(
@@ -35,7 +43,7 @@ def open_folders(
     if channels not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, and the model takes {channels}: give it arrays")
     names, ignored = class_folders(path)
-    folders = _assign(path, names, classes, id2label, class_map)
+    folders = assign_classes(path, names, classes, id2label, class_map)
     files: list[str] = []
     labels: list[int] = []
     for name, index in sorted(folders.items(), key=lambda item: item[1]):
@@ -51,74 +59,61 @@ def open_folders(
 
 def class_folders(path: Path) -> tuple[list[str], int]:
     """Names, sorted, and how many other entries there are."""
-    entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+    entries = [entry for entry in _entries(path) if not _is_passed_over(entry.name)]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise InputError(f"{path} has no class folders: put the images of each class into a folder of its own")
+    places: dict[str, str] = {}
+    for name in names:
+        real = os.path.realpath(path / name)
+        if real in places:
+            raise InputError(
+                f"the class folders {places[real]!r} and {name!r} of {path} are links to the same images: keep one"
+            )
+        places[real] = name
     return names, len(entries) - len(names)
-
-
-def _assign(
-    path: Path,
-    names: list[str],
-    classes: int | None,
-    id2label: Mapping[int, str] | None,
-    class_map: str | Path | Mapping[str, int] | None,
-) -> dict[str, int]:
-    """Folder -> class."""
-    texts = label_names(id2label)
-    if class_map is not None:
-        given = dict(class_map) if isinstance(class_map, Mapping) else read_class_map(class_map, texts)
-        for name in names:
-            if name not in given:
-                raise InputError(f"the class map does not name the folder {name!r} of {path}: add it, or move it away")
-        folders = {name: given[name] for name in names}
-        for name, index in folders.items():
-            if index < 0 or (classes is not None and index >= classes):
-                limits = "classes are counted from 0" if classes is None else known_classes(classes)
-                raise InputError(f"the class map gives {name!r} the class {index}: {limits}")
-        return folders
-    if classes is not None and len(names) != classes:
-        raise InputError(
-            f"{path} has {len(names)} class folders and the model {classes} classes: say which folder is which class "
-            "with a class map (--class-map)"
-        )
-    if all(name.isdecimal() for name in names):  # "10" stands after "9", not after "1"
-        names = sorted(names, key=int)
-        if classes is not None and [int(name) for name in names] != list(range(classes)):
-            raise InputError(
-                f"the folders of {path} are numbers, but not 0 to {classes - 1}: say which folder is which class with "
-                "a class map (--class-map)"
-            )
-    folders = {name: index for index, name in enumerate(names)}
-    for name, index in folders.items():
-        meant = texts.get(name.lower(), [index])
-        if index not in meant:
-            raise InputError(
-                f"the folder {name!r} would be class {index} by sorted order, and the model calls class {meant[0]} "
-                "so: give a class map (--class-map)"
-            )
-    return folders
 
 
 def _pictures(root: Path, name: str) -> tuple[list[str], int]:
     """Paths relative to ``root``, sorted, and how many other files there are."""
-    found: list[str] = []
+    pictures: list[str] = []
     others = 0
     seen: set[str] = set()  # links may lead in circles
-    for folder, below, files in os.walk(root / name, followlinks=True):
+    pending = [root / name]
+    while pending:
+        folder = pending.pop()
         real = os.path.realpath(folder)
         if real in seen:
-            below.clear()
             continue
         seen.add(real)
-        below[:] = sorted(entry for entry in below if not entry.startswith("."))
-        for file in files:
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                found.append(os.path.relpath(os.path.join(folder, file), root))
+        for entry in _entries(folder):
+            if entry.is_dir():
+                if not _is_passed_over(entry.name):
+                    pending.append(Path(entry.path))
+            elif _is_picture(entry):
+                pictures.append(os.path.relpath(entry.path, root))
             else:
                 others += 1
-    return sorted(found), others
+    return sorted(pictures), others
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror or error}): check who may read it") from None
+
+
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    """By its name. A link to nothing is one, which cannot be read; a pipe would be waited on for ever."""
+    if entry.name.startswith(".") or not entry.name.lower().endswith(SUFFIXES):
+        return False
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(".") or name in _NOT_OF_THE_DATA
 
 
 class Folders:
@@ -151,7 +146,7 @@ class Folders:
         }
 
     def name(self, index: int) -> str:
-        return str(self.root / self.files[index])
+        return printable(str(self.root / self.files[index]))
 
     def read(self, index: int, keep: bool = False) -> dict[str, Tensor]:
         pixels = self._kept.get(index)
@@ -168,23 +163,49 @@ class Folders:
 
     def _decode(self, index: int) -> np.ndarray:
         """uint8 [C, H, W]"""
-        Image, ImageOps = _pil()
+        Image, _ = _pil()
         try:
+            if not os.path.isfile(self.root / self.files[index]):
+                raise Unreadable("there is no such file")
             with Image.open(self.root / self.files[index]) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise Unreadable(f"its pixels are of mode {image.mode}, not of 8 bits")
-                image = ImageOps.exif_transpose(image).convert(self.mode)
+                self._check(image)
+                large = image.width * image.height > _LARGE
+                with _decoding_a_large_one if large else contextlib.nullcontext():
+                    return self._cut(index, image)
         except Unreadable:
             raise
         except Exception as error:  # a damaged file makes PIL's decoders raise nearly anything
             raise Unreadable(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+
+    def _check(self, image: Any) -> None:
+        """What the header says, before memory is asked for."""
+        if image.format == "EPS":  # a program, which PIL hands to Ghostscript
+            raise Unreadable("it is PostScript, not a picture")
+        if image.mode.startswith(("I", "F")):
+            raise Unreadable(f"its pixels are of mode {image.mode}, not of 8 bits")
+        if min(image.size) == 0:
+            raise Unreadable("it has no pixels")
+        width, height = self._resized(*image.size)
+        for what, pixels in (("it has", image.width * image.height), ("resized it would have", width * height)):
+            if pixels > MOST_PIXELS:
+                raise Unreadable(f"{what} {pixels:,} pixels, and {MOST_PIXELS:,} are the most: make it smaller")
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a picture whose shorter side is the model's."""
+        if width * self.size[0] >= height * self.size[1]:
+            return width * self.size[0] // height, self.size[0]
+        return self.size[1], height * self.size[1] // width
+
+    def _cut(self, index: int, image: Any) -> np.ndarray:
+        """Turned upright, resized, and cut out of the middle."""
+        Image, ImageOps = _pil()
+        ImageOps.exif_transpose(image, in_place=True)  # by default a copy, even of an upright one
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
         height, width = self.size
         if image.height < height or image.width < width:
             self.enlarged.add(index)
-        if image.width * height >= image.height * width:
-            resized = image.width * height // image.height, height
-        else:
-            resized = width, image.height * width // image.width
+        resized = self._resized(*image.size)
         if resized != image.size:
             image = image.resize(resized, getattr(Image.Resampling, self.interpolation.upper()))
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-from ._arrays import array_labels, open_arrays, read_arrays
+from ._array_files import read_arrays
+from ._arrays import array_labels, open_arrays
+from ._assigning import is_sorted
 from ._folders import class_folders, open_folders
 from ._source import Source, Unreadable
-from .labels import label_names, parse_classes
+from .labels import label_names, parse_classes, printable
 
-__all__ = ["ClassRow", "ImageData", "count_classes", "open_data"]
+__all__ = ["ClassRow", "ImageData", "count_classes", "is_sorted", "open_data"]
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")
 
@@ -106,7 +108,7 @@ class ImageData(Dataset):
     @property
     def mapping(self) -> list[ClassRow]:
         """Index, folder, label text and count of every class that has samples."""
-        folder = {index: name for name, index in self.folders.items()}
+        folder = {index: printable(name) for name, index in self.folders.items()}
         return [ClassRow(i, folder.get(i), self.id2label.get(i), n) for i, n in sorted(self.counts.items())]
 
     @cached_property
@@ -220,8 +222,9 @@ def open_data(
     """Opens what a model is to forget from and be reminded of; reads names and labels only.
 
     A folder holds one folder per class with pictures (png, jpg, jpeg, webp, bmp) at any depth. Its class is given by
-    ``class_map``, or by sorted order if there are as many folders as the model has classes. Pictures are resized on
-    their shorter side and cut out of the middle, as diffusers' training scripts do.
+    ``class_map``; or by its name, where all folders are called as the model's label texts, or are the numbers of its
+    classes; or by sorted order, where ``class_map`` is ``"sorted"``. Pictures are resized on their shorter side and cut
+    out of the middle, as diffusers' training scripts do.
 
     An ``.npz`` or ``.safetensors`` file holds ``labels`` (integers [N]) and one of ``images`` (uint8, or floats in
     [-1, 1]; [N, H, W, C], [N, C, H, W] or [N, H, W]), ``latents`` [N, C, h, w], or ``latent_mean`` and ``latent_std``;
@@ -238,7 +241,7 @@ def open_data(
     Raises:
         InputError: no such data, or data that do not fit the model.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
     if path.is_dir():
@@ -275,7 +278,7 @@ def count_classes(path: str | Path) -> int:
     Raises:
         InputError: there are no class folders or labels.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return len(class_folders(path)[0])
     return len(array_labels(path, read_arrays(path)).all().unique())

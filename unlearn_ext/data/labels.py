@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import difflib
-import json
+import os
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .._json import parse_json, read_text
 from ..errors import InputError
 
-__all__ = ["label_names", "parse_classes", "read_class_map"]
+__all__ = ["composed", "fold", "label_names", "parse_classes", "printable", "read_class_map", "whole_number"]
+
+_MOST_DIGITS = 18  # of a class: it fits into 64 bits
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's normal form C: keyboards give an é as one character, and some file systems as two."""
+    return unicodedata.normalize("NFC", text)
+
+
+def fold(text: str) -> str:
+    """What texts are compared by: without case, normal form and surrounding space."""
+    return composed(text.strip().lower())
+
+
+def printable(name: str) -> str:
+    """The name of a file as text, whatever bytes it is made of: others than UTF-8's could not be printed."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return name.encode("utf-8", "replace").decode()
+
+
+def whole_number(text: str) -> int | None:
+    """The integer that a text is; None if it is none, or has more than 18 digits."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isdecimal() and len(digits) <= _MOST_DIGITS else None
 
 
 def label_names(id2label: Mapping[int, str] | None, folders: Mapping[str, int] | None = None) -> dict[str, list[int]]:
-    """Text -> the classes that carry it, lower case.
+    """Text -> the classes that carry it, lower case and in normal form C.
 
     Args:
         id2label: class -> text; commas separate synonyms, as in ``DiTPipeline.labels``.
@@ -23,10 +51,10 @@ def label_names(id2label: Mapping[int, str] | None, folders: Mapping[str, int] |
     for index, text in (id2label or {}).items():
         for synonym in dict.fromkeys([text, *text.split(",")]):
             if synonym.strip():
-                named.setdefault(synonym.strip().lower(), set()).add(int(index))
+                named.setdefault(fold(synonym), set()).add(int(index))
     for folder, index in (folders or {}).items():
         if not folder.isdecimal():
-            named.setdefault(folder.lower(), set()).add(index)
+            named.setdefault(fold(folder), set()).add(index)
     return {text: sorted(indices) for text, indices in named.items()}
 
 
@@ -43,7 +71,7 @@ def parse_classes(text: str | int | Iterable[str | int], classes: int, names: Ma
     Raises:
         InputError: nothing given, an unknown or ambiguous text, an index outside the classes.
     """
-    if isinstance(text, str) and text.strip().lower() in names:
+    if isinstance(text, str) and fold(text) in names:
         parts: list[str | int] = [text]
     elif isinstance(text, str):
         parts = [part for part in text.split(",") if part.strip()]
@@ -57,28 +85,35 @@ def parse_classes(text: str | int | Iterable[str | int], classes: int, names: Ma
 def _class_of(part: str | int, classes: int, names: Mapping[str, list[int]]) -> int:
     word = str(part).strip()
     if word.removeprefix("-").isdecimal():
-        index = int(word)
+        index = whole_number(word)
         if index == classes:
             raise InputError(f"class {index} is no class of images: the model's classes are 0 to {classes - 1}")
-        if not 0 <= index < classes:
-            raise InputError(f"class {index} is outside the model's {classes} classes (0 to {classes - 1})")
+        if index is None or not 0 <= index < classes:
+            raise InputError(f"class {_short(word)} is outside the model's {classes} classes (0 to {classes - 1})")
         return index
-    found = names.get(word.lower(), [])
+    found = names.get(fold(word), [])
     if len(found) == 1:
         return found[0]
     if found:
         raise InputError(f"{word!r} is the name of classes {' and '.join(map(str, found))}: give the index")
     if not names:
-        raise InputError(f"{word!r} is no index, and there are no label texts: give indices from 0 to {classes - 1}")
-    close = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.5)
+        raise InputError(
+            f"{_short(word)!r} is no index, and there are no label texts: give indices from 0 to {classes - 1}"
+        )
+    close = difflib.get_close_matches(fold(word), names, n=3, cutoff=0.5) if len(word) < 200 else []
     advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it knows {_some(names)}"
-    raise InputError(f"the model has no class {word!r}: {advice}")
+    raise InputError(f"the model has no class {_short(word)!r}: {advice}")
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _short(text: object, most: int = 100) -> str:
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = None) -> dict[str, int]:
@@ -91,10 +126,10 @@ def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = Non
     Raises:
         InputError: the file cannot be read, a line is neither, or two folders are one class.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"the class map {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if path.suffix.lower() == ".json" or text.lstrip().startswith(("{", "[")):
         pairs = _pairs_of_json(path, text)
@@ -105,9 +140,11 @@ def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = Non
     for folder, value in pairs:
         index = _index_of(path, folder, value, names or {})
         if folder in mapping:
-            raise InputError(f"the class map {path} names the folder {folder!r} twice")
+            raise InputError(f"the class map {path} names the folder {_short(folder)!r} twice")
         if index in owner:
-            raise InputError(f"the class map {path} gives class {index} to both {owner[index]!r} and {folder!r}")
+            raise InputError(
+                f"the class map {path} gives class {index} to both {_short(owner[index])!r} and {_short(folder)!r}"
+            )
         mapping[folder], owner[index] = index, folder
     if not mapping:
         raise InputError(f"the class map {path} is empty: expected lines of a folder and its class")
@@ -117,7 +154,7 @@ def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = Non
 def _pairs_of_json(path: Path, text: str) -> list[tuple[str, object]]:
     try:
         # Pairs, for an object that names a folder twice must not lose one of them.
-        content = json.loads(text, object_pairs_hook=list)
+        content = parse_json(text, object_pairs_hook=list)
     except ValueError as error:
         raise InputError(f"the class map {path} is not valid JSON ({error})") from None
     if isinstance(content, list) and all(isinstance(entry, str) for entry in content):
@@ -136,21 +173,24 @@ def _pairs_of_lines(path: Path, text: str) -> list[tuple[str, object]]:
             continue
         folder, _, last = line.replace("\t", " ").replace(",", " ").replace(":", " ").rpartition(" ")
         if folder.strip() and last.removeprefix("-").isdecimal():
-            pairs.append((line[: len(folder.rstrip())].rstrip(" \t,:"), int(last)))
+            pairs.append((line[: len(folder.rstrip())].rstrip(" \t,:"), last))
         else:
             alone.append(line)
     if alone and pairs:
-        raise InputError(f"the class map {path}: the line {alone[0]!r} has no index, and others have one")
+        raise InputError(f"the class map {path}: the line {_short(alone[0])!r} has no index, and others have one")
     return pairs or [(folder, index) for index, folder in enumerate(alone)]
 
 
 def _index_of(path: Path, folder: str, value: object, names: Mapping[str, list[int]]) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**_MOST_DIGITS:
         return value
     if isinstance(value, str):
-        if value.strip().isdecimal():
-            return int(value)
-        found = names.get(value.strip().lower(), [])
+        number = whole_number(value.strip())
+        if number is not None:
+            return number
+        found = names.get(fold(value), [])
         if len(found) == 1:
             return found[0]
-    raise InputError(f"the class map {path}: expected an index for the folder {folder!r}, got {value!r}")
+    raise InputError(
+        f"the class map {path}: expected an index for the folder {_short(folder)!r}, got {_short(repr(value))}"
+    )

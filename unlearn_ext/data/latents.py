@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from .._arguments import check_count
 from .._files import atomic_path, writable_directory
 from .._hashing import weights_hash
+from .._json import read_json
 from .._modes import evaluating
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .images import ImageData, decoding_threads, none_readable
 
 __all__ = [
@@ -35,6 +36,7 @@ SHARD_BYTES = 256 << 20
 
 _FORMAT = "unlearn_ext.latents.1"
 _MANIFEST = "manifest.json"
+_LARGEST_MANIFEST = 1 << 30  # bytes: it names each sample
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -256,8 +258,10 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
             raise InputError(f"{directory} has latents without a {_MANIFEST}: choose another directory")
         return None
     try:
-        manifest = json.loads(path.read_text())
-        known = manifest.get("format") == _FORMAT and isinstance(manifest.get("indices"), list)
+        manifest = read_json(path, _LARGEST_MANIFEST)
+        lists = (manifest.get("indices"), manifest.get("enlarged", []))
+        known = manifest.get("format") == _FORMAT and all(isinstance(part, list) for part in lists)
+        known = known and isinstance(manifest.get("unreadable", {}), dict)
     except (OSError, ValueError, AttributeError):
         known = False
     if not known:
@@ -318,8 +322,8 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
             with safe_open(path, framework="pt") as file:
                 indices = file.get_tensor("indices").tolist()
                 sizes = {file.get_slice(key).get_shape()[0] for key in ("latent_mean", "latent_std")}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove it, and it is made anew") from None
+        except (OSError, LookupError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}): remove it, and it is made anew") from None
         if sizes != {len(indices)}:
             raise InputError(f"{path} is damaged: remove it, and it is made anew")
         for row, index in enumerate(indices):

@@ -23,7 +23,7 @@ from .._loop import Progress
 from .._names import trainable
 from .._shards import local
 from ..data.drawing import Draw, draw_indices, until_readable
-from ..data.images import ImageData, count_classes, open_data
+from ..data.images import ImageData, count_classes, is_sorted, open_data
 from ..data.latents import LatentData, encode_latents, latents_size
 from ..errors import InputError, UnlearnError, is_out_of_memory
 from ..methods import DOMAINS, SFRon
@@ -173,7 +173,8 @@ class ForgetJob:
     @property
     def _mapped(self) -> bool:
         """Whether the data say which class is which, so that some may be missing."""
-        return self.options.class_map is not None or not self.options.data.is_dir()
+        class_map = self.options.class_map
+        return (class_map is not None and not is_sorted(class_map)) or not self.options.data.is_dir()
 
     def _open_data(self) -> ImageData:
         options, settings = self.options, self.pretrained.data_settings()

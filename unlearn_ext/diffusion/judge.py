@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 
 from .._pixels import to_bytes
+from ..data.labels import fold
 from ..errors import InputError, first_line
+from .adapters import check_adapter_files
+from .reading import check_loaded, check_sizes, read_config
+from .variants import TRANSFORMERS, find_weights
 
 __all__ = ["JUDGED_AT_ONCE", "Judge"]
 
@@ -39,20 +44,12 @@ class Judge:
     ):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            raise InputError(f"--classifier: {folder} holds weights as a pickle: save them as safetensors")
+        folder = Path(os.path.expanduser(folder))
+        self._open_model(folder, AutoModelForImageClassification)
         try:
-            self.model, loaded = AutoModelForImageClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            self.processor = AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, use_fast=False, trust_remote_code=False
             )
-        except Exception as error:
-            raise InputError(
-                f"--classifier: {folder} is no transformers image-classification folder: {first_line(error)}"
-            ) from None
-        if loaded["missing_keys"]:  # which would have random numbers in their place
-            raise InputError(f"--classifier: the weights in {folder} lack {sorted(loaded['missing_keys'])[0]}")
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
         except Exception as error:
             # Where the file is missing, transformers' own words are of its hub.
             why = f": {first_line(error)}" if (folder / "preprocessor_config.json").is_file() else ""
@@ -70,6 +67,29 @@ class Judge:
             ) from None
         if not finite:
             raise InputError(f"--classifier: {folder} gives inf or NaN for a grey picture: its weights are damaged")
+
+    def _open_model(self, folder: Path, kind: Any) -> None:
+        try:
+            weights = find_weights(folder, "classifier", TRANSFORMERS)
+            check_adapter_files(folder)  # transformers would open what it names in place of this model
+            check_sizes(folder / "config.json", read_config(folder / "config.json"))
+            self.model, loaded = kind.from_pretrained(
+                folder,
+                variant=weights.variant,
+                use_safetensors=weights.safetensors,
+                weights_only=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise InputError(
+                f"--classifier: {folder} is no transformers image-classification folder: {first_line(error)}"
+            ) from None
+        try:
+            check_loaded(folder, "classifier", loaded)
+        except InputError as error:
+            raise InputError(f"--classifier: {error}") from None
 
     @torch.no_grad()
     def probabilities(self, pictures: Tensor, batch_size: int = JUDGED_AT_ONCE) -> Tensor:
@@ -115,4 +135,4 @@ def _match(names: Mapping[int, str], config: Any) -> list[int]:
 
 
 def _plain(text: str) -> str:
-    return str(text).strip().lower()
+    return fold(str(text))

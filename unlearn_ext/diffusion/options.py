@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from .._arguments import check_count, check_finite, check_number
 from .._modes import PRECISIONS
+from ..data.images import is_sorted
 from ..errors import InputError
 from ..evaluation.inception import check_file
 from ..saliency.storage import check_storage
@@ -67,9 +69,12 @@ class ForgetOptions:
     parallel: str = "ddp"
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():  # a shell leaves the ~ of --data=~/photos alone
+            if isinstance(value, Path):
+                object.__setattr__(self, name, Path(os.path.expanduser(value)))
         if not self.data.exists():
             raise InputError(f"--data: there is nothing at {self.data}")
-        if self.class_map is not None and not self.class_map.is_file():
+        if self.class_map is not None and not is_sorted(self.class_map) and not self.class_map.is_file():
             raise InputError(f"--class-map: there is no file {self.class_map}")
         if (self.forget_class is None) == (self.forget_prompt is None):
             raise InputError("say what to forget: either --forget-class, or --forget-prompt with --replace-prompt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -17,8 +16,15 @@ from torch import Tensor, nn
 
 from .._files import atomic_directory
 from .._names import own_names, unwrapped
-from ..data.labels import label_names, parse_classes
-from ..errors import InputError, first_line
+from ..data.labels import label_names, parse_classes, whole_number
+from ..errors import InputError
+from .adapters import check_adapter_files
+from .conditioning import check_components, check_denoiser
+from .converting import how_to_convert
+from .links import check_links, leaves
+from .parts import open_denoiser, open_scheduler, open_text_encoder, open_tokenizer, open_vae
+from .reading import import_diffusers, named_class, read_config
+from .variants import DIFFUSERS, find_weights
 
 __all__ = [
     "OWN_FOLDER",
@@ -40,7 +46,7 @@ _DENOISERS = {  # a class of diffusers -> the class that loads it, and how it is
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
-_WEIGHTS_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+_WEIGHTS_INDEX = re.compile(r"\.index(\..+)?\.json$")
 OWN_FOLDER = "unlearning"  # in a result: result.json, pictures, mask, history, checkpoints, latents
 # What a clone or a download leaves in a folder, and the record of an earlier run.
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__", OWN_FOLDER)
@@ -74,7 +80,7 @@ class Pretrained:
         classes: None for ``text``.
         id2label: class -> text, synonyms separated by commas; empty where the folder has none.
         pipeline: the class named in ``model_index.json``; None without one.
-        variant: of the denoiser's weight files, such as ``fp16``.
+        variant: of the denoiser's weight files, such as ``fp16``; None where they are plain.
         names: of the denoiser's tensors.
     """
 
@@ -148,8 +154,8 @@ def open_pretrained(
     """Opens a local folder: a pipeline with ``model_index.json``, or a model with ``config.json``, weights and a
     ``scheduler`` folder.
 
-    Only safetensors are read, nothing is downloaded, and no code of the folder runs. A name such as
-    ``facebook/DiT-XL-2-256`` means the copy in the local hub cache, if there is one.
+    Nothing is downloaded, and no code of the folder runs: where there are no safetensors, ``.bin`` files are read by
+    torch with ``weights_only``. A name such as ``facebook/DiT-XL-2-256`` means the copy in the local hub cache.
 
     Args:
         dtype: of the weights in memory.
@@ -162,32 +168,34 @@ def open_pretrained(
     """
     import_diffusers()
     folder = _find(path)
-    index = _json(folder / _INDEX) if (folder / _INDEX).is_file() else None
+    index = read_config(folder / _INDEX) if (folder / _INDEX).is_file() else None
     if index is not None:
         place, name = _denoiser_of_pipeline(folder, index)
     else:
         place, name = _denoiser_of_folder(folder)
     home = folder / place
-    kind = _DENOISERS[name][1]
-    variant = _variant(home, "diffusion_pytorch_model", "denoiser")
-    config = _json(home / "config.json")
-    if config.get("addition_embed_type") is not None:
-        raise InputError(f"{folder} takes more than one prompt embedding (SDXL and its like): only Stable Diffusion 1 "
-                         "and 2 are supported")  # fmt: skip
-    scheduler = _open_scheduler(folder, place, index)
+    loaded_by, kind = _DENOISERS[name]
+    _check_is_whole(folder, place, index, kind)
+    find_weights(home, "denoiser", DIFFUSERS)  # before anything large is opened
+    config = read_config(home / "config.json")
+    if "_class_name" in config and _DENOISERS.get(str(config["_class_name"]), ("",))[0] != loaded_by:
+        raise InputError(f"the denoiser in {home} is a {config['_class_name']}: expected {loaded_by}")
+    check_denoiser(home, loaded_by, config)
+    scheduler = open_scheduler(folder, place, index)
     vae_home = _component(folder, index, "vae", needed=index is not None and ("vae" in index or kind == "text"))
     vae = text_encoder = tokenizer = None
     if vae_home is not None:
-        vae = _frozen(_open_model("AutoencoderKL", vae_home, "VAE", dtype), device)
+        vae = _frozen(open_vae(vae_home, dtype), device)
     if kind == "text":
         needed = index is not None
         encoder_home = _component(folder, index, "text_encoder", needed=needed)
         tokenizer_home = _component(folder, index, "tokenizer", needed=needed)
         if encoder_home is not None:
-            text_encoder = _frozen(_open_text_encoder(encoder_home, dtype), device)
+            text_encoder = _frozen(open_text_encoder(encoder_home, dtype), device)
         if tokenizer_home is not None:
-            tokenizer = _open_tokenizer(tokenizer_home)
-    denoiser = _open_model(_DENOISERS[name][0], home, "denoiser", dtype)
+            tokenizer = open_tokenizer(tokenizer_home, index, text_encoder)
+    denoiser, weights = open_denoiser(loaded_by, home, dtype)
+    check_denoiser(home, loaded_by, denoiser.config)  # with what its file leaves to the class
     if vae is not None and vae.config.latent_channels != denoiser.config.in_channels:
         raise InputError(
             f"the denoiser of {folder} takes {denoiser.config.in_channels} channels and its VAE gives "
@@ -205,36 +213,19 @@ def open_pretrained(
         tokenizer=tokenizer,
         classes=classes,
         id2label=_id2label(index, classes),
-        pipeline=None if index is None else index.get("_class_name"),
-        variant=variant,
+        pipeline=None if index is None else named_class(index),
+        variant=weights.variant,
         names=frozenset(denoiser.state_dict()),
     )
 
 
-def import_diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError:
-        raise ImportError(
-            'Diffusion models need diffusers, which is not installed: pip install "unlearn_ext[diffusion]"'
-        ) from None
-    return diffusers
-
-
 def _find(path: str | Path) -> Path:
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     if folder.is_file():
-        if folder.suffix.lower() in _PICKLES:
-            raise InputError(
-                f"{folder} is a checkpoint in pickle form, which may run code: convert it to a folder, where you trust "
-                "it, with diffusers' from_single_file(...).save_pretrained(...)"
-            )
-        raise InputError(
-            f"{folder} is a file, and a folder in diffusers' layout is needed: convert it with "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
-        )
+        what = "a checkpoint in pickle form, which may run code" if folder.suffix.lower() in _PICKLES else "a file"
+        raise InputError(f"{folder} is {what}, and a folder in diffusers' layout is needed: {how_to_convert(folder)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         from huggingface_hub import snapshot_download
 
@@ -243,21 +234,35 @@ def _find(path: str | Path) -> Path:
     raise InputError(f"there is no folder {path}, and no model of that name in the local hub cache: download it first")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read ({reason}): it is missing or damaged") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object: it is damaged")
-    return content
+def _check_is_whole(folder: Path, place: str, index: Mapping[str, Any] | None, kind: str) -> None:
+    """Whether the denoiser is all that the folder needs, and all of it lies in the folder."""
+    parts = sorted({place, "scheduler", *_COMPONENTS, *_keys(index or {})} - {""})
+    files = {_INDEX, "config.json", "scheduler_config.json"}
+    weights = set() if place else {name for name in os.listdir(folder) if _is_weights(PurePosixPath(name))}
+    check_links(folder, sorted({*parts} | files | weights))
+    check_adapter_files(folder, *(folder / part for part in parts))
+    if index is not None:
+        check_components(folder, index, kind)
+    elif not place and (folder.parent / _INDEX).is_file():  # a part of a pipeline by itself
+        pipeline = read_config(folder.parent / _INDEX)
+        if folder.name in _keys(pipeline):
+            check_components(folder.parent, pipeline, kind)
+    for name in ("vqvae", "movq"):
+        if index is None and (folder / name).is_dir():
+            check_components(folder, {name: ["diffusers", "VQModel"]}, kind)
+
+
+def _keys(index: Mapping[str, Any]) -> list[str]:
+    """Folders of a pipeline's parts."""
+    return [key for key in index if _named(index, key)[1] is not None]
 
 
 def _named(index: Mapping[str, Any], key: str) -> tuple[str | None, str | None]:
     """Library and class of a component."""
     value = index.get(key)
-    return tuple(value) if isinstance(value, list) and len(value) == 2 else (None, None)
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
+        return None, None
+    return value[0], value[1]
 
 
 def _denoiser_of_pipeline(folder: Path, index: Mapping[str, Any]) -> tuple[str, str]:
@@ -271,7 +276,7 @@ def _denoiser_of_pipeline(folder: Path, index: Mapping[str, Any]) -> tuple[str, 
             break
         return place, name
     raise InputError(
-        f"{folder} is a {index.get('_class_name', 'pipeline')}, which is not supported: expected a DiTPipeline, a "
+        f"{folder} is a {named_class(index) or 'pipeline'}, which is not supported: expected a DiTPipeline, a "
         "StableDiffusionPipeline, or a DDPMPipeline with a class-conditional UNet2DModel"
     )
 
@@ -281,16 +286,18 @@ def _denoiser_of_folder(folder: Path) -> tuple[str, str]:
         config = folder / place / "config.json"
         if not config.is_file():
             continue
-        name = _json(config).get("_class_name")
+        check_adapter_files(folder / place)
+        name = named_class(read_config(config))
         if name in _DENOISERS:
             return place, name
         what = "no model of diffusers" if name is None else f"a {name}"
         raise InputError(f"{folder / place} holds {what}: expected {', '.join(dict.fromkeys(_DENOISERS))}")
-    pickled = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix.lower() in _PICKLES]
+    check_adapter_files(folder)
+    pickled = [entry for entry in sorted(folder.iterdir()) if entry.suffix.lower() in _PICKLES]
     if pickled:
         raise InputError(
-            f"{folder} holds {pickled[0]}, a checkpoint in pickle form, which may run code: convert it to a folder, "
-            "where you trust it, with diffusers' from_single_file(...).save_pretrained(...)"
+            f"{folder} holds {pickled[0].name}, a checkpoint in pickle form, which may run code: "
+            f"{how_to_convert(pickled[0])}"
         )
     raise InputError(f"{folder} is no diffusers folder: it has neither {_INDEX} nor a model's config.json")
 
@@ -304,117 +311,6 @@ def _component(folder: Path, index: Mapping[str, Any] | None, key: str, *, neede
         what = {"vae": "VAE", "text_encoder": "text encoder"}.get(key, key)
         raise InputError(f"the {what} of {folder} is missing: its model needs a folder {key} beside it")
     return home if there else None
-
-
-def _open_scheduler(folder: Path, place: str, index: Mapping[str, Any] | None) -> Any:
-    diffusers = import_diffusers()
-    homes = [folder / "scheduler", folder]
-    if index is None and not place:  # the model's own folder within a pipeline
-        homes.append(folder.parent / "scheduler")
-    home = next((home for home in homes if (home / "scheduler_config.json").is_file()), None)
-    if home is None:
-        raise InputError(
-            f"{folder} has no scheduler: it needs {Path('scheduler', 'scheduler_config.json')}, as a scheduler's "
-            "save_pretrained writes it"
-        )
-    config = _json(home / "scheduler_config.json")
-    name = _named(index or {}, "scheduler")[1] or config.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(f"the scheduler of {home} is a {name}, which this diffusers does not have: name another")
-    with _as_input_error(home, "scheduler"):
-        scheduler = kind.from_pretrained(home, local_files_only=True)
-    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
-        raise InputError(
-            f"the scheduler of {home}, a {name}, has no alphas_cumprod: expected one of a model that predicts noise, "
-            "such as DDPMScheduler"
-        )
-    return scheduler
-
-
-def _variant(home: Path, stem: str, what: str) -> str | None:
-    """The variant of the safetensors in a model's folder; plain ones come first."""
-    if not (home / "config.json").is_file():
-        raise InputError(f"the {what} in {home} has no config.json: it is missing or damaged")
-    files = sorted(entry.name for entry in home.iterdir())
-    if f"{stem}.safetensors" in files or f"{stem}.safetensors.index.json" in files:
-        return None
-    whole = re.compile(rf"{stem}\.([\w-]+?)\.safetensors|{stem}\.safetensors\.index\.([\w-]+)\.json")
-    variants = sorted({match[1] or match[2] for name in files if (match := whole.fullmatch(name))})
-    if len(variants) == 1:
-        return variants[0]
-    if variants:
-        raise InputError(f"{home} has weights in the variants {' and '.join(variants)}: keep one, or a plain file")
-    pickled = [name for name in files if name.endswith(_PICKLES)]
-    if pickled:
-        raise InputError(
-            f"the {what} in {home} has weights in pickle form only ({pickled[0]}), which may run code: convert them, "
-            "where you trust them, with from_pretrained(..., use_safetensors=False).save_pretrained(...)"
-        )
-    raise InputError(f"the {what} in {home} has no weights: expected {stem}.safetensors")
-
-
-def _open_model(name: str, home: Path, what: str, dtype: torch.dtype) -> nn.Module:
-    kind = getattr(import_diffusers(), name)
-    given = _json(home / "config.json").get("_class_name") if (home / "config.json").is_file() else name
-    if given != name and _DENOISERS.get(str(given), ("",))[0] != name:
-        raise InputError(f"the {what} in {home} is a {given}: expected {name}")
-    variant = _variant(home, "diffusion_pytorch_model", what)
-    with _as_input_error(home, what):
-        model, info = kind.from_pretrained(
-            home,
-            variant=variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    _whole(home, what, info)
-    return model
-
-
-def _open_text_encoder(home: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import CLIPTextModel
-
-    variant = _variant(home, "model", "text encoder")
-    architectures = _json(home / "config.json").get("architectures")
-    if architectures and "CLIPTextModel" not in architectures:
-        raise InputError(f"the text encoder in {home} is a {architectures[0]}: expected CLIPTextModel")
-    with _as_input_error(home, "text encoder"):
-        model, info = CLIPTextModel.from_pretrained(
-            home, variant=variant, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    _whole(home, "text encoder", info)
-    return model
-
-
-def _open_tokenizer(home: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    with _as_input_error(home, "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(home, local_files_only=True)
-    if len(tokenizer) < 3:  # transformers makes one of the special tokens alone where the vocabulary is missing
-        raise InputError(f"the tokenizer in {home} has no vocabulary: add its vocab.json and merges.txt")
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _as_input_error(home: Path, what: str) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"the {what} in {home} cannot be opened ({first_line(error)})") from None
-
-
-def _whole(home: Path, what: str, info: Mapping[str, Any]) -> None:
-    """diffusers and transformers would go on with random numbers in place of what is missing."""
-    for key, problem in (("missing_keys", "lack"), ("mismatched_keys", "do not fit in")):
-        names = sorted(str(name) for name in info.get(key) or ())
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"the weights of the {what} in {home} {problem} {names[0]}{more}: get the whole file")
 
 
 def _frozen(model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -441,8 +337,8 @@ def _id2label(index: Mapping[str, Any] | None, classes: Classes | None) -> dict[
     given = (index or {}).get("id2label")
     if classes is None or not isinstance(given, dict):
         return {}
-    labels = {int(key): str(text) for key, text in given.items() if str(key).isdecimal()}
-    return {key: labels[key] for key in sorted(labels) if key < classes.count}
+    labels = {whole_number(key): text for key, text in given.items() if isinstance(text, str)}
+    return {key: labels[key] for key in range(classes.count) if key in labels}
 
 
 # --- Writing ------------------------------------------------------------------------------------------------
@@ -473,22 +369,36 @@ def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: 
     extra_files = set(extra_files)
     source, place = Path(source_folder), pretrained.denoiser_folder
     components = _components(source, pretrained)
-    copied, left_out, size = [], {}, 0
-    for name in _files(source):
+    copied: list[str] = []
+    left_out: dict[str, str] = {}
+    old: set[tuple[int, int]] = set()  # files that hold weights of the denoiser, under whatever name
+    for name, elsewhere in _files(source):
         path = PurePosixPath(name)
         top = path.parts[0] if len(path.parts) > 1 else ""
-        if _is_weights(path) and top not in components:
+        if elsewhere:
+            left_out[name] = "a link that leaves the model's folder"
+        elif _is_weights(path) and top not in components:
             if top == place:
                 left_out[name] = "the denoiser's weights as they were"
             else:
                 left_out[name] = "weights outside the pipeline's parts, which may hold what was forgotten"
+            old.add(_identity(source / name))
         elif name in extra_files:
             left_out[name] = "replaced by a file of this result"
         else:
             copied.append(name)
-            size += (source / name).stat().st_size
+    for name in [name for name in copied if _identity(source / name) in old]:
+        copied.remove(name)
+        left_out[name] = "the denoiser's weights as they were, by another name"
+    size = sum((source / name).stat().st_size for name in copied)
     denoiser = sum(t.numel() * t.element_size() for t in unwrapped(pretrained.denoiser).state_dict().values())
     return Plan(tuple(copied), left_out, size, denoiser)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for a file, its links and its hard links."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_weights(path: PurePosixPath) -> bool:
@@ -496,8 +406,9 @@ def _is_weights(path: PurePosixPath) -> bool:
     return name.endswith(_WEIGHTS) or _WEIGHTS_INDEX.search(name) is not None
 
 
-def _files(source: Path) -> Iterator[str]:
-    """Sorted, relative to ``source``, links followed: a hub cache is made of them."""
+def _files(source: Path) -> Iterator[tuple[str, bool]]:
+    """Sorted, relative to ``source``, links within it followed: a hub cache is made of them. Whether it is a link, of a
+    file or of a folder as a whole, that leads elsewhere."""
     seen: set[str] = set()
     for folder, below, files in os.walk(source, followlinks=True):
         real = os.path.realpath(folder)
@@ -506,11 +417,15 @@ def _files(source: Path) -> Iterator[str]:
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if name not in _NOT_OF_THE_MODEL)
-        for name in sorted(files):
+        for name in sorted((*below, *files)):
             path = Path(folder, name)
-            if not path.is_file():
-                raise InputError(f"{path} is a link to nothing, or no file: download the model anew")
-            yield path.relative_to(source).as_posix()
+            if leaves(path, source):
+                yield path.relative_to(source).as_posix(), True
+            elif name not in below:
+                if not path.is_file():
+                    raise InputError(f"{path} is a link to nothing, or no file: download the model anew")
+                yield path.relative_to(source).as_posix(), False
+        below[:] = [name for name in below if not leaves(Path(folder, name), source)]
 
 
 def check_output(output_folder: str | Path, source_folder: str | Path) -> Path:
@@ -608,7 +523,7 @@ def _checked_extra(
 
 def _components(source: Path, pretrained: Pretrained) -> set[str]:
     """Folders of a pipeline's other parts."""
-    index = _json(source / _INDEX) if (source / _INDEX).is_file() else None
+    index = read_config(source / _INDEX) if (source / _INDEX).is_file() else None
     names = _COMPONENTS if index is None else [key for key in index if _named(index, key)[1] is not None]
     return {name for name in names if name != pretrained.denoiser_folder}
 

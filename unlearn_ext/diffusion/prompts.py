@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, default_collate
 
+from .._json import parse_json, read_text
 from ..data.images import ImageData
+from ..data.labels import composed, printable
 from ..errors import InputError
 
 __all__ = ["Concepts", "WithReplacements", "read_prompts"]
@@ -76,19 +77,7 @@ def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, re
     """
     names = data.folders or {str(label): label for label in data.counts}
     what, example = ("folder", "cats") if data.folders else ("label", "0")
-    given: dict[str, str] = {}
-    if class_map is not None:
-        try:
-            given = json.loads(class_map.read_text())
-        except (OSError, ValueError):
-            given = []
-        if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
-            raise InputError(
-                f'--class-map: {class_map} is no JSON of {what}s and prompts, as in {{"{example}": "a cat"}}'
-            )
-        for name in given:
-            if name not in names:
-                raise InputError(f"--class-map: there is no {what} {name!r} in the data")
+    given = {} if class_map is None else _read_map(class_map, names, what, example)
     if not data.folders:
         for name in names:
             if name not in given:
@@ -96,7 +85,12 @@ def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, re
                     f"the data have the label {name} and no prompt for it: give a --class-map of labels and prompts, "
                     f'as in {{"{name}": "a cat"}}'
                 )
-    prompts = {index: given.get(name, name) for name, index in sorted(names.items(), key=lambda item: item[1])}
+    prompts = {
+        index: composed(given.get(name, name)) for name, index in sorted(names.items(), key=lambda item: item[1])
+    }
+    forget_prompt, replace_prompt = composed(forget_prompt), composed(replace_prompt)
+    for prompt in (*prompts.values(), forget_prompt, replace_prompt):
+        _check_text(prompt)
     forget, replace_classes = (
         [index for index, prompt in prompts.items() if prompt == wanted] for wanted in (forget_prompt, replace_prompt)
     )
@@ -110,3 +104,32 @@ def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, re
     if len(forget) == len(names):
         raise InputError("every image belongs to the forgotten prompt: add images of what shall be retained")
     return Concepts(prompts, forget, replace_prompt, replace_classes)
+
+
+def _read_map(path: Path, names: Mapping[str, int], what: str, example: str) -> dict[str, str]:
+    """Folder or label, as the data have it -> prompt."""
+    try:
+        pairs = parse_json(read_text(path), object_pairs_hook=list)
+    except (OSError, ValueError):
+        pairs = None
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) and isinstance(pair[1], str) for pair in pairs):
+        raise InputError(f'--class-map: {path} is no JSON of {what}s and prompts, as in {{"{example}": "a cat"}}')
+    known = {composed(name): name for name in names} | {name: name for name in names}
+    prompts: dict[str, str] = {}
+    for key, prompt in pairs:
+        name = known.get(key, known.get(composed(key)))
+        if name is None:
+            raise InputError(f"--class-map: there is no {what} {key!r} in the data")
+        if name in prompts:
+            raise InputError(f"--class-map: {path} names the {what} {key!r} twice")
+        prompts[name] = prompt
+    return prompts
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{printable(prompt)!r} is no text that can be a prompt: rename the folder, or name it in a --class-map"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,7 +68,7 @@ class InceptionFID:
     def __init__(self, weights: str | Path, features: int = 2048, device: torch.device | str = "cpu"):
         if features not in (64, 192, 768, 2048):
             raise InputError(f"features: expected 64, 192, 768 or 2048, got {features!r}")
-        path = Path(weights)
+        path = Path(os.path.expanduser(weights))
         check_file(path)
         self.features = features
         _check_tensors(path)
