@@ -135,13 +135,22 @@ def test_denormal_entropies_are_cut_at_the_balanced_mean() -> None:
 # --- From logits --------------------------------------------------------------------------------------------------
 
 
-def exact_entropy(row: list[float]) -> float:
+def exact_entropy(row: list[float], less: int = 1) -> float:
+    """Less the logarithm of ``less``."""
     with localcontext() as context:
         context.prec = 60 + round(max(row) - min(row))
         z = [Decimal(v) for v in row]
         chances = [(v - max(z)).exp() for v in z]
         total = sum(chances)
-        return float(-sum(c / total * (c / total).ln() for c in chances))
+        return float(-sum(c / total * (c / total).ln() for c in chances) - Decimal(less).ln())
+
+
+def expected_of(retain: Tensor, test: Tensor, forget: Tensor, less: int = 1) -> float:
+    entropies = [[exact_entropy(row, less) for row in part.double().tolist()] for part in (retain, test, forget)]
+    a, b = optimum(*entropies[:2])
+    with localcontext() as context:
+        context.prec = 1000
+        return sum(a * Decimal(v) + b > 0 for v in entropies[2]) / len(forget)
 
 
 def margins(count: int, seed: int, low: float, high: float, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -157,12 +166,25 @@ def margins(count: int, seed: int, low: float, high: float, dtype: torch.dtype =
 def test_logits_of_every_confidence(ahead: float, dtype: torch.dtype) -> None:
     retain, test = margins(25, 0, ahead + 2, ahead + 3, dtype), margins(9, 1, ahead, ahead + 3, dtype)
     forget = margins(60, 2, ahead, ahead + 3, dtype)
-    entropies = [[exact_entropy(row) for row in part.double().tolist()] for part in (retain, test, forget)]
-    a, b = optimum(*entropies[:2])
-    with localcontext() as context:
-        context.prec = 1000
-        expected = sum(a * Decimal(v) + b > 0 for v in entropies[2]) / 60
+    expected = expected_of(retain, test, forget)
     assert entropy_mia(retain, test, forget) == pytest.approx(expected, abs=1e-12) and 0.0 < expected < 1.0
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-8, 1e-11])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_logits_of_a_network_that_says_nothing(size: float, offset: float) -> None:
+    """All entropies are ln K up to the square of the logits' size."""
+    retain, test, forget = (
+        (offset + size * factor * margins(count, seed, 0.0, 1.0).float()).float()
+        for seed, count, factor in ((0, 25, 1.5), (1, 9, 1.0), (2, 60, 1.2))
+    )
+    if offset and size < 1e-7:  # which float32 has lost
+        assert entropy_mia(retain, test, forget) == 0.0
+    else:
+        expected = expected_of(retain, test, forget, less=3)
+        assert entropy_mia(retain, test, forget) == pytest.approx(expected, abs=1e-12) and 0.0 < expected < 1.0
+    rolled = retain.roll(1, dims=1)  # the same entropies
+    assert entropy_mia(retain, rolled, forget) == 0.0
 
 
 def test_logits_as_large_as_they_get() -> None:

@@ -3,11 +3,15 @@
 Conventions differ between papers and their values are not comparable, so each attack has its own name here.
 """
 
+import math
+
 from torch import Tensor
 
 from ..errors import InputError
 from .checks import checked_logits
 from .logistic import fit_cut
+
+_NEAR = 1e-3  # to ln K, in nats
 
 
 def entropy_mia(retain_logits: Tensor, test_logits: Tensor, forget_logits: Tensor) -> float:
@@ -38,18 +42,31 @@ def entropy_mia(retain_logits: Tensor, test_logits: Tensor, forget_logits: Tenso
     for name, logits in named.items():
         if logits.shape[1] != classes:
             raise InputError(f"{name}: expected {classes} classes as retain_logits has, got {logits.shape[1]}")
-    retain, test, forget = (_entropy(logits) for logits in named.values())
+    retain, test, forget = _entropies(*named.values())
     return float(fit_cut(retain, test).members(forget).double().mean())
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax of each row, in nats: ``[N, K]`` → ``[N]``.
+def _entropies(*parts: Tensor) -> list[Tensor]:
+    """Of the softmax of each row, in nats: ``[N, K]`` → ``[N]``. Where none is far from ln K they are less that, whose
+    digits stand before theirs, and which makes no difference to a regression with an intercept."""
+    ordered = [part.sort(dim=1).values for part in parts]  # so that the order of the classes rounds nothing otherwise
+    entropies = [_entropy(rows) for rows in ordered]
+    if min(float(part.min()) for part in entropies) > math.log(parts[0].shape[1]) - _NEAR:
+        return [_above_uniform(rows) for rows in ordered]
+    return entropies
 
-    With the distances d_k to the row's largest logit and Z = Σ_k exp(−d_k) it is ln Z + Σ_k d_k exp(−d_k) / Z. No term
-    is negative, so that an entropy of 1e-30 has as many digits as one of 1.
-    """
-    largest, at = logits.max(dim=1, keepdim=True)
-    below = (largest - logits).clamp_max(1e4)  # beyond which exp is 0; a difference may overflow
-    chances = below.neg().exp().scatter(1, at, 0.0)
+
+def _entropy(rows: Tensor) -> Tensor:
+    """With the distances d_k to the row's largest logit and Z = Σ_k exp(−d_k): ln Z + Σ_k d_k exp(−d_k) / Z. No term is
+    negative, so that an entropy of 1e-30 has as many digits as one of 1."""
+    below = (rows[:, -1:] - rows[:, :-1]).clamp_max(1e4)  # beyond which exp is 0; a difference may overflow
+    chances = below.neg().exp()
     rest = chances.sum(dim=1)
     return rest.log1p() + (chances * below).sum(dim=1) / (1.0 + rest)
+
+
+def _above_uniform(rows: Tensor) -> Tensor:
+    """The entropy less ln K: minus the mean of exp(y_k) y_k, y_k = ln (K p_k)."""
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    y = centred - centred.expm1().mean(dim=1, keepdim=True).log1p()
+    return -(y.expm1() * y + y).mean(dim=1)
