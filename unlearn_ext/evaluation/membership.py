@@ -4,7 +4,9 @@ Conventions differ between papers and their values are not comparable, so each a
 """
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -12,6 +14,7 @@ from .checks import checked_logits
 from .logistic import fit_cut
 
 _NEAR = 1e-3  # to ln K, in nats
+_AT_ONCE = 1 << 16  # rows: bounds the temporaries
 
 
 def entropy_mia(retain_logits: Tensor, test_logits: Tensor, forget_logits: Tensor) -> float:
@@ -49,11 +52,15 @@ def entropy_mia(retain_logits: Tensor, test_logits: Tensor, forget_logits: Tenso
 def _entropies(*parts: Tensor) -> list[Tensor]:
     """Of the softmax of each row, in nats: ``[N, K]`` → ``[N]``. Where none is far from ln K they are less that, whose
     digits stand before theirs, and which makes no difference to a regression with an intercept."""
-    ordered = [part.sort(dim=1).values for part in parts]  # so that the order of the classes rounds nothing otherwise
-    entropies = [_entropy(rows) for rows in ordered]
+    entropies = [_of_rows(_entropy, part) for part in parts]
     if min(float(part.min()) for part in entropies) > math.log(parts[0].shape[1]) - _NEAR:
-        return [_above_uniform(rows) for rows in ordered]
+        return [_of_rows(_above_uniform, part) for part in parts]
     return entropies
+
+
+def _of_rows(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """In parts, and of ordered rows, so that the order of the classes makes no difference to the last digit either."""
+    return torch.cat([function(rows.sort(dim=1).values) for rows in logits.split(_AT_ONCE)])
 
 
 def _entropy(rows: Tensor) -> Tensor:
@@ -67,6 +74,7 @@ def _entropy(rows: Tensor) -> Tensor:
 
 def _above_uniform(rows: Tensor) -> Tensor:
     """The entropy less ln K: minus the mean of exp(y_k) y_k, y_k = ln (K p_k)."""
-    centred = rows - rows.mean(dim=1, keepdim=True)
+    below = rows - rows[:, -1:]
+    centred = below - below.mean(dim=1, keepdim=True)
     y = centred - centred.expm1().mean(dim=1, keepdim=True).log1p()
     return -(y.expm1() * y + y).mean(dim=1)
