@@ -11,6 +11,7 @@ from ._hashing import sample_hashes, samples_hash
 from ._ranks import ALONE, Ranks
 from .errors import InputError
 from .tasks import Task
+from .tasks.classification import are_indices
 
 __all__ = ["DataCheck"]
 
@@ -32,11 +33,13 @@ class DataCheck:
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
         self._duplicate: InputError | None = None
+        self.labels: dict[str, set[int]] = {}  # of each set, where there are unseen data and the task has class labels
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
         if name == "forget" and self.replaces:
             self.task.check_replacement(batch)
+        self._note_labels(name, batch)
         inputs = self.task.inputs(batch)
         if name != "forget" and self.allow_duplicates:
             self._seen[name] += len(inputs)
@@ -54,6 +57,14 @@ class DataCheck:
         self._seen[name] += len(hashes)
         if self.ranks.size == 1:
             self._raise()
+
+    def _note_labels(self, name: str, batch: Any) -> None:
+        """The unseen set comes first: without one nobody asks."""
+        if (name != "unseen" and "unseen" not in self.labels) or not hasattr(self.task, "labels"):
+            return
+        labels = self.task.labels(batch)
+        if are_indices(labels):
+            self.labels.setdefault(name, set()).update(labels.unique().tolist())
 
     def _raise(self) -> None:
         if self._duplicate is not None:

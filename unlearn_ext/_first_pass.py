@@ -13,6 +13,7 @@ import torch
 from ._data import DataCheck
 from ._hashing import weights_hash
 from ._ranks import ALONE
+from ._signs import unseen_classes
 from ._streams import in_step, length
 from .errors import InputError
 from .saliency import FisherDiagonal, SaliencyMask
@@ -42,6 +43,7 @@ def first_pass(
         check.scan("unseen", sets["unseen"])
     if method.measures is None:
         check.scan_rest(sets)
+        _note_unseen(result, check)
         method.take_sizes(check.sizes())
         own, mask = check.forget_hash, method.mask
         if mask is not None and mask.metadata.get("forget_hash", own) != own:
@@ -54,6 +56,7 @@ def first_pass(
     measure = {"fisher": _by_fisher, "gradient": _by_gradient}[method.measures]
     mask, whole = measure(unlearner, sets, result, check, progress, keep)
     check.scan_rest(sets)
+    _note_unseen(result, check, whole)
     if whole:
         method.take_sizes(check.sizes())
     if not mask.kept:
@@ -66,6 +69,12 @@ def first_pass(
         **({"forget_hash": check.forget_hash} if whole else {}),
     )
     return mask
+
+
+def _note_unseen(result: Result, check: DataCheck, whole: bool = True) -> None:
+    sentence = unseen_classes(check.labels, whole)
+    if sentence is not None:
+        result.warnings["unseen"] = sentence
 
 
 def _by_fisher(
