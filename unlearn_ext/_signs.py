@@ -16,10 +16,10 @@ from ._shards import local
 from .errors import UnlearningWarning
 
 __all__ = ["IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "growth", "hidden", "missed"]
-__all__ += ["still_shown", "unmet", "unmoved", "unseen_classes"]
+__all__ += ["unmet", "unmoved", "unseen_classes"]
 
 # Keys of the warnings that say that what was asked did not happen; the others are about settings and data.
-MISSED = ("target", "unmoved", "retain", "batch_norm", "still_shown")
+MISSED = ("target", "unmoved", "retain", "batch_norm")
 KEYS = (*MISSED, "momentum", "unseen")
 
 _GROWN = 3.0  # times its start: retain loss that tells of damage
@@ -55,9 +55,14 @@ IDLE_MOMENTUM = (
 
 
 def unseen_classes(labels: Mapping[str, set[int]], whole: bool = True) -> str | None:
-    """``labels`` of the forget, retain and unseen samples; ``whole``: of all of them."""
-    forgotten = labels.get("forget", set()) - labels.get("retain", set())
-    if not whole and len(labels.get("forget", ())) > 1:  # a part of the retain set may lack classes that it holds
+    """Of classes that are forgotten as a whole: no retained sample is of them.
+
+    Args:
+        labels: of the forget, retain and unseen samples.
+        whole: of all of them.
+    """
+    forgotten, retained = labels.get("forget", set()), labels.get("retain", set())
+    if forgotten & retained or (len(forgotten) > 1 and not (retained and whole)):
         return None
     both = sorted(forgotten & labels.get("unseen", set()))
     if not both:
@@ -94,6 +99,11 @@ class Losses:
         named = {"first": self.first, "last": self.last, "bounds": self.bounds}
         return {**{name: [float(x) for x in losses] for name, losses in named.items()}, "count": self.count}
 
+    def end(self, part: int = _LAST) -> float:
+        """The median of the last ones, ``part`` at most, or the very last if that is smaller."""
+        last = [float(x) for x in self.last][-part:]
+        return min(median(last), last[-1])
+
     @property
     def constant(self) -> bool:
         """Whether there are several, all equal."""
@@ -107,7 +117,7 @@ def growth(losses: Losses, nats: bool) -> str | None:
         return None
     part = max(1, losses.count // 3)
     start = max(map(float, losses.first[: min(_FIRST[nats], part)]))
-    end = median(map(float, list(losses.last)[-part:]))
+    end = losses.end(part)
     if not end > _GROWN * start + 1e-12 or (nats and end - start < _FLOOR):
         return None
     return (
@@ -116,19 +126,25 @@ def growth(losses: Losses, nats: bool) -> str | None:
     )
 
 
-def hidden(losses: Losses, now: float, accuracy: float | None) -> str | None:
-    """A forget batch that seems forgotten in train mode, and is known in eval mode, where its loss is ``now``."""
-    if accuracy is None or accuracy < _KNOWN or not losses.count:
+def hidden(
+    forget: float, now: float, accuracy: float | None, *, retain: float | None, replaces: bool = False
+) -> str | None:
+    """Of a forget batch that seems forgotten in train mode and is known in eval mode.
+
+    Args:
+        forget: its loss in train mode.
+        now, accuracy: in eval mode.
+        retain: loss in train mode of what is kept: where it is as large, dropout is the reason.
+        replaces: losses are under wrong labels, so that small ones seem forgotten.
+    """
+    if accuracy is None or accuracy < _KNOWN:
         return None
-    start, end = float(losses.first[0]), float(losses.last[-1])
-    known = math.log(2.0)
-    rose = end >= max(_APART * start, known, _APART * now)
-    fell = start >= _APART * end and now >= max(_APART * end, known)  # towards wrong labels
-    if not rose and not fell:
+    large, small = (now, forget) if replaces else (forget, now)
+    if large < max(_APART * small, math.log(2.0)) or (not replaces and retain is not None and forget < _APART * retain):
         return None
     return (
-        f"in train mode the last forget batch has a loss of {end:.3g}, but in eval mode {100 * accuracy:.0f} % of it "
-        "is still got right: batch normalisation sees the forgotten samples alone in training, so set "
+        f"in train mode the last forget batch has a loss of {forget:.3g}, but in eval mode {100 * accuracy:.0f} % of "
+        "it is still got right: batch normalisation sees the forgotten samples alone in training, so set "
         "freeze_batch_norm=True or raise iterations or forget_alpha, and judge by evaluation.predict"
     )
 
@@ -208,16 +224,3 @@ def unmoved(
             "forget_alpha, or train the weights that the forget loss depends on"
         )
     return None
-
-
-# --- What a judge tells -------------------------------------------------------------------------------------------
-
-
-def still_shown(before: float, after: float, what: str) -> str | None:
-    """Of generated pictures: fractions that a classifier takes for what was forgotten, such as ``"class 3"``."""
-    if before <= 0.0 or after < _KNOWN * before:
-        return None
-    return (
-        f"the classifier finds {what} in {100 * after:.1f} % of the pictures of it (before: {100 * before:.1f} %), "
-        "so it is not forgotten: raise max_train_steps, learning_rate or forget_alpha"
-    )

@@ -69,7 +69,7 @@ class Watching:
 
     def finish(self) -> None:
         """The last forget batch once more, in eval mode."""
-        if self.batch is None:
+        if self.batch is None or not self.forget.count:
             return
         loop, batches = self.loop, [self.batch]
         try:
@@ -103,7 +103,13 @@ class Watching:
             nats = task.kind == "classification" and getattr(task, "loss", None) is None
             found["retain"] = _signs.growth(self.retain, nats)
         if self.look is not None:
-            found["batch_norm"] = _signs.hidden(self.forget, self.look["loss"], self.look["accuracy"])
+            found["batch_norm"] = _signs.hidden(
+                float(self.forget.last[-1]),
+                self.look["loss"],
+                self.look["accuracy"],
+                retain=self.retain.end() if self.retain.count else None,
+                replaces=method.replaces,
+            )
         return {key: sentence for key, sentence in found.items() if sentence is not None}
 
     def _unmoved(self) -> str | None:
