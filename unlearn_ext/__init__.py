@@ -7,7 +7,7 @@
 >>> result = Unlearner(model, task=Classification(), method=method).run(forget=..., retain=...)  # doctest: +SKIP
 """
 
-from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError
+from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError, UnlearningWarning
 from .optim import UnlearnOptimizer
 from .saliency import FisherDiagonal, SaliencyMask
 from .unlearner import Result, Unlearner
@@ -23,4 +23,5 @@ __all__ = [
     "UnlearnError",
     "UnlearnOptimizer",
     "Unlearner",
+    "UnlearningWarning",
 ]

@@ -112,7 +112,8 @@ def describe(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+        layout = "" if value.layout == torch.strided else f" of layout {value.layout}"
+        return f"a {value.dtype} tensor of shape {list(value.shape)}{layout}"
     if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if not value.ndim:
             return repr(value)

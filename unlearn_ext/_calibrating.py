@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,12 +65,6 @@ class Calibrating:
         best, last = self.best, path[-1]
         if back := best is not last:
             self._go_back()
-        if best["iteration"] == 0:
-            warnings.warn(
-                "calibration found nothing better than the starting weights, so nothing was forgotten: change lr, "
-                "raise iterations, or pass more unseen samples",
-                stacklevel=2,
-            )
         self._kept, self._batches = [], {}
         return {"path": path, "ended_at": best["iteration"], "went_back": back, "met": best["met"]}
 

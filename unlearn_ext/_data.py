@@ -14,6 +14,7 @@ from ._small_batches import SmallBatches
 from ._streams import empty_set
 from .errors import InputError
 from .tasks import Task
+from .tasks.classification import are_indices
 
 __all__ = ["DataCheck"]
 
@@ -52,11 +53,13 @@ class DataCheck:
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
         self._kinds: dict[str, list[Any]] = {}  # of batches, by set
         self._error: InputError | None = None  # the first that was found
+        self.labels: dict[str, set[int]] = {}  # of each set, where there are unseen data and the task has class labels
 
     def add(self, name: str, batch: Any) -> None:
         self.task.check(batch)
         if name == "forget" and self.replaces:
             self.task.check_replacement(batch)
+        self._note_labels(name, batch)
         size, inputs = self.task.size(batch), self.task.inputs(batch)
         self._try_other_kind(name, batch, inputs)
         if self.small_batches is not None:
@@ -89,6 +92,14 @@ class DataCheck:
                     )
         if name in self._hashes:
             self._hashes[name].update(hashes)
+
+    def _note_labels(self, name: str, batch: Any) -> None:
+        """The unseen set comes first: without one nobody asks."""
+        if (name != "unseen" and "unseen" not in self.labels) or not hasattr(self.task, "labels"):
+            return
+        labels = self.task.labels(batch)
+        if are_indices(labels):
+            self.labels.setdefault(name, set()).update(labels.unique().tolist())
 
     def _raise(self) -> None:
         if self._error is not None:

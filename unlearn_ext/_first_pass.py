@@ -13,6 +13,7 @@ import torch
 from ._data import DataCheck
 from ._hashing import weights_hash
 from ._ranks import ALONE
+from ._signs import unseen_classes
 from ._small_batches import SmallBatches
 from ._streams import empty_set, in_step, is_spent, length
 from .errors import InputError
@@ -63,6 +64,7 @@ def _pass(
         check.scan("unseen", sets["unseen"])
     if method.measures is None:
         check.scan_rest(sets)
+        _note_unseen(result, check)
         method.take_sizes(check.sizes())
         own, mask = check.forget_hash, method.mask
         if mask is not None and mask.metadata.get("forget_hash", own) != own:
@@ -75,6 +77,7 @@ def _pass(
     measure = {"fisher": _by_fisher, "gradient": _by_gradient}[method.measures]
     mask, whole = measure(unlearner, sets, result, check, progress, keep)
     check.scan_rest(sets)
+    _note_unseen(result, check, whole)
     if whole:
         method.take_sizes(check.sizes())
     if not mask.kept:
@@ -87,6 +90,12 @@ def _pass(
         **({"forget_hash": check.forget_hash} if whole else {}),
     )
     return mask
+
+
+def _note_unseen(result: Result, check: DataCheck, whole: bool = True) -> None:
+    sentence = unseen_classes(check.labels, whole)
+    if sentence is not None:
+        result.warnings["unseen"] = sentence
 
 
 def _by_fisher(

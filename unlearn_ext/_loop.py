@@ -23,6 +23,7 @@ from ._parts import own_part
 from ._shards import local
 from ._streams import BatchStream, length
 from ._teachers import make_teachers
+from ._watching import Watching
 from .errors import InputError, NonFiniteError, ProtectionError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
@@ -103,6 +104,7 @@ class Loop:
         decay = unlearner.ema_decay
         self.averages = None if decay is None else Averages(unlearner._named, decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.watching = Watching(self)
 
     def _generators(self) -> list[torch.Generator]:
         found: list[torch.Generator] = []
@@ -122,6 +124,7 @@ class Loop:
         if checkpoint is None:
             self.begun = True  # by the first pass
             self.history.begin()
+            self.watching.start()
             if self._fully_protected():
                 self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
             return
@@ -145,6 +148,7 @@ class Loop:
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
+        self.watching.load(document.get("watching"))
         self.result.stopped_at = document["stopped_at"]
         self.result.timings.update(document["timings"])
         for side, scaler in self.scalers.items():
@@ -169,6 +173,7 @@ class Loop:
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
                 entry = self._iterate(self.iteration)
+                self.watching.see(entry)
                 if entry["forget_loss"] is not None:
                     self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
                 self.iteration += 1
@@ -194,6 +199,7 @@ class Loop:
                         _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
             if self.calibrating is not None:
                 result.calibration = self.calibrating.finish()
+            self.watching.finish()
         finally:
             for module, training in modes:
                 module.training = training
@@ -263,6 +269,7 @@ class Loop:
             losses, forget = parts[0], self.method.forget_loss(parts[0], t, *parts[1:])
             batch = self._over_ranks(forget, losses, count)
             means.append(batch.mean)
+            self.watching.see_term(batch.told)
             total = total + batch.weight
             loss, share = batch.loss, batch.largest_share
             if number > 0:
@@ -324,7 +331,10 @@ class Loop:
     def _losses(self, name: str, teacher: str | None) -> tuple[tuple[Tensor, ...], int]:
         """Per-sample losses of this rank's part of a batch, with the distances to a teacher if there is one, and how
         many samples count."""
-        prepared, count = self._prepared(self.streams[name].take())
+        batch = self.streams[name].take()
+        if name == "forget":
+            self.watching.take(batch)
+        prepared, count = self._prepared(batch)
         if teacher is not None:
             return self.unlearner.losses_and_distances(prepared, self.teachers[teacher], name), count
         return (self.unlearner.losses(prepared, name == "forget" and self.method.replaces),), count
@@ -361,7 +371,12 @@ class Loop:
 
     @torch.no_grad()
     def look(
-        self, batches: Iterable[Any], hits: bool = False, what: str = "unseen", state: dict[str, Any] | None = None
+        self,
+        batches: Iterable[Any],
+        hits: bool = False,
+        what: str = "unseen",
+        state: dict[str, Any] | None = None,
+        replacement: bool = False,
     ) -> Tensor:
         """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode; what is drawn for it is
         drawn from :meth:`random_state` ``state``. The run's random numbers go on as if nothing had been drawn."""
@@ -370,8 +385,11 @@ class Loop:
             if state is not None:
                 _rng.restore(state, generators)
             prepared = (self._prepared(batch)[0] for batch in batches)
-            measure = self.unlearner.hits if hits else self.unlearner.losses
-            losses = torch.cat([measure(batch).double().cpu() for batch in prepared])
+            if hits:
+                measured = [self.unlearner.hits(batch) for batch in prepared]
+            else:
+                measured = [self.unlearner.losses(batch, replacement) for batch in prepared]
+            losses = torch.cat([part.double().cpu() for part in measured])
         if not bool(torch.isfinite(losses).all()):
             raise NonFiniteError(f"a loss on {what} data is not finite: check that data, lower lr or forget_alpha")
         return losses
@@ -462,6 +480,7 @@ class Loop:
                 "counts": self.counts,
                 "timings": self.result.timings,
                 "protected": self.protected,
+                "watching": self.watching.state(),
                 "stopped_at": self.result.stopped_at,
                 "scalers": {side: scaler.state_dict() for side, scaler in self.scalers.items()},
                 "forgetting": plain(self.forgetting),
@@ -488,6 +507,8 @@ class Loop:
             "trainable_weights": trainable,
             "salient_weights": mask.kept if mask else trainable,
         }
+        result.warnings |= self.watching.sentences()
+        result.forget_eval = self.watching.look
         if mask is None or not self.method.protect:
             result.protection = "protection was not asked for: decay and momentum may move every weight"
         elif not self._fully_protected():

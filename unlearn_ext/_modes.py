@@ -11,7 +11,8 @@ from torch import nn
 from ._names import unwrapped
 from .errors import InputError
 
-__all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "keeping_modes", "keeping_statistics", "set_training"]
+__all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "has_batch_norm", "keeping_modes", "keeping_statistics"]
+__all__ += ["set_training"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -50,6 +51,11 @@ def freeze_batch_norm(model: nn.Module) -> None:
     """Batch normalisation goes to eval mode."""
     for module in _batch_norms(model):
         module.eval()
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether there is batch normalisation that takes a batch's own statistics now."""
+    return any(module.training for module in _batch_norms(model))
 
 
 @contextlib.contextmanager

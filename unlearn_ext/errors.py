@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "LostRankError", "NonFiniteError", "ProtectionError", "UnlearnError"]
+__all__ = ["InputError", "LostRankError", "NonFiniteError", "ProtectionError", "UnlearnError", "UnlearningWarning"]
 __all__ += ["first_line", "is_out_of_memory"]
 
 
@@ -24,6 +24,11 @@ class LostRankError(UnlearnError, RuntimeError):
 
 class ProtectionError(UnlearnError, RuntimeError):
     """A protected weight has changed: something outside the optimizer wrote to it."""
+
+
+class UnlearningWarning(UserWarning):
+    """A run ended, and what was asked of it did not happen, or its settings or data make that likely. The same
+    sentences stand in :attr:`Result.warnings`."""
 
 
 def first_line(error: Exception) -> str:

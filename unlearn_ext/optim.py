@@ -77,6 +77,8 @@ class StepConfig:
 
     def make_optimizer(self, params_or_named_params: Iterable[Any], mask: SaliencyMask | None) -> UnlearnOptimizer:
         arguments = {field.name: getattr(self, field.name) for field in fields(StepConfig)}
+        # A method's may be of classes that say that nobody gave them, which a saved state would not hold.
+        arguments |= {"rule": str(self.rule), "momentum": float(self.momentum)}
         return UnlearnOptimizer(list(params_or_named_params), mask=mask, **arguments)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from . import _checkpoint, ops
+from . import _checkpoint, _signs, ops
 from ._arguments import check_count, check_device, check_model, check_number
 from ._arriving import keeping_graphs
 from ._files import writable_directory
@@ -24,6 +24,7 @@ from ._names import trainable
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
 from ._streams import BatchStream, length
+from ._summary import summary
 from ._teachers import check_teachers
 from .errors import InputError
 from .methods import Method, find_method
@@ -40,7 +41,7 @@ def _silent(stage: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a run did.
 
@@ -68,6 +69,14 @@ class Result:
             model has, ``went_back``, whether later ones were given up, and ``met``; else None.
         ema: moving averages of the trained weights by name, where ``ema_decay`` was given; the model itself holds the
             weights of the last iteration. Both are those of an earlier one where a calibration went back to it.
+        warnings: one sentence for each thing that was asked and did not happen, or that makes that likely; each is also
+            an :class:`~unlearn_ext.UnlearningWarning`. Keys: ``target`` (a calibration's was not met), ``unmoved`` (no
+            weight has moved, or forgetting moved nothing), ``retain`` (the retain loss is several times what it was),
+            ``batch_norm`` (a forget batch that seems forgotten in train mode is known in eval mode), ``momentum``
+            (``rule="momentum"`` with 0) and ``unseen`` (unseen data hold a class that is to be forgotten).
+        forget_eval: of a model with batch normalisation in train mode, the last forget batch in eval mode after the
+            run: ``samples``, mean ``loss`` as in the history's ``forget_loss``, and ``accuracy`` (None where the task
+            has none). None for other models, and where a calibration has looked or there are several ranks.
     """
 
     mask: SaliencyMask | None = None
@@ -81,6 +90,12 @@ class Result:
     stopped_at: int | None = None
     ema: dict[str, Tensor] | None = None
     calibration: dict[str, Any] | None = None
+    warnings: dict[str, str] = field(default_factory=dict)
+    forget_eval: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """What a notebook's last line shows: a summary of a few lines."""
+        return summary(self)
 
 
 class Unlearner:
@@ -297,6 +312,10 @@ class Unlearner:
         alike = self.ranks if self.split_batches else ALONE
         streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
         result = Result(update=self.method.update, backend=ops.backend(self.device))
+        said = set() if self.ranks.first else set(_signs.KEYS)
+        if self.method.has_idle_momentum:
+            result.warnings["momentum"] = _signs.IDLE_MOMENTUM
+            _signs.announce(result.warnings, said)
         with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
             if checkpoint is None:
                 if self.method.mask is not None:
@@ -312,12 +331,14 @@ class Unlearner:
                     )
             else:
                 result.mask = checkpoint.mask
+            _signs.announce(result.warnings, said)
             optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
             for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
                 group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
             loop = Loop(self, optimizer, streams, result, directory, progress)
             loop.start(checkpoint)
             loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
+        _signs.announce(result.warnings, said)
         return result
 
     def read_checkpoint(self, path: Path) -> _checkpoint.Checkpoint:

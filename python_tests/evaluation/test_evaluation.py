@@ -1,5 +1,4 @@
 import math
-import sys
 
 import pytest
 import torch
@@ -167,7 +166,6 @@ def test_average_gap_refuses_what_it_cannot_average():
 
 
 def test_entropy_mia_finds_members_by_their_certainty():
-    pytest.importorskip("sklearn")
     certain, unsure = logits_of([0.98, 0.02]), logits_of([0.5, 0.5])
     retain, test = certain.repeat(300, 1), unsure.repeat(30, 1)  # unbalanced on purpose
     assert entropy_mia(retain, test, certain.repeat(5, 1)) == 1.0
@@ -177,7 +175,6 @@ def test_entropy_mia_finds_members_by_their_certainty():
 
 def test_entropy_mia_cuts_where_a_balanced_attacker_would():
     """With equal spread and balanced weights the boundary is the midpoint of the two means, for any sizes."""
-    pytest.importorskip("sklearn")
 
     def with_entropy(target):  # bisection: the two-class distribution of this entropy
         low, high = 0.5, 1.0 - 1e-12
@@ -197,12 +194,6 @@ def test_entropy_mia_cuts_where_a_balanced_attacker_would():
 def test_entropy_mia_needs_equal_class_counts():
     with pytest.raises(ValueError, match="test_logits: expected 3 classes as retain_logits has, got 4"):
         entropy_mia(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3))
-
-
-def test_entropy_mia_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match=r'pip install "unlearn_ext\[demo\]"'):
-        entropy_mia(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
 
 
 # -------------------------------------------------------------------------------------------------- predict

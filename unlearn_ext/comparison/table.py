@@ -123,10 +123,24 @@ def _sentences(found: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
         if named:
             sentences.append(f"Warning, {kind}-forgetting: {'; '.join(named)}.")
     for name, row in methods.items():
+        sentences += _of_runs(short[name], row["runs"], found["protocol"]["seeds"])
         if row["failed"]:
             seeds, reason = ", ".join(row["failed"]), next(iter(row["failed"].values()))
             sentences.append(f"Warning: {short[name]} has no mean, because it failed (seeds {seeds}): {reason}")
     return sentences
+
+
+def _of_runs(name: str, runs: list[dict[str, Any] | None], seeds: list[int]) -> list[str]:
+    """What the runs themselves warned of: each kind once, with the first seed's sentence."""
+    seen: dict[str, list[tuple[int, str]]] = {}
+    for seed, run in zip(seeds, runs, strict=True):
+        for key, sentence in ((run or {}).get("warnings") or {}).items():
+            seen.setdefault(key, []).append((seed, sentence))
+    return [
+        f"Warning: {name} (seed{'s' * (len(of_seeds) > 1)} {', '.join(str(seed) for seed, _ in of_seeds)}): "
+        f"{of_seeds[0][1]}."
+        for of_seeds in seen.values()
+    ]
 
 
 def _short_names(names: Iterable[str]) -> dict[str, str]:

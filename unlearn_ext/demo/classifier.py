@@ -196,6 +196,7 @@ class ClassifierDemo:
             "protection": result.protection,
             "timings": result.timings,
             "counts": result.counts,
+            "warnings": result.warnings,
             "backend": result.backend,
             "device": options.device,
             "mixed_precision": options.mixed_precision,

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import describe
 from ..errors import InputError, first_line
+from .checks import checked_features, checked_labels
 
 __all__ = ["class_scores", "frechet_distance", "gaussian_distance", "pairwise_distance", "torchmetrics_fid"]
 
@@ -23,14 +25,18 @@ def class_scores(probabilities: Tensor, labels: Tensor) -> dict[int, dict[str, f
     Args:
         probabilities: [N, classes], of an external classifier.
         labels: integers [N], what the pictures were asked to show.
+
+    Raises:
+        InputError: no pictures, shapes that do not fit, or labels that the classifier does not know.
     """
-    if probabilities.dim() != 2 or len(probabilities) != len(labels):
-        raise InputError(f"probabilities: expected shape [{len(labels)}, classes], got {list(probabilities.shape)}")
+    if not isinstance(probabilities, Tensor) or probabilities.dim() != 2 or not probabilities.numel():
+        raise InputError(
+            f"probabilities: expected a tensor of shape [pictures, classes], neither 0, got {describe(probabilities)}"
+        )
     if not bool(torch.isfinite(probabilities).all()):
         raise InputError("probabilities: not all are finite, so the classifier cannot judge these pictures")
-    probabilities, labels = probabilities.detach().double().cpu(), labels.cpu().long()
-    if int(labels.min()) < 0 or int(labels.max()) >= probabilities.shape[1]:
-        raise InputError(f"labels: expected 0 to {probabilities.shape[1] - 1}, which the classifier knows")
+    probabilities = probabilities.detach().cpu().double()
+    labels = checked_labels(labels, "labels", *probabilities.shape, "picture")
     right = probabilities.argmax(dim=1) == labels
     own = probabilities.gather(1, labels[:, None]).squeeze(1)
     return {
@@ -52,24 +58,21 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
     Source: arXiv 1706.08500.
     """
+    real, generated = (checked_features(x, name) for x, name in ((real, "real"), (generated, "generated")))
     for name, features in (("real", real), ("generated", generated)):
-        if features.dim() != 2 or features.shape[1] != real.shape[1]:
+        if features.shape[1] != real.shape[1]:
             raise InputError(f"{name}: expected features of shape [N, {real.shape[1]}], got {list(features.shape)}")
         if len(features) <= features.shape[1]:
             raise InputError(
                 f"{name}: expected more samples than their {features.shape[1]} features, got {len(features)}: sample "
                 "more pictures"
             )
-        if not bool(torch.isfinite(features).all()):
-            raise InputError(f"{name}: not all features are finite")
-    return gaussian_distance(real.detach().cpu().double(), generated.detach().cpu().double())
+    return gaussian_distance(real, generated)
 
 
 def pairwise_distance(samples: Tensor) -> float:
     """Mean Euclidean distance between two different samples [N, ...], flattened: near 0 where all look alike."""
-    if len(samples) < 2:
-        raise InputError(f"samples: expected at least 2 to compare, got {len(samples)}")
-    return float(torch.pdist(samples.detach().double().cpu().flatten(1)).mean())
+    return float(torch.pdist(checked_features(samples, "samples", least=2, flat=False).flatten(1)).mean())
 
 
 def gaussian_distance(real: Tensor, generated: Tensor) -> float:
@@ -83,6 +86,10 @@ def gaussian_distance(real: Tensor, generated: Tensor) -> float:
 
     (and C_g likewise, whose difference is 0, where g is the smaller), which for m of hundreds takes less than a second.
     """
+    real = checked_features(real, "real", least=2)
+    generated = checked_features(generated, "generated", least=2)
+    if generated.shape[1] != real.shape[1]:
+        raise InputError(f"generated: expected features of shape [N, {real.shape[1]}], got {list(generated.shape)}")
     rest = 0.0
     small = min(real, generated, key=len)
     if len(small) + 1 < real.shape[1]:

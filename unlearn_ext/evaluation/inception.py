@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import describe
 from .._hashing import file_hash
 from .._pixels import to_bytes
 from ..errors import InputError, first_line
@@ -30,9 +31,9 @@ WHERE_TO_GET = (
 PICTURES_AT_ONCE = 32
 
 
-def check_file(path: Path) -> None:
-    """Whether there is one."""
-    if not path.is_file():
+def check_file(path: str | Path) -> None:
+    """Raises InputError where there is none."""
+    if not Path(path).is_file():
         raise InputError(f"FID needs Inception's weights and there are none at {path}: {WHERE_TO_GET}")
 
 
@@ -68,6 +69,8 @@ class InceptionFID:
     def __init__(self, weights: str | Path, features: int = 2048, device: torch.device | str = "cpu"):
         if features not in (64, 192, 768, 2048):
             raise InputError(f"features: expected 64, 192, 768 or 2048, got {features!r}")
+        if not isinstance(weights, (str, Path)):
+            raise InputError(f"weights: expected the path of {INCEPTION_FILE}, got {describe(weights)}")
         path = Path(os.path.expanduser(weights))
         check_file(path)
         self.features = features
@@ -123,6 +126,8 @@ class InceptionFID:
         Raises:
             InputError: fewer than two pictures of a kind, or pixels that are not finite; or the distance is not.
         """
+        if not isinstance(generated, Tensor) or not generated.dim():
+            raise InputError(f"generated: expected pictures of shape [N, 1 or 3, H, W], got {describe(generated)}")
         for name, count in (("real", self.real), ("generated", len(generated))):
             if count < 2:
                 raise InputError(f"FID needs at least 2 {name} pictures, got {count}")
@@ -141,8 +146,11 @@ class InceptionFID:
         return self.network(to_bytes(pictures).expand(-1, 3, -1, -1).to(self.device)).float().cpu()
 
     def _in_parts(self, name: str, pictures: Tensor) -> Iterator[Tensor]:
-        if pictures.dim() != 4 or pictures.shape[1] not in (1, 3):
-            raise InputError(f"{name}: expected pictures of shape [N, 1 or 3, H, W], got {list(pictures.shape)}")
+        fits = isinstance(pictures, Tensor) and pictures.dim() == 4 and pictures.is_floating_point()
+        if not fits or pictures.shape[1] not in (1, 3) or not pictures.numel():
+            raise InputError(
+                f"{name}: expected pictures of shape [N, 1 or 3, H, W] in [-1, 1], got {describe(pictures)}"
+            )
         for part in pictures.split(PICTURES_AT_ONCE):
             if not bool(torch.isfinite(part).all()):  # as bytes they would be black
                 raise InputError(f"{name}: not all pixels are finite, so FID cannot judge these pictures")

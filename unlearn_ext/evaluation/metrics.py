@@ -16,6 +16,7 @@ from .._modes import evaluating
 from .._streams import no_batches
 from ..errors import InputError
 from ..tasks import Classification
+from .checks import checked_labels, checked_logits, checked_value
 
 GAP_KEYS = ("FA", "RA", "TA", "MIA_entropy")
 
@@ -33,17 +34,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     Raises:
         InputError: on empty input, wrong shapes, non-finite logits, or labels out of range.
     """
-    logits = checked_logits(logits, "logits")
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        raise InputError(f"labels: expected a 1-d tensor of integer class indices, got {_describe(labels)}")
-    labels = labels.detach().to("cpu", torch.int64)
-    if len(labels) != len(logits):
-        raise InputError(f"labels: expected {len(logits)} entries, one for each row of logits, got {len(labels)}")
-    classes = logits.shape[1]
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= classes:
-        raise InputError(f"labels: expected values in [0, {classes}), got values from {lowest} to {highest}")
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+    return _accuracy(logits, labels, "logits", "labels")
 
 
 def kl_divergence(retrained_logits: Tensor, unlearned_logits: Tensor) -> float:
@@ -84,9 +75,12 @@ def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], ke
     Raises:
         InputError: when ``keys`` is empty, or a metric is missing or not a finite number.
     """
+    if isinstance(keys, str) or not isinstance(keys, Sequence):
+        raise InputError(f"keys: expected a list of metrics, got {keys!r}")
     if not keys:
         raise InputError("keys: expected at least one metric to average over, got none")
-    return sum(abs(_value(metrics, "metrics", key) - _value(reference, "reference", key)) for key in keys) / len(keys)
+    pairs = [(checked_value(metrics, "metrics", key), checked_value(reference, "reference", key)) for key in keys]
+    return sum(abs(own - other) for own, other in pairs) / len(keys)
 
 
 def predict(
@@ -137,22 +131,15 @@ def predict(
     return torch.cat(logits), torch.cat(labels)
 
 
-def checked_logits(logits: Tensor, name: str) -> Tensor:
-    """``logits`` as float64 on the CPU, refused unless it is a finite, non-empty ``[N, K]`` with K ≥ 2."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
-        raise InputError(
-            f"{name}: expected a floating-point tensor of shape [samples, classes], got {_describe(logits)}"
-        )
-    if logits.shape[0] == 0 or logits.shape[1] < 2:
-        raise InputError(f"{name}: expected at least one sample and two classes, got shape {list(logits.shape)}")
-    logits = logits.detach().to("cpu").to(torch.float64)  # two moves: some devices have no float64
-    finite = torch.isfinite(logits).all(dim=1)
-    if not finite.all():
-        bad = int((~finite).nonzero()[0, 0])
-        raise InputError(
-            f"{name}: expected finite values, got {int((~finite).sum())} rows with inf or NaN, the first at index {bad}"
-        )
-    return logits
+def named_accuracy(logits: Tensor, labels: Tensor, part: str) -> float:
+    """:func:`accuracy` of one part of the data, which errors name."""
+    return _accuracy(logits, labels, f"logits.{part}", f"labels.{part}")
+
+
+def _accuracy(logits: Tensor, labels: Tensor, logits_name: str, labels_name: str) -> float:
+    logits = checked_logits(logits, logits_name)
+    labels = checked_labels(labels, labels_name, *logits.shape, "row of logits")
+    return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 def _paired_log_softmax(retrained_logits: Tensor, unlearned_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,21 +158,3 @@ def _mean_kl(log_p: Tensor, log_q: Tensor) -> float:
     terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
     # A divergence is never negative; rounding alone can leave −1e-17 where p equals q.
     return terms.sum(dim=1).clamp_min(0.0).mean().item()
-
-
-def _value(metrics: Mapping[str, float], name: str, key: str) -> float:
-    value = metrics.get(key)
-    if value is None:
-        raise InputError(f"{name}: expected the metric {key!r}, got {sorted(metrics)}")
-    value = float(value)
-    if not math.isfinite(value):
-        raise InputError(f"{name}: expected {key!r} to be a finite number, got {value}")
-    return value
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with keys {list(value)}"
-    return f"a {type(value).__name__}"

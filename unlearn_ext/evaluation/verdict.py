@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from .._arguments import describe
+from ..errors import InputError
 from .membership import entropy_mia
-from .metrics import accuracy, average_gap, js_divergence, kl_divergence
+from .metrics import accuracy, average_gap, js_divergence, kl_divergence, named_accuracy
 
 __all__ = ["RETAINED_GAP_KEYS", "Parts", "distance", "knowledge"]
 
@@ -34,17 +37,34 @@ def knowledge(logits: Parts, labels: Parts, kept: Tensor) -> dict[str, float]:
             those: a retrained model gives a forgotten class no chance, so its test samples tell nothing of membership.
 
     Raises:
-        InputError: a part is empty, or its logits are not finite.
+        InputError: a part is empty or does not fit its labels, its logits are not finite, or no test sample is kept.
     """
-    found = accuracy(logits.forget, labels.forget)
-    return {
+    for name, parts in (("logits", logits), ("labels", labels)):
+        if not isinstance(parts, Parts):
+            raise InputError(f"{name}: expected Parts(forget=..., retain=..., test=...), got {describe(parts)}")
+    found = named_accuracy(logits.forget, labels.forget, "forget")
+    known = {
         "FA": found,
         "UA": 1.0 - found,
-        "RA": accuracy(logits.retain, labels.retain),
-        "TA": accuracy(logits.test, labels.test),
-        "TA_retained": accuracy(logits.test[kept], labels.test[kept]),
+        "RA": named_accuracy(logits.retain, labels.retain, "retain"),
+        "TA": named_accuracy(logits.test, labels.test, "test"),
+    }
+    _check_kept(kept, len(logits.test))
+    kept = kept.to(logits.test.device)
+    return {
+        **known,
+        "TA_retained": accuracy(logits.test[kept], labels.test[kept.to(labels.test.device)]),
         "MIA_entropy": entropy_mia(logits.retain, logits.test[kept], logits.forget),
     }
+
+
+def _check_kept(kept: Tensor, count: int) -> None:
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or list(kept.shape) != [count]:
+        raise InputError(
+            f"kept: expected a bool tensor of shape [{count}], one entry for each test sample, got {describe(kept)}"
+        )
+    if not bool(kept.any()):
+        raise InputError("kept: no test sample is of a retained class, and nothing can be measured on none")
 
 
 def distance(

@@ -22,13 +22,15 @@ from .calibration import AUTO, Calibration, TargetAccuracy, UnseenLosses
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["ALL_TASKS", "CLASSIFICATION", "DIFFUSION", "Default", "ForgetLoss", "Forgetting", "Method", "Row"]
+__all__ = ["ALL_TASKS", "CLASSIFICATION", "DIFFUSION", "Default", "DefaultWord", "ForgetLoss", "Forgetting"]
+__all__ += ["Method", "Row"]
 
 CLASSIFICATION = ("classification",)
 DIFFUSION = ("class-conditional diffusion", "text-conditional diffusion")
 ALL_TASKS = CLASSIFICATION + DIFFUSION
 
 MASK_SOURCES = ("gamma", "mask_fraction", "mask")
+_MOMENTUM = 0.9  # as of every published setting
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 _OBJECTS = ("mask", "random_model")  # arguments that are no settings
@@ -36,6 +38,15 @@ _OBJECTS = ("mask", "random_model")  # arguments that are no settings
 
 class Default(float):
     """A number that nobody gave: a default that gives way where a given one would clash."""
+
+
+class DefaultWord(str):
+    """A word that nobody gave."""
+
+
+def _plain(value: Any) -> Any:
+    """Of Python's own classes, which files hold."""
+    return float(value) if isinstance(value, Default) else str(value) if isinstance(value, DefaultWord) else value
 
 
 @dataclass
@@ -89,6 +100,9 @@ class Method(StepConfig, ABC):
     The optimizer's arguments are inherited from :class:`~unlearn_ext.optim.StepConfig`.
 
     Args:
+        rule: as of the optimizer; ``momentum`` unless given.
+        momentum: 0.9 where ``rule="momentum"`` (or ``forget_rule``) is given and this is not; 0 where neither is, which
+            makes steps of plain gradient descent.
         iterations: how many.
         lr_schedule: ``constant``, ``cosine``, ``linear`` or ``quadratic``, over the whole run.
         epochs: instead of iterations: how many passes over the retain set, or the forget set of a method without
@@ -124,6 +138,8 @@ class Method(StepConfig, ABC):
     # Whether its terms are means over samples, so that parts of a batch may be added up.
     adds_up: ClassVar[bool] = True
 
+    rule: str = DefaultWord("momentum")
+    momentum: float = Default(0.0)
     iterations: int = 1000
     epochs: float | None = None
     lr_schedule: str = "constant"
@@ -136,6 +152,7 @@ class Method(StepConfig, ABC):
     param_groups: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
+        self._choose_momentum()
         super().__post_init__()
         self._choose_mask_source()
         check_count("iterations", self.iterations)
@@ -161,6 +178,22 @@ class Method(StepConfig, ABC):
         self._check_sides()
         self._check_param_groups()
         schedules.check("lr_schedule", self.lr_schedule)
+
+    def _choose_momentum(self) -> None:
+        """Who names the rule and no number means the usual one: with 0 it would be plain gradient descent."""
+        if isinstance(self.momentum, Default):
+            self.momentum = Default(_MOMENTUM if "momentum" in self._given_rules else 0.0)
+
+    @property
+    def _given_rules(self) -> set[str | None]:
+        return {self.forget_rule} | (set() if isinstance(self.rule, DefaultWord) else {self.rule})
+
+    @property
+    def has_idle_momentum(self) -> bool:
+        """Whether rule momentum was given with a momentum of 0, which is plain gradient descent."""
+        groups = (self.param_groups or {}).values()
+        somewhere = self.momentum or any(settings.get("momentum") for settings in groups)
+        return "momentum" in self._given_rules and not somewhere
 
     def _check_sides(self) -> None:
         if self.forgets and self.retains:
@@ -220,7 +253,7 @@ class Method(StepConfig, ABC):
     def settings(self) -> dict[str, Any]:
         """All arguments but the mask and networks, for results and checkpoints."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OBJECTS}
-        return {name: float(value) if isinstance(value, Default) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

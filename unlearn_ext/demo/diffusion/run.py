@@ -308,6 +308,7 @@ class DiffusionDemo:
             "mask_density": mask.density if mask else None,
             "history": result.history,
             "counts": result.counts,
+            "warnings": result.warnings,
             "backend": result.backend,
             "device": options.device,
             "mixed_precision": options.mixed_precision,

@@ -1,0 +1,423 @@
+"""What a run says of itself: a sentence, a field and a warning for what was asked and did not happen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.models import batches, make, samples
+from torch import Tensor, nn
+
+from unlearn_ext import SaliencyMask, Unlearner, UnlearningWarning, errors
+from unlearn_ext._signs import KEYS, Losses, bit_sums, growth, hidden, missed, unmet, unmoved, unseen_classes
+from unlearn_ext.methods import parse
+from unlearn_ext.tasks import Classification, Task
+
+DATA = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+QUIET = "sfron:gamma=none,lr=1e-3,iterations=3"
+
+
+def go(method, data: dict | None = None, model: nn.Module | None = None, task: Task | None = None, **arguments):
+    """A run's result, after its sentences were found to be its warnings."""
+    unlearner = Unlearner(model or make(), task or Classification(), method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = unlearner.run(**(data or DATA), **arguments)
+    said = [str(w.message) for w in caught if issubclass(w.category, UnlearningWarning)]
+    assert said == list(result.warnings.values()) and set(result.warnings) <= set(KEYS)
+    assert all("\n" not in sentence and len(sentence) < 400 for sentence in said)
+    assert all(w.filename == __file__ for w in caught if issubclass(w.category, UnlearningWarning))
+    return result
+
+
+def test_a_run_as_any_other_has_nothing_to_say() -> None:
+    assert go(QUIET).warnings == {}
+    assert not missed({}) and missed({"momentum": "", "target": ""}) and not missed({"momentum": "", "unseen": ""})
+    assert issubclass(UnlearningWarning, UserWarning) and errors.UnlearningWarning is UnlearningWarning
+
+
+# --- Settings and data ------------------------------------------------------------------------------------------
+
+
+def test_rule_momentum_without_momentum() -> None:
+    (sentence,) = go(f"{QUIET},rule=momentum,momentum=0").warnings.items()
+    assert sentence[0] == "momentum" and "rule='momentum' with momentum=0 is plain gradient descent" in sentence[1]
+    assert not go(f"{QUIET},rule=momentum").warnings and not go(f"{QUIET},rule=sgd").warnings
+
+
+def of_classes(*classes: int, count: int = 24, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    images, _ = samples(count, seed)
+    return [(images, torch.tensor(classes).repeat(count)[:count])]
+
+
+@pytest.mark.parametrize("method", ["sfron:forget_alpha=auto,target_accuracy=0,gamma=none", "nabla_tau"])
+def test_unseen_data_that_hold_the_forgotten_class(method: str) -> None:
+    data = {"forget": of_classes(3, seed=1), "retain": of_classes(0, 1, 2, seed=2)}
+    method += f"{',' if ':' in method else ':'}iterations=1,lr=1e-3"
+    found = go(method, {**data, "unseen": of_classes(0, 1, 2, 3, seed=3)}).warnings
+    assert "(label 3)" in found["unseen"]
+    assert "unseen" not in go(method, {**data, "unseen": of_classes(0, 1, 2, seed=3)}).warnings
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "unseen", "whole", "named"),
+    [
+        ({3}, {0, 1}, {0, 3}, True, "3"),
+        ({3, 5}, {0, 1}, {0, 5}, True, "5"),
+        ({3}, None, {3}, True, "3"),  # of a method without retain steps
+        ({3}, {0, 1}, {0, 1}, True, None),
+        ({0, 1, 3}, {0, 1}, {0, 1, 3}, True, None),  # random samples, where a small retain set lacks a class
+        ({3, 5}, None, {3}, True, None),
+        ({3, 5}, {0}, {3}, False, None),  # only a part of the retain set was seen
+        ({3}, {0}, {3}, False, "3"),
+        (set(), set(), set(), True, None),
+    ],
+)
+def test_which_unseen_classes_are_named(forget, retain, unseen, whole, named) -> None:
+    labels = {"forget": forget, "unseen": unseen} | ({} if retain is None else {"retain": retain})
+    sentence = unseen_classes(labels, whole)
+    assert sentence is None if named is None else f"(label {named})" in sentence
+
+
+# --- Targets ----------------------------------------------------------------------------------------------------
+
+
+def test_a_target_that_is_not_met() -> None:
+    unseen = batches(4, 6, seed=6)
+    settings = "forget_alpha=auto,gamma=none,iterations=2,calibrate_every=1,calibration_samples=16"
+    found = go(f"sfron:{settings},target_accuracy=0.95,lr=1e-3", {**DATA, "unseen": unseen})
+    assert not found.calibration["met"] and missed(found.warnings) and found.warnings["target"]
+
+
+PATH = [
+    {"iteration": 0, "accuracy": 1.0, "unseen_accuracy": 0.98, "distance": 0.5},
+    {"iteration": 4, "accuracy": 0.375, "unseen_accuracy": 0.95, "distance": 0.25},
+    {"iteration": 8, "accuracy": 0.5, "unseen_accuracy": 0.5, "distance": 0.3},
+]
+
+
+def test_the_sentence_is_of_the_weights_that_the_model_has() -> None:
+    found = {"path": PATH, "ended_at": 4, "met": False}
+    assert "after 4 iterations the forget set's accuracy is 0.375 where 0.1 was asked" in unmet(found, 0.1)
+    assert "unseen data lost 3.0 points" in unmet(found, 0.1)
+    assert "after 4 iterations the forget set's losses stand 0.25 from" in unmet(found, None)
+    assert "nothing better than the starting weights" in unmet({**found, "ended_at": 0}, 0.1)
+    assert unmet({**found, "met": True}, 0.1) is None
+
+
+# --- Runs that move nothing -------------------------------------------------------------------------------------
+
+
+class Vector(nn.Module):
+    def __init__(self, size: int = 1) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets).square()
+
+
+def regression() -> dict[str, list]:
+    x = torch.randn(48, 8, generator=torch.Generator().manual_seed(0))
+    return {"forget": [(x[:12], x[:12, 0])], "retain": [(x[12:], x[12:, 0])]}
+
+
+@pytest.mark.parametrize(("decay", "says"), [(0.0, "no weight has moved in 5 it"), (1e-3, "forgetting moved nothing")])
+def test_a_bad_teacher_on_a_regression(decay: float, says: str) -> None:
+    """The softmax of a single output is 1, whoever gives it."""
+    method = f"bad_teacher:iterations=5,lr=0.1,weight_decay={decay}"
+    found = go(method, regression(), make(Vector), Classification(loss=squared))
+    assert found.warnings["unmoved"].startswith(says) and "the forget term was 0" in found.warnings["unmoved"]
+
+
+def test_a_learning_rate_of_zero() -> None:
+    found = go("finetune:iterations=2,lr=0", {"retain": DATA["retain"]})
+    assert found.warnings == {"unmoved": found.warnings["unmoved"]} and "lr is 0" in found.warnings["unmoved"]
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_steps_that_bfloat16_loses(rounding: bool) -> None:
+    """All weights are 1, whose steps of 1e-4 are a fortieth of the distance to the next smaller number."""
+    model = make(Vector, size=4).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    y = torch.arange(32) % 4
+    data = {"forget": [(x[:16], y[:16])], "retain": [(x[16:], y[16:])]}
+    method = f"sfron:gamma=none,rule=adam,lr=1e-4,iterations=5,stochastic_rounding={rounding}"
+    found = go(method, data, model).warnings
+    assert found == {} if rounding else "stochastic_rounding=True" in found["unmoved"]
+
+
+def test_a_few_weights_are_enough_to_have_moved() -> None:
+    model = make()
+    chosen = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    chosen["head.bias"][2] = True
+    mask = SaliencyMask.from_dict(chosen)
+    method = parse("random_label", mask=mask, mask_scope="all", protect=True, iterations=2, lr=1e-3)
+    found = go(method, model=model)
+    assert found.moved_protected == 0 and found.warnings == {}
+
+
+def test_a_forget_loss_that_the_trained_weights_do_not_reach() -> None:
+    class Apart(nn.Module):
+        """Samples of a first number above 0 take the frozen way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.trained = nn.Linear(8, 4).requires_grad_(False), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1] > 0, self.frozen(x) + 0 * self.trained(x), self.trained(x))
+
+    x, y = torch.randn(48, 8, generator=torch.Generator().manual_seed(0)), torch.arange(48) % 4
+    front = x[:, 0] > 0
+    data = {"forget": [(x[front], y[front])], "retain": [(x[~front], y[~front])]}
+    found = go("negative_gradient_plus:iterations=3,lr=0.1", data, make(Apart)).warnings
+    assert found["unmoved"].startswith("the forget loss is to the last digit what it was")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"iterations": 0, "still": True}, None),
+        ({"still": True}, "raise lr, or look"),
+        ({"still": True, "lr": 0.0}, "lr is 0"),
+        ({"still": True, "half": True}, "stochastic_rounding"),
+        ({"still": True, "steps": 0}, "gradient overflowed"),
+        ({"still": True, "pull": 0.0}, "the forget term was 0"),
+        ({"pull": 0.0}, "forgetting moved nothing: the forget term was 0"),
+        ({"pull": None}, None),
+        ({"same": True}, "the forget loss is to the last digit"),
+    ],
+)
+def test_the_sentence_on_what_did_not_move(changes: dict, says: str | None) -> None:
+    usual = {"iterations": 3, "still": False, "steps": 6, "lr": 0.1, "half": False, "pull": 1.0, "same": False}
+    settings = {**usual, **changes}
+    found = unmoved(settings.pop("iterations"), **settings)
+    assert found is None if says is None else says in found
+
+
+def test_the_sums_of_bits_see_one_bit_two_that_cancel_and_every_dtype() -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        weight = torch.full((3, 4), 1.5, dtype=dtype)
+        before = bit_sums([weight, torch.ones((), dtype=dtype), torch.ones(0, dtype=dtype)])
+        assert before == bit_sums([weight.clone(), torch.ones((), dtype=dtype), torch.ones(0, dtype=dtype)])
+        unit = torch.finfo(dtype).eps
+        for changed in ([(0, unit)], [(5, -unit)], [(0, unit), (1, -unit)], [(3, unit), (7, -unit)], [(11, unit)]):
+            other = weight.clone()
+            for at, by in changed:
+                other.view(-1)[at] += by
+            assert bit_sums([other])[0] != before[0], (dtype, changed)
+
+
+# --- Retain losses that multiply --------------------------------------------------------------------------------
+
+
+def losses(*values: float) -> Losses:
+    found = Losses()
+    for value in values:
+        found.add(torch.tensor(value))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "nats", "warned"),
+    [
+        ([0.005, 0.01, 0.3, 1.0, 2.0, 2.2, 2.2, 2.2, 2.2], True, True),
+        ([0.005, 0.006, 0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.1], True, False),  # twenty times, and still right
+        ([0.5, 0.6, 1.0, 0.9, 1.0, 1.1, 1.0, 1.2, 1.1], True, False),  # twice
+        ([0.005, 2.0, 3.0, 1.0, 0.1, 0.01, 0.01, 0.01, 0.01], True, False),  # which retain steps have mended
+        ([0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 9.0], True, False),  # a single batch
+        ([2.3, 2.3, 2.3, 2.3, 2.3], True, False),
+        ([0.01, 5.0], True, True),
+        ([5.0], True, False),
+        ([0.02, 0.05, 0.01, 0.03, 0.02, 0.3, 0.4, 0.3, 0.5, 0.2, 0.3], False, True),
+        ([0.002, 0.2, 0.01, 0.003, 0.02, 0.3, 0.01, 0.3, 0.2, 0.2, 0.3], False, False),  # noise of single samples
+        ([0.02, 0.9, 0.9], False, False),  # too few to tell
+    ],
+)
+def test_when_a_retain_loss_has_multiplied(values: list[float], nats: bool, warned: bool) -> None:
+    found = growth(losses(*values), nats)
+    assert (found is not None) == warned
+    if warned:
+        assert "the retain loss went from" in found
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int = 60) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def clusters(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Four classes far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % 4
+    return 4 * nn.functional.one_hot(y, 8).float() + torch.randn(count, 8, generator=generator), y
+
+
+def test_a_run_that_destroys_what_was_to_be_kept() -> None:
+    x, y = clusters(120)
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), x, y)
+    chosen = y == 3
+    data = {"forget": [(x[chosen], y[chosen])], "retain": [(x[~chosen], y[~chosen])]}
+    found = go("sfron:gamma=none,lr=0.5,momentum=0.9,iterations=30", data, model)
+    right = (model(x[~chosen]).argmax(1) == y[~chosen]).double().mean()
+    assert "retain" in found.warnings and right < 0.95
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), x, y)
+    found = go("sfron:gamma=none,lr=0.05,iterations=30,max_norm=1", data, model)
+    right = (model(x[~chosen]).argmax(1) == y[~chosen]).double().mean()
+    assert found.warnings == {} and right > 0.95
+
+
+# --- Batch normalisation ----------------------------------------------------------------------------------------
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def test_forgotten_in_train_mode_alone() -> None:
+    """A forget batch is one class, whose statistics train mode takes; eval mode has those of all retained samples."""
+    x, y = clusters(160)
+    model = trained(normed(), x, y)
+    chosen = y == 3
+    data = {"forget": [(x[chosen], y[chosen])], "retain": [(x[~chosen], y[~chosen])]}
+    settings = "lr=0.02,momentum=0.9,iterations=12,batch_norm_statistics=retain"
+    found = go(f"negative_gradient_plus:{settings}", data, model)
+    model.eval()
+    right = float((model(x[chosen]).argmax(1) == y[chosen]).double().mean())
+    assert found.forget_eval["samples"] == int(chosen.sum()) and found.forget_eval["accuracy"] == right
+    expected = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+    assert found.forget_eval["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert right > 0.5 and "batch_norm" in found.warnings
+
+
+def test_only_models_whose_batch_norm_trains_are_looked_at() -> None:
+    assert go(QUIET).forget_eval["samples"] == 6
+    assert go(f"{QUIET},freeze_batch_norm=true").forget_eval is None
+    assert go("finetune:iterations=1,lr=1e-3", {"retain": DATA["retain"]}).forget_eval is None
+    x, y = clusters(24)
+    plain = go(QUIET, {"forget": [(x[:8], y[:8])], "retain": [(x[8:], y[8:])]}, make(Vector, size=4))
+    assert plain.forget_eval is None
+
+
+def test_the_look_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for looks in (True, False):
+        model = make(dropout=0.5)
+        if not looks:
+            monkeypatch.setattr("unlearn_ext._watching.has_batch_norm", lambda model: False)
+        found = go(QUIET, model=model)
+        assert (found.forget_eval is not None) == looks
+        states.append({**model.state_dict(), "generator": torch.get_rng_state(), "mode": torch.tensor(model.training)})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("forget", "now", "accuracy", "retain", "replaces", "warned"),
+    [
+        (3.0, 0.05, 0.9, 0.1, False, True),
+        (3.0, 0.05, 0.9, None, False, True),
+        (3.0, 2.9, 0.1, 0.1, False, False),  # forgotten in both
+        (3.0, 0.05, None, 0.1, False, False),
+        (0.9, 0.1, 1.0, 0.8, False, False),  # dropout makes all losses larger
+        (0.3, 0.05, 1.0, 0.01, False, False),  # not forgotten in train mode either
+        (0.1, 4.0, 1.0, 0.1, True, True),  # towards wrong labels
+        (0.1, 0.1, 0.0, 0.1, True, False),
+        (3.0, 4.0, 1.0, 0.1, True, False),  # not learned in train mode either
+    ],
+)
+def test_when_train_mode_hides_what_eval_mode_knows(forget, now, accuracy, retain, replaces, warned) -> None:
+    assert (hidden(forget, now, accuracy, retain=retain, replaces=replaces) is not None) == warned
+
+
+# --- Runs that are cut ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 5, 14])
+@pytest.mark.parametrize("case", ["still", "grown"])
+def test_a_resumed_run_says_what_the_whole_one_says(at: int, case: str, tmp_path) -> None:
+    x, y = clusters(120)
+    chosen = y == 3
+    data = {"forget": [(x[chosen], y[chosen])], "retain": [(x[~chosen], y[~chosen])]}
+    method = {"still": "sfron:gamma=none,lr=0", "grown": "sfron:gamma=none,lr=0.5,momentum=0.9,forget_alpha=3"}[case]
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return trained(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), x, y)
+
+    def stop(model: nn.Module, iterations: int) -> bool:
+        raise KeyboardInterrupt
+
+    method += ",iterations=14"
+    whole = go(method, data, network())
+    assert set(whole.warnings) == {{"still": "unmoved", "grown": "retain"}[case]}
+    settings = {"output_dir": tmp_path, "checkpointing_steps": 1}
+    if at < 14:
+        with pytest.raises(KeyboardInterrupt):
+            go(method, data, network(), evaluate=stop, evaluate_every=at + 1, **settings)
+    else:
+        go(method, data, network(), **settings)
+    resumed = go(method, data, network(), resume_from_checkpoint=tmp_path / f"checkpoint-{at}", **settings)
+    assert resumed.warnings == whole.warnings
+
+
+# --- Representation ---------------------------------------------------------------------------------------------
+
+
+def shown(result) -> str:
+    text = repr(result)
+    assert len(text) < 1000
+    return text
+
+
+def test_a_result_is_shown_in_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlearner = Unlearner(make(), Classification(), "sfron:iterations=300,lr=1e-4", ema_decay=0.9)
+    result = unlearner.run(**DATA)
+
+    def refuse(*arguments: object, **settings: object) -> str:
+        raise AssertionError("a tensor is printed")
+
+    monkeypatch.setattr(Tensor, "__repr__", refuse)
+    text = shown(result)
+    first, last = result.history[0], result.history[-1]
+    assert text.startswith("Result(300 iterations (sequential, ")
+    assert f"retain_loss: {first['retain_loss']:.4g} -> {last['retain_loss']:.4g}" in text
+    assert f"forget_loss: {first['forget_loss']:.4g} -> {last['forget_loss']:.4g}" in text
+    assert f"mask: {100 * result.mask.density:.3g} % of {result.counts['trainable_weights']} weights" in text
+    assert "seconds: fisher" in text and "ema: 6 tensors" in text and str(result) == text
+    result.warnings = dict.fromkeys(KEYS, "x" * 300)
+    assert "warning, target: xxx" in shown(result)
+
+
+CASES: dict[str, Callable] = {
+    "empty": lambda: type(go(QUIET))(),
+    "calibrated": lambda: go(
+        "sfron:forget_alpha=auto,gamma=none,iterations=60,lr=1e-12,calibration_samples=16,calibrate_every=1",
+        {**DATA, "unseen": batches(4, 6, seed=6)},
+    ),
+    "finetune": lambda: go("finetune:iterations=1,lr=1e-3", {"retain": DATA["retain"]}),
+    "learning": lambda: go("ug_clu:gamma=none,lr=1e-3,iterations=2", {**DATA, "learn": batches(2, 6, seed=5)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_result_is_short(case: str) -> None:
+    text = shown(CASES[case]())
+    assert text.startswith("Result(") and text.endswith(")")
