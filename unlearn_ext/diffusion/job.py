@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint
+from .. import _checkpoint_folder
 from .._clock import timed
 from .._files import writable_directory
 from .._hashing import weights_hash
@@ -125,10 +125,10 @@ class ForgetJob:
         self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
             try:
-                found = _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+                _checkpoint_folder.candidates(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
             except InputError as error:
                 raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
-            self.unlearner.read_checkpoint(found)
+            self.unlearner.open_checkpoint(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:
         """What several ranks cannot do, by the names of the options."""
