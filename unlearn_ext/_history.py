@@ -54,7 +54,7 @@ class History:
             partial.write_text(text, encoding="utf-8")
 
     def _is_of(self, entries: list[dict[str, Any]], own: bool) -> bool:
-        """Whether the file is that of the run: its entries are the same, as far as there are any of these iterations."""
+        """Whether the file is that of the run: the entries of the same iterations are the same."""
         if not self.file.is_file():
             return False
         expected = {entry["iteration"]: entry for entry in entries}

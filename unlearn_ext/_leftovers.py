@@ -12,7 +12,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-__all__ = ["is_leftover", "partial_name", "sweep"]
+__all__ = ["LOCK", "is_leftover", "partial_name", "partial_pattern", "sweep"]
 
 _MARK = ".unlearn_ext-"
 _NAME = re.compile(re.escape(_MARK) + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}-.*", re.DOTALL | re.ASCII)
@@ -25,6 +25,11 @@ def partial_name(name: str) -> str:
     """Of a file or directory that is being written and shall be called ``name``; its suffix stays."""
     stem, suffix = os.path.splitext(name)
     return f"{_MARK}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{stem[:32]}{suffix[:16]}"
+
+
+def partial_pattern(name: str) -> str:
+    """Of :func:`partial_name` for ``name``, as ``glob`` takes it."""
+    return f"{_MARK}*-{name}"
 
 
 def is_leftover(path: Path) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ._names import own_names, unwrapped
 from ._packing import Packer, is_plain, put, unpack
-from ._shards import is_sharded
 from .errors import InputError
 
 __all__ = ["all_tensors", "check_storable", "forms", "pack_module", "plain_tensors", "unpack_module"]
@@ -80,8 +79,8 @@ def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if type(module).set_extra_state is nn.Module.set_extra_state:
             raise InputError(
-                f"{name or 'the model'} (a {type(module).__name__}) has get_extra_state and no set_extra_state, so that "
-                "a checkpoint could not be restored: define both, or leave checkpointing_steps out"
+                f"{name or 'the model'} (a {type(module).__name__}) has get_extra_state and no set_extra_state, so "
+                "that a checkpoint could not be restored: define both, or leave checkpointing_steps out"
             )
         found[f"{name}.{_EXTRA}"] = module
     return {name.removesuffix(_EXTRA).removesuffix("."): module for name, module in own_names(found.items()).items()}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from ._files import sync
+from ._files import atomic_path, sync
 from ._hashing import file_hash
 
 __all__ = ["SEAL", "damage", "label_of", "seal"]
@@ -29,7 +29,8 @@ def seal(directory: Path, label: str, names: Iterable[str] | None = None) -> Non
         sync(directory / name)
     lines = [f"# unlearn_ext {label}, {len(names)} files"]
     lines += [f"{file_hash(directory / name)}  {name}" for name in names]
-    (directory / SEAL).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_path(directory / SEAL) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def label_of(directory: Path) -> str | None:

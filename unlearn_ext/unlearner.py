@@ -20,8 +20,8 @@ from ._checkpoint_folder import candidates, check_folder
 from ._files import writable_directory
 from ._first_pass import first_pass
 from ._in_backward import check_in_backward
-from ._loop import Loop, Progress
 from ._lock import hold_on_first
+from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._module_state import check_storable
 from ._names import trainable
@@ -231,9 +231,9 @@ class Unlearner:
             checkpoints_total_limit: keep the newest so many; older ones go when a new one is whole.
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped. Nothing is
                 written before all of it is found to fit, and every bit of it to be as it was written; where the latest
-                is damaged the one before is taken, with an UnlearningWarning. A checkpoint of the iteration at which an evaluation stopped
-                the run is its end: resumed from there it returns at once, with the same result. From an earlier one it
-                goes on, and it is for ``evaluate`` to stop it again.
+                is damaged the one before is taken, with an UnlearningWarning. A checkpoint of the iteration at which an
+                evaluation stopped the run is its end: resumed from there it returns at once, with the same result. From
+                an earlier one it goes on, and it is for ``evaluate`` to stop it again.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._arguments import check_count, check_finite, check_number
+from .._files import user_path
 from .._modes import PRECISIONS
 from ..errors import InputError
 from ..evaluation.inception import check_file
@@ -18,6 +19,7 @@ from .parallel import PARALLEL
 
 __all__ = ["WEIGHTS_DTYPES", "ForgetOptions"]
 
+_PATHS = ("pretrained_model_name_or_path", "data", "output_dir", "class_map", "mask", "classifier", "fid_weights")
 WEIGHTS_DTYPES = ("float32", "bfloat16")
 
 
@@ -67,6 +69,9 @@ class ForgetOptions:
     parallel: str = "ddp"
 
     def __post_init__(self) -> None:
+        for name in _PATHS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, user_path(getattr(self, name)))
         if not self.data.exists():
             raise InputError(f"--data: there is nothing at {self.data}")
         if self.class_map is not None and not self.class_map.is_file():
