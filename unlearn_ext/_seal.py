@@ -62,9 +62,14 @@ def damage(directory: Path) -> str | None:
         try:
             found = file_hash(directory / path)
         except FileNotFoundError:
-            return f"its {name} is missing"
+            return f"its {_shown(name)} is missing"
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
         if found != expected:
             return f"its {name} is not as it was written"
     return None
+
+
+def _shown(name: str) -> str:
+    """On one line: a damaged list may hold any name."""
+    return name if name.isprintable() else repr(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ def as_command(function: Callable[..., int | None]) -> Callable[..., int | None]
     def command(**arguments: Any) -> int | None:
         from .._files import user_path
         from .._signals import stop_on_signals
-        from ..errors import Interrupted, Terminated
+        from ..errors import Terminated
 
         paths = {name: user_path(value) for name, value in arguments.items() if isinstance(value, Path)}
         try:
-            with stop_on_signals():
+            with stop_on_signals(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "stopped by SIG")  # which is said below
                 return function(**{**arguments, **paths})
-        except (Interrupted, Terminated) as stopped:
+        except Terminated as stopped:
             message = stopped.message
             if stopped.checkpoint is not None:
                 message = (
