@@ -94,7 +94,7 @@ def test_without_checkpoints_it_says_so(output: bool, tmp_path: Path) -> None:
 
 
 def test_a_signal_before_the_first_iteration_ends_the_run_at_once(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="^stopped by SIGINT$") as caught:
+    with pytest.raises(Interrupted, match=r"^stopped by SIGINT$") as caught:
         interrupted(signal.SIGINT, -3, output_dir=tmp_path, checkpointing_steps=4)
     assert caught.value.iteration is None and not list(tmp_path.iterdir())
 
