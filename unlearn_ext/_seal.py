@@ -43,8 +43,12 @@ def label_of(directory: Path) -> str | None:
     return None if match is None else match[1]
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with the first file that is not as it was written, or None."""
+def damage(directory: Path, label: str | None = None) -> str | None:
+    """What is wrong with the first file that is not as it was written, or None.
+
+    Args:
+        label: whose files they have to be; None where something else tells.
+    """
     try:
         text = (directory / SEAL).read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -54,6 +58,8 @@ def damage(directory: Path) -> str | None:
     first, *lines = text.split("\n")
     header, entries = _HEADER.fullmatch(first), [_LINE.fullmatch(line) for line in lines[:-1]]
     if header is None or lines[-1:] != [""] or not all(entries) or int(header[2]) != len(entries):
+        return f"its {SEAL} cannot be read"
+    if label not in (None, header[1]):
         return f"its {SEAL} cannot be read"
     for expected, name in (entry.groups() for entry in entries):
         path = PurePosixPath(name)
