@@ -186,7 +186,10 @@ def test_a_part_of_a_checkpoint_that_is_missing_is_noticed(results, tmp_path, wr
     content = path.read_bytes()
     for damage, message in (
         (path.unlink, r"checkpoint-2 is damaged: its tensors/.*\.safetensors is missing; resume from an earlier one"),
-        (lambda: path.write_bytes(content[:100]), r"is damaged: its tensors/.*\.safetensors is not as it was written; resume"),
+        (
+            lambda: path.write_bytes(content[:100]),
+            r"is damaged: its tensors/.*\.safetensors is not as it was written; resume",
+        ),
     ):
         damage()
         model = rank_cases.network(None)
