@@ -13,7 +13,7 @@ import pytest
 from helpers.models import make
 from helpers.runs import identical, run, weights
 
-from unlearn_ext import InputError
+from unlearn_ext import InputError, _lock
 from unlearn_ext._leftovers import partial_name
 from unlearn_ext._lock import hold
 from unlearn_ext.errors import UnlearnError
@@ -137,6 +137,19 @@ def test_the_home_folder(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "home" / "masks" / "mask.safetensors").is_file()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_checkpoints_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        run_into(tmp_path / "out")
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert len(paths) > 10
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
 # --- One run at a time ----------------------------------------------------------------------------------------
 
 
@@ -197,11 +210,13 @@ def test_a_childs_copy_of_the_lock_does_not_outlive_the_run(tmp_path: Path) -> N
     child = context.Process(target=_wait, args=(ready, end))
     child.start()
     assert ready.wait(30)
-    lock.__exit__(None, None, None)
+    with open(os.devnull) as other:
+        os.dup2(other.fileno(), *_lock._held)  # lets the parent's go, as the kernel does when the run is killed
     with hold(tmp_path):
         pass
     end.set()
     child.join()
+    lock.__exit__(None, None, None)
 
 
 def test_two_threads_that_start_at_once(tmp_path: Path) -> None:
