@@ -112,7 +112,7 @@ def test_metrics(value) -> None:
 
 
 def test_metrics_that_are_none() -> None:
-    with pytest.raises(InputError, match=r"^metrics: expected a dict of metrics, got a NoneType"):
+    with pytest.raises(InputError, match=r"^metrics: expected a dict of metrics, got None"):
         average_gap(None, METRICS, keys=("FA",))
     for keys in ("FA", None, 3):
         with pytest.raises(InputError, match=r"^keys: expected a list of metrics"):

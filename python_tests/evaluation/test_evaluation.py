@@ -79,7 +79,7 @@ BAD_LOGITS = [
     (torch.zeros(2, 3, dtype=torch.int64), "floating-point"),
     (torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), "1 rows with inf or NaN, the first at index 1"),
     (torch.tensor([[0.0, float("inf")], [0.0, 1.0]]), "first at index 0"),
-    ("logits", "got a str"),
+    ("logits", "got 'logits'"),
 ]
 
 

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..errors import UnlearnError
     from . import compare, demo, forget, profile
     from .report import plain_console
+    from .running import as_command
 
     app = typer.Typer(
         add_completion=False,
@@ -49,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) -> None:
         pass
 
-    app.command("demo")(demo.demo)
-    app.command("forget")(forget.forget)
-    app.command("compare")(compare.compare)
-    app.command("profile")(profile.profile)
+    app.command("demo")(as_command(demo.demo))
+    app.command("forget")(as_command(forget.forget))
+    app.command("compare")(as_command(compare.compare))
+    app.command("profile")(as_command(profile.profile))
     errors, label = plain_console(stderr=True), Text("error:", "red")
     try:
         app(_hyphens(sys.argv[1:] if arguments is None else arguments))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -137,6 +137,7 @@ def forget(
     """
     from ..diffusion.job import ForgetJob
     from ..diffusion.options import ForgetOptions
+    from ..diffusion.output import RESULT
     from ..diffusion.parallel import start_ranks
     from ..diffusion.pretrained import OWN_FOLDER
     from ..errors import InputError
@@ -166,10 +167,14 @@ def forget(
     load_backend(errors)
     with stages(errors) as progress:
         job.progress = progress
-        found = job.run()
+        report = {}
+
+        def write(found: dict[str, Any]) -> None:
+            report.update(write_report(found, options.output_dir / OWN_FOLDER / RESULT, json_file))
+
+        job.run(write)
     if not job.first:
         return 0
-    report = write_report(found, output_dir / OWN_FOLDER / "result.json", json_file)
     if report["left_out"]:
         console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
     if report["unreadable"]:

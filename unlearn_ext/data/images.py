@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._files import user_path
 from ..errors import InputError
 from ._array_files import read_arrays
 from ._arrays import array_labels, open_arrays
@@ -241,7 +242,7 @@ def open_data(
     Raises:
         InputError: no such data, or data that do not fit the model.
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
     if path.is_dir():
@@ -278,7 +279,7 @@ def count_classes(path: str | Path) -> int:
     Raises:
         InputError: there are no class folders or labels.
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     if path.is_dir():
         return len(class_folders(path)[0])
     return len(array_labels(path, read_arrays(path)).all().unique())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .._files import user_path
 from .._json import parse_json, read_text
 from ..errors import InputError
 
@@ -126,7 +126,7 @@ def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = Non
     Raises:
         InputError: the file cannot be read, a line is neither, or two folders are one class.
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint
+from .. import _checkpoint_folder
 from .._clock import timed
 from .._files import writable_directory
 from .._hashing import weights_hash
+from .._lock import hold_on_first
 from .._loop import Progress
 from .._names import trainable
 from .._shards import local
@@ -35,7 +36,7 @@ from .estimate import Estimate, sizes_on_disk
 from .fid import RetainedFID
 from .judge import Judge
 from .options import ForgetOptions
-from .output import check_claim, claim_output, write_output
+from .output import check_claim, claim_output, is_in_result, move_output, write_output
 from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
@@ -125,10 +126,10 @@ class ForgetJob:
         self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
             try:
-                found = _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+                _checkpoint_folder.candidates(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
             except InputError as error:
                 raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
-            self.unlearner.read_checkpoint(found)
+            self.unlearner.open_checkpoint(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:
         """What several ranks cannot do, by the names of the options."""
@@ -375,11 +376,32 @@ class ForgetJob:
 
     # --- The run --------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Everything, and the result that is written as ``unlearning/result.json``."""
-        options = self.options
-        if options.strict or not self.encodes:  # before anything is written
+    def run(self, write: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
+        """Everything, and the result.
+
+        Args:
+            write: writes the result, as ``unlearning/result.json``, before the model gets its name: a folder with a
+                model has its result as well, at whatever moment the process is killed.
+        """
+        output = self.options.output_dir
+        if self.options.strict or not self.encodes:  # before anything is written
             self._verify()
+        with self._together():
+            made = self.first and not output.exists()
+            if self.first:
+                check_claim(output, self.pretrained.folder, resume=self._resume)
+                writable_directory(output)
+        try:
+            with hold_on_first(output, self.unlearner.ranks):
+                return self._run(write)
+        except UnlearnError:
+            for folder in (output / OWN_FOLDER, output) if made else ():
+                with contextlib.suppress(OSError):  # it holds something
+                    folder.rmdir()
+            raise
+
+    def _run(self, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        options = self.options
         own = self._claim() / OWN_FOLDER
         forget, retain = self._loaders(self._encode_in_turn(own / "latents") if self.encodes else self.data)
         if self.pictures.fid is not None:
@@ -417,14 +439,18 @@ class ForgetJob:
             result.mask.save(own / "mask.safetensors")
         if self.tied and weights is None:
             untie_embeddings(self.model)
-        # Before anything that may go wrong with the pictures.
         write_output(self.pretrained, options.output_dir, weights)
-        self.pictures.write_grid(own / "before-after.png")
-        with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
-            verdict = self.pictures.verdict()
-        with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
-            fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
-        return self._report(result, verdict, fid)
+        try:
+            self.pictures.write_grid(own / "before-after.png")
+            with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
+                verdict = self.pictures.verdict()
+            with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
+                fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
+            report = self._report(result, verdict, fid)
+            write(report)
+        finally:  # whatever goes wrong with the pictures, the model is whole
+            move_output(options.output_dir)
+        return report
 
     @property
     def first(self) -> bool:
@@ -607,8 +633,9 @@ class ForgetJob:
 
     def _left_out(self) -> dict[str, str]:
         """Files of the source that the written folder has not, and why."""
-        output = self.options.output_dir
-        return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
+        return {
+            name: why for name, why in self._plan.left_out.items() if not is_in_result(self.options.output_dir, name)
+        }
 
     def _report(self, result: Result, verdict: dict[str, Any] | str, fid: dict[str, Any] | None) -> dict[str, Any]:
         mask = result.mask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .._arguments import check_count, check_finite, check_number
+from .._files import user_path
 from .._modes import PRECISIONS
 from ..data.images import is_sorted
 from ..errors import InputError
@@ -20,6 +20,7 @@ from .parallel import PARALLEL
 
 __all__ = ["WEIGHTS_DTYPES", "ForgetOptions"]
 
+_PATHS = ("pretrained_model_name_or_path", "data", "output_dir", "class_map", "mask", "classifier", "fid_weights")
 WEIGHTS_DTYPES = ("float32", "bfloat16")
 
 
@@ -69,9 +70,9 @@ class ForgetOptions:
     parallel: str = "ddp"
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():  # a shell leaves the ~ of --data=~/photos alone
-            if isinstance(value, Path):
-                object.__setattr__(self, name, Path(os.path.expanduser(value)))
+        for name in _PATHS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, user_path(getattr(self, name)))
         if not self.data.exists():
             raise InputError(f"--data: there is nothing at {self.data}")
         if self.class_map is not None and not is_sorted(self.class_map) and not self.class_map.is_file():

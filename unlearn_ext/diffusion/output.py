@@ -9,11 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._files import writable_directory
+from .._checkpoint_folder import numbered
+from .._files import writable_directory, writing
+from .._leftovers import is_leftover, partial_pattern, sweep
 from ..errors import InputError
 from .pretrained import OWN_FOLDER, Pretrained, write_result
 
-__all__ = ["check_claim", "claim_output", "write_output"]
+__all__ = ["RESULT", "check_claim", "claim_output", "is_in_result", "move_output", "write_output"]
+
+RESULT = "result.json"  # in OWN_FOLDER
 
 _WHOLE = "folder"  # in OWN_FOLDER: a whole result, or what of it has not been moved to its place yet
 
@@ -34,12 +38,12 @@ def check_claim(output: Path, source: Path, *, resume: bool) -> None:
     try:
         if not output.exists() or (own / _WHOLE).exists():  # the latter is moved to its place first
             return
-        others = sorted(path.name for path in output.iterdir() if path.name != OWN_FOLDER)
+        others = sorted(path.name for path in output.iterdir() if path.name != OWN_FOLDER and not is_leftover(path))
     except OSError as error:
         raise InputError(f"--output-dir: {output} cannot be read ({error.strerror}): choose another") from None
     if others:
         raise InputError(f"--output-dir: {output} holds {others[0]} already: choose an empty folder")
-    if not resume and any(own.glob("checkpoint-*")):
+    if not resume and numbered(own):
         raise InputError(
             f"--output-dir: {output} holds checkpoints of an earlier run: add --resume-from-checkpoint latest, or "
             "choose an empty folder"
@@ -64,12 +68,13 @@ def claim_output(output: Path, source: Path, needed: Mapping[str, int], *, resum
     own = output / OWN_FOLDER
     if (own / _WHOLE).exists():
         _move(own / _WHOLE, output)
+        lacks = "" if (own / RESULT).exists() else ", but has no result.json and pictures"
         raise InputError(
-            f"--output-dir: {output} was an earlier run's, cut off at its very end, and its model is whole now, but "
-            "has no result.json and pictures: use it, or choose an empty folder to run again"
+            f"--output-dir: {output} was an earlier run's, cut off at its very end, and its model is whole now{lacks}: "
+            "use it, or choose an empty folder to run again"
         )
-    unfinished = list(own.glob(f".{_WHOLE}-*"))
-    there = {"latents": _size(own / "latents"), "checkpoints": sum(map(_size, own.glob("checkpoint-*")))}
+    unfinished = [*own.glob(f".{_WHOLE}-*"), *own.glob(f"{partial_pattern(_WHOLE)}")]
+    there = {"latents": _size(own / "latents"), "checkpoints": sum(map(_size, numbered(own)))}
     missing = sum(max(0, size - there.get(part, 0)) for part, size in needed.items())
     free = shutil.disk_usage(output).free + sum(map(_size, unfinished))
     if free < missing:
@@ -79,18 +84,29 @@ def claim_output(output: Path, source: Path, needed: Mapping[str, int], *, resum
         )
     for left in unfinished:
         shutil.rmtree(left, ignore_errors=True)
+    for folder in (output, own, own / "latents"):
+        sweep(folder, held=True)
     return output
 
 
 def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """The whole folder is made first, and moved to its place entry by entry, the index last.
+    """Makes the whole folder, which :func:`move_output` moves to its place.
 
     Args:
         weights: the denoiser's, by name, where it holds but a part of them.
     """
-    whole = output / OWN_FOLDER / _WHOLE
-    write_result(pretrained.folder, pretrained, whole, weights=weights)
-    _move(whole, output)
+    write_result(pretrained.folder, pretrained, output / OWN_FOLDER / _WHOLE, weights=weights)
+
+
+def move_output(output: Path) -> None:
+    """Moves what :func:`write_output` has made to its place, entry by entry, the index last."""
+    with writing(output):
+        _move(output / OWN_FOLDER / _WHOLE, output)
+
+
+def is_in_result(output: Path, name: str) -> bool:
+    """Whether the folder that :func:`write_output` has made holds a file."""
+    return (output / OWN_FOLDER / _WHOLE / name).exists()
 
 
 def _move(whole: Path, output: Path) -> None:

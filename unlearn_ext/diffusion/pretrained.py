@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import atomic_directory
+from .._files import atomic_directory, follow_umask, user_path
+from .._leftovers import is_leftover
 from .._names import own_names, unwrapped
 from ..data.labels import label_names, parse_classes, whole_number
 from ..errors import InputError
@@ -220,7 +221,7 @@ def open_pretrained(
 
 
 def _find(path: str | Path) -> Path:
-    folder = Path(os.path.expanduser(path))
+    folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -367,7 +368,7 @@ class Plan:
 def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: Iterable[str] = ()) -> Plan:
     """What :func:`write_result` copies from the source, and what it leaves out."""
     extra_files = set(extra_files)
-    source, place = Path(source_folder), pretrained.denoiser_folder
+    source, place = user_path(source_folder), pretrained.denoiser_folder
     components = _components(source, pretrained)
     copied: list[str] = []
     left_out: dict[str, str] = {}
@@ -434,12 +435,12 @@ def check_output(output_folder: str | Path, source_folder: str | Path) -> Path:
     Raises:
         InputError: the folder is not empty, lies in the source, or cannot be written.
     """
-    output, source = Path(output_folder), Path(source_folder).resolve()
+    output, source = user_path(output_folder), user_path(source_folder).resolve()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: choose another output folder")
     if source == output.resolve() or source in output.resolve().parents:
         raise InputError(f"{output} lies in the folder of the model that is read: choose another output folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and not all(map(is_leftover, output.iterdir())):
         raise InputError(f"{output} is not empty: choose another output folder, nothing is overwritten")
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not os.access(above, os.W_OK | os.X_OK):
@@ -473,7 +474,7 @@ def write_result(
     Raises:
         InputError: the output is not empty, the denoiser's tensors are not those that were opened, the disk is full.
     """
-    source, model = Path(source_folder), unwrapped(pretrained.denoiser)
+    source, model = user_path(source_folder), unwrapped(pretrained.denoiser)
     output = check_output(output_folder, source)
     extra = _checked_extra(source, pretrained, extra_files or {})
     plan = plan_result(source, pretrained, extra)
@@ -488,14 +489,15 @@ def write_result(
                     variant=pretrained.variant,
                     max_shard_size=max_shard_size,
                 )
+            follow_umask(partial)
             for name in plan.copied:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, partial / name)
+                _copy(source / name, partial / name)
             for name, content in extra.items():
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(content, Path):
-                    shutil.copyfile(content, target)
+                    _copy(content, target)
                 else:
                     target.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
@@ -503,6 +505,12 @@ def write_result(
             f"{output} cannot be written ({error.strerror or error}): {plan.bytes:,} bytes are needed; nothing was left"
         ) from None
     return plan
+
+
+def _copy(source: Path, target: Path) -> None:
+    """With its mode, but for what lets a program run as somebody else."""
+    shutil.copyfile(source, target)
+    target.chmod(source.stat().st_mode & 0o777)
 
 
 def _checked_extra(

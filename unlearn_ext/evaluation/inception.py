@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe
+from .._files import user_path
 from .._hashing import file_hash
 from .._pixels import to_bytes
 from ..errors import InputError, first_line
@@ -71,7 +71,7 @@ class InceptionFID:
             raise InputError(f"features: expected 64, 192, 768 or 2048, got {features!r}")
         if not isinstance(weights, (str, Path)):
             raise InputError(f"weights: expected the path of {INCEPTION_FILE}, got {describe(weights)}")
-        path = Path(os.path.expanduser(weights))
+        path = user_path(weights)
         check_file(path)
         self.features = features
         _check_tensors(path)
