@@ -26,7 +26,7 @@ from .saliency import SaliencyMask
 
 __all__ = ["Checkpoint", "check", "find", "keep_newest", "model_tensors", "read", "restore", "save"]
 
-_FORMAT = "unlearn_ext.checkpoint.6"
+_FORMAT = "unlearn_ext.checkpoint.7"
 _DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
 _DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
 _DOCUMENT += ("method", "streams", "rng", "parts", "tensors")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ._files import atomic_path
+from ._plain import plain
 
-__all__ = ["History", "plain"]
+__all__ = ["History"]
 
 
 class History:
@@ -45,13 +46,3 @@ class History:
         if self.file is not None:
             with self.file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-
-
-def plain(entry: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it. An evaluation may return NaN or an infinity, which JSON has not: they become null."""
-    return json.loads(json.dumps(entry, default=_plain), parse_constant=lambda _: None)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy and PyTorch values in an evaluation's result, as JSON has them."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)

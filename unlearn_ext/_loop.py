@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checkpoint, _rng
 from ._averages import Averages
 from ._calibrating import Calibrating
-from ._history import History, plain
-from ._modes import evaluating, freeze_batch_norm, keeping_statistics
+from ._callbacks import Callbacks
+from ._history import History
+from ._modes import evaluating, freeze_batch_norm, keeping_modes, keeping_statistics
 from ._names import unwrapped
-from ._parts import own_part
+from ._parts import own_part, without_inference
+from ._plain import plain
 from ._shards import local
 from ._streams import BatchStream, length
 from ._teachers import make_teachers
+from ._weights import check_same
 from .errors import InputError, NonFiniteError, ProtectionError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
@@ -32,9 +35,7 @@ from .saliency.protection import protected_count, protected_hashes
 if TYPE_CHECKING:
     from .unlearner import Result, Unlearner
 
-__all__ = ["Loop", "Progress"]
-
-Progress = Callable[[str, int, int | None], None]
+__all__ = ["Loop"]
 
 
 # What a history entry tells of a forget step.
@@ -70,11 +71,11 @@ class Loop:
         streams: dict[str, BatchStream],
         result: Result,
         directory: Path | None,
-        progress: Progress,
+        callbacks: Callbacks,
     ):
         self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
         self.ranks = unlearner.ranks
-        self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
+        self.optimizer, self.result, self.directory, self.callbacks = optimizer, result, directory, callbacks
         self.unseen = streams.pop("unseen", None)
         self.streams = streams
         self.named = optimizer.named_parameters()
@@ -105,14 +106,18 @@ class Loop:
         self.averages = None if decay is None else Averages(unlearner._named, decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
-    def _generators(self) -> list[torch.Generator]:
-        found: list[torch.Generator] = []
+    def _roots(self) -> dict[str, Any]:
+        """Where generators, epochs and counters are looked for, beside the global generators."""
         streams = [*self.streams.values(), *([] if self.unseen is None else [self.unseen])]
-        own = [generator for stream in streams for generator in _rng.generators_of(stream.data)]
-        for generator in own + self.unlearner.task.generators():
-            if all(generator is not other for other in found):
-                found.append(generator)
-        return found
+        task = self.unlearner.task
+        return {
+            **{stream.name: stream.data for stream in streams},
+            "task": task,
+            "task.generators": task.generators(),
+            "method": self.method,
+            "model": self.model,
+            "teachers": self.teachers,
+        }
 
     def _fully_protected(self) -> bool:
         every_step = self.method.mask_scope == "all" or not self.method.retains
@@ -136,8 +141,8 @@ class Loop:
         saved = self.ranks.rank if size == self.ranks.size else 0
         with self.ranks.together():
             for name, stream in self.streams.items():
-                stream.check(document["streams"][saved].get(name), document["batches"][saved].get(name))
-            _rng.check(document["rng"][saved], self._generators())
+                stream.check(document["batches"][saved].get(name))
+            _rng.check(document["rng"][saved], self._roots())
         for name, stream in self.streams.items():
             stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
@@ -146,7 +151,9 @@ class Loop:
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
-        self.result.stopped_at = document["stopped_at"]
+        # An evaluation's word holds for the run that it stopped, and not for one of another length.
+        if document["settings"].get("iterations") == self.method.iterations:
+            self.result.stopped_at = document["stopped_at"]
         self.result.timings.update(document["timings"])
         for side, scaler in self.scalers.items():
             scaler.load_state_dict(document["scalers"][side])
@@ -158,62 +165,71 @@ class Loop:
         """Each rank's own; where there are more or fewer ranks than there were, those of the first, and noise that
         only modules draw (dropout) goes on otherwise."""
         rank, size = self.ranks.rank, self.ranks.size
-        _rng.restore(saved[rank if len(saved) == size else 0], self._generators())
+        _rng.restore(saved[rank if len(saved) == size else 0], self._roots())
         if len(saved) != size and rank > 0:
             torch.manual_seed(torch.initial_seed() + rank)
 
-    def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
+    def run(self, checkpointing_steps: int | None, checkpoints_total_limit: int | None, log_every: int) -> None:
         method, result = self.method, self.result
-        modes = [(module, module.training) for module in self.model.modules()]
-        if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
-            self.model.train()
-        if method.freeze_batch_norm:
-            freeze_batch_norm(self.model)
-        try:
-            while result.stopped_at is None and self.iteration < method.iterations:
-                started = time.perf_counter()
-                entry = self._iterate(self.iteration)
-                if entry["forget_loss"] is not None:
-                    self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
-                self.iteration += 1
-                stop, paused = False, 0.0
+        with keeping_modes(self.model):
+            if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
+                self.model.train()
+            if method.freeze_batch_norm:
+                freeze_batch_norm(self.model)
+            try:
+                while result.stopped_at is None and self.iteration < method.iterations:
+                    self._once(log_every)
+                    if checkpointing_steps and self.iteration % checkpointing_steps == 0:
+                        self._raise_if_non_finite()
+                        self._save()
+                        if checkpoints_total_limit is not None and self.ranks.first:
+                            _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
                 if self.calibrating is not None:
-                    stop = self.calibrating.after(self.iteration, self.iteration == method.iterations, entry)
-                if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
-                    asked, paused = self._evaluate(evaluate, entry)
-                    stop |= asked
-                last = stop or self.iteration == method.iterations
-                if last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys():
-                    self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
-                    self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
-                    self.forgetting = {}
-                self.seconds += time.perf_counter() - started - paused
-                self.progress("unlearning", self.iteration, method.iterations)
-                if stop:
-                    result.stopped_at = self.iteration
-                if checkpointing_steps and self.iteration % checkpointing_steps == 0:
-                    self._raise_if_non_finite()
-                    self._save()
-                    if checkpoints_total_limit is not None and self.ranks.first:
-                        _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
-            if self.calibrating is not None:
-                result.calibration = self.calibrating.finish()
-        finally:
-            for module, training in modes:
-                module.training = training
-            self._clear()
+                    result.calibration = self.calibrating.finish()
+            except NonFiniteError as error:
+                raise (error if self.calibrating is None else self.calibrating.rescue(error)) from None
+            finally:
+                self._clear()
+        check_same(self.model, self.parameters)
         self._finish()
 
-    def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
+    def _once(self, log_every: int) -> None:
+        """One iteration, with the looks, the evaluation and the history entry that are due after it."""
+        method, started = self.method, time.perf_counter()
+        entry = self._iterate(self.iteration)
+        if entry["forget_loss"] is not None:
+            self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
+        self.iteration += 1
+        stop, paused = False, 0.0
+        if self.calibrating is not None:
+            stop = self.calibrating.after(self.iteration, self.iteration == method.iterations, entry)
+        if self.callbacks.evaluates_at(self.iteration):
+            asked, paused = self._evaluate(entry)
+            stop |= asked
+        last = stop or self.iteration == method.iterations
+        if last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys():
+            self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
+            self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
+            self.forgetting = {}
+        self.seconds += time.perf_counter() - started - paused
+        self.callbacks.progress("unlearning", self.iteration, method.iterations)
+        if stop:
+            self.result.stopped_at = self.iteration
+
+    def _evaluate(self, entry: dict[str, Any]) -> tuple[bool, float]:
         """Whether to stop, and the seconds it took, which are not the run's."""
         started = time.perf_counter()
-        with _rng.kept(self._generators()), evaluating(self.model):
-            verdict = evaluate(self.model, self.iteration)
+        with _rng.kept(self._roots()):
+            verdict = self.callbacks.evaluate(self.model, self.iteration)
         self._clear()
+        check_same(self.model, self.parameters)
+        for stream in self.streams.values():
+            stream.share()
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
             verdict = verdict.item()
-        verdict = self.ranks.from_first(verdict)
-        if verdict is not None and not isinstance(verdict, bool):
+        keep = verdict is not None and not isinstance(verdict, bool)
+        keep, verdict = self.ranks.from_first((keep, plain(verdict)))
+        if keep:
             entry["evaluation"] = verdict
         return verdict is True, time.perf_counter() - started
 
@@ -339,7 +355,7 @@ class Loop:
             with _rng.kept():
                 unlearner.task.begin(self.model, batch)
             self.begun = True
-        prepared = unlearner.task.prepare(batch, unlearner.device)
+        prepared = without_inference(unlearner.task.prepare(batch, unlearner.device))
         count = unlearner.task.size(prepared)
         if unlearner.split_batches:
             return own_part(prepared, count, self.ranks)
@@ -352,7 +368,7 @@ class Loop:
         stream = self.unseen if name == "unseen" else self.streams[name]
         found: list[Any] = []
         count = 0
-        with _rng.kept(self._generators()):
+        with _rng.kept(self._roots()):
             for batch in stream.data:
                 found.append(batch)
                 count += self.unlearner.task.size(batch)
@@ -361,7 +377,7 @@ class Loop:
         return found
 
     def random_state(self) -> dict[str, Any]:
-        return _rng.capture(self._generators())
+        return _rng.capture(self._roots())
 
     @torch.no_grad()
     def look(
@@ -369,7 +385,7 @@ class Loop:
     ) -> Tensor:
         """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode; what is drawn for it is
         drawn from :meth:`random_state` ``state``. The run's random numbers go on as if nothing had been drawn."""
-        generators = self._generators()
+        generators = self._roots()
         with _rng.kept(generators), evaluating(self.model):
             if state is not None:
                 _rng.restore(state, generators)
@@ -472,7 +488,7 @@ class Loop:
                 "method": self.method.state(),
                 "batches": self.ranks.gather_objects({name: length(s.data) for name, s in self.streams.items()}),
                 "streams": self.ranks.gather_objects({name: s.position() for name, s in self.streams.items()}),
-                "rng": self.ranks.gather_objects(_rng.capture(self._generators())),
+                "rng": self.ranks.gather_objects(_rng.capture(self._roots())),
             },
             self.ranks,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,20 @@ from torch.utils.data import DistributedSampler
 from . import _checkpoint, ops
 from ._arguments import check_count, check_number
 from ._arriving import keeping_graphs
+from ._callbacks import Callbacks, Progress
 from ._files import writable_directory
 from ._first_pass import first_pass
 from ._in_backward import check_in_backward
-from ._loop import Loop, Progress
+from ._loop import Loop
 from ._modes import PRECISIONS
 from ._names import trainable
+from ._plain import plain_numbers
+from ._process import CallerModes, run_modes
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
-from ._streams import BatchStream, length
+from ._streams import BatchStream, keeps_workers, length, with_own_workers
 from ._teachers import check_teachers
+from ._weights import check_weights
 from .errors import InputError
 from .methods import Method, parse
 from .saliency import SaliencyMask
@@ -34,10 +40,6 @@ from .tasks import Task
 __all__ = ["Result", "Unlearner"]
 
 _RANK_SEED = 1_000_003  # between the seeds of two ranks' draws
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass
@@ -146,7 +148,8 @@ class Unlearner:
         check_storage("fisher_storage", fisher_storage, gamma=method.needs_fisher and method.mask_fraction is None)
         self.fisher_storage = fisher_storage
         self.identity = dict(identity or {})
-        self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
+        self.gradient_accumulation_steps = plain_numbers(gradient_accumulation_steps)
+        self.ema_decay = plain_numbers(ema_decay)
         method.check_task(task)
         for needed, offered, what in (
             (method.replaces, "replacement_losses", "has no replacement for what is forgotten"),
@@ -170,7 +173,19 @@ class Unlearner:
                 "leave gradient_accumulation_steps out, and use larger batches"
             )
         self.model, self.task, self.method = model, task, method
-        self._named = list(trainable(model).items())
+        self.split_batches, self.mixed_precision = split_batches, mixed_precision
+        self._half = PRECISIONS[mixed_precision]
+        self._asked_device = device
+        self._read_model()
+
+    def _read_model(self) -> None:
+        """What of the model a run depends on. Every run reads it anew: layers may have been replaced since, frozen or
+        moved."""
+        check_weights(self.model)
+        if self._asked_device is not None:
+            with run_modes():  # what is moved in inference mode could not be trained
+                self.model.to(self._asked_device)
+        method, self._named = self.method, list(trainable(self.model).items())
         if not self._named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
         if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in self._named):
@@ -179,14 +194,10 @@ class Unlearner:
                 "model.to(torch.bfloat16), or leave it out"
             )
         method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
-        if device is not None:
-            model.to(device)
         self.device = self._named[0][1].device
-        self.ranks, self.split_batches = Ranks.of(model), split_batches
-        self._check_ranks(mixed_precision)
-        check_teachers(model, method, self.ranks)
-        self.mixed_precision = mixed_precision
-        self._half = PRECISIONS[mixed_precision]
+        self.ranks = Ranks.of(self.model)
+        self._check_ranks(self.mixed_precision)
+        check_teachers(self.model, method, self.ranks)
 
     # --- The run --------------------------------------------------------------------------------------------
 
@@ -242,18 +253,10 @@ class Unlearner:
             NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
                 update the forget step of the same iteration may have been made before, and the message says so. With
                 ``optimizer_in_backward`` and no clip, a part of the step may have been made, and the message says that.
+                A calibrated run gives the model the best weights that it met, and the message says which.
             ProtectionError: a weight that every step protects has changed.
             LostRankError: another process of the run has ended.
         """
-        if checkpointing_steps is not None and output_dir is None:
-            raise InputError("checkpointing_steps needs an output_dir to write to")
-        if (checkpointing_steps is not None or resume_from_checkpoint is not None) and self._calibrated:
-            raise InputError(
-                "a calibrated run keeps its best point in memory and makes no checkpoints: leave checkpointing_steps "
-                "and resume_from_checkpoint out, or give forget_alpha a number"
-            )
-        if self.fisher_storage == "disk" and output_dir is None:
-            raise InputError("fisher_storage='disk' needs an output_dir to write to")
         for name, count in (
             ("checkpointing_steps", checkpointing_steps),
             ("checkpoints_total_limit", checkpoints_total_limit),
@@ -264,10 +267,58 @@ class Unlearner:
                 check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
-        sets = self._sets(forget=forget, retain=retain, learn=learn, unseen=unseen)
-        with self.ranks.together():
-            directory = None if output_dir is None else writable_directory(output_dir)
-            self._check_loaders(*sets.values())
+        self._check_directories(output_dir, checkpointing_steps, resume_from_checkpoint)
+        callers = CallerModes()
+        with run_modes():
+            self._read_model()
+            sets = self._sets(forget=forget, retain=retain, learn=learn, unseen=unseen)
+            with self.ranks.together():
+                directory = None if output_dir is None else writable_directory(output_dir)
+                self._check_loaders(*sets.values())
+            self._begin(sets)
+            checkpoint = self._checkpoint(directory, resume_from_checkpoint)
+            if checkpointing_steps is not None or checkpoint is not None:
+                self._warn_of_workers(sets)
+            if not self.ranks.first:
+                progress = None
+            self._seed_ranks()
+            result = Result(update=self.method.update, backend=ops.backend(self.device))
+            calls = Callbacks(evaluate, evaluate_every, progress, callers)
+            with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
+                result.mask = self._mask(sets, result, checkpoint, directory, allow_duplicates, calls.progress)
+                optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
+                for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
+                    group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
+                alike = self.ranks if self.split_batches else ALONE
+                streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
+                loop = Loop(self, optimizer, streams, result, directory, calls)
+                loop.start(checkpoint)
+                loop.run(checkpointing_steps, checkpoints_total_limit, log_every)
+        return result
+
+    def _check_directories(self, output_dir: Any, checkpointing_steps: int | None, resume_from_checkpoint: Any) -> None:
+        if checkpointing_steps is not None and output_dir is None:
+            raise InputError("checkpointing_steps needs an output_dir to write to")
+        if self.fisher_storage == "disk" and output_dir is None:
+            raise InputError("fisher_storage='disk' needs an output_dir to write to")
+        if checkpointing_steps is None and resume_from_checkpoint is None:
+            return
+        if self._calibrated:
+            raise InputError(
+                "a calibrated run keeps its best point in memory and makes no checkpoints: leave checkpointing_steps "
+                "and resume_from_checkpoint out, or give forget_alpha a number"
+            )
+        for name, value in self.settings().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{name}: a checkpoint cannot hold {value!r}, of type {type(value).__name__}: give a number, a "
+                    "text, or lists and dicts of them, or leave checkpointing_steps out"
+                ) from None
+
+    def _begin(self, sets: dict[str, Iterable[Any]]) -> None:
+        """Tells the method how long the sets are."""
         counts = {name: length(data) for name, data in sets.items()}
         lengths = self.ranks.gather_objects([counts[name] for name in sets if name != "unseen"])
         if any(other != lengths[0] for other in lengths):
@@ -277,47 +328,57 @@ class Unlearner:
             )
         steps = self.gradient_accumulation_steps
         self.method.begin({name: count if count is None else -(-count // steps) for name, count in counts.items()})
-        checkpoint = None
-        if resume_from_checkpoint is not None:
+
+    def _checkpoint(self, directory: Path | None, resume_from: str | Path | None) -> _checkpoint.Checkpoint | None:
+        """The one to go on from, if any."""
+        if resume_from is not None:
             with self.ranks.together():
-                found = _checkpoint.find(directory, resume_from_checkpoint)
-            checkpoint = self.read_checkpoint(self.ranks.from_first(found))
-        elif directory is not None and any(directory.glob("checkpoint-*")):
+                path = _checkpoint.find(directory, resume_from)
+            return self.read_checkpoint(self.ranks.from_first(path))
+        if directory is not None and any(directory.glob("checkpoint-*")):
             raise InputError(
                 f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
                 "choose another directory"
             )
-        if progress is None or not self.ranks.first:
-            progress = _silent
-        if not self.split_batches and self.ranks.size > 1:
-            for generator in self.task.generators():
-                seed = self.ranks.from_first(generator.initial_seed())
-                generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
-        alike = self.ranks if self.split_batches else ALONE
-        streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
-        result = Result(update=self.method.update, backend=ops.backend(self.device))
-        with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
-            if checkpoint is None:
-                if self.method.mask is not None:
-                    self.method.mask.check_model(self._named)
-                with contextlib.ExitStack() as kept:
-                    result.mask = first_pass(
-                        self,
-                        sets,
-                        result,
-                        allow_duplicates,
-                        progress,
-                        lambda sums: kept.enter_context(stored(sums, self.fisher_storage, directory)),
-                    )
-            else:
-                result.mask = checkpoint.mask
-            optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
-            for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
-                group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-            loop = Loop(self, optimizer, streams, result, directory, progress)
-            loop.start(checkpoint)
-            loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
-        return result
+        return None
+
+    def _seed_ranks(self) -> None:
+        """Ranks with samples of their own draw different noise for them."""
+        if self.split_batches or self.ranks.size == 1:
+            return
+        for generator in self.task.generators():
+            seed = self.ranks.from_first(generator.initial_seed())
+            generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
+
+    def _warn_of_workers(self, sets: dict[str, Iterable[Any]]) -> None:
+        names = [name for name, data in sets.items() if keeps_workers(data)]
+        if names:
+            warnings.warn(
+                f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw "
+                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any",
+                stacklevel=3,
+            )
+
+    def _mask(
+        self,
+        sets: dict[str, Iterable[Any]],
+        result: Result,
+        checkpoint: _checkpoint.Checkpoint | None,
+        directory: Path | None,
+        allow_duplicates: bool,
+        progress: Progress,
+    ) -> SaliencyMask | None:
+        """The checkpoint's, or that of the first pass over the data."""
+        if checkpoint is not None:
+            return checkpoint.mask
+        if self.method.mask is not None:
+            self.method.mask.check_model(self._named)
+        with contextlib.ExitStack() as kept:
+
+            def keep(sums: Any) -> Any:
+                return kept.enter_context(stored(sums, self.fisher_storage, directory))
+
+            return first_pass(self, sets, result, allow_duplicates, progress, keep)
 
     def read_checkpoint(self, path: Path) -> _checkpoint.Checkpoint:
         """Reads the whole of it; nothing is changed.
@@ -325,12 +386,38 @@ class Unlearner:
         Raises:
             InputError: it is damaged, or of a run with other settings, weights or mask.
         """
+        self._read_model()
         with self.ranks.together():
             found = _checkpoint.read(path, self.ranks)
             names = [name for name, _ in self._named]
             defaults = self.method.defaults()
-            _checkpoint.check(found, self.model, names, self.settings(), defaults, self.method.mask)
+            settings = {**self.settings(), **self._other_length(found)}
+            _checkpoint.check(found, self.model, names, settings, defaults, self.method.mask)
         return found
+
+    def _other_length(self, checkpoint: _checkpoint.Checkpoint) -> dict[str, Any]:
+        """Settings that say how long the saved run was, where what it did so far does not hang on them: the run can be
+        continued for more iterations or fewer."""
+        method, document = self.method, checkpoint.document
+        saved = {name: document["settings"].get(name) for name in ("iterations", "epochs")}
+        now, done = method.iterations, document["iteration"]
+        if saved["iterations"] in (None, now):
+            return {}
+        if now < done:
+            raise InputError(f"{checkpoint.path} is of iteration {done}, and the method makes {now}: raise iterations")
+        method.load_state(document["method"])
+        course = [(method.lr_factor(t), method.strength(t)) for t in range(done)]
+        method.iterations = saved["iterations"]
+        before = [(method.lr_factor(t), method.strength(t)) for t in range(done)]
+        method.iterations = now
+        if course != before:
+            schedules = [f"{k}={v!r}" for k, v in method.settings().items() if k.endswith("_schedule")]
+            raise InputError(
+                f"{checkpoint.path} was written with iterations={saved['iterations']} and the method has {now}, and "
+                f"its rates depend on how many there are ({', '.join(schedules)}): resume with as many, or start anew "
+                "from the weights that the run left"
+            )
+        return saved
 
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
@@ -352,8 +439,11 @@ class Unlearner:
         """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
         return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
 
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None):
+            yield
+        torch.clear_autocast_cache()  # torch does where no other autocast is around it; steps make the copies stale
 
     def losses(self, batch: Any, replacement: bool = False) -> Tensor:
         with self.autocast():
@@ -381,7 +471,7 @@ class Unlearner:
                 raise InputError(f"{method.name} takes {what}: pass {name}=, a DataLoader or a list of batches")
             if data is not None and name in ("learn", "unseen") and not needed[name]:
                 raise InputError(f"{method.name} has no use for {what}: leave {name} out")
-        return {name: data for name, data in given.items() if data is not None}
+        return {name: with_own_workers(data) for name, data in given.items() if data is not None}
 
     def _check_ranks(self, mixed_precision: str) -> None:
         """What several ranks cannot do."""

@@ -178,7 +178,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     [
         ("state.json", b'{"format": ', "its state.json cannot be read"),
         ("state.json", b"[]", "its state.json cannot be read"),
-        ("state.json", b'{"format": "unlearn_ext.checkpoint.6", "iteration": 12}', "its state.json lacks param_groups"),
+        ("state.json", b'{"format": "unlearn_ext.checkpoint.7", "iteration": 12}', "its state.json lacks param_groups"),
         ("model.safetensors", b"junk", "its model.safetensors cannot be read"),
         ("model.safetensors", None, "model.safetensors is missing"),
         ("optimizer.safetensors", b"", "its optimizer.safetensors cannot be read"),

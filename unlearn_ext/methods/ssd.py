@@ -14,6 +14,7 @@ from .. import ops
 from .._arguments import check_count, check_finite
 from .._data import DataCheck
 from .._names import trainable
+from .._plain import plain_numbers
 from .._shards import is_sharded
 from .._streams import length
 from ..errors import InputError
@@ -93,6 +94,8 @@ class SSD:
     chunk: int = 8
 
     def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, plain_numbers(getattr(self, name)))
         check_finite("alpha", self.alpha)
         check_finite("lambd", self.lambd)
         check_count("chunk", self.chunk)
