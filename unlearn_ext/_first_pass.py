@@ -19,7 +19,7 @@ from .saliency import FisherDiagonal, SaliencyMask
 from .saliency.gradient import GradientSum
 
 if TYPE_CHECKING:
-    from ._callbacks import Progress
+    from ._loop import Progress
     from .unlearner import Result, Unlearner
 
 __all__ = ["first_pass"]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checkpoint, _rng
 from ._averages import Averages
 from ._calibrating import Calibrating
-from ._callbacks import Callbacks
 from ._history import History
-from ._modes import evaluating, freeze_batch_norm, keeping_modes, keeping_statistics
+from ._modes import evaluating, freeze_batch_norm, keeping_statistics
 from ._names import unwrapped
 from ._parts import own_part, without_inference
 from ._plain import plain
@@ -35,7 +34,9 @@ from .saliency.protection import protected_count, protected_hashes
 if TYPE_CHECKING:
     from .unlearner import Result, Unlearner
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "Progress"]
+
+Progress = Callable[[str, int, int | None], None]
 
 
 # What a history entry tells of a forget step.
@@ -71,11 +72,11 @@ class Loop:
         streams: dict[str, BatchStream],
         result: Result,
         directory: Path | None,
-        callbacks: Callbacks,
+        progress: Progress,
     ):
         self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
         self.ranks = unlearner.ranks
-        self.optimizer, self.result, self.directory, self.callbacks = optimizer, result, directory, callbacks
+        self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
         self.unseen = streams.pop("unseen", None)
         self.streams = streams
         self.named = optimizer.named_parameters()
@@ -169,58 +170,56 @@ class Loop:
         if len(saved) != size and rank > 0:
             torch.manual_seed(torch.initial_seed() + rank)
 
-    def run(self, checkpointing_steps: int | None, checkpoints_total_limit: int | None, log_every: int) -> None:
+    def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
-        with keeping_modes(self.model):
-            if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
-                self.model.train()
-            if method.freeze_batch_norm:
-                freeze_batch_norm(self.model)
-            try:
-                while result.stopped_at is None and self.iteration < method.iterations:
-                    self._once(log_every)
-                    if checkpointing_steps and self.iteration % checkpointing_steps == 0:
-                        self._raise_if_non_finite()
-                        self._save()
-                        if checkpoints_total_limit is not None and self.ranks.first:
-                            _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
+        modes = [(module, module.training) for module in self.model.modules()]
+        if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
+            self.model.train()
+        if method.freeze_batch_norm:
+            freeze_batch_norm(self.model)
+        try:
+            while result.stopped_at is None and self.iteration < method.iterations:
+                started = time.perf_counter()
+                entry = self._iterate(self.iteration)
+                if entry["forget_loss"] is not None:
+                    self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
+                self.iteration += 1
+                stop, paused = False, 0.0
                 if self.calibrating is not None:
-                    result.calibration = self.calibrating.finish()
-            except NonFiniteError as error:
-                raise (error if self.calibrating is None else self.calibrating.rescue(error)) from None
-            finally:
-                self._clear()
+                    stop = self.calibrating.after(self.iteration, self.iteration == method.iterations, entry)
+                if evaluate is not None and evaluate_every and self.iteration % evaluate_every == 0:
+                    asked, paused = self._evaluate(evaluate, entry)
+                    stop |= asked
+                last = stop or self.iteration == method.iterations
+                if last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys():
+                    self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
+                    self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
+                    self.forgetting = {}
+                self.seconds += time.perf_counter() - started - paused
+                self.progress("unlearning", self.iteration, method.iterations)
+                if stop:
+                    result.stopped_at = self.iteration
+                if checkpointing_steps and self.iteration % checkpointing_steps == 0:
+                    self._raise_if_non_finite()
+                    self._save()
+                    if checkpoints_total_limit is not None and self.ranks.first:
+                        _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
+            if self.calibrating is not None:
+                result.calibration = self.calibrating.finish()
+        except NonFiniteError as error:
+            raise (error if self.calibrating is None else self.calibrating.rescue(error)) from None
+        finally:
+            for module, training in modes:
+                module.training = training
+            self._clear()
         check_same(self.model, self.parameters)
         self._finish()
 
-    def _once(self, log_every: int) -> None:
-        """One iteration, with the looks, the evaluation and the history entry that are due after it."""
-        method, started = self.method, time.perf_counter()
-        entry = self._iterate(self.iteration)
-        if entry["forget_loss"] is not None:
-            self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
-        self.iteration += 1
-        stop, paused = False, 0.0
-        if self.calibrating is not None:
-            stop = self.calibrating.after(self.iteration, self.iteration == method.iterations, entry)
-        if self.callbacks.evaluates_at(self.iteration):
-            asked, paused = self._evaluate(entry)
-            stop |= asked
-        last = stop or self.iteration == method.iterations
-        if last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys():
-            self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
-            self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
-            self.forgetting = {}
-        self.seconds += time.perf_counter() - started - paused
-        self.callbacks.progress("unlearning", self.iteration, method.iterations)
-        if stop:
-            self.result.stopped_at = self.iteration
-
-    def _evaluate(self, entry: dict[str, Any]) -> tuple[bool, float]:
+    def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
         """Whether to stop, and the seconds it took, which are not the run's."""
         started = time.perf_counter()
-        with _rng.kept(self._roots()):
-            verdict = self.callbacks.evaluate(self.model, self.iteration)
+        with _rng.kept(self._roots()), evaluating(self.model):
+            verdict = evaluate(self.model, self.iteration)
         self._clear()
         check_same(self.model, self.parameters)
         for stream in self.streams.values():
@@ -352,7 +351,7 @@ class Loop:
     def _prepared(self, batch: Any) -> tuple[Any, int]:
         unlearner = self.unlearner
         if not self.begun:
-            with _rng.kept():
+            with _rng.kept(self._roots()):
                 unlearner.task.begin(self.model, batch)
             self.begun = True
         prepared = without_inference(unlearner.task.prepare(batch, unlearner.device))
@@ -385,10 +384,10 @@ class Loop:
     ) -> Tensor:
         """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode; what is drawn for it is
         drawn from :meth:`random_state` ``state``. The run's random numbers go on as if nothing had been drawn."""
-        generators = self._roots()
-        with _rng.kept(generators), evaluating(self.model):
+        roots = self._roots()
+        with _rng.kept(roots), evaluating(self.model):
             if state is not None:
-                _rng.restore(state, generators)
+                _rng.restore(state, roots)
             prepared = (self._prepared(batch)[0] for batch in batches)
             measure = self.unlearner.hits if hits else self.unlearner.losses
             losses = torch.cat([measure(batch).double().cpu() for batch in prepared])

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["CallerModes", "run_modes"]
+__all__ = ["in_run_modes", "run_modes"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_CALLBACKS = ("evaluate", "progress")
 
 
 def _devices() -> list[str]:
@@ -36,17 +42,25 @@ def run_modes() -> Iterator[None]:
         yield
 
 
-class CallerModes:
-    """The modes in which it is made, for callbacks out of :func:`run_modes`. Inference mode becomes no_grad, so that a
-    model which keeps tensors of its passes can go on training."""
+def in_run_modes(run: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a method that is to be called in :func:`run_modes`. Its callbacks are called in the modes of the
+    caller; only inference mode becomes no_grad, so that a model which keeps tensors of its passes can go on training.
+    """
 
-    def __init__(self) -> None:
-        self._gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        self._autocast = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _devices()
-        }
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        casts = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _devices()}
 
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        with torch.set_grad_enabled(self._gradients), _autocast(self._autocast):
-            yield
+        def in_callers_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with torch.set_grad_enabled(gradients), _autocast(casts):
+                    return function(*args, **kwargs)
+
+            return call
+
+        callbacks = {name: in_callers_modes(kwargs[name]) for name in _CALLBACKS if kwargs.get(name) is not None}
+        with run_modes():
+            return run(*args, **{**kwargs, **callbacks})
+
+    return wrapped

@@ -25,7 +25,11 @@ def capture(roots: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": _to_json(np.random.get_state(legacy=False)),
         "generators": [
-            {"paths": paths, "kind": _kind(generator), "state": _state(generator)}
+            {
+                "paths": {path: _class(sources.objects.get(path.rpartition(".")[0])) for path in paths},
+                "kind": _kind(generator),
+                "state": _state(generator),
+            }
             for paths, generator in sources.generators
         ],
         "epochs": {path: epoch_of(owner) for path, owner in sources.epochs.items()},
@@ -47,9 +51,9 @@ def check(state: Mapping[str, Any], roots: Mapping[str, Any]) -> None:
     now = {path: generator for paths, generator in sources.generators for path in paths}
     saved = {path: entry["kind"] for entry in state["generators"] for path in entry["paths"]}
     missing = [
-        entry["paths"][0]
+        next(iter(entry["paths"]))
         for entry in state["generators"]
-        if not any(path in now or _can_make(path, sources) for path in entry["paths"])
+        if not any(path in now or _can_make(path, owner, sources) for path, owner in entry["paths"].items())
     ]
     new = [paths[0] for paths, _ in sources.generators if not any(path in saved for path in paths)]
     if missing or new:
@@ -127,18 +131,23 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = _from_json(state)
 
 
-def _can_make(path: str, sources: Sources) -> bool:
-    """Whether it is an attribute, not set yet, of an object that is there."""
+def _class(owner: Any) -> str:
+    return f"{type(owner).__module__}.{type(owner).__qualname__}"
+
+
+def _can_make(path: str, owner_class: str, sources: Sources) -> bool:
+    """Whether it is an attribute, not set yet, of an object that is there and of the class that it was of."""
     owner, _, name = path.rpartition(".")
-    return owner in sources.objects and "[" not in name and getattr(sources.objects[owner], name, None) is None
+    owner = sources.objects.get(owner)
+    return _class(owner) == owner_class and "[" not in name and getattr(owner, name, None) is None
 
 
 def _make(entry: Mapping[str, Any], sources: Sources) -> Any:
-    paths = [path for path in entry["paths"] if _can_make(path, sources)]
+    paths = [path for path, owner in entry["paths"].items() if _can_make(path, owner, sources)]
     if not paths:
         raise InputError(
-            f"{entry['paths'][0]}, a generator that the data had when the checkpoint was made, is missing: pass the "
-            "same loaders"
+            f"{next(iter(entry['paths']))}, a generator that the data had when the checkpoint was made, is missing: "
+            "pass the same loaders"
         )
     library, _, kind = entry["kind"].partition(".")
     if library == "torch":

@@ -21,7 +21,8 @@ __all__ = ["Sources", "epoch_of"]
 _NUMPY = (np.random.Generator, np.random.RandomState)
 _PLAIN = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 _PLAIN += (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, Path)
-_LIBRARIES = ("abc", "accelerate", "builtins", "collections", "diffusers", "numpy", "torch", "torchvision", "typing")
+_LIBRARIES = {"abc", "accelerate", "builtins", "collections", "diffusers", "functools", "numpy", "torch", "torchvision"}
+_LIBRARIES |= {"tokenizers", "transformers", "types", "typing", "unlearn_ext"}  # without generators of their classes
 _ITEMS = 1000  # of a list or dict that are looked at: a generator stands among the first, samples are many
 _OBJECTS = 20_000  # that are looked at in all
 _OF_MODULES = set(vars(nn.Module())) - {"_modules", "_forward_hooks", "_forward_pre_hooks"}
@@ -106,9 +107,13 @@ class Sources:
         for name, item in _attributes(value):
             yield f"{path}.{name}", item
         for kind in type(value).__mro__:
-            if kind not in self._classes and kind.__module__.partition(".")[0] not in _LIBRARIES:
+            if kind not in self._classes and _is_users(kind.__module__):
                 self._classes.add(kind)
                 yield from _of_class(path, kind)
+
+
+def _is_users(module: str | None) -> bool:
+    return (module or "").partition(".")[0] not in _LIBRARIES
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -118,7 +123,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     except TypeError:
         attributes = {}
     for kind in type(value).__mro__:
-        for name, member in vars(kind).items():
+        for name, member in vars(kind).items() if _is_users(kind.__module__) else ():
             if isinstance(member, types.MemberDescriptorType):  # of __slots__
                 try:
                     attributes[name] = member.__get__(value)
@@ -147,7 +152,8 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str,
             continue
     yield f"{path}.__defaults__", function.__defaults__
     yield f"{path}.__kwdefaults__", function.__kwdefaults__
-    yield from _globals(function)
+    if _is_users(function.__module__):
+        yield from _globals(function)
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

@@ -126,7 +126,7 @@ class BatchStream:
                 owner.set_epoch(before[path] + 1)
 
     def share(self) -> None:
-        """Code that is not the run's has been called: it may have iterated the same loader."""
+        """An evaluation has been called: it may have iterated the same loader."""
         self._shared = True
 
     def _check_whole(self) -> None:
@@ -134,8 +134,8 @@ class BatchStream:
         exact = expected is not None and not isinstance(getattr(self.data, "dataset", None), IterableDataset)
         if self._shared and exact and self._taken < expected:
             raise InputError(
-                f"a pass over the {self.name} set ended after {self._taken} of {expected} batches, since evaluate or "
-                "progress looked at the same loader, which has one pass at a time: let them use a loader of their own"
+                f"a pass over the {self.name} set ended after {self._taken} of {expected} batches, since evaluate() "
+                "looked at the same loader, which has one pass at a time: let it use a loader of its own"
             )
 
     def position(self) -> dict[str, Any] | None:

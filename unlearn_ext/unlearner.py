@@ -17,15 +17,14 @@ from torch.utils.data import DistributedSampler
 from . import _checkpoint, ops
 from ._arguments import check_count, check_number
 from ._arriving import keeping_graphs
-from ._callbacks import Callbacks, Progress
 from ._files import writable_directory
 from ._first_pass import first_pass
 from ._in_backward import check_in_backward
-from ._loop import Loop
+from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._names import trainable
 from ._plain import plain_numbers
-from ._process import CallerModes, run_modes
+from ._process import in_run_modes, run_modes
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
 from ._streams import BatchStream, keeps_workers, length, with_own_workers
@@ -40,6 +39,10 @@ from .tasks import Task
 __all__ = ["Result", "Unlearner"]
 
 _RANK_SEED = 1_000_003  # between the seeds of two ranks' draws
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass
@@ -182,18 +185,19 @@ class Unlearner:
         """What of the model a run depends on. Every run reads it anew: layers may have been replaced since, frozen or
         moved."""
         check_weights(self.model)
-        if self._asked_device is not None:
-            with run_modes():  # what is moved in inference mode could not be trained
-                self.model.to(self._asked_device)
-        method, self._named = self.method, list(trainable(self.model).items())
-        if not self._named:
+        method, named = self.method, list(trainable(self.model).items())
+        if not named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
-        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in self._named):
+        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in named):
             raise InputError(
                 "stochastic_rounding is for bfloat16 weights, and the model trains none: convert it with "
                 "model.to(torch.bfloat16), or leave it out"
             )
-        method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
+        method.groups(named)  # patterns that fit nothing are refused before anything is measured
+        if self._asked_device is not None:
+            with run_modes():  # what is moved in inference mode could not be trained
+                self.model.to(self._asked_device)
+        self._named = list(trainable(self.model).items())
         self.device = self._named[0][1].device
         self.ranks = Ranks.of(self.model)
         self._check_ranks(self.mixed_precision)
@@ -201,6 +205,7 @@ class Unlearner:
 
     # --- The run --------------------------------------------------------------------------------------------
 
+    @in_run_modes
     def run(
         self,
         forget: Iterable[Any] | None = None,
@@ -237,7 +242,8 @@ class Unlearner:
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped. Nothing is
                 written before all of it is found to fit. A checkpoint of the iteration at which an evaluation stopped
                 the run is its end: resumed from there it returns at once, with the same result. From an earlier one it
-                goes on, and it is for ``evaluate`` to stop it again.
+                goes on, and it is for ``evaluate`` to stop it again. The method may have other ``iterations``: a run
+                that is over goes on for more, unless a schedule would have taken another course so far.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and
@@ -257,6 +263,15 @@ class Unlearner:
             ProtectionError: a weight that every step protects has changed.
             LostRankError: another process of the run has ended.
         """
+        if checkpointing_steps is not None and output_dir is None:
+            raise InputError("checkpointing_steps needs an output_dir to write to")
+        if (checkpointing_steps is not None or resume_from_checkpoint is not None) and self._calibrated:
+            raise InputError(
+                "a calibrated run keeps its best point in memory and makes no checkpoints: leave checkpointing_steps "
+                "and resume_from_checkpoint out, or give forget_alpha a number"
+            )
+        if self.fisher_storage == "disk" and output_dir is None:
+            raise InputError("fisher_storage='disk' needs an output_dir to write to")
         for name, count in (
             ("checkpointing_steps", checkpointing_steps),
             ("checkpoints_total_limit", checkpoints_total_limit),
@@ -267,58 +282,15 @@ class Unlearner:
                 check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
-        self._check_directories(output_dir, checkpointing_steps, resume_from_checkpoint)
-        callers = CallerModes()
-        with run_modes():
-            self._read_model()
-            sets = self._sets(forget=forget, retain=retain, learn=learn, unseen=unseen)
-            with self.ranks.together():
-                directory = None if output_dir is None else writable_directory(output_dir)
-                self._check_loaders(*sets.values())
-            self._begin(sets)
-            checkpoint = self._checkpoint(directory, resume_from_checkpoint)
-            if checkpointing_steps is not None or checkpoint is not None:
-                self._warn_of_workers(sets)
-            if not self.ranks.first:
-                progress = None
-            self._seed_ranks()
-            result = Result(update=self.method.update, backend=ops.backend(self.device))
-            calls = Callbacks(evaluate, evaluate_every, progress, callers)
-            with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
-                result.mask = self._mask(sets, result, checkpoint, directory, allow_duplicates, calls.progress)
-                optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
-                for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
-                    group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-                alike = self.ranks if self.split_batches else ALONE
-                streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
-                loop = Loop(self, optimizer, streams, result, directory, calls)
-                loop.start(checkpoint)
-                loop.run(checkpointing_steps, checkpoints_total_limit, log_every)
-        return result
-
-    def _check_directories(self, output_dir: Any, checkpointing_steps: int | None, resume_from_checkpoint: Any) -> None:
-        if checkpointing_steps is not None and output_dir is None:
-            raise InputError("checkpointing_steps needs an output_dir to write to")
-        if self.fisher_storage == "disk" and output_dir is None:
-            raise InputError("fisher_storage='disk' needs an output_dir to write to")
-        if checkpointing_steps is None and resume_from_checkpoint is None:
-            return
-        if self._calibrated:
-            raise InputError(
-                "a calibrated run keeps its best point in memory and makes no checkpoints: leave checkpointing_steps "
-                "and resume_from_checkpoint out, or give forget_alpha a number"
-            )
-        for name, value in self.settings().items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError):
-                raise InputError(
-                    f"{name}: a checkpoint cannot hold {value!r}, of type {type(value).__name__}: give a number, a "
-                    "text, or lists and dicts of them, or leave checkpointing_steps out"
-                ) from None
-
-    def _begin(self, sets: dict[str, Iterable[Any]]) -> None:
-        """Tells the method how long the sets are."""
+        if checkpointing_steps is not None or resume_from_checkpoint is not None:
+            self._check_settings()
+        self._read_model()
+        sets = self._sets(forget=forget, retain=retain, learn=learn, unseen=unseen)
+        with self.ranks.together():
+            directory = None if output_dir is None else writable_directory(output_dir)
+            self._check_loaders(*sets.values())
+        if checkpointing_steps is not None or resume_from_checkpoint is not None:
+            self._warn_of_workers(sets)
         counts = {name: length(data) for name, data in sets.items()}
         lengths = self.ranks.gather_objects([counts[name] for name in sets if name != "unseen"])
         if any(other != lengths[0] for other in lengths):
@@ -328,57 +300,47 @@ class Unlearner:
             )
         steps = self.gradient_accumulation_steps
         self.method.begin({name: count if count is None else -(-count // steps) for name, count in counts.items()})
-
-    def _checkpoint(self, directory: Path | None, resume_from: str | Path | None) -> _checkpoint.Checkpoint | None:
-        """The one to go on from, if any."""
-        if resume_from is not None:
+        checkpoint = None
+        if resume_from_checkpoint is not None:
             with self.ranks.together():
-                path = _checkpoint.find(directory, resume_from)
-            return self.read_checkpoint(self.ranks.from_first(path))
-        if directory is not None and any(directory.glob("checkpoint-*")):
+                found = _checkpoint.find(directory, resume_from_checkpoint)
+            checkpoint = self.read_checkpoint(self.ranks.from_first(found))
+        elif directory is not None and any(directory.glob("checkpoint-*")):
             raise InputError(
                 f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
                 "choose another directory"
             )
-        return None
-
-    def _seed_ranks(self) -> None:
-        """Ranks with samples of their own draw different noise for them."""
-        if self.split_batches or self.ranks.size == 1:
-            return
-        for generator in self.task.generators():
-            seed = self.ranks.from_first(generator.initial_seed())
-            generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
-
-    def _warn_of_workers(self, sets: dict[str, Iterable[Any]]) -> None:
-        names = [name for name, data in sets.items() if keeps_workers(data)]
-        if names:
-            warnings.warn(
-                f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw "
-                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any",
-                stacklevel=3,
-            )
-
-    def _mask(
-        self,
-        sets: dict[str, Iterable[Any]],
-        result: Result,
-        checkpoint: _checkpoint.Checkpoint | None,
-        directory: Path | None,
-        allow_duplicates: bool,
-        progress: Progress,
-    ) -> SaliencyMask | None:
-        """The checkpoint's, or that of the first pass over the data."""
-        if checkpoint is not None:
-            return checkpoint.mask
-        if self.method.mask is not None:
-            self.method.mask.check_model(self._named)
-        with contextlib.ExitStack() as kept:
-
-            def keep(sums: Any) -> Any:
-                return kept.enter_context(stored(sums, self.fisher_storage, directory))
-
-            return first_pass(self, sets, result, allow_duplicates, progress, keep)
+        if progress is None or not self.ranks.first:
+            progress = _silent
+        if not self.split_batches and self.ranks.size > 1:
+            for generator in self.task.generators():
+                seed = self.ranks.from_first(generator.initial_seed())
+                generator.manual_seed(seed + _RANK_SEED * self.ranks.rank)
+        alike = self.ranks if self.split_batches else ALONE
+        streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
+        result = Result(update=self.method.update, backend=ops.backend(self.device))
+        with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
+            if checkpoint is None:
+                if self.method.mask is not None:
+                    self.method.mask.check_model(self._named)
+                with contextlib.ExitStack() as kept:
+                    result.mask = first_pass(
+                        self,
+                        sets,
+                        result,
+                        allow_duplicates,
+                        progress,
+                        lambda sums: kept.enter_context(stored(sums, self.fisher_storage, directory)),
+                    )
+            else:
+                result.mask = checkpoint.mask
+            optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
+            for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
+                group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
+            loop = Loop(self, optimizer, streams, result, directory, progress)
+            loop.start(checkpoint)
+            loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
+        return result
 
     def read_checkpoint(self, path: Path) -> _checkpoint.Checkpoint:
         """Reads the whole of it; nothing is changed.
@@ -401,7 +363,8 @@ class Unlearner:
         method, document = self.method, checkpoint.document
         saved = {name: document["settings"].get(name) for name in ("iterations", "epochs")}
         now, done = method.iterations, document["iteration"]
-        if saved["iterations"] in (None, now):
+        same = document["settings"].get("method") == type(method).__name__
+        if saved["iterations"] in (None, now) or not same:
             return {}
         if now < done:
             raise InputError(f"{checkpoint.path} is of iteration {done}, and the method makes {now}: raise iterations")
@@ -430,6 +393,27 @@ class Unlearner:
             "split_batches": self.split_batches,
             **self.identity,
         }
+
+    def _check_settings(self) -> None:
+        """Whether a checkpoint can hold them."""
+        for name, value in self.settings().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{name}: a checkpoint cannot hold {value!r}, of type {type(value).__name__}: give a number, a "
+                    "text, or lists and dicts of them, or leave checkpointing_steps out"
+                ) from None
+
+    @staticmethod
+    def _warn_of_workers(sets: dict[str, Iterable[Any]]) -> None:
+        names = [name for name, data in sets.items() if keeps_workers(data)]
+        if names:
+            warnings.warn(
+                f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw "
+                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any",
+                stacklevel=4,
+            )
 
     @property
     def _calibrated(self) -> bool:

@@ -16,7 +16,7 @@ from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._in_backward import clip_factor
 from .._modes import evaluating
 from .._names import trainable, unwrapped
-from .._parts import map_tensors, own_part, without_inference
+from .._parts import map_tensors, own_part
 from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
 from .._streams import in_step
@@ -142,7 +142,7 @@ class FisherDiagonal:
         return self
 
     def _update(self, batch: Any, where: str) -> None:
-        batch = without_inference(self.task.prepare(batch, self._device))
+        batch = self.task.prepare(batch, self._device)
         count = size = self.task.size(batch)
         if self.split_batches:
             batch, count = own_part(batch, size, self.ranks)
