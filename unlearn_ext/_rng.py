@@ -139,7 +139,7 @@ def _can_make(path: str, owner_class: str, sources: Sources) -> bool:
     """Whether it is an attribute, not set yet, of an object that is there and of the class that it was of."""
     owner, _, name = path.rpartition(".")
     owner = sources.objects.get(owner)
-    return _class(owner) == owner_class and "[" not in name and getattr(owner, name, None) is None
+    return owner is not None and _class(owner) == owner_class and "[" not in name and getattr(owner, name, None) is None
 
 
 def _make(entry: Mapping[str, Any], sources: Sources) -> Any:

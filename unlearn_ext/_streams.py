@@ -153,6 +153,8 @@ class BatchStream:
 
     def seek(self, position: dict[str, Any] | None) -> None:
         """Moves to a saved position. The caller restores all generators afterwards."""
+        if keeps_workers(self.data):  # they were there before this pass, and the first iter() draws a seed for them
+            next(iter(self.data), None)
         if position is None:
             return
         self._start_state, self._taken, self._passes = position["start"], position["taken"], position["passes"]
