@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -94,8 +94,8 @@ class SSD:
     chunk: int = 8
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, plain_numbers(getattr(self, name)))
+        for setting in fields(self):
+            setattr(self, setting.name, plain_numbers(getattr(self, setting.name)))
         check_finite("alpha", self.alpha)
         check_finite("lambd", self.lambd)
         check_count("chunk", self.chunk)
