@@ -24,8 +24,9 @@ _PLAIN += (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, Path
 _LIBRARIES = {"abc", "accelerate", "builtins", "collections", "diffusers", "functools", "numpy", "torch", "torchvision"}
 _LIBRARIES |= {"tokenizers", "transformers", "types", "typing", "unlearn_ext"}  # without generators of their classes
 _ITEMS = 1000  # of a list or dict that are looked at: a generator stands among the first, samples are many
-_OBJECTS = 20_000  # that are looked at in all
+_OBJECTS = 20_000  # that are looked at below each root
 _OF_MODULES = set(vars(nn.Module())) - {"_modules", "_forward_hooks", "_forward_pre_hooks"}
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _NO_STATE = {"_iterator", "multiprocessing_context"}  # of a loader: the workers of its last pass
 
 
@@ -66,11 +67,13 @@ class Sources:
         self.objects: dict[str, Any] = {}
         self._seen: dict[int, list[str] | None] = {}  # of a generator, its paths
         self._classes: set[type] = set()
-        waiting = deque(roots.items())
-        while waiting and len(self.objects) < _OBJECTS:
-            path, value = waiting.popleft()
-            if not isinstance(value, _PLAIN) and self._visit(path, value):
-                waiting.extend(self._children(path, value))
+        for root in roots.items():
+            waiting, end = deque([root]), len(self.objects) + _OBJECTS
+            while waiting and len(self.objects) < end:
+                path, value = waiting.popleft()
+                if self._visit(path, value):
+                    below = self._children(path, value)
+                    waiting.extend((path, item) for path, item in below if not isinstance(item, _PLAIN))
 
     def _visit(self, path: str, value: Any) -> bool:
         """Whether there is anything below it that has not been looked at."""
@@ -91,12 +94,9 @@ class Sources:
         return True
 
     def _children(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, item in itertools.islice(value.items(), _ITEMS):
+        if isinstance(value, _CONTAINERS):
+            for key, item in _items(value):
                 yield f"{path}[{key}]", item
-        elif isinstance(value, (list, tuple, set, frozenset, deque)):
-            for index, item in enumerate(itertools.islice(value, _ITEMS)):
-                yield f"{path}[{index}]", item
         elif isinstance(value, partial):
             yield from {f"{path}.func": value.func, f"{path}.args": value.args}.items()
             yield f"{path}.keywords", value.keywords
@@ -112,6 +112,14 @@ class Sources:
                 yield from _of_class(path, kind)
 
 
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """By the container's own methods, which a subclass may have replaced."""
+    if isinstance(value, dict):
+        return itertools.islice(dict.items(value), _ITEMS)
+    kind = next(kind for kind in _CONTAINERS if isinstance(value, kind))
+    return enumerate(itertools.islice(kind.__iter__(value), _ITEMS))
+
+
 def _is_users(module: str | None) -> bool:
     return (module or "").partition(".")[0] not in _LIBRARIES
 
@@ -120,7 +128,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """Without calling anything of the object's: no property, no ``__getattr__``."""
     try:
         attributes = dict(vars(value))
-    except TypeError:
+    except Exception:  # without any, or of a class that answers for itself
         attributes = {}
     for kind in type(value).__mro__:
         for name, member in vars(kind).items() if _is_users(kind.__module__) else ():

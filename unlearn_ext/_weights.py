@@ -33,8 +33,9 @@ def check_weights(model: nn.Module) -> None:
 
 def check_same(model: nn.Module, parameters: Sequence[Tensor]) -> None:
     """Raises InputError where the model does not hold the weights that a run trains any more."""
-    held = {id(p) for p in unwrapped(model).parameters()}
-    if not all(id(p) in held for p in parameters) or len(trainable(model)) > len(parameters):
+    trained = {id(p) for p in parameters}
+    unfrozen = any(id(p) not in trained for p in trainable(model).values())  # of a sharded model the parts come first
+    if unfrozen or not trained <= {id(p) for p in unwrapped(model).parameters()}:
         raise InputError(
             "the model's weights were replaced, or others were unfrozen, while the run was under way: change the model "
             "before run(), or copy values into its weights (load_state_dict without assign=True)"

@@ -166,6 +166,19 @@ def test_looking_calls_nothing_of_the_objects() -> None:
     assert len(Sources({"data": Touchy()}).generators) == 1
 
 
+def test_containers_are_read_by_their_own_methods() -> None:
+    class Reading(list):
+        def __iter__(self):
+            raise AssertionError("a pass was begun")
+
+    assert len(Sources({"data": Reading([np.random.default_rng(0)])}).generators) == 1
+
+
+def test_a_root_that_is_large_hides_no_other() -> None:
+    big = [[[object()] for _ in range(1000)] for _ in range(50)]
+    assert len(Sources({"data": big, "model": Shaking()}).generators) == 1
+
+
 def test_large_data_are_not_walked_through() -> None:
     big = [(f"{i}.png", {"label": i}) for i in range(100_000)]
     assert len(Sources({"data": loader(big)}).objects) < 3000

@@ -121,10 +121,17 @@ def replaced(model: nn.Module) -> None:
     model.head = nn.Linear(6, 4)
 
 
-@pytest.mark.parametrize("change", [replaced, assigned])
+def thawed(model: nn.Module) -> None:
+    model.head.requires_grad_(False)
+    model.conv.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [replaced, assigned, thawed])
 def test_weights_that_an_evaluation_replaces_are_refused(change) -> None:
-    with pytest.raises(InputError, match="the model's weights were replaced"):
-        run(make(), DATA, SHORT, evaluate=lambda model, step: change(model), evaluate_every=1)
+    model = make()
+    model.conv.requires_grad_(change is not thawed)
+    with pytest.raises(InputError, match="the model's weights were replaced, or others were unfrozen"):
+        run(model, DATA, SHORT, evaluate=lambda model, step: change(model), evaluate_every=1)
 
 
 def test_an_evaluation_may_freeze_weights() -> None:
