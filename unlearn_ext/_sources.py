@@ -73,7 +73,7 @@ class Sources:
                 path, value = waiting.popleft()
                 if self._visit(path, value):
                     below = self._children(path, value)
-                    waiting.extend((path, item) for path, item in below if not isinstance(item, _PLAIN))
+                    waiting.extend((path, item) for path, item in below if not _is_plain(item))
 
     def _visit(self, path: str, value: Any) -> bool:
         """Whether there is anything below it that has not been looked at."""
@@ -110,6 +110,13 @@ class Sources:
             if kind not in self._classes and _is_users(kind.__module__):
                 self._classes.add(kind)
                 yield from _of_class(path, kind)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing can stand below it."""
+    if isinstance(value, _CONTAINERS):
+        return all(isinstance(item, _PLAIN) for _, item in _items(value))
+    return isinstance(value, _PLAIN)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
