@@ -29,4 +29,7 @@ class Averages:
     def update(self) -> None:
         for name, p in self.named:
             average = local(self.tensors[name])
-            average.lerp_(local(p).detach().to(average.dtype), 1.0 - self.decay)
+            weight = local(p).detach().to(average.dtype)
+            moved = torch.lerp(average, weight, 1.0 - self.decay)
+            # What has not moved keeps its bits: a + s (w - a) makes 0 of -0, and NaN of infinity.
+            average.copy_(torch.where(average == weight, average, moved))

@@ -72,11 +72,16 @@ class Calibrating:
         try:
             return self._take(iteration, self._look("forget"), self._look("unseen"))
         except NonFiniteError as error:
-            self._go_back()
-            raise NonFiniteError(
-                f"after iteration {iteration - 1}: {error}; the model has gone back to its weights after "
-                f"{self.best['iteration']} iterations"
-            ) from None
+            raise NonFiniteError(f"after iteration {iteration - 1}: {error}") from None
+
+    def rescue(self, error: NonFiniteError) -> NonFiniteError:
+        """Gives the model the best weights met, as far as there are any, and tells in the error which."""
+        if self.best is None:  # nothing has been changed yet
+            return error
+        self._go_back()
+        return NonFiniteError(
+            f"{error}; the model has gone back to its weights after {self.best['iteration']} iterations"
+        )
 
     def _take(self, iteration: int, forget: Tensor, unseen: Tensor) -> dict[str, Any]:
         found = self.calibration.look(iteration, forget, unseen)

@@ -78,7 +78,7 @@ class DataCheck:
             return
         kinds.append(kind)
         if len(kinds) > 1 and self.ranks.size == 1:  # the first has been shown
-            with _rng.kept(self.task.generators()):
+            with _rng.kept({"task": self.task.generators()}):
                 self.task.begin(self.model, batch)
 
     def _compare(self, name: str, inputs: Tensor | Mapping[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ._files import atomic_path, writing
+from ._plain import plain
 
-__all__ = ["HISTORY", "History", "as_lines", "plain", "read_lines"]
+__all__ = ["HISTORY", "History", "as_lines", "read_lines"]
 
 HISTORY = "history.jsonl"
 
@@ -85,25 +86,3 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return entries
-
-
-def plain(entry: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it. An evaluation may return NaN or an infinity, which JSON has not: they become null."""
-    return json.loads(json.dumps(_with_plain_keys(entry), default=_plain), parse_constant=lambda _: None)
-
-
-def _with_plain_keys(value: Any) -> Any:
-    """JSON's keys are texts: numbers of NumPy and PyTorch as Python's, everything else as it is printed."""
-    if isinstance(value, dict):
-        return {_key(key): _with_plain_keys(item) for key, item in value.items()}
-    return [_with_plain_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _key(key: Any) -> Any:
-    key = key.item() if getattr(key, "ndim", None) == 0 else key
-    return key if key is None or isinstance(key, (str, int, float, bool)) else str(key)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy and PyTorch values in an evaluation's result, as JSON has them."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)

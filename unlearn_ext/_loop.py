@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from . import _checkpoint, _rng
 from ._averages import Averages
 from ._calibrating import Calibrating
-from ._history import History, plain
+from ._history import History
 from ._modes import evaluating, keeping_statistics, set_training
 from ._packing import copy_of, put
-from ._parts import own_part
+from ._parts import own_part, without_inference
+from ._plain import plain
 from ._shards import local
 from ._signals import Stop
 from ._streams import BatchStream, length
 from ._teachers import make_teachers
 from ._watching import Watching
+from ._weights import check_same
 from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
@@ -112,14 +114,18 @@ class Loop:
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.watching = Watching(self)
 
-    def _generators(self) -> list[torch.Generator]:
-        found: list[torch.Generator] = []
+    def _roots(self) -> dict[str, Any]:
+        """Where generators, epochs and counters are looked for, beside the global generators."""
         streams = [*self.streams.values(), *([] if self.unseen is None else [self.unseen])]
-        own = [generator for stream in streams for generator in _rng.generators_of(stream.data)]
-        for generator in own + self.unlearner.task.generators():
-            if all(generator is not other for other in found):
-                found.append(generator)
-        return found
+        task = self.unlearner.task
+        return {
+            **{stream.name: stream.data for stream in streams},
+            "task": task,
+            "task.generators": task.generators(),
+            "method": self.method,
+            "model": self.model,
+            "teachers": self.teachers,
+        }
 
     def _fully_protected(self) -> bool:
         every_step = self.method.mask_scope == "all" or not self.method.retains
@@ -146,8 +152,8 @@ class Loop:
         saved = self.ranks.rank if size == self.ranks.size else 0
         with self.ranks.together():
             for name, stream in self.streams.items():
-                stream.check(document["streams"][saved].get(name), document["batches"][saved].get(name))
-            _rng.check(document["rng"][saved], self._generators())
+                stream.check(document["batches"][saved].get(name))
+            _rng.check(document["rng"][saved], self._roots())
         for name, stream in self.streams.items():
             stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
@@ -158,7 +164,9 @@ class Loop:
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
         self.watching.load(document.get("watching"))
-        self.result.stopped_at = document["stopped_at"]
+        # An evaluation's word holds for the run that it stopped, and not for one of another length.
+        if document["settings"].get("iterations") == self.method.iterations:
+            self.result.stopped_at = document["stopped_at"]
         self.result.timings.update(document["timings"])
         for side, scaler in self.scalers.items():
             scaler.load_state_dict(document["scalers"][side])
@@ -173,7 +181,7 @@ class Loop:
         """Each rank's own; where there are more or fewer ranks than there were, those of the first, and noise that
         only modules draw (dropout) goes on otherwise."""
         rank, size = self.ranks.rank, self.ranks.size
-        _rng.restore(saved[rank if len(saved) == size else 0], self._generators())
+        _rng.restore(saved[rank if len(saved) == size else 0], self._roots())
         if len(saved) != size and rank > 0:
             torch.manual_seed(torch.initial_seed() + rank)
 
@@ -218,11 +226,14 @@ class Loop:
             if self.calibrating is not None:
                 result.calibration = self.calibrating.finish()
             self.watching.finish()
+        except NonFiniteError as error:
+            raise (error if self.calibrating is None else self.calibrating.rescue(error)) from None
         finally:
             self.stop.waits = False
             for module, training in modes:
                 module.training = training
             self._clear()
+        check_same(self.model, self.parameters)
         self._finish()
 
     def _iterate_or_end(self) -> dict[str, Any]:
@@ -250,13 +261,17 @@ class Loop:
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
         """Whether to stop, and the seconds it took, which are not the run's."""
         started = time.perf_counter()
-        with _rng.kept(self._generators()), evaluating(self.model):
+        with _rng.kept(self._roots()), evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
         self._clear()
+        check_same(self.model, self.parameters)
+        for stream in self.streams.values():
+            stream.share()
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
             verdict = verdict.item()
-        verdict = self.ranks.from_first(verdict)
-        if verdict is not None and not isinstance(verdict, bool):
+        keep = verdict is not None and not isinstance(verdict, bool)
+        keep, verdict = self.ranks.from_first((keep, plain(verdict)))
+        if keep:
             entry["evaluation"] = verdict
         return verdict is True, time.perf_counter() - started
 
@@ -383,10 +398,10 @@ class Loop:
     def _prepared(self, batch: Any) -> tuple[Any, int]:
         unlearner = self.unlearner
         if not self.begun:
-            with _rng.kept():
+            with _rng.kept(self._roots()):
                 unlearner.task.begin(self.model, batch)
             self.begun = True
-        prepared = unlearner.task.prepare(batch, unlearner.device)
+        prepared = without_inference(unlearner.task.prepare(batch, unlearner.device))
         count = unlearner.task.size(batch)
         if unlearner.split_batches:
             return own_part(prepared, count, self.ranks)
@@ -399,7 +414,7 @@ class Loop:
         stream = self.unseen if name == "unseen" else self.streams[name]
         found: list[Any] = []
         count = 0
-        with _rng.kept(self._generators()):
+        with _rng.kept(self._roots()):
             for batch in stream.data:
                 found.append(batch)
                 count += self.unlearner.task.size(batch)
@@ -408,7 +423,7 @@ class Loop:
         return found
 
     def random_state(self) -> dict[str, Any]:
-        return _rng.capture(self._generators())
+        return _rng.capture(self._roots())
 
     @torch.no_grad()
     def look(
@@ -421,10 +436,10 @@ class Loop:
     ) -> Tensor:
         """Losses of all samples, or which of them are got right, [N] on the CPU, in eval mode; what is drawn for it is
         drawn from :meth:`random_state` ``state``. The run's random numbers go on as if nothing had been drawn."""
-        generators = self._generators()
-        with _rng.kept(generators), evaluating(self.model):
+        roots = self._roots()
+        with _rng.kept(roots), evaluating(self.model):
             if state is not None:
-                _rng.restore(state, generators)
+                _rng.restore(state, roots)
             prepared = (self._prepared(batch)[0] for batch in batches)
             if hits:
                 measured = [self.unlearner.hits(batch) for batch in prepared]
@@ -530,7 +545,7 @@ class Loop:
                 "method": self.method.state(),
                 "batches": self.ranks.gather_objects({name: length(s.data) for name, s in self.streams.items()}),
                 "streams": self.ranks.gather_objects({name: s.position() for name, s in self.streams.items()}),
-                "rng": self.ranks.gather_objects(_rng.capture(self._generators())),
+                "rng": self.ranks.gather_objects(_rng.capture(self._roots())),
             },
             self.ranks,
         )

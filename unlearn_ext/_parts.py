@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._ranks import Ranks
 
-__all__ = ["cut", "map_tensors", "own_part"]
+__all__ = ["cut", "map_tensors", "own_part", "without_inference"]
 
 
 def own_part(batch: Any, size: int, ranks: Ranks) -> tuple[Any, int]:
@@ -40,3 +40,18 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
         parts = [map_tensors(value, function) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes each
     return batch
+
+
+def without_inference(batch: Any) -> Any:
+    """A prepared batch through which gradients can pass: tensors that were made in inference mode are copied."""
+    if not _holds_inference(batch):
+        return batch
+    return map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def _holds_inference(batch: Any) -> bool:
+    if isinstance(batch, Tensor):
+        return batch.is_inference()
+    if isinstance(batch, Mapping):
+        return any(map(_holds_inference, batch.values()))
+    return isinstance(batch, (tuple, list)) and any(map(_holds_inference, batch))

@@ -1,18 +1,188 @@
-"""The random number generators that a run may draw from, as plain JSON."""
+"""The random number generators, epochs and counters that a run may draw from, as plain JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from ._sources import Sources, epoch_of
 from .errors import InputError
 
-__all__ = ["capture", "check", "generators_of", "kept", "restore"]
+__all__ = ["capture", "check", "kept", "restore"]
+
+
+def capture(roots: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """States of torch (CPU and CUDA), Python and NumPy, and of all that is found below ``roots``."""
+    sources = Sources(roots or {})
+    return {
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": _to_json(np.random.get_state(legacy=False)),
+        "generators": [
+            {
+                "paths": {path: _class(sources.objects.get(path.rpartition(".")[0])) for path in paths},
+                "kind": _kind(generator),
+                "state": _state(generator),
+            }
+            for paths, generator in sources.generators
+        ],
+        "epochs": {path: epoch_of(owner) for path, owner in sources.epochs.items()},
+        "counters": {path: _counters(owner) for path, owner in sources.counters.items()},
+    }
+
+
+@contextlib.contextmanager
+def kept(roots: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """All of these states are afterwards what they were before, unless the block raised."""
+    state = capture(roots)
+    yield
+    restore(state, roots)
+
+
+def check(state: Mapping[str, Any], roots: Mapping[str, Any]) -> None:
+    """Whether :func:`restore` can put a saved state back; InputError if not."""
+    sources = Sources(roots)
+    now = {path: generator for paths, generator in sources.generators for path in paths}
+    saved = {path: entry["kind"] for entry in state["generators"] for path in entry["paths"]}
+    missing = [
+        next(iter(entry["paths"]))
+        for entry in state["generators"]
+        if not any(path in now or _can_make(path, owner, sources) for path, owner in entry["paths"].items())
+    ]
+    new = [paths[0] for paths, _ in sources.generators if not any(path in saved for path in paths)]
+    if missing or new:
+        raise InputError(
+            f"the data had {len(state['generators'])} generators of its own when the checkpoint was made and has "
+            f"{len(sources.generators)} now: pass the same loaders ({(missing or new)[0]} is "
+            f"{'missing' if missing else 'new'})"
+        )
+    for path in now.keys() & saved.keys():
+        if _kind(now[path]) != saved[path]:
+            raise InputError(
+                f"{path} was a generator of kind {saved[path]} when the checkpoint was made and is one of "
+                f"{_kind(now[path])} now: pass the same loaders"
+            )
+
+
+def restore(state: Mapping[str, Any], roots: Mapping[str, Any] | None = None) -> None:
+    """Puts back what :func:`capture` has found below the same ``roots``. A generator that a sampler or data set makes
+    when it first needs one is made."""
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):  # there may have been more
+            torch.cuda.set_rng_state(_decode(text), index)
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(_from_json(state["numpy"]))
+    if not roots:
+        return
+    sources = Sources(roots)
+    for path, epoch in state["epochs"].items():  # first: to set it may seed a generator
+        owner = sources.epochs.get(path)
+        if owner is not None and epoch is not None and epoch_of(owner) != epoch:
+            owner.set_epoch(epoch)
+    for path, counters in state["counters"].items():
+        if path in sources.counters:
+            _set_counters(sources.counters[path], counters)
+    now = {path: generator for paths, generator in Sources(roots).generators for path in paths}
+    for entry in state["generators"]:
+        present = [now[path] for path in entry["paths"] if path in now]
+        for generator in present or [_make(entry, sources)]:
+            _set_state(generator, entry["state"])
+
+
+# --- Generators -----------------------------------------------------------------------------------------------
+
+
+def _kind(generator: Any) -> str:
+    if isinstance(generator, torch.Generator):
+        return f"torch.{generator.device}"
+    if isinstance(generator, random.Random):
+        return "random"
+    bits = generator._bit_generator if isinstance(generator, np.random.RandomState) else generator.bit_generator
+    return f"numpy.{type(generator).__name__}.{type(bits).__name__}"
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return _encode(generator.get_state())
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _to_json(generator.get_state(legacy=False))
+    return _to_json(generator.bit_generator.state)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(_decode(state))
+    elif isinstance(generator, random.Random):
+        version, keys, gauss = state
+        generator.setstate((version, tuple(keys), gauss))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_from_json(state))
+    else:
+        generator.bit_generator.state = _from_json(state)
+
+
+def _class(owner: Any) -> str:
+    return f"{type(owner).__module__}.{type(owner).__qualname__}"
+
+
+def _can_make(path: str, owner_class: str, sources: Sources) -> bool:
+    """Whether it is an attribute, not set yet, of an object that is there and of the class that it was of."""
+    owner, _, name = path.rpartition(".")
+    owner = sources.objects.get(owner)
+    return owner is not None and _class(owner) == owner_class and "[" not in name and getattr(owner, name, None) is None
+
+
+def _make(entry: Mapping[str, Any], sources: Sources) -> Any:
+    paths = [path for path, owner in entry["paths"].items() if _can_make(path, owner, sources)]
+    if not paths:
+        raise InputError(
+            f"{next(iter(entry['paths']))}, a generator that the data had when the checkpoint was made, is missing: "
+            "pass the same loaders"
+        )
+    library, _, kind = entry["kind"].partition(".")
+    if library == "torch":
+        generator: Any = torch.Generator(kind)
+    elif library == "random":
+        generator = random.Random()
+    else:
+        name, _, bits = kind.partition(".")
+        generator = getattr(np.random, name)(getattr(np.random, bits)())
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        setattr(sources.objects[owner], name, generator)
+    return generator
+
+
+# --- Counters -------------------------------------------------------------------------------------------------
+
+
+def _counters(owner: Any) -> dict[str, Any]:
+    """Numbers that a sampler keeps, and None where it may keep something later."""
+    return {
+        name: value if value is None else (value.item() if isinstance(value, np.generic) else value)
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if value is None or isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating))
+    }
+
+
+def _set_counters(owner: Any, counters: Mapping[str, Any]) -> None:
+    for name, value in counters.items():
+        now = getattr(owner, name, None)
+        if now is not value and (value is None or now is None or now != value):
+            setattr(owner, name, value)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------
 
 
 def _encode(state: torch.Tensor) -> str:
@@ -23,55 +193,18 @@ def _decode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def generators_of(data: Any) -> list[torch.Generator]:
-    """Generators that a DataLoader and its samplers own, which the global state does not cover."""
-    owners = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
-    owners.append(getattr(owners[2], "sampler", None))
-    found: list[torch.Generator] = []
-    for owner in owners:
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
-            found.append(generator)
-    return found
+def _to_json(value: Any) -> Any:
+    """Of a state of NumPy's, in which arrays stand."""
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return {"array": value.tolist(), "dtype": str(value.dtype)}
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def capture(generators: list[torch.Generator] | None = None) -> dict[str, Any]:
-    """States of torch (CPU and CUDA), Python, NumPy and the given generators."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "generators": [_encode(generator.get_state()) for generator in generators or []],
-    }
-
-
-@contextlib.contextmanager
-def kept(generators: list[torch.Generator] | None = None) -> Iterator[None]:
-    """All of these states are afterwards what they were before, unless the block raised."""
-    state = capture(generators)
-    yield
-    restore(state, generators)
-
-
-def check(state: dict[str, Any], generators: list[torch.Generator]) -> None:
-    """Whether there is a generator for every saved one."""
-    if len(state["generators"]) != len(generators):
-        raise InputError(
-            f"the data had {len(state['generators'])} generators of its own when the checkpoint was made and has "
-            f"{len(generators)} now: pass the same loaders"
-        )
-
-
-def restore(state: dict[str, Any], generators: list[torch.Generator] | None = None) -> None:
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] and torch.cuda.is_available():
-        for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):  # there may have been more
-            torch.cuda.set_rng_state(_decode(text), index)
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    for generator, text in zip(generators or [], state["generators"], strict=True):
-        generator.set_state(_decode(text))
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"array", "dtype"}:
+        return np.array(value["array"], dtype=value["dtype"])
+    return {key: _from_json(item) for key, item in value.items()}

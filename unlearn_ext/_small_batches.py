@@ -90,7 +90,7 @@ class SmallBatches:
         model = self.model if any(map(is_sharded, self.model.parameters())) else unwrapped(self.model)
         device = next(model.parameters()).device
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        with _rng.kept(self.task.generators()), keeping_modes(self.model):
+        with _rng.kept({"task": self.task.generators()}), keeping_modes(self.model):
             for module, training in self._modes:
                 module.training = training
             try:

@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from . import _rng
 from ._ranks import ALONE, Ranks
+from ._sources import Sources, epoch_of
 from .errors import InputError
 
-__all__ = ["BatchStream", "empty_set", "in_step", "is_spent", "length", "no_batches"]
+__all__ = ["BatchStream", "empty_set", "in_step", "is_spent", "keeps_workers", "length", "no_batches"]
+__all__ += ["with_own_workers"]
 
 
 def length(data: Any) -> int | None:
@@ -56,7 +58,7 @@ def is_spent(data: Iterable[Any]) -> bool:
     iterators = [value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, Iterator)]
     if not any(_has_ended(value) or iter(owner) is value for value in iterators):
         return False
-    with _rng.kept(_rng.generators_of(owner)):
+    with _rng.kept({"data": owner}):
         return next(iter(owner), _END) is _END
 
 
@@ -67,15 +69,36 @@ def _has_ended(iterator: Iterator[Any]) -> bool:
     return operator.length_hint(iterator, 1) == 0
 
 
+def keeps_workers(data: Any) -> bool:
+    """Whether a loader has workers that live on from pass to pass."""
+    return bool(getattr(data, "persistent_workers", False)) and getattr(data, "num_workers", 0) > 0
+
+
+def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
+    """The loader itself, or a twin with workers of its own.
+
+    A DataLoader with persistent workers has one iterator, which every ``iter()`` sets back: whoever looks at the loader
+    during a pass would end that pass.
+    """
+    if not keeps_workers(data):
+        return data
+    twin = object.__new__(type(data))
+    twin.__dict__.update(vars(data))
+    twin.__dict__["_iterator"] = None
+    if (base := vars(data).get("base_dataloader")) is not None:  # in accelerate's
+        twin.__dict__["base_dataloader"] = with_own_workers(base)
+    return twin
+
+
 @contextlib.contextmanager
 def _as_first(data: Iterable[Any], ranks: Ranks) -> Iterator[dict[str, Any]]:
     """A pass that starts in the block is the first rank's: its shuffling too, which may draw from the global generator.
     Gives the state of all generators at that start."""
-    generators = _rng.generators_of(data)
+    roots = {"data": data}
     own = None if ranks.first else _rng.capture()
-    state = ranks.from_first(_rng.capture(generators))
+    state = ranks.from_first(_rng.capture(roots))
     if own is not None:
-        _rng.restore(state, generators)
+        _rng.restore(state, roots)
     try:
         yield state
     finally:
@@ -99,9 +122,10 @@ _END = object()
 class BatchStream:
     """Batches of one data set, iterated again with ``iter()`` when it ends and never stored.
 
-    A DataLoader shuffles anew each time. The position is the state of all generators at the last start and the
-    number of batches taken since: a resumed stream starts from the one and skips the other. ``ranks`` are those that
-    take the same batches.
+    A DataLoader shuffles anew each time, and what has ``set_epoch`` (a DistributedSampler, a loader of accelerate's, a
+    data set) gets the next epoch before each pass but the first. The position is the state of all generators, epochs
+    and counters at the last start and the number of batches taken since: a resumed stream starts from the one and skips
+    the other. ``ranks`` are those that take the same batches.
     """
 
     def __init__(self, name: str, data: Iterable[Any], ranks: Ranks = ALONE):
@@ -114,17 +138,20 @@ class BatchStream:
         self.name, self.data, self.ranks = name, data, ranks
         self._iterator: Iterator[Any] | None = None
         self._start_state: dict[str, Any] | None = None
+        self._passes = 0  # that were started
         self._taken = 0
+        self._shared = False  # whether somebody else may have taken batches since the pass began
 
     def take(self) -> Any:
         if self._iterator is not None:
             try:
                 batch = next(self._iterator)
             except StopIteration:
-                pass
+                self._check_whole()
             else:
                 self._taken += 1
                 return batch
+        self._next_epoch()
         # A sampler may draw its seed at iter() or at the first batch: the two stand together, here and in seek().
         with _as_first(self.data, self.ranks) as self._start_state:
             self._iterator = iter(self.data)
@@ -132,28 +159,56 @@ class BatchStream:
                 batch = next(self._iterator)
             except StopIteration:
                 raise empty_set(self.name, self.data, again=True) from None
-        self._taken = 1
+        self._passes += 1
+        self._taken, self._shared = 1, False
         return batch
 
-    def position(self) -> dict[str, Any] | None:
-        return None if self._iterator is None else {"start": self._start_state, "taken": self._taken}
+    def _next_epoch(self) -> None:
+        before = {} if self._start_state is None else self._start_state["epochs"]
+        for path, owner in Sources({"data": self.data}).epochs.items():
+            if epoch_of(owner) is None:
+                owner.set_epoch(self._passes)
+            elif before.get(path) is not None:
+                owner.set_epoch(before[path] + 1)
 
-    def check(self, position: dict[str, Any] | None, batches: int | None) -> None:
-        """Whether the data can be that of a saved position; ``batches`` is its length then."""
+    def share(self) -> None:
+        """An evaluation has been called: it may have iterated the same loader."""
+        self._shared = True
+
+    def _check_whole(self) -> None:
+        expected = length(self.data)
+        exact = expected is not None and not isinstance(getattr(self.data, "dataset", None), IterableDataset)
+        if self._shared and exact and self._taken < expected:
+            raise InputError(
+                f"a pass over the {self.name} set ended after {self._taken} of {expected} batches, since evaluate() "
+                "looked at the same loader, which has one pass at a time: let it use a loader of its own"
+            )
+
+    def position(self) -> dict[str, Any] | None:
+        if self._iterator is None:
+            return None
+        return {"start": self._start_state, "taken": self._taken, "passes": self._passes}
+
+    def check(self, batches: int | None) -> None:
+        """Whether the data can be those of a saved position; ``batches`` is their length then."""
         if batches != length(self.data):
             raise InputError(
                 f"the {self.name} set had {batches} batches when the checkpoint was made and has {length(self.data)} "
                 "now: pass the same data"
             )
-        if position is not None:
-            _rng.check(position["start"], _rng.generators_of(self.data))
 
     def seek(self, position: dict[str, Any] | None) -> None:
         """Moves to a saved position. The caller restores all generators afterwards."""
+        if keeps_workers(self.data):  # they were there before this pass, and the first iter() draws a seed for them
+            next(iter(self.data), None)
         if position is None:
             return
-        _rng.restore(position["start"], _rng.generators_of(self.data))
-        self._start_state, self._taken = position["start"], position["taken"]
+        self._start_state, self._taken, self._passes = position["start"], position["taken"], position["passes"]
+        roots = {"data": self.data}
+        for owner in Sources(roots).epochs.values():
+            if epoch_of(owner) is None:
+                owner.set_epoch(self._passes - 1)
+        _rng.restore(position["start"], roots)
         self._iterator = iter(self.data)
         for _ in range(self._taken):
             if next(self._iterator, None) is None:

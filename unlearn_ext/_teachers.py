@@ -6,7 +6,9 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from ._hashing import weights_hash
 from ._names import trainable, unwrapped
@@ -55,6 +57,12 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
     elif "random" in asked:
         remedy = "pass random_model, the same network untrained" if hasattr(method, "random_model") else "give it one"
         for name, module in unwrapped(model).named_modules():
+            if _is_computed(module):
+                raise InputError(
+                    f"{method.name} compares with a network of random weights, and the weights of "
+                    f"{name or 'the model itself'} are computed from others (weight or spectral norm, "
+                    f"pruning, a parametrization), which reset_parameters does not draw: {remedy}"
+                )
             own = [*module.parameters(recurse=False)]
             if own and not callable(getattr(module, "reset_parameters", None)):
                 raise InputError(
@@ -63,15 +71,35 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
                 )
 
 
+def _is_computed(module: nn.Module) -> bool:
+    """Whether one of its weights is no parameter of its own but a function of some: of ``weight_g`` and ``weight_v``,
+    ``weight_orig``, as torch.nn.utils' norms and pruning have it, or under a parametrization."""
+    values = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    by_hook = any(parameter.startswith(f"{name}_") for parameter in module._parameters for name in values)
+    return by_hook or parametrize.is_parametrized(module)
+
+
 def _frozen(model: nn.Module) -> nn.Module:
     gradients = [(p, p.grad) for p in model.parameters()]
     for p, _ in gradients:
         p.grad = None  # else they would be copied
     try:
-        return copy.deepcopy(model).requires_grad_(False).eval()
+        with _CopyingValues():
+            return copy.deepcopy(model).requires_grad_(False).eval()
     finally:
         for p, gradient in gradients:
             p.grad = gradient
+
+
+class _CopyingValues(TorchFunctionMode):
+    """Within it deepcopy takes tensors that a pass has computed, which it refuses otherwise: modules hold some, such as
+    those under torch.nn.utils.weight_norm and whatever keeps its activations."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def _drawn_anew(model: nn.Module, seed: int) -> nn.Module:

@@ -315,7 +315,8 @@ def scalars(
         "skip": skip,
     }
     ordered = [values[name] for name in SCALARS]
-    result = torch.tensor([0.0 if isinstance(v, Tensor) else float(v) for v in ordered], dtype=torch.float64)
+    numbers = [0.0 if isinstance(v, Tensor) else float(v) for v in ordered]
+    result = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if device is not None and torch.device(device).type == "cuda":
         result = result.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
     elif device is not None:

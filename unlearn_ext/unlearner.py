@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._module_state import check_storable
 from ._names import trainable
+from ._process import in_run_modes, run_modes
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
 from ._signals import stop_on_signals
-from ._streams import BatchStream, length
+from ._streams import BatchStream, keeps_workers, length, with_own_workers
 from ._summary import summary
 from ._teachers import check_teachers
+from ._weights import check_weights
 from .errors import DamagedError, InputError, UnlearningWarning
 from .methods import Method, find_method
 from .saliency import SaliencyMask
@@ -191,26 +194,36 @@ class Unlearner:
                 "leave gradient_accumulation_steps out, and use larger batches"
             )
         self.model, self.task, self.method = model, task, method
-        self._named = list(trainable(model).items())
-        if not self._named:
+        self.split_batches, self.mixed_precision = split_batches, mixed_precision
+        self._half = PRECISIONS[mixed_precision]
+        self._asked_device = device
+        self._read_model()
+
+    def _read_model(self) -> None:
+        """What of the model a run depends on. Every run reads it anew: layers may have been replaced since, frozen or
+        moved."""
+        check_weights(self.model)
+        method, named = self.method, list(trainable(self.model).items())
+        if not named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
-        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in self._named):
+        if method.stochastic_rounding and all(p.dtype != torch.bfloat16 for _, p in named):
             raise InputError(
                 "stochastic_rounding is for bfloat16 weights, and the model trains none: convert it with "
                 "model.to(torch.bfloat16), or leave it out"
             )
-        method.groups(self._named)  # patterns that fit nothing are refused before anything is measured
-        if device is not None:
-            model.to(check_device(device))
+        method.groups(named)  # patterns that fit nothing are refused before anything is measured
+        if self._asked_device is not None:
+            with run_modes():  # what is moved in inference mode could not be trained
+                self.model.to(check_device(self._asked_device))
+        self._named = list(trainable(self.model).items())
         self.device = self._named[0][1].device
-        self.ranks, self.split_batches = Ranks.of(model), split_batches
-        self._check_ranks(mixed_precision)
-        check_teachers(model, method, self.ranks)
-        self.mixed_precision = mixed_precision
-        self._half = PRECISIONS[mixed_precision]
+        self.ranks = Ranks.of(self.model)
+        self._check_ranks(self.mixed_precision)
+        check_teachers(self.model, method, self.ranks)
 
     # --- The run --------------------------------------------------------------------------------------------
 
+    @in_run_modes
     def run(
         self,
         forget: Iterable[Any] | None = None,
@@ -249,7 +262,9 @@ class Unlearner:
                 written before all of it is found to fit, and every bit of it to be as it was written; where the latest
                 is damaged the one before is taken, with an UnlearningWarning. A checkpoint of the iteration at which an
                 evaluation stopped the run is its end: resumed from there it returns at once, with the same result. From
-                an earlier one it goes on, and it is for ``evaluate`` to stop it again.
+                an earlier one it goes on, and it is for ``evaluate`` to stop it again. The method may have other
+                ``iterations``: a run that is over goes on for more, unless a schedule would have taken another course
+                so far.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and
@@ -265,6 +280,7 @@ class Unlearner:
             NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
                 update the forget step of the same iteration may have been made before, and the message says so. With
                 ``optimizer_in_backward`` and no clip, a part of the step may have been made, and the message says that.
+                A calibrated run gives the model the best weights that it met, and the message says which.
             ProtectionError: a weight that every step protects has changed.
             LostRankError: another process of the run has ended.
             WriteError: a history entry or a checkpoint cannot be written: the disk is full, the folder is gone.
@@ -291,10 +307,15 @@ class Unlearner:
                 check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
+        if checkpointing_steps is not None or resume_from_checkpoint is not None:
+            self._check_settings()
+        self._read_model()
         sets = self._sets(forget=forget, retain=retain, learn=learn, unseen=unseen)
         with self.ranks.together():
             directory = None if output_dir is None else writable_directory(output_dir)
             self._check_loaders(*sets.values())
+        if checkpointing_steps is not None or resume_from_checkpoint is not None:
+            self._warn_of_workers(sets)
         counts = {name: length(data) for name, data in sets.items()}
         lengths = self.ranks.gather_objects([counts[name] for name in sets if name != "unseen"])
         if any(other != lengths[0] for other in lengths):
@@ -391,6 +412,7 @@ class Unlearner:
         Raises:
             InputError: it is damaged, or of a run with other settings, weights or mask.
         """
+        self._read_model()
         with self.ranks.together():
             if self.ranks.first:
                 _checkpoint.verify(path)
@@ -398,8 +420,34 @@ class Unlearner:
             found = _checkpoint.read(path, self.ranks)
             names = [name for name, _ in self._named]
             defaults = self.method.defaults()
-            _checkpoint.check(found, self.model, names, self.settings(), defaults, self.method.mask)
+            settings = {**self.settings(), **self._other_length(found)}
+            _checkpoint.check(found, self.model, names, settings, defaults, self.method.mask)
         return found
+
+    def _other_length(self, checkpoint: _checkpoint.Checkpoint) -> dict[str, Any]:
+        """Settings that say how long the saved run was, where what it did so far does not hang on them: the run can be
+        continued for more iterations or fewer."""
+        method, document = self.method, checkpoint.document
+        saved = {name: document["settings"].get(name) for name in ("iterations", "epochs")}
+        now, done = method.iterations, document["iteration"]
+        same = document["settings"].get("method") == type(method).__name__
+        if saved["iterations"] in (None, now) or not same:
+            return {}
+        if now < done:
+            raise InputError(f"{checkpoint.path} is of iteration {done}, and the method makes {now}: raise iterations")
+        method.load_state(document["method"])
+        course = [(method.lr_factor(t), method.strength(t)) for t in range(done)]
+        method.iterations = saved["iterations"]
+        before = [(method.lr_factor(t), method.strength(t)) for t in range(done)]
+        method.iterations = now
+        if course != before:
+            schedules = [f"{k}={v!r}" for k, v in method.settings().items() if k.endswith("_schedule")]
+            raise InputError(
+                f"{checkpoint.path} was written with iterations={saved['iterations']} and the method has {now}, and "
+                f"its rates depend on how many there are ({', '.join(schedules)}): resume with as many, or start anew "
+                "from the weights that the run left"
+            )
+        return saved
 
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
@@ -413,6 +461,27 @@ class Unlearner:
             **self.identity,
         }
 
+    def _check_settings(self) -> None:
+        """Whether a checkpoint can hold them."""
+        for name, value in self.settings().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{name}: a checkpoint cannot hold {value!r}, of type {type(value).__name__}: give a number, a "
+                    "text, or lists and dicts of them, or leave checkpointing_steps out"
+                ) from None
+
+    @staticmethod
+    def _warn_of_workers(sets: dict[str, Iterable[Any]]) -> None:
+        names = [name for name, data in sets.items() if keeps_workers(data)]
+        if names:
+            warnings.warn(
+                f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw "
+                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any",
+                stacklevel=4,
+            )
+
     @property
     def _calibrated(self) -> bool:
         return getattr(self.method, "calibration", None) is not None
@@ -421,8 +490,11 @@ class Unlearner:
         """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
         return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
 
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None):
+            yield
+        torch.clear_autocast_cache()  # torch does where no other autocast is around it; steps make the copies stale
 
     def losses(self, batch: Any, replacement: bool = False) -> Tensor:
         with self.autocast():
@@ -450,7 +522,7 @@ class Unlearner:
                 raise InputError(f"{method.name} takes {what}: pass {name}=, a DataLoader or a list of batches")
             if data is not None and name in ("learn", "unseen") and not needed[name]:
                 raise InputError(f"{method.name} has no use for {what}: leave {name} out")
-        return {name: data for name, data in given.items() if data is not None}
+        return {name: with_own_workers(data) for name, data in given.items() if data is not None}
 
     def _check_ranks(self, mixed_precision: str) -> None:
         """What several ranks cannot do."""

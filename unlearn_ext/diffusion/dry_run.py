@@ -67,14 +67,14 @@ def other_networks(job: ForgetJob) -> list[nn.Module]:
 @contextlib.contextmanager
 def _undisturbed(job: ForgetJob, others: list[nn.Module]) -> Iterator[None]:
     """Random numbers and modes are afterwards as before, and there are no gradients."""
-    state = _rng.capture(job.task.generators())
+    state = _rng.capture({"task": job.task.generators()})
     try:
         with contextlib.ExitStack() as modes:
             for network in (job.model, *others):
                 modes.enter_context(keeping_modes(network))
             yield
     finally:
-        _rng.restore(state, job.task.generators())
+        _rng.restore(state, {"task": job.task.generators()})
         for p in job.model.parameters():  # a trial that fails may leave some
             p.grad = None
 

@@ -256,6 +256,7 @@ class ForgetJob:
             "starting_weights": weights_hash(self.model.named_parameters()),
             "seed": str(options.seed),
             "batch_size": str(self.batch_size),
+            "max_train_steps": str(self.method.iterations),  # on which the drawn images depend
             "task": json.dumps(self.task_settings),
         }
         return Unlearner(

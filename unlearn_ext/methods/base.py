@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor
 
 from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, nearest
+from .._plain import plain_numbers
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
@@ -178,6 +179,10 @@ class Method(StepConfig, ABC):
         self._check_sides()
         self._check_param_groups()
         schedules.check("lr_schedule", self.lr_schedule)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A sweep gives NumPy's numbers and 0-d tensors; results and checkpoints hold Python's.
+        super().__setattr__(name, plain_numbers(value) if name in self.__dataclass_fields__ else value)
 
     def _choose_momentum(self) -> None:
         """Who names the rule and no number means the usual one: with 0 it would be plain gradient descent."""

@@ -1,0 +1,101 @@
+"""Frozen copies of models whose modules hold computed tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.models import batches
+from helpers.runs import identical, weights
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from unlearn_ext import InputError, Unlearner
+from unlearn_ext._teachers import make_teachers
+from unlearn_ext.methods import BadTeacher, Scrub
+from unlearn_ext.tasks import Classification
+
+DATA = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}
+
+
+class Remembering(nn.Module):
+    """Keeps what its passes computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.seen = nn.Linear(50, 4), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen["out"] = [self.head(x.flatten(1))]
+        return self.seen["out"][0]
+
+
+def flat(change) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 4))
+    change(model)
+    return model
+
+
+def old_norms(model: nn.Module) -> None:
+    nn.utils.weight_norm(model[1])
+    nn.utils.spectral_norm(model[4])
+
+
+def new_norms(model: nn.Module) -> None:
+    parametrizations.weight_norm(model[1])
+    parametrizations.spectral_norm(model[4])
+
+
+def pruned(model: nn.Module) -> None:
+    prune.l1_unstructured(model[1], "weight", 0.5)
+
+
+CHANGES = [old_norms, new_norms, pruned]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_teacher_answers_as_the_model_did(change) -> None:
+    model, x = flat(change), DATA["forget"][0][0]
+    model(x).sum().backward()  # after a pass, weights stand there that autograd has computed
+    model.eval()
+    expected, before = model(x).detach(), weights(model)
+    (teacher,) = make_teachers(model, Scrub()).values()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x), expected) and identical(weights(teacher), before)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher(x).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_with_a_teacher_resumes(change, tmp_path) -> None:
+    def trained(**arguments) -> dict:
+        model = flat(change)
+        model(DATA["forget"][0][0])
+        torch.manual_seed(4)
+        Unlearner(model, Classification(), Scrub(epochs=2, msteps=1, lr=0.05)).run(**DATA, **arguments)
+        return weights(model)
+
+    whole = trained(output_dir=tmp_path, checkpointing_steps=3)
+    assert identical(whole, trained(output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-3"))
+
+
+def test_activations_that_a_model_keeps_are_copied() -> None:
+    model = Remembering()
+    model(DATA["forget"][0][0])
+    Unlearner(model, Classification(), Scrub(epochs=1, msteps=1, lr=0.05)).run(**DATA)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_random_weights_that_would_not_be_drawn_are_refused(change) -> None:
+    model = flat(change)
+    message = r"the weights of 1 are computed from others .* which reset_parameters does not draw: pass random_model"
+    with pytest.raises(InputError, match=message):
+        Unlearner(model, Classification(), BadTeacher())
+    untrained = copy.deepcopy(flat(lambda model: None))
+    Unlearner(model, Classification(), BadTeacher(random_model=untrained, iterations=2)).run(**DATA)
