@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from ._ranks import ALONE
 from ._signs import unseen_classes
 from ._small_batches import SmallBatches
 from ._streams import empty_set, in_step, is_spent, length
+from ._warn import warn
 from .errors import InputError
 from .saliency import FisherDiagonal, SaliencyMask
 from .saliency.gradient import GradientSum
@@ -68,10 +68,9 @@ def _pass(
         method.take_sizes(check.sizes())
         own, mask = check.forget_hash, method.mask
         if mask is not None and mask.metadata.get("forget_hash", own) != own:
-            warnings.warn(
+            warn(
                 "the mask was made for another forget set, or for other views of its samples: measure a new one "
-                "unless that is meant",
-                stacklevel=4,
+                "unless that is meant"
             )
         return mask
     measure = {"fisher": _by_fisher, "gradient": _by_gradient}[method.measures]

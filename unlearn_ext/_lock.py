@@ -8,14 +8,14 @@ import errno
 import json
 import os
 import platform
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ._files import writing
 from ._leftovers import LOCK, sweep
 from ._ranks import Ranks
-from .errors import InputError, UnlearningWarning
+from ._warn import warn
+from .errors import InputError
 
 __all__ = ["hold", "hold_on_first"]
 
@@ -84,11 +84,7 @@ def _lock(path: Path) -> int | None:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise InputError(_refusal(path.parent, holder)) from None
-            warnings.warn(
-                f"{path.parent} cannot be locked ({error.strerror}): see to it that no other run writes there",
-                UnlearningWarning,
-                stacklevel=2,
-            )
+            warn(f"{path.parent} cannot be locked ({error.strerror}): see to it that no other run writes there")
             return None
         if _is_at(handle, path):  # else its last holder has just removed it
             break

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +13,8 @@ from typing import NoReturn
 import torch
 
 from ._ranks import ALONE, Ranks
-from .errors import Interrupted, Terminated, UnlearningWarning
+from ._warn import warn
+from .errors import Interrupted, Terminated
 
 __all__ = ["Stop", "stop_on_signals"]
 
@@ -61,7 +61,7 @@ class Stop:
         kind = Interrupted if self.number == signal.SIGINT else Terminated
         message = f"stopped by {signal.Signals(self.number).name}{what and ' ' + what}"
         # Python ends without a word where nothing catches these.
-        warnings.warn(message, UnlearningWarning, stacklevel=2)
+        warn(message)
         raise kind(message, 128 + self.number, iteration, checkpoint)
 
 

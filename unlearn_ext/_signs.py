@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._shards import local
-from .errors import UnlearningWarning
+from ._warn import warn
 
 __all__ = ["IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "growth", "hidden", "missed"]
 __all__ += ["unmet", "unmoved", "unseen_classes"]
@@ -37,12 +36,12 @@ def missed(found: Iterable[str]) -> bool:
     return any(key in MISSED for key in found)
 
 
-def announce(found: Mapping[str, str], said: set[str], stacklevel: int = 3) -> None:
-    """Warns of what was not said before, as of the caller's caller."""
+def announce(found: Mapping[str, str], said: set[str]) -> None:
+    """Warns of what was not said before."""
     for key, sentence in found.items():
         if key not in said:
             said.add(key)
-            warnings.warn(sentence, UnlearningWarning, stacklevel=stacklevel)
+            warn(sentence)
 
 
 # --- What is known before the first step --------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +32,9 @@ from ._signals import stop_on_signals
 from ._streams import BatchStream, keeps_workers, length, with_own_workers
 from ._summary import summary
 from ._teachers import check_teachers
+from ._warn import warn
 from ._weights import check_weights
-from .errors import DamagedError, InputError, UnlearningWarning
+from .errors import DamagedError, InputError
 from .methods import Method, find_method
 from .saliency import SaliencyMask
 from .saliency.storage import check_storage, stored
@@ -400,7 +400,7 @@ class Unlearner:
                 continue
             if first is not None:
                 what = str(first).partition("; resume")[0]
-                warnings.warn(f"{what}; the run goes on from {path.name}", UnlearningWarning, stacklevel=3)
+                warn(f"{what}; the run goes on from {path.name}")
             return checkpoint
         if len(paths) > 1:
             raise DamagedError(f"{str(first).partition('; resume')[0]}, and so are all others: start the run again")
@@ -476,10 +476,9 @@ class Unlearner:
     def _warn_of_workers(sets: dict[str, Iterable[Any]]) -> None:
         names = [name for name, data in sets.items() if keeps_workers(data)]
         if names:
-            warnings.warn(
+            warn(
                 f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw "
-                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any",
-                stacklevel=4,
+                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any"
             )
 
     @property

@@ -130,7 +130,6 @@ def test_a_sparse_buffer_with_more_entries_than_the_model_has(tmp_path: Path) ->
     [
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "a nested tensor"),
-        (lambda: torch.ones(3, device="meta"), "a tensor on the meta device"),
         (lambda: torch.ones(4, 4).to_mkldnn(), "a tensor of float32 and layout _mkldnn"),
     ],
 )
