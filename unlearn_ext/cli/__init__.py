@@ -7,14 +7,8 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-
-def _hyphens(arguments: Sequence[str]) -> list[str]:
-    """``--train_size=5`` -> ``--train-size=5``: diffusers' scripts spell options with underscores."""
-    spelled = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        spelled.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
-    return spelled
+_GOES_ON = "the same command goes on from the runs that are finished"
+_STARTS_ANEW = "nothing goes on from here; the same command starts anew"
 
 
 def _version(asked: bool) -> None:
@@ -27,37 +21,34 @@ def _version(asked: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
-    import typer
+    from .streams import escape_unprintable
+
+    with escape_unprintable():
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        except KeyboardInterrupt:  # before a command has begun
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(arguments: Sequence[str]) -> int:
     from rich.text import Text
     from safetensors import SafetensorError
 
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError
-    from . import compare, demo, forget, profile
+    from .arguments import hyphens
+    from .ending import Interrupted
     from .report import plain_console
 
-    app = typer.Typer(
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        help="Make trained PyTorch networks forget, fast and verifiably.",
-    )
-
-    @app.callback()
-    def options(
-        version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
-    ) -> None:
-        pass
-
-    app.command("demo")(demo.demo)
-    app.command("forget")(forget.forget)
-    app.command("compare")(compare.compare)
-    app.command("profile")(profile.profile)
     errors, label = plain_console(stderr=True), Text("error:", "red")
     try:
-        app(_hyphens(sys.argv[1:] if arguments is None else arguments))
+        _app()(hyphens(arguments))
     except SystemExit as end:  # how typer ends, also after a usage error, which it has printed
         return end.code if isinstance(end.code, int) else int(bool(end.code))
+    except Interrupted as end:
+        errors.print(f"interrupted: {end}", soft_wrap=True)
+        return end.code
     except (UnlearnError, BuildError, ToolchainError, ImportError) as error:
         errors.print(label, str(error), soft_wrap=True)
         return 1
@@ -66,3 +57,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(label, f"{what}; check the disk's space and permissions", soft_wrap=True)
         return 1
     return 0
+
+
+def _app():
+    import typer
+
+    from . import compare, demo, forget, profile
+    from .arguments import OnceCommand, checked
+    from .ending import EXIT_CODES
+
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        help="Make trained PyTorch networks forget, fast and verifiably.",
+        epilog=EXIT_CODES,
+    )
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+    ) -> None:
+        pass
+
+    for name, function, interrupted in (
+        ("demo", demo.demo, _STARTS_ANEW),
+        ("forget", forget.forget, "the run had not begun to train; the same command starts anew"),
+        ("compare", compare.compare, _GOES_ON),
+        ("profile", profile.profile, _STARTS_ANEW),
+    ):
+        app.command(name, cls=OnceCommand, epilog=EXIT_CODES)(checked(function, interrupted))
+    return app

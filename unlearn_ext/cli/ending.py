@@ -1,0 +1,31 @@
+"""How a command ends: exit codes, and an interrupt that says how to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["EXIT_CODES", "INTERRUPTED", "UNMET", "Interrupted", "show_warnings"]
+
+UNMET = 3
+INTERRUPTED = 130
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
+    "was asked for did not happen (the result's warnings say what), 130, 143 and 129 ended by Ctrl-C, SIGTERM and "
+    "SIGHUP."
+)
+
+
+class Interrupted(Exception):
+    """The user ended the command; the message says how to go on."""
+
+    code = INTERRUPTED
+
+
+def show_warnings(warnings: Mapping[str, str], console: Console) -> None:
+    """A sentence a line."""
+    for sentence in warnings.values():
+        console.print(f"warning: {sentence}", soft_wrap=True)
