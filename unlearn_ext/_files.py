@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
-__all__ = ["atomic_directory", "atomic_path", "writable_directory"]
+__all__ = ["atomic_directory", "atomic_path", "writable_directory", "write_json"]
 
 
 @contextlib.contextmanager
@@ -64,6 +66,13 @@ def writable_directory(path: str | Path) -> Path:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write to {path} ({reason}): choose another output directory") from None
     return path
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """A whole file of JSON, or none."""
+    text = json.dumps(document, indent=2) + "\n"
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:

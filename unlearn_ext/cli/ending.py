@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["EXIT_CODES", "INTERRUPTED", "UNMET", "Interrupted", "show_warnings"]
+__all__ = ["EXIT_CODES", "INTERRUPTED", "UNMET", "Interrupted", "exit_code", "show_warnings"]
 
-UNMET = 3
 INTERRUPTED = 130
+UNMET = 3
+# Keys of warnings that mean that what was asked did not happen; others are of what a user should know.
+_UNMET_WARNINGS = frozenset({"still_drawn", "retained_lost", "not_judged"})
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
     "was asked for did not happen (the result's warnings say what), 130, 143 and 129 ended by Ctrl-C, SIGTERM and "
     "SIGHUP."
 )
+
+
+def exit_code(warnings: Mapping[str, str]) -> int:
+    """Of a command whose result has these warnings."""
+    return UNMET if _UNMET_WARNINGS & warnings.keys() else 0
 
 
 class Interrupted(Exception):
@@ -28,4 +35,4 @@ class Interrupted(Exception):
 def show_warnings(warnings: Mapping[str, str], console: Console) -> None:
     """A sentence a line."""
     for sentence in warnings.values():
-        console.print(f"warning: {sentence}", soft_wrap=True)
+        console.print(f"warning: {sentence}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .. import _checkpoint
 from .._clock import timed
-from .._files import writable_directory
+from .._files import writable_directory, write_json
 from .._hashing import weights_hash
 from .._loop import Progress
 from .._names import trainable
@@ -34,17 +33,21 @@ from .dry_run import estimate_run
 from .estimate import Estimate, sizes_on_disk
 from .fid import RetainedFID
 from .judge import Judge
-from .options import ForgetOptions
-from .output import check_claim, claim_output, write_output
+from .options import ForgetOptions, each_of
+from .output import RESULT, check_claim, claim_output, is_waiting, unfinished_bytes
 from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, WithReplacements, read_prompts
+from .publishing import finish_earlier, publish
 from .sampling import check_steps
+from .space import Need, Room, check_room, room_for
 from .weights import select_trained, tie_embeddings, untie_embeddings
+from .work import WorkFolder
 
 __all__ = ["ForgetJob"]
 
+_IN_WORK = ("latents", "checkpoints", "Fisher sums")  # of what a run writes: in the work folder
 JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
 
@@ -67,7 +70,10 @@ class ForgetJob:
         self.progress = progress or (lambda stage, done, total: None)
         self.seconds: dict[str, float] = {}
         self._resume = options.resume_from_checkpoint is not None
+        self.work = WorkFolder(options.output_dir, options.work_dir)
         check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
+        if not is_waiting(options.output_dir):
+            self.work.check(options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(
             options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
         )
@@ -82,10 +88,12 @@ class ForgetJob:
         self.data: ImageData = self._open_data()
         self.concepts: Concepts | None = None
         if self.pretrained.kind == "text":
-            self.concepts = read_prompts(self.data, options.class_map, options.forget_prompt, options.replace_prompt)
+            prompts = each_of(options.forget_prompt)
+            self.concepts = read_prompts(self.data, options.class_map, prompts, options.replace_prompt)
             self.forget_classes = self.concepts.forget
         else:
-            self.forget_classes = self.data.parse_classes(options.forget_class)
+            chosen = (index for text in each_of(options.forget_class) for index in self.data.parse_classes(text))
+            self.forget_classes = list(dict.fromkeys(chosen))
         self.method = self._make_method()
         if self.method.replaces != (self.pretrained.kind == "text"):
             told = "prompts" if self.pretrained.kind == "text" else "classes"
@@ -125,7 +133,7 @@ class ForgetJob:
         self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
             try:
-                found = _checkpoint.find(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+                found = _checkpoint.find(self.work.path, options.resume_from_checkpoint)
             except InputError as error:
                 raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
             self.unlearner.read_checkpoint(found)
@@ -207,7 +215,8 @@ class ForgetJob:
             raise InputError(f"{error}: use --no-tie-embeddings to train them as copies") from None
         return True
 
-    def _names(self) -> dict[int, str]:
+    @property
+    def names(self) -> dict[int, str]:
         """Class -> label text, or its number; the first class of each prompt -> the prompt."""
         if self.concepts is not None:
             return self.concepts.distinct
@@ -269,13 +278,18 @@ class ForgetJob:
             fisher_storage=options.fisher_storage,
         )
 
+    def left_out(self) -> dict[str, str]:
+        """Files of the source that the written folder has not, and why."""
+        output = self.options.output_dir
+        return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
+
     @property
     def retained_count(self) -> int:
         """Retained classes that have data; of prompts, each once."""
-        return sum(index in self.data.counts and index not in self.forget_classes for index in self._names())
+        return sum(index in self.data.counts and index not in self.forget_classes for index in self.names)
 
     def _make_pictures(self) -> Pictures:
-        options, names = self.options, self._names()
+        options, names = self.options, self.names
         there = [index for index in names if index in self.data.counts]
         retained = spread([index for index in there if index not in self.forget_classes])
         judged = options.classifier is not None or options.fid_weights is not None
@@ -355,8 +369,22 @@ class ForgetJob:
         sizes = {"denoiser": self._plan.denoiser_bytes, "other files": self._plan.copied_bytes}
         if self.encodes:
             sizes["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
+        if self.options.fisher_storage == "disk" and self.method.needs_fisher:
+            sizes["Fisher sums"] = 4 * self.trained_count
         ema, checkpoints = self.ema_decay is not None, self.checkpoints_at_once()
         return sizes | sizes_on_disk(self.model, self.method, ema=ema, checkpoints=checkpoints)
+
+    def rooms(self) -> list[Room]:
+        """By disk, what will be written there beyond what an unfinished run left, and what is free."""
+        output, held = self.options.output_dir, self.work.held()
+        published = sum(size for what, size in self.disk.items() if what not in _IN_WORK)
+        kept = sum(max(0, self.disk.get(what, 0) - held.get(what, 0)) for what in _IN_WORK)
+        return room_for(
+            [
+                Need("--output-dir", output, published - unfinished_bytes(output)),
+                Need("the work folder", self.work.path, kept),
+            ]
+        )
 
     @cached_property
     def _plan(self) -> Plan:
@@ -374,13 +402,18 @@ class ForgetJob:
 
     # --- The run --------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Everything, and the result that is written as ``unlearning/result.json``."""
+    def run(self, record: Callable[[dict[str, Any], bool], Any] | None = None) -> dict[str, Any]:
+        """Everything, and the result that is written as ``unlearning/result.json``.
+
+        Args:
+            record: writes the result in place of that file: called with it once the model is whole and not judged yet,
+                and with True beside it when all is in it. The model has its place afterwards.
+        """
         options = self.options
         if options.strict or not self.encodes:  # before anything is written
             self._verify()
         own = self._claim() / OWN_FOLDER
-        forget, retain = self._loaders(self._encode_in_turn(own / "latents") if self.encodes else self.data)
+        forget, retain = self._loaders(self._encode_in_turn() if self.encodes else self.data)
         if self.pictures.fid is not None:
             with self._together():
                 if self.first:
@@ -393,7 +426,7 @@ class ForgetJob:
             result = self.unlearner.run(
                 forget,
                 retain,
-                output_dir=own,
+                output_dir=self.work.path,
                 checkpointing_steps=options.checkpointing_steps,
                 checkpoints_total_limit=options.checkpoints_total_limit,
                 resume_from_checkpoint=options.resume_from_checkpoint,
@@ -412,18 +445,9 @@ class ForgetJob:
         weights = gather_weights(self.model)
         if not self.first:
             return {}
-        if result.mask is not None:
-            result.mask.save(own / "mask.safetensors")
         if self.tied and weights is None:
             untie_embeddings(self.model)
-        # Before anything that may go wrong with the pictures.
-        write_output(self.pretrained, options.output_dir, weights)
-        self.pictures.write_grid(own / "before-after.png")
-        with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
-            verdict = self.pictures.verdict()
-        with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
-            fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
-        return self._report(result, verdict, fid)
+        return publish(self, result, own, weights, record or (lambda found, whole: write_json(own / RESULT, found)))
 
     @property
     def first(self) -> bool:
@@ -437,27 +461,31 @@ class ForgetJob:
         options = self.options
         with self._together():
             if self.first:
-                claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
-                writable_directory(options.output_dir / OWN_FOLDER)
+                finish_earlier(self)
+                claim_output(options.output_dir, self.pretrained.folder, resume=self._resume)
+                with self._leaving_nothing():
+                    check_room(self.rooms())
+                    self.work.claim()
+                    writable_directory(options.output_dir / OWN_FOLDER)
         return options.output_dir
 
-    def _encode_in_turn(self, directory: Path) -> LatentData:
+    def _encode_in_turn(self) -> LatentData:
         """By the first rank; the others find what it has written."""
-        with self._together():
-            latents = self._encode_or_clear(directory) if self.first else None
+        directory = self.work.latents
+        with self._together(), self._leaving_nothing():
+            latents = self._encode(directory) if self.first else None
         return self._encode(directory) if latents is None else latents
 
-    def _encode_or_clear(self, directory: Path) -> LatentData:
-        """What is wrong with the data or the VAE may show late: then nothing stays of a folder that this run made."""
-        own = not directory.exists()
+    @contextlib.contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """What is wrong with the data or the VAE may show late: then nothing stays of folders that this run made."""
         try:
-            return self._encode(directory)
+            yield
         except UnlearnError:
-            if own:
-                shutil.rmtree(directory, ignore_errors=True)
-                for folder in (directory.parent, directory.parent.parent):
-                    with contextlib.suppress(OSError):  # it holds something else
-                        folder.rmdir()
+            self.work.discard()
+            for folder in (self.options.output_dir / OWN_FOLDER, self.options.output_dir):
+                with contextlib.suppress(OSError):  # it holds something else
+                    folder.rmdir()
             raise
 
     @contextlib.contextmanager
@@ -601,44 +629,6 @@ class ForgetJob:
         if decay is None:
             raise InputError(f"--save-weights ema needs --ema-decay: the preset {self.preset} keeps no averages")
         return decay
-
-    # --- What is written ------------------------------------------------------------------------------------
-
-    def _left_out(self) -> dict[str, str]:
-        """Files of the source that the written folder has not, and why."""
-        output = self.options.output_dir
-        return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
-
-    def _report(self, result: Result, verdict: dict[str, Any] | str, fid: dict[str, Any] | None) -> dict[str, Any]:
-        mask = result.mask
-        return {
-            "forgotten": [self._names()[i] for i in self.pictures.forgotten],
-            "verdict": verdict,
-            "fid": fid,
-            "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
-            "trained_weights": self.trained_count,
-            "null_class": None if self.pretrained.classes is None else self.pretrained.classes.null_label,
-            "retained_classes": {"sampled": len(self.pictures.retained), "in_data": self.retained_count},
-            "mapping": [row._asdict() for row in self.data.mapping],
-            "unreadable": list(self.data.unreadable.values()),
-            "ignored": self.data.ignored,
-            "enlarged": len(self.data.enlarged),
-            "data_sha256": self.data.sha256,
-            "data_sha256_covers": self.data.sha256_covers,
-            "preprocessing": self.data.preprocessing,
-            "preset": self.preset,
-            "published": self.domain["published"],
-            "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
-            "task": self.task_settings,
-            "left_out": self._left_out(),
-            "sampling": self.pictures.protocol,
-            "mask_density": mask.density if mask else None,
-            "protection": result.protection,
-            "counts": result.counts,
-            "backend": result.backend,
-            "seconds": self.seconds,
-            "options": self.options.settings(),
-        }
 
 
 class _Fixed:
