@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,7 +13,7 @@ __all__ = ["EXIT_CODES", "INTERRUPTED", "UNMET", "Interrupted", "exit_code", "sh
 INTERRUPTED = 130
 UNMET = 3
 # Keys of warnings that mean that what was asked did not happen; others are of what a user should know.
-_UNMET_WARNINGS = frozenset({"still_drawn", "retained_lost", "not_judged"})
+_UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "retained_lost", "not_judged"})
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
     "was asked for did not happen (the result's warnings say what), 130, 143 and 129 ended by Ctrl-C, SIGTERM and "
@@ -24,6 +24,21 @@ EXIT_CODES = (
 def exit_code(warnings: Mapping[str, str]) -> int:
     """Of a command whose result has these warnings."""
     return UNMET if _UNMET_WARNINGS & warnings.keys() else 0
+
+
+def demo_warnings(what: str | None, before: float, after: float, result: Any) -> dict[str, str]:
+    """Of a demo: those of its run, and whether the forgotten digit is still known.
+
+    Args:
+        what: the forgotten digit in words; None where random samples were forgotten, which still look like others.
+        before, after: accuracy on it.
+    """
+    from ..diffusion.unmet import still_drawn
+
+    found = dict(getattr(result, "warnings", {}))
+    if what is not None and still_drawn(before, after, 1 / 10):
+        found["still_known"] = f"{what} was not forgotten: {100 * before:.1f} % before and {100 * after:.1f} % after"
+    return found
 
 
 class Interrupted(Exception):
