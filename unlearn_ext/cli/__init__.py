@@ -36,7 +36,7 @@ def _run(arguments: Sequence[str]) -> int:
     from safetensors import SafetensorError
 
     from .._native import BuildError, ToolchainError
-    from ..errors import UnlearnError
+    from ..errors import UnlearnError, first_line, is_out_of_memory
     from .arguments import hyphens
     from .ending import Interrupted
     from .report import plain_console
@@ -55,6 +55,11 @@ def _run(arguments: Sequence[str]) -> int:
     except (OSError, SafetensorError) as error:  # a full disk, say
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         errors.print(label, f"{what}; check the disk's space and permissions", soft_wrap=True)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            raise
+        errors.print(label, f"there is not enough memory ({first_line(error)}): lower the sizes", soft_wrap=True)
         return 1
     return 0
 

@@ -44,7 +44,9 @@ def demo(
     train_size: Annotated[int, typer.Option(help="Training digits, at most 4,000.")] = 4000,
     update: Annotated[Update, typer.Option(help="Forget then retain, or both in one pass.")] = Update.sequential,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of split, training and unlearning.")] = 0,
-    samples: Annotated[int, typer.Option(help="Pictures of each digit, before and after (diffusion).")] = 50,
+    samples: Annotated[
+        int, typer.Option(max=10_000, help="Pictures of each digit, before and after (diffusion).")
+    ] = 50,
     pretrain: Annotated[
         bool,
         typer.Option(

@@ -47,7 +47,9 @@ from .work import WorkFolder
 
 __all__ = ["ForgetJob"]
 
+_MOST_DRAWN = 2**28  # indices of each set, 2 GB
 _IN_WORK = ("latents", "checkpoints", "Fisher sums")  # of what a run writes: in the work folder
+_SMALLER_BATCHES = "lower --train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
 JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
 
@@ -342,6 +344,12 @@ class ForgetJob:
     def _lengths(self) -> tuple[int, int]:
         """Batches in the forget and in the retain loader: those of the iterations or of the Fisher pass."""
         steps = self.method.iterations * self.options.gradient_accumulation_steps
+        if steps * self.batch_size > _MOST_DRAWN:
+            raise InputError(
+                f"--max-train-steps {self.method.iterations}, --gradient-accumulation-steps and --train-batch-size "
+                f"{self.batch_size}: {steps * self.batch_size:,} images would be drawn of each set, and at most "
+                f"{_MOST_DRAWN:,} can be: lower one of them"
+            )
         return max(steps, self.fisher_batches[0]), max(steps, self.fisher_batches[1])
 
     def _draw(self, exclude: Iterable[int] = ()) -> Draw:
@@ -507,17 +515,15 @@ class ForgetJob:
                 p.data = p.data.to(dtype)
 
     @contextlib.contextmanager
-    def fitting(self) -> Iterator[None]:
-        """A batch that does not fit in memory becomes an InputError that names the options."""
+    def fitting(self, what: str | None = None, advice: str = _SMALLER_BATCHES) -> Iterator[None]:
+        """What does not fit in memory, a batch unless ``what`` says something else, becomes an InputError."""
         try:
             yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(
-                f"a batch of {self.batch_size} does not fit in the memory of {self.options.device}: lower "
-                "--train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
-            ) from None
+            what = what or f"a batch of {self.batch_size}"
+            raise InputError(f"{what} does not fit in the memory of {self.options.device}: {advice}") from None
 
     def _take_real(self) -> None:
         """Before anything is trained: what is wrong with these images is found before time is spent."""
@@ -529,7 +535,8 @@ class ForgetJob:
             )
 
     def _take_pictures(self, when: str) -> None:
-        with timed(self.seconds, f"sampling_{when}"):
+        count = len(self.pictures.labels)
+        with timed(self.seconds, f"sampling_{when}"), self.fitting(f"sampling {count} pictures", "lower --samples"):
             self.pictures.take(when, lambda done, total: self.progress(f"sampling {when}", done, total))
 
     @property

@@ -20,6 +20,7 @@ from .parallel import PARALLEL
 __all__ = ["WEIGHTS_DTYPES", "ForgetOptions", "each_of"]
 
 WEIGHTS_DTYPES = ("float32", "bfloat16")
+_MOST_SAMPLES = 100_000  # of each class: beyond a million in all, two seeds may share noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,8 @@ class ForgetOptions:
         for name in ("learning_rate", "forget_alpha", "gamma", "guidance_scale"):
             if getattr(self, name) is not None:
                 check_finite(_option(name), getattr(self, name))
+        if self.samples is not None and self.samples > _MOST_SAMPLES:
+            raise InputError(f"--samples: expected at most {_MOST_SAMPLES:,} of each class, got {self.samples}")
         if self.ema_decay is not None:
             check_number("--ema-decay", self.ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
         if self.mask_fraction is not None:
