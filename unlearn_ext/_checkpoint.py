@@ -1,12 +1,13 @@
-"""Checkpoints of a run: weights, optimizer, mask, generators and data position, written whole or not at all."""
+"""Checkpoints of a run: weights, optimizer, mask, generators, history and data position, written whole or not at all.
+
+Every file's hash stands in the checkpoint's ``SHA256SUMS`` and is checked before anything is loaded.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import re
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checkpoint_tensors import Form, StoredTensors, described, open_tensors, write_tensors
-from ._files import atomic_directory
-from ._names import own_names, unwrapped
+from ._checkpoint_folder import STATE, keep_newest, make_room
+from ._checkpoint_tensors import StoredTensors, described, open_tensors, write_tensors
+from ._files import atomic_directory, follow_umask, writing
+from ._history import HISTORY, as_lines, read_lines
+from ._leftovers import sweep
+from ._module_state import all_tensors as model_tensors
+from ._module_state import forms, pack_module, plain_tensors, unpack_module
+from ._packing import Packer
 from ._ranks import ALONE, Ranks
+from ._seal import SEAL, damage, label_of, seal
 from ._shards import is_sharded, local, part_like
-from .errors import InputError
+from .errors import DamagedError, InputError
 from .optim import UnlearnOptimizer
 from .saliency import SaliencyMask
 
-__all__ = ["Checkpoint", "check", "find", "keep_newest", "model_tensors", "read", "restore", "save"]
+__all__ = ["Checkpoint", "check", "keep_newest", "model_tensors", "read", "restore", "save", "verify"]
 
-_FORMAT = "unlearn_ext.checkpoint.6"
-_DOCUMENT = ("iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked", "seconds")
-_DOCUMENT += ("counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
-_DOCUMENT += ("method", "streams", "rng", "parts", "tensors")
+_FORMAT = "unlearn_ext.checkpoint.7"
+_DOCUMENT = ("run", "iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked")
+_DOCUMENT += ("seconds", "counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
+_DOCUMENT += ("method", "streams", "rng", "parts", "tensors", "packed")
 
 
 @dataclass
@@ -40,37 +47,40 @@ class Checkpoint:
     document: dict[str, Any]
     tensors: StoredTensors
     mask: SaliencyMask | None
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by plain name; tied ones once."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in own_names(unwrapped(model).state_dict(keep_vars=True).items()).items():
-        if isinstance(value, Tensor) and id(value) not in seen:
-            seen.add(id(value))
-            tensors[name] = value.detach()
-    return tensors
+    history: list[dict[str, Any]]
 
 
 def save(
     directory: Path,
+    run: str,
     iteration: int,
-    model: nn.Module,
+    models: dict[str, nn.Module],
     optimizer: UnlearnOptimizer,
     mask: SaliencyMask | None,
     averages: dict[str, Tensor],
-    teacher: dict[str, Tensor],
+    history: list[dict[str, Any]],
     state: dict[str, Any],
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes ``directory/checkpoint-<iteration>``; ``averages`` and ``teacher`` may be empty, ``state`` is JSON. All
-    ranks call it."""
+    """Writes ``directory/checkpoint-<iteration>``. All ranks call it.
+
+    Args:
+        run: its id.
+        models: ``model``, and ``teacher`` where there is one whose weights the run needs.
+        averages: may be empty.
+        state: what else it takes to go on; JSON.
+
+    Raises:
+        WriteError: the disk is full, the folder is gone.
+    """
     path = directory / f"checkpoint-{iteration}"
-    optimizer_state = optimizer.state_dict()
-    tensors = {f"model.{name}": value for name, value in model_tensors(model).items()}
+    optimizer_state, packer = optimizer.state_dict(), Packer()
+    tensors, packed = {}, {}
+    for part, model in models.items():
+        tensors |= {f"{part}.{name}": value for name, value in plain_tensors(model).items()}
+        packed[part] = pack_module(model, packer)
     tensors |= {f"ema.{name}": value for name, value in averages.items()}
-    tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
+    tensors |= {f"extra.{key}": value for key, value in packer.tensors.items()}
     numbers = {}
     for index, entries in optimizer_state["state"].items():
         for key, value in entries.items():
@@ -80,29 +90,38 @@ def save(
                 numbers[f"{index}.{key}"] = value
     document = {
         "format": _FORMAT,
+        "run": run,
         "iteration": iteration,
         "param_groups": optimizer_state["param_groups"],
         "optimizer_numbers": numbers,
         "optimizer_settings": optimizer_state["settings"],
-        "parts": ["model", "optimizer"] + ["ema"] * bool(averages) + ["teacher"] * bool(teacher),
+        "parts": ["model", "optimizer", *(p for p in ("ema", "teacher", "extra") if _has(tensors, p))],
         "tensors": described(tensors),
+        "packed": packed,
         **state,
     }
-    with _shared_directory(path, ranks) as partial:
+    with _shared_directory(path, run, ranks) as partial:
         write_tensors(partial, tensors, ranks)
         with ranks.together():
             if ranks.first:
-                if mask is not None:
-                    mask.save(partial / "mask.safetensors")
-                (partial / "state.json").write_text(json.dumps(document))
+                with writing(path):
+                    if mask is not None:
+                        mask.save(partial / "mask.safetensors")
+                    (partial / HISTORY).write_text(as_lines(history), encoding="utf-8")
+                    (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
+                    seal(partial, f"run {run}")
+                    follow_umask(partial)
     if ranks.first:
-        for left in directory.glob(".checkpoint-*"):  # by processes that were killed in this very place
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(directory, held=True)
     return path
 
 
+def _has(tensors: dict[str, Tensor], part: str) -> bool:
+    return any(key.startswith(f"{part}.") for key in tensors)
+
+
 @contextlib.contextmanager
-def _shared_directory(path: Path, ranks: Ranks) -> Iterator[Path]:
+def _shared_directory(path: Path, run: str, ranks: Ranks) -> Iterator[Path]:
     """One that all ranks write into. It has its name when all of them have left the block."""
     with contextlib.ExitStack() as stack:
         partial = None
@@ -111,51 +130,43 @@ def _shared_directory(path: Path, ranks: Ranks) -> Iterator[Path]:
                 partial = stack.enter_context(atomic_directory(path))
         yield ranks.from_first(partial)
         with ranks.together():
+            if ranks.first:
+                with writing(path):
+                    make_room(path, run)
             stack.close()
 
 
-def find(output_dir: Path | None, wanted: str | Path) -> Path:
-    """The checkpoint directory that ``latest`` or a path names."""
-    if str(wanted) != "latest":
-        path = Path(wanted)
-        if not (path / "state.json").is_file():
-            raise InputError(f"there is no checkpoint at {path}")
-        return path
-    if output_dir is None:
-        raise InputError("resume_from_checkpoint='latest' needs the output_dir that holds the checkpoints")
-    found = _by_iteration(output_dir)
-    if not found:
-        raise InputError(f"there is no checkpoint in {output_dir} to resume from")
-    return found[-1]
+def verify(path: Path) -> None:
+    """Whether every file is as it was written; reads all of them.
 
-
-def keep_newest(output_dir: Path, count: int) -> None:
-    """Removes all checkpoints but the last ``count``."""
-    for path in _by_iteration(output_dir)[:-count]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _by_iteration(output_dir: Path) -> list[Path]:
-    numbered = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "state.json").is_file()
-    ]
-    return [path for _, path in sorted(numbered)]
+    Raises:
+        DamagedError: one is not; the message names it.
+        InputError: it is a checkpoint of another version of this package.
+    """
+    if not (path / SEAL).is_file():  # older versions had none
+        version = None
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            version = json.loads((path / STATE).read_text(encoding="utf-8")).get("format")
+        if version not in (None, _FORMAT):
+            raise _other_version(path)
+    if (what := damage(path)) is not None:
+        raise _damaged(path, what)
 
 
 def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
-    """Opens a checkpoint and reads what all ranks need, so that what is damaged shows before anything is changed."""
+    """Opens a checkpoint that was verified and reads what all ranks need."""
     try:
-        document = json.loads((path / "state.json").read_text())
+        document = json.loads((path / STATE).read_text(encoding="utf-8"))
         version = document.get("format")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise _damaged(path, "its state.json cannot be read") from None
     if version != _FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this version: start the run again")
+        raise _other_version(path)
     for key in _DOCUMENT:
         if key not in document:
             raise _damaged(path, f"its state.json lacks {key}")
+    if label_of(path) != f"run {document['run']}":
+        raise _damaged(path, f"its {SEAL} names another run than its state.json")
     tensors = open_tensors(path, document["tensors"], document["parts"], lambda what: _damaged(path, what), ranks)
     mask = None
     if document["masked"]:
@@ -163,11 +174,15 @@ def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
             mask = SaliencyMask.load(path / "mask.safetensors")
         except InputError as error:
             raise _damaged(path, str(error)) from None
-    return Checkpoint(path, document, tensors, mask)
+    return Checkpoint(path, document, tensors, mask, read_lines(path / HISTORY))
 
 
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} is damaged: {what}; resume from an earlier one")
+def _damaged(path: Path, what: str) -> DamagedError:
+    return DamagedError(f"{path} is damaged: {what}; resume from an earlier one")
+
+
+def _other_version(path: Path) -> InputError:
+    return InputError(f"{path} is not a checkpoint of this version: start the run again")
 
 
 def check(
@@ -196,16 +211,18 @@ def check(
             )
     if mask is not None and mask != checkpoint.mask:
         raise InputError(f"{path} was written with another mask: resume with the same one")
-    tensors = model_tensors(model)
-    saved_tensors, averages = checkpoint.tensors.part("model"), checkpoint.tensors.part("ema")
+    tensors, saved_tensors = forms(model), _saved_forms(checkpoint, "model")
     for name in {**saved_tensors, **tensors}:
-        if name not in saved_tensors or name not in tensors or saved_tensors[name] != _form(tensors[name]):
+        if name not in saved_tensors or name not in tensors or saved_tensors[name] != tensors[name]:
             raise InputError(f"{path} holds another model: {name} is missing or has another shape or dtype")
+    if pack_module(model, Packer())["extra"].keys() != document["packed"]["model"]["extra"].keys():
+        raise InputError(f"{path} holds another model: other modules of it have get_extra_state")
+    averages = checkpoint.tensors.part("ema")
     for name in names if "ema" in document["parts"] else ():
-        if name not in averages or averages[name][0] != tuple(tensors[name].shape):
+        if name not in averages or averages[name][0] != tensors[name][0]:
             raise _damaged(path, f"its moving averages lack {name}")
-    teacher = checkpoint.tensors.part("teacher")
-    for name in saved_tensors if "teacher" in document["parts"] else ():
+    teacher = _saved_forms(checkpoint, "teacher")
+    for name in saved_tensors if "teacher" in document["packed"] else ():
         if teacher.get(name) != saved_tensors[name]:
             raise _damaged(path, f"its teacher lacks {name}")
     trained = {name for group in document["param_groups"] for name in group["param_names"]}
@@ -221,29 +238,30 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _form(tensor: Tensor) -> Form:
-    return tuple(tensor.shape), tensor.dtype
+def _saved_forms(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
+    """What :func:`forms` gave of the model that was saved."""
+    odd = checkpoint.document["packed"].get(part, {"forms": {}})["forms"]
+    return checkpoint.tensors.part(part) | {name: (tuple(size), kind) for name, (size, kind) in odd.items()}
 
 
 @torch.no_grad()
 def restore(
     checkpoint: Checkpoint,
-    model: nn.Module,
+    models: dict[str, nn.Module],
     optimizer: UnlearnOptimizer,
     averages: dict[str, Tensor] | None = None,
-    teacher: dict[str, Tensor] | None = None,
 ) -> None:
-    """Puts optimizer state, weights, buffers, moving averages and a teacher's weights back; :func:`check` has found
-    that they fit."""
+    """Puts optimizer state, moving averages, and the weights, buffers and extra state of ``models`` back;
+    :func:`check` has found that they fit."""
     document, stored = checkpoint.document, checkpoint.tensors
-    targets = {f"model.{name}": value for name, value in model_tensors(model).items()}
+    targets = {f"{part}.{name}": value for part, m in models.items() for name, value in plain_tensors(m).items()}
     targets |= {f"ema.{name}": value for name, value in (averages or {}).items()}
-    targets |= {f"teacher.{name}": value for name, value in (teacher or {}).items()}
     indices = itertools.chain(*(group["params"] for group in document["param_groups"]))
     by_index = {str(index): p for index, (_, p) in zip(indices, optimizer.named_parameters(), strict=True)}
     of_optimizer = stored.part("optimizer")
     of_weights = {f"optimizer.{key}": by_index[key.partition(".")[0]].detach() for key in of_optimizer}
-    found = stored.load({**targets, **of_weights})
+    extra = {f"extra.{key}": torch.empty(form[0], dtype=form[1]) for key, form in stored.part("extra").items()}
+    found = stored.load({**targets, **of_weights, **extra})
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**document["optimizer_numbers"], **{k: found[f"optimizer.{k}"] for k in of_optimizer}}.items():
         index, _, name = key.partition(".")
@@ -253,3 +271,5 @@ def restore(
     for key, value in targets.items():
         saved = found[key]
         local(value).copy_(local(saved) if is_sharded(saved) else part_like(saved, value))
+    for part, model in models.items():
+        unpack_module(model, document["packed"][part], lambda key: found[f"extra.{key}"])

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: of one process as three safetensors files, of several through torch.distributed.
 
-Keys are ``model.<name>``, ``optimizer.<index>.<entry>``, ``ema.<name>`` and ``teacher.<name>``. Either kind is read by
-any number of ranks; both are safetensors, without pickles.
+Keys are ``model.<name>``, ``optimizer.<index>.<entry>``, ``ema.<name>``, ``teacher.<name>`` and ``extra.<number>``.
+Either kind is read by any number of ranks; both are safetensors, without pickles.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._files import writing
 from ._ranks import Ranks
 from ._shards import is_sharded
-from .errors import InputError, first_line
+from .errors import InputError, WriteError, first_line
 
 __all__ = ["StoredTensors", "described", "open_tensors", "write_tensors"]
 
 _SHARDED = "tensors"  # the directory of a checkpoint of several ranks
-_PARTS = ("model", "optimizer", "ema", "teacher")
+_PARTS = ("model", "optimizer", "ema", "teacher", "extra")
 
 Form = tuple[tuple[int, ...], torch.dtype]
 Damaged = Callable[[str], InputError]
@@ -41,16 +42,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
             with _quiet():
                 checkpoint.save(own, storage_writer=writer, process_group=ranks.group)
         except checkpoint.CheckpointException as error:  # no Exception, so that nothing else would tell of it
-            raise InputError(f"{path.parent}: a checkpoint cannot be written ({first_line(error)})") from None
+            raise WriteError(f"{path.parent}: a checkpoint cannot be written ({first_line(error)})") from None
         return
     from safetensors.torch import save_file
 
     for part in _PARTS:
         found = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
         if found or part in ("model", "optimizer"):
-            if part in ("model", "teacher"):  # parts of it may share memory, which safetensors refuse
+            if part in ("model", "teacher", "extra"):  # parts of it may share memory, which safetensors refuse
                 found = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in found.items()}
-            save_file({name: t.detach().contiguous() for name, t in found.items()}, path / f"{part}.safetensors")
+            with writing(path / f"{part}.safetensors"):
+                save_file({name: t.detach().contiguous() for name, t in found.items()}, path / f"{part}.safetensors")
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -79,7 +81,7 @@ class StoredTensors(ABC):
     forms: Mapping[str, Form]
 
     def part(self, name: str) -> dict[str, Form]:
-        """Shapes and dtypes of ``model``, ``optimizer``, ``ema`` or ``teacher``, without that prefix."""
+        """Shapes and dtypes of ``model``, ``optimizer``, ``ema``, ``teacher`` or ``extra``, without that prefix."""
         return {key.removeprefix(f"{name}."): form for key, form in self.forms.items() if key.startswith(f"{name}.")}
 
     @abstractmethod

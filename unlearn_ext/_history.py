@@ -4,52 +4,104 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ._files import atomic_path
+from ._files import atomic_path, writing
 
-__all__ = ["History", "plain"]
+__all__ = ["HISTORY", "History", "as_lines", "plain", "read_lines"]
+
+HISTORY = "history.jsonl"
 
 
 class History:
-    """Appends to ``entries`` and, with a directory, to ``history.jsonl`` in it."""
+    """Appends to ``entries`` and, with a directory, to ``history.jsonl`` in it.
+
+    Raises:
+        WriteError: the disk is full, the folder is gone.
+    """
 
     def __init__(self, directory: Path | None, entries: list[dict[str, Any]]):
         self.entries = entries
-        self.file = None if directory is None else directory / "history.jsonl"
+        self.file = None if directory is None else directory / HISTORY
 
     def begin(self) -> None:
         """Moves an earlier run's file aside, to the first name of ``history-1.jsonl`` and so on that is free."""
-        if self.file is not None and self.file.exists():
+        if self.file is not None and os.path.lexists(self.file):
             numbered = (self.file.with_name(f"history-{number}.jsonl") for number in itertools.count(1))
-            self.file.rename(next(path for path in numbered if not path.exists()))
+            with writing(self.file):
+                self.file.rename(next(path for path in numbered if not os.path.lexists(path)))
 
-    def keep_until(self, iteration: int) -> None:
-        """Reads the file back and drops what a killed run logged after the checkpoint it resumes from."""
-        if self.file is None or not self.file.is_file():
+    def go_on(self, entries: list[dict[str, Any]], *, own: bool) -> None:
+        """Starts from a checkpoint's entries: drops what a killed run logged after it, and moves another run's file
+        aside.
+
+        Args:
+            own: whether the checkpoint lies in the folder of the file.
+        """
+        self.entries[:] = entries
+        if self.file is None:
             return
-        for line in self.file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that the killed run was writing
-            if entry["iteration"] < iteration:
-                self.entries.append(entry)
+        text = as_lines(entries)
+        if os.path.lexists(self.file):
+            if not self._is_of(entries, own):
+                self.begin()
+            elif self.file.read_bytes() == text.encode():
+                return
         with atomic_path(self.file) as partial:
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+            partial.write_text(text, encoding="utf-8")
+
+    def _is_of(self, entries: list[dict[str, Any]], own: bool) -> bool:
+        """Whether the file is that of the run: the entries of the same iterations are the same."""
+        if not self.file.is_file():
+            return False
+        expected = {entry["iteration"]: entry for entry in entries}
+        there = read_lines(self.file)
+        both = [entry for entry in there if entry["iteration"] in expected]
+        return all(expected[entry["iteration"]] == entry for entry in both) and (own or bool(both) or not there)
 
     def add(self, entry: dict[str, Any]) -> None:
         entry = plain(entry)
         self.entries.append(entry)
         if self.file is not None:
-            with self.file.open("a") as file:
+            with writing(self.file), self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def as_lines(entries: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Entries of a file; a line that is damaged is left out, and those behind it are not."""
+    entries = []
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            entry = json.loads(line)
+            if isinstance(entry["iteration"], int):
+                entries.append(entry)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return entries
 
 
 def plain(entry: dict[str, Any]) -> dict[str, Any]:
     """As JSON has it. An evaluation may return NaN or an infinity, which JSON has not: they become null."""
-    return json.loads(json.dumps(entry, default=_plain), parse_constant=lambda _: None)
+    return json.loads(json.dumps(_with_plain_keys(entry), default=_plain), parse_constant=lambda _: None)
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """JSON's keys are texts: numbers of NumPy and PyTorch as Python's, everything else as it is printed."""
+    if isinstance(value, dict):
+        return {_key(key): _with_plain_keys(item) for key, item in value.items()}
+    return [_with_plain_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _key(key: Any) -> Any:
+    key = key.item() if getattr(key, "ndim", None) == 0 else key
+    return key if key is None or isinstance(key, (str, int, float, bool)) else str(key)
 
 
 def _plain(value: Any) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from ._calibrating import Calibrating
 from ._history import History, plain
 from ._modes import evaluating, freeze_batch_norm, keeping_statistics
 from ._names import unwrapped
+from ._packing import copy_of, put
 from ._parts import own_part
 from ._shards import local
+from ._signals import Stop
 from ._streams import BatchStream, length
 from ._teachers import make_teachers
-from .errors import InputError, NonFiniteError, ProtectionError
+from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
 from .saliency.protection import protected_count, protected_hashes
@@ -71,7 +74,10 @@ class Loop:
         result: Result,
         directory: Path | None,
         progress: Progress,
+        stop: Stop,
     ):
+        self.run_id = ""  # of the run that a resumed one goes on with
+        self.stop, self.saves = stop, False
         self.unlearner, self.method, self.model = unlearner, unlearner.method, unlearner.model
         self.ranks = unlearner.ranks
         self.optimizer, self.result, self.directory, self.progress = optimizer, result, directory, progress
@@ -122,7 +128,9 @@ class Loop:
         self._clear()
         if checkpoint is None:
             self.begun = True  # by the first pass
-            self.history.begin()
+            self.run_id = self.ranks.from_first(uuid.uuid4().hex)
+            with self.ranks.together():
+                self.history.begin()
             if self._fully_protected():
                 self.protected = protected_hashes(self.parameters, self.optimizer.mask_bits)
             return
@@ -141,7 +149,8 @@ class Loop:
         for name, stream in self.streams.items():
             stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
-        _checkpoint.restore(checkpoint, self.model, self.optimizer, averages, self._teacher_tensors())
+        _checkpoint.restore(checkpoint, self._models(), self.optimizer, averages)
+        self.run_id = document["run"]
         self.method.load_state(document["method"])
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
@@ -150,9 +159,12 @@ class Loop:
         self.result.timings.update(document["timings"])
         for side, scaler in self.scalers.items():
             scaler.load_state_dict(document["scalers"][side])
-        self.history.keep_until(self.iteration)
-        self.result.history[:] = self.ranks.from_first(self.result.history)
+        with self.ranks.together():
+            self.history.go_on(checkpoint.history, own=checkpoint.path.resolve().parent == self._home())
         self._restore_generators(document["rng"])
+
+    def _home(self) -> Path | None:
+        return None if self.directory is None else self.directory.resolve()
 
     def _restore_generators(self, saved: list[dict[str, Any]]) -> None:
         """Each rank's own; where there are more or fewer ranks than there were, those of the first, and noise that
@@ -164,6 +176,8 @@ class Loop:
 
     def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
+        self.saves = self.directory is not None and (checkpointing_steps is not None or self.iteration > 0)
+        limit = checkpoints_total_limit
         modes = [(module, module.training) for module in self.model.modules()]
         if not unwrapped(self.model).training:  # else modules in eval mode are frozen on purpose
             self.model.train()
@@ -172,7 +186,8 @@ class Loop:
         try:
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
-                entry = self._iterate(self.iteration)
+                self.stop.waits = True
+                entry = self._iterate_or_end()
                 if entry["forget_loss"] is not None:
                     self.forgetting = {key: entry[key] for key in _OF_FORGETTING if key in entry}
                 self.iteration += 1
@@ -183,7 +198,8 @@ class Loop:
                     asked, paused = self._evaluate(evaluate, entry)
                     stop |= asked
                 last = stop or self.iteration == method.iterations
-                if last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys():
+                logs = last or self.iteration % log_every == 0 or {"evaluation", "calibration"} & entry.keys()
+                if logs:
                     self._raise_if_non_finite()  # waits for the device, so the clock below is right as well
                     self.history.add({**entry, **self.forgetting} if entry["forget_loss"] is None else entry)
                     self.forgetting = {}
@@ -191,18 +207,43 @@ class Loop:
                 self.progress("unlearning", self.iteration, method.iterations)
                 if stop:
                     result.stopped_at = self.iteration
-                if checkpointing_steps and self.iteration % checkpointing_steps == 0:
-                    self._raise_if_non_finite()
-                    self._save()
-                    if checkpoints_total_limit is not None and self.ranks.first:
-                        _checkpoint.keep_newest(self.directory, checkpoints_total_limit)
+                saved = bool(checkpointing_steps) and self.iteration % checkpointing_steps == 0
+                if saved:
+                    self._save(limit)
+                # Several ranks agree where they wait for each other anyway.
+                if (logs or self.ranks.size == 1) and self.stop.on_any_rank(self.unlearner.device):
+                    self._end(saved, limit)
+            self.stop.waits = False
             if self.calibrating is not None:
                 result.calibration = self.calibrating.finish()
         finally:
+            self.stop.waits = False
             for module, training in modes:
                 module.training = training
             self._clear()
         self._finish()
+
+    def _iterate_or_end(self) -> dict[str, Any]:
+        """A signal may reach a loader's worker as well, so that the iteration cannot be finished."""
+        try:
+            return self._iterate(self.iteration)
+        except Exception as error:
+            if self.stop.number is None or isinstance(error, UnlearnError):
+                raise
+            self.stop.end(f"in iteration {self.iteration}, which could not be finished: go on from the last checkpoint")
+
+    def _end(self, saved: bool, limit: int | None) -> NoReturn:
+        """After a signal: saves what is done, unless it is, and ends the run."""
+        done = f"after {self.iteration} of {self.method.iterations} iterations"
+        if not self.saves:
+            self.stop.end(
+                f"{done}: nothing was saved to go on from, which takes an output_dir and checkpointing_steps",
+                self.iteration,
+            )
+        if not saved:
+            self._save(limit)
+        path = self.directory / f"checkpoint-{self.iteration}"
+        self.stop.end(f"{done}: go on with resume_from_checkpoint={str(path)!r}", self.iteration, path)
 
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Any], entry: dict[str, Any]) -> tuple[bool, float]:
         """Whether to stop, and the seconds it took, which are not the run's."""
@@ -247,7 +288,7 @@ class Loop:
                 self.averages.update()
         except NonFiniteError as error:
             for buffer, before in self.before:
-                buffer.copy_(before)
+                put(buffer, before)
             made = "; its forget step had been made" if self.forgot else ""
             raise NonFiniteError(f"iteration {t}: {error}{made}") from None
         if self.forgot:
@@ -296,7 +337,7 @@ class Loop:
         """
         first = not self.before
         self.before = [
-            (buffer, buffer.clone())
+            (buffer, copy_of(buffer))
             for name, buffer, version in self.buffers
             if first or buffer._version != version or name.rpartition(".")[2].startswith("running_")
         ]
@@ -450,15 +491,17 @@ class Loop:
 
     # --- After it -------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, limit: int | None) -> None:
+        self._raise_if_non_finite()
         _checkpoint.save(
             self.directory,
+            self.run_id,
             self.iteration,
-            self.model,
+            self._models(),
             self.optimizer,
             self.result.mask,
             {} if self.averages is None else self.averages.tensors,
-            self._teacher_tensors(),
+            self.history.entries,
             {
                 "settings": self.unlearner.settings(),
                 "masked": self.result.mask is not None,
@@ -476,11 +519,13 @@ class Loop:
             },
             self.ranks,
         )
+        if limit is not None and self.ranks.first:
+            _checkpoint.keep_newest(self.directory, limit, self.run_id)
 
-    def _teacher_tensors(self) -> dict[str, Tensor]:
-        """The weights that the run started with, where they are needed: a model that resumes has moved on."""
+    def _models(self) -> dict[str, nn.Module]:
+        """With the one whose weights the run started with, where they are needed: a model that resumes has moved on."""
         original = self.teachers.get("original")
-        return {} if original is None else _checkpoint.model_tensors(original)
+        return {"model": self.model} | ({} if original is None else {"teacher": original})
 
     def _finish(self) -> None:
         result, mask = self.result, self.result.mask

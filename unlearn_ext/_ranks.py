@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._names import reshard, unwrapped
 from ._shards import is_sharded
-from .errors import InputError, LostRankError, UnlearnError, first_line
+from .errors import DamagedError, InputError, LostRankError, UnlearnError, first_line
 
 __all__ = ["ALONE", "Ranks"]
 
@@ -136,12 +136,12 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        told = self.gather_objects(None if error is None else str(error))
+        told = self.gather_objects(None if error is None else (str(error), isinstance(error, DamagedError)))
         if error is not None:
             raise error
-        for rank, message in enumerate(told):
-            if message is not None:
-                raise InputError(f"rank {rank}: {message}")
+        for rank, what in enumerate(told):
+            if what is not None:
+                raise (DamagedError if what[1] else InputError)(f"rank {rank}: {what[0]}")
 
 
 ALONE = Ranks()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "LostRankError", "NonFiniteError", "ProtectionError", "UnlearnError"]
-__all__ += ["first_line", "is_out_of_memory"]
+from pathlib import Path
+
+__all__ = ["DamagedError", "InputError", "Interrupted", "LostRankError", "NonFiniteError", "ProtectionError"]
+__all__ += ["Terminated", "UnlearnError", "UnlearningWarning", "WriteError", "first_line", "is_out_of_memory"]
 
 
 class UnlearnError(Exception):
@@ -12,6 +14,22 @@ class UnlearnError(Exception):
 
 class InputError(UnlearnError, ValueError):
     """An argument, a data set or a file does not fit."""
+
+
+class DamagedError(InputError):
+    """A file is not as it was written."""
+
+
+class WriteError(UnlearnError, OSError):
+    """A file cannot be written: the disk is full, the folder is gone, too many files are open."""
+
+    def __init__(self, message: str, cause: BaseException | None = None):
+        super().__init__(message)
+        self.message = message
+        self.errno, self.strerror = getattr(cause, "errno", None), getattr(cause, "strerror", None)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class NonFiniteError(UnlearnError, ArithmeticError):
@@ -24,6 +42,42 @@ class LostRankError(UnlearnError, RuntimeError):
 
 class ProtectionError(UnlearnError, RuntimeError):
     """A protected weight has changed: something outside the optimizer wrote to it."""
+
+
+class UnlearningWarning(UserWarning):
+    """A run goes on, or has ended, otherwise than was asked for."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was ended by SIGINT (Ctrl-C). The message says how to go on. ``except Exception`` does not catch it.
+
+    Attributes:
+        exit_code: 128 plus the signal's number, as shells report it.
+        iteration: how many iterations are done; None before the first pass is over.
+        checkpoint: what was saved of them; None where the run makes no checkpoints.
+    """
+
+    def __init__(self, message: str, exit_code: int, iteration: int | None = None, checkpoint: Path | None = None):
+        super().__init__(message)
+        self.message, self.exit_code, self.iteration, self.checkpoint = message, exit_code, iteration, checkpoint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Terminated(SystemExit):
+    """A run was ended by SIGTERM or SIGHUP. Where nothing catches it the process exits with 143 or 129.
+
+    Attributes: see :class:`Interrupted`.
+    """
+
+    def __init__(self, message: str, exit_code: int, iteration: int | None = None, checkpoint: Path | None = None):
+        super().__init__(message)
+        self.message, self.exit_code, self.iteration, self.checkpoint = message, exit_code, iteration, checkpoint
+        self.code = exit_code
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def first_line(error: Exception) -> str:

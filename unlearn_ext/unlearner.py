@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +16,21 @@ from torch.utils.data import DistributedSampler
 from . import _checkpoint, ops
 from ._arguments import check_count, check_number
 from ._arriving import keeping_graphs
+from ._checkpoint_folder import candidates, check_folder
 from ._files import writable_directory
 from ._first_pass import first_pass
 from ._in_backward import check_in_backward
+from ._lock import hold_on_first
 from ._loop import Loop, Progress
 from ._modes import PRECISIONS
+from ._module_state import check_storable
 from ._names import trainable
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
+from ._signals import stop_on_signals
 from ._streams import BatchStream, length
 from ._teachers import check_teachers
-from .errors import InputError
+from .errors import DamagedError, InputError, UnlearningWarning
 from .methods import Method, parse
 from .saliency import SaliencyMask
 from .saliency.storage import check_storage, stored
@@ -219,14 +224,16 @@ class Unlearner:
             learn: batches of new data, for a method that learns them while it forgets.
             unseen: batches of data that neither the model was nor the run is trained on, for a method that measures
                 its loss there.
-            output_dir: for ``history.jsonl`` and checkpoints. The history of an earlier run that left no checkpoints is
-                moved aside, to ``history-1.jsonl`` and so on; a directory with checkpoints is refused.
+            output_dir: for ``history.jsonl`` and checkpoints; one run at a time holds it. The history of an earlier run
+                that left no checkpoints is moved aside, to ``history-1.jsonl`` and so on; a directory with checkpoints
+                is refused, unless they are those of the run that is resumed.
             checkpointing_steps: write ``checkpoint-<n>`` after every so many iterations.
             checkpoints_total_limit: keep the newest so many; older ones go when a new one is whole.
             resume_from_checkpoint: ``"latest"`` or a path; the run continues as if it had never stopped. Nothing is
-                written before all of it is found to fit. A checkpoint of the iteration at which an evaluation stopped
-                the run is its end: resumed from there it returns at once, with the same result. From an earlier one it
-                goes on, and it is for ``evaluate`` to stop it again.
+                written before all of it is found to fit, and every bit of it to be as it was written; where the latest
+                is damaged the one before is taken, with an UnlearningWarning. A checkpoint of the iteration at which an
+                evaluation stopped the run is its end: resumed from there it returns at once, with the same result. From
+                an earlier one it goes on, and it is for ``evaluate`` to stop it again.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and
@@ -244,6 +251,10 @@ class Unlearner:
                 ``optimizer_in_backward`` and no clip, a part of the step may have been made, and the message says that.
             ProtectionError: a weight that every step protects has changed.
             LostRankError: another process of the run has ended.
+            WriteError: a history entry or a checkpoint cannot be written: the disk is full, the folder is gone.
+            Interrupted, Terminated: SIGINT (Ctrl-C), or SIGTERM or SIGHUP, has come. The iteration was finished, and
+                with ``checkpointing_steps`` a checkpoint of it was saved; the message says how to go on. A second
+                Ctrl-C does not wait. Only where this is called in the main thread, and nobody else handles the signal.
         """
         if checkpointing_steps is not None and output_dir is None:
             raise InputError("checkpointing_steps needs an output_dir to write to")
@@ -277,16 +288,6 @@ class Unlearner:
             )
         steps = self.gradient_accumulation_steps
         self.method.begin({name: count if count is None else -(-count // steps) for name, count in counts.items()})
-        checkpoint = None
-        if resume_from_checkpoint is not None:
-            with self.ranks.together():
-                found = _checkpoint.find(directory, resume_from_checkpoint)
-            checkpoint = self.read_checkpoint(self.ranks.from_first(found))
-        elif directory is not None and any(directory.glob("checkpoint-*")):
-            raise InputError(
-                f"{directory} holds checkpoints of an earlier run: resume it (resume_from_checkpoint='latest') or "
-                "choose another directory"
-            )
         if progress is None or not self.ranks.first:
             progress = _silent
         if not self.split_batches and self.ranks.size > 1:
@@ -296,7 +297,13 @@ class Unlearner:
         alike = self.ranks if self.split_batches else ALONE
         streams = {name: BatchStream(name, data, alike) for name, data in sets.items()}
         result = Result(update=self.method.update, backend=ops.backend(self.device))
-        with self.ranks.watched(), keeping_graphs(self.optimizer_in_backward):
+        with (
+            self.ranks.watched(),
+            keeping_graphs(self.optimizer_in_backward),
+            stop_on_signals(self.ranks) as stop,
+            hold_on_first(directory, self.ranks),
+        ):
+            checkpoint = self._prepare_folder(directory, resume_from_checkpoint, checkpointing_steps)
             if checkpoint is None:
                 if self.method.mask is not None:
                     self.method.mask.check_model(self._named)
@@ -314,10 +321,47 @@ class Unlearner:
             optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
             for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
                 group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-            loop = Loop(self, optimizer, streams, result, directory, progress)
+            loop = Loop(self, optimizer, streams, result, directory, progress, stop)
             loop.start(checkpoint)
             loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         return result
+
+    def _prepare_folder(
+        self, directory: Path | None, resume: str | Path | None, checkpointing_steps: int | None
+    ) -> _checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, in a folder that may be written to."""
+        if checkpointing_steps is not None:
+            check_storable(self.model)
+        checkpoint = None if resume is None else self.open_checkpoint(directory, resume)
+        with self.ranks.together():
+            if directory is not None:
+                check_folder(directory, None if checkpoint is None else checkpoint.document["run"])
+        return checkpoint
+
+    def open_checkpoint(self, directory: Path | None, resume: str | Path) -> _checkpoint.Checkpoint:
+        """Reads the checkpoint that ``resume`` names, or the newest that is not damaged; nothing is changed.
+
+        Raises:
+            InputError: there is none, or it is of a run with other settings, weights or mask.
+            DamagedError: it is damaged, or all of them are.
+        """
+        with self.ranks.together():
+            paths = candidates(directory, resume)
+        paths = self.ranks.from_first(paths)
+        first: DamagedError | None = None
+        for path in paths:
+            try:
+                checkpoint = self.read_checkpoint(path)
+            except DamagedError as error:
+                first = first or error
+                continue
+            if first is not None:
+                what = str(first).partition("; resume")[0]
+                warnings.warn(f"{what}; the run goes on from {path.name}", UnlearningWarning, stacklevel=3)
+            return checkpoint
+        if len(paths) > 1:
+            raise DamagedError(f"{str(first).partition('; resume')[0]}, and so are all others: start the run again")
+        raise first
 
     def read_checkpoint(self, path: Path) -> _checkpoint.Checkpoint:
         """Reads the whole of it; nothing is changed.
@@ -325,6 +369,9 @@ class Unlearner:
         Raises:
             InputError: it is damaged, or of a run with other settings, weights or mask.
         """
+        with self.ranks.together():
+            if self.ranks.first:
+                _checkpoint.verify(path)
         with self.ranks.together():
             found = _checkpoint.read(path, self.ranks)
             names = [name for name, _ in self._named]

@@ -18,6 +18,7 @@ from helpers.runs import growing, identical, loaders, method, run, weights
 from torch import nn
 
 from unlearn_ext import InputError, SaliencyMask, Unlearner
+from unlearn_ext._seal import seal
 from unlearn_ext.tasks import Classification
 
 RESUMABLE = {
@@ -68,6 +69,7 @@ def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path) -> None:
     document = json.loads(state.read_text())
     assert document["settings"].pop("batch_norm_statistics") == "all"
     state.write_text(json.dumps(document))
+    seal(state.parent, f"run {document['run']}")
     resume = {"output_dir": tmp_path, "resume_from_checkpoint": state.parent}
     with pytest.raises(InputError, match="written with batch_norm_statistics='all' and the method has 'retain'"):
         run(make(), changes={"batch_norm_statistics": "retain"}, **resume)
@@ -130,14 +132,19 @@ def interrupted(directory: Path, changes: dict | None = None, **arguments) -> Pa
     return directory / "checkpoint-12"
 
 
-def refused(message: str, model: nn.Module, directory: Path, data: dict | None = None, **arguments) -> None:
+def refused(
+    message: str,
+    model: nn.Module,
+    directory: Path,
+    data: dict | None = None,
+    resume: str | Path = "latest",
+    **arguments,
+) -> None:
     """Resuming fails in one sentence and changes neither model nor files."""
     before, history = weights(model), (directory / "history.jsonl").read_text()
     data = data or {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
     with pytest.raises(InputError, match=message) as caught:
-        Unlearner(model, Classification(), **arguments).run(
-            **data, output_dir=directory, resume_from_checkpoint="latest"
-        )
+        Unlearner(model, Classification(), **arguments).run(**data, output_dir=directory, resume_from_checkpoint=resume)
     assert "\n" not in str(caught.value)
     assert identical(before, weights(model)) and (directory / "history.jsonl").read_text() == history
 
@@ -176,14 +183,15 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "file, content, words",
     [
-        ("state.json", b'{"format": ', "its state.json cannot be read"),
-        ("state.json", b"[]", "its state.json cannot be read"),
-        ("state.json", b'{"format": "unlearn_ext.checkpoint.6", "iteration": 12}', "its state.json lacks param_groups"),
-        ("model.safetensors", b"junk", "its model.safetensors cannot be read"),
-        ("model.safetensors", None, "model.safetensors is missing"),
-        ("optimizer.safetensors", b"", "its optimizer.safetensors cannot be read"),
-        ("mask.safetensors", b"junk", "not a safetensors file"),
-        ("mask.safetensors", None, "there is no mask"),
+        ("state.json", b'{"format": ', "its state.json is not as it was written"),
+        ("state.json", None, "its state.json is missing"),
+        ("SHA256SUMS", b"junk", "its SHA256SUMS cannot be read"),
+        ("SHA256SUMS", None, "its SHA256SUMS is missing"),
+        ("model.safetensors", b"junk", "its model.safetensors is not as it was written"),
+        ("model.safetensors", None, "its model.safetensors is missing"),
+        ("optimizer.safetensors", b"", "its optimizer.safetensors is not as it was written"),
+        ("mask.safetensors", b"junk", "its mask.safetensors is not as it was written"),
+        ("mask.safetensors", None, "its mask.safetensors is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(file, content, words, tmp_path) -> None:
@@ -192,7 +200,14 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(file, conten
     if content is not None:
         (checkpoint / file).write_bytes(content)
     message = f"checkpoint-12 is damaged: .*{words}.*; resume from an earlier one"
-    refused(message, make(seed=4), tmp_path, method=method())
+    refused(message, make(seed=4), tmp_path, resume=checkpoint, method=method())
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path) -> None:
+    checkpoint = interrupted(tmp_path)
+    (checkpoint / "SHA256SUMS").unlink()
+    (checkpoint / "state.json").write_text('{"format": "unlearn_ext.checkpoint.6", "iteration": 12}')
+    refused("is not a checkpoint of this version: start the run again", make(seed=4), tmp_path, method=method())
 
 
 def test_labels_are_checked_after_resuming_as_well(tmp_path) -> None:
@@ -234,7 +249,7 @@ Unlearner(make(dropout=0.3), Classification(), method(**changes)).run(
 
 def test_kill_and_resume(tmp_path) -> None:
     """A killed process leaves whole checkpoints only, and the run continues from the newest."""
-    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), output=str(tmp_path))
+    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[1]), output=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint-15").exists() and process.poll() is None and time.monotonic() < deadline:

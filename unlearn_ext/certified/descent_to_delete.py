@@ -234,7 +234,7 @@ class DescentToDelete:
                 "No guarantee: the noise came from a generator with a seed, and whoever knows the seed can take it off."
             )
         return {
-            "format": "unlearn_ext.certificate.1",
+            "format": "unlearn_ext.certificate.2",
             "certified": not seeded,
             "statement": statement,
             "source": _SOURCE,

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import atomic_path, writable_directory
+from .._files import atomic_path, user_path, writable_directory, writing
 from .._hashing import raw_bytes
+from .._seal import SEAL, damage, seal
 from ..errors import InputError
 
 __all__ = ["CERTIFICATE", "WEIGHTS", "Publication", "tensors_sha256"]
 
+_OLDER = "unlearn_ext.certificate.1"  # without SHA256SUMS
 WEIGHTS, CERTIFICATE = "weights.safetensors", "certificate.json"
 
 
@@ -49,7 +51,7 @@ class Publication:
         return features.to(torch.float64) @ self.weights
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``weights.safetensors`` and ``certificate.json``."""
+        """Writes ``weights.safetensors``, ``certificate.json``, and the hashes of both as ``SHA256SUMS``."""
         from safetensors.torch import save_file
 
         directory = writable_directory(directory)
@@ -57,23 +59,33 @@ class Publication:
             save_file({"weights": self.weights.contiguous()}, partial, metadata={"format": "pt"})
         with atomic_path(directory / CERTIFICATE) as partial:
             partial.write_text(json.dumps(self.certificate, indent=2) + "\n")
+        with writing(directory / SEAL):
+            seal(directory, "publication", (WEIGHTS, CERTIFICATE))
 
     @classmethod
     def load(cls, directory: str | Path) -> Publication:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            InputError: a file is missing or damaged, or the certificate is that of other weights.
+            InputError: a file is missing or not as it was written, or the certificate is that of other weights.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        directory = user_path(directory)
+        sealed = (directory / SEAL).exists()
+        if sealed and (what := damage(directory)) is not None:
+            raise InputError(
+                f"{directory} holds no publication that can be read: {what}; take another copy, or publish again"
+            )
         try:
-            weights = load_file(Path(directory, WEIGHTS))["weights"]
-            certificate = json.loads(Path(directory, CERTIFICATE).read_text())
+            weights = load_file(directory / WEIGHTS)["weights"]
+            certificate = json.loads((directory / CERTIFICATE).read_text())
             expected = certificate["weights_sha256"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{directory} holds no publication that can be read: {error!r}") from None
+        if not sealed and certificate.get("format") != _OLDER:
+            raise InputError(f"{directory}: its {SEAL} is missing; take another copy, or publish again")
         if tensors_sha256(weights) != expected:
             raise InputError(f"{directory}: the certificate is that of other weights: publish again")
         return cls(weights, certificate)

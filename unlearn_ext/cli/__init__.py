@@ -38,7 +38,6 @@ def _run(arguments: Sequence[str]) -> int:
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError, first_line, is_out_of_memory
     from .arguments import hyphens
-    from .ending import Interrupted
     from .report import plain_console
 
     errors, label = plain_console(stderr=True), Text("error:", "red")
@@ -46,9 +45,6 @@ def _run(arguments: Sequence[str]) -> int:
         _app()(hyphens(arguments))
     except SystemExit as end:  # how typer ends, also after a usage error, which it has printed
         return end.code if isinstance(end.code, int) else int(bool(end.code))
-    except Interrupted as end:
-        errors.print(f"interrupted: {end}", soft_wrap=True)
-        return end.code
     except (UnlearnError, BuildError, ToolchainError, ImportError) as error:
         errors.print(label, str(error), soft_wrap=True)
         return 1
@@ -70,6 +66,7 @@ def _app():
     from . import compare, demo, forget, profile
     from .arguments import OnceCommand, checked
     from .ending import EXIT_CODES
+    from .running import as_command
 
     app = typer.Typer(
         add_completion=False,
@@ -85,11 +82,11 @@ def _app():
     ) -> None:
         pass
 
-    for name, function, interrupted in (
+    for name, function, advice in (
         ("demo", demo.demo, _STARTS_ANEW),
-        ("forget", forget.forget, "the run had not begun to train; the same command starts anew"),
+        ("forget", forget.forget, _STARTS_ANEW),
         ("compare", compare.compare, _GOES_ON),
         ("profile", profile.profile, _STARTS_ANEW),
     ):
-        app.command(name, cls=OnceCommand, epilog=EXIT_CODES)(checked(function, interrupted))
+        app.command(name, cls=OnceCommand, epilog=EXIT_CODES)(as_command(checked(function), advice))
     return app

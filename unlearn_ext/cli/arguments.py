@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from .._files import user_path
 from ..errors import InputError
-from .ending import Interrupted
 
 __all__ = ["OnceCommand", "checked", "hyphens"]
 
@@ -43,20 +42,12 @@ class OnceCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def checked(function: Callable[..., int], when_interrupted: str) -> Callable[..., int]:
-    """The command with ``~`` in paths replaced by the home folder, and numbers out of reach refused.
-
-    Args:
-        when_interrupted: what to say after Ctrl-C.
-    """
+def checked(function: Callable[..., int]) -> Callable[..., int]:
+    """The command with ``~`` in paths replaced by the home folder, and numbers out of reach refused."""
 
     @functools.wraps(function)
     def run(**arguments: Any) -> int:
-        values = {name: _checked(name, value) for name, value in arguments.items()}
-        try:
-            return function(**values)
-        except KeyboardInterrupt:  # else typer ends without a word
-            raise Interrupted(when_interrupted) from None
+        return function(**{name: _checked(name, value) for name, value in arguments.items()})
 
     return run
 
@@ -64,9 +55,9 @@ def checked(function: Callable[..., int], when_interrupted: str) -> Callable[...
 def _checked(name: str, value: Any) -> Any:
     option = "--" + name.removesuffix("_file").replace("_", "-")
     if isinstance(value, Path):  # as in --option=~/folder, where the shell leaves it
-        return Path(os.path.expanduser(value))
+        return user_path(value)
     if isinstance(value, str) and name in _PATHS_OR_NAMES:
-        return os.path.expanduser(value)
+        return str(user_path(value))
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{option}: expected a finite number, got {value}")
     if isinstance(value, int) and name not in _LARGER and abs(value) > _LARGEST:

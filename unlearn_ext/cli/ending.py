@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["EXIT_CODES", "INTERRUPTED", "UNMET", "Interrupted", "exit_code", "show_warnings"]
+__all__ = ["EXIT_CODES", "UNMET", "exit_code", "show_warnings"]
 
-INTERRUPTED = 130
 UNMET = 3
 # Keys of warnings that mean that what was asked did not happen; others are of what a user should know.
 _UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "retained_lost", "not_judged"})
@@ -39,12 +38,6 @@ def demo_warnings(what: str | None, before: float, after: float, result: Any) ->
     if what is not None and still_drawn(before, after, 1 / 10):
         found["still_known"] = f"{what} was not forgotten: {100 * before:.1f} % before and {100 * after:.1f} % after"
     return found
-
-
-class Interrupted(Exception):
-    """The user ended the command; the message says how to go on."""
-
-    code = INTERRUPTED
 
 
 def show_warnings(warnings: Mapping[str, str], console: Console) -> None:

@@ -13,7 +13,6 @@ from typing import Annotated
 import typer
 
 from .device import Precision, checked_device
-from .ending import Interrupted
 from .forget_report import planned, show_estimate, show_plan, show_result
 from .report import check_file, plain_console, write_report
 
@@ -163,7 +162,7 @@ def forget(
     from ..diffusion.pretrained import OWN_FOLDER
     from ..diffusion.publishing import how_to_go_on
     from ..diffusion.space import check_room
-    from ..errors import InputError
+    from ..errors import InputError, Interrupted, Terminated
     from .backend import load_backend
     from .progress import stages
 
@@ -195,8 +194,9 @@ def forget(
         with stages(errors) as progress:
             job.progress = progress
             job.run(lambda report, whole: write_report(report, file, json_file if whole else None))
-    except KeyboardInterrupt:
-        raise Interrupted(how_to_go_on(job)) from None
+    except (Interrupted, Terminated) as stopped:
+        stopped.advice = how_to_go_on(job)
+        raise
     if not job.first:
         return 0
     if not keep_work:

@@ -29,16 +29,18 @@ def check_file(option: str, file: Path | None, output_dir: Path | None = None) -
     Raises:
         InputError: its directory does not exist or cannot be written to.
     """
-    from .._files import writable_directory
+    from .._files import check_writable
     from ..errors import InputError
 
     if file is None:
         return
     beside = output_dir is not None and file.parent.resolve() == output_dir.resolve()
-    if not (beside or file.parent.is_dir()) or file.is_dir():
-        raise InputError(f"{option}: expected a file in a directory that exists, got {file}")
-    if not beside:  # else it is checked where it is made
-        writable_directory(file.parent)
+    if beside and not file.exists():  # the directory is checked where it is made
+        return
+    try:
+        check_writable(file)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
 
 
 def versions() -> dict[str, str]:

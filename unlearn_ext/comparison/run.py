@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import ops
 from .._arguments import check_count
-from .._files import writable_directory
+from .._files import user_path, writable_directory
 from ..data import Digits
 from ..demo.network import SmallResNet
 from ..errors import InputError
@@ -65,7 +65,7 @@ class Comparison:
         self.protocol, self.runners, self.digits = protocol, list(runners), digits
         self.seeds = range(seed, seed + count)
         self._check_runners()
-        self.output_dir, self.models_dir = Path(output_dir), Path(models_dir)
+        self.output_dir, self.models_dir = user_path(output_dir), user_path(models_dir)
         self.progress, self.tell, self.finished = progress, tell, finished
 
     def _check_runners(self) -> None:

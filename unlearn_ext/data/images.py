@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._files import user_path
 from ..errors import InputError
 from ._arrays import array_labels, open_arrays, read_arrays
 from ._folders import class_folders, open_folders
@@ -238,7 +239,7 @@ def open_data(
     Raises:
         InputError: no such data, or data that do not fit the model.
     """
-    path = Path(path)
+    path = user_path(path)
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
     if path.is_dir():
@@ -275,7 +276,7 @@ def count_classes(path: str | Path) -> int:
     Raises:
         InputError: there are no class folders or labels.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         return len(class_folders(path)[0])
     return len(array_labels(path, read_arrays(path)).all().unique())

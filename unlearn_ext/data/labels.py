@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .._files import user_path
 from ..errors import InputError
 
 __all__ = ["label_names", "parse_classes", "read_class_map"]
@@ -91,7 +92,7 @@ def read_class_map(path: str | Path, names: Mapping[str, list[int]] | None = Non
     Raises:
         InputError: the file cannot be read, a line is neither, or two folders are one class.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint
+from .. import _checkpoint_folder
 from .._clock import timed
 from .._files import writable_directory, write_json
 from .._hashing import weights_hash
+from .._lock import hold_on_first
 from .._loop import Progress
 from .._names import trainable
 from .._shards import local
@@ -34,7 +35,7 @@ from .estimate import Estimate, sizes_on_disk
 from .fid import RetainedFID
 from .judge import Judge
 from .options import ForgetOptions, each_of
-from .output import RESULT, check_claim, claim_output, is_waiting, unfinished_bytes
+from .output import RESULT, check_claim, claim_output, is_in_result, is_waiting, unfinished_bytes
 from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
@@ -135,10 +136,10 @@ class ForgetJob:
         self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
             try:
-                found = _checkpoint.find(self.work.path, options.resume_from_checkpoint)
+                _checkpoint_folder.candidates(self.work.path, options.resume_from_checkpoint)
             except InputError as error:
                 raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
-            self.unlearner.read_checkpoint(found)
+            self.unlearner.open_checkpoint(self.work.path, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:
         """What several ranks cannot do, by the names of the options."""
@@ -283,7 +284,7 @@ class ForgetJob:
     def left_out(self) -> dict[str, str]:
         """Files of the source that the written folder has not, and why."""
         output = self.options.output_dir
-        return {name: why for name, why in self._plan.left_out.items() if not (output / name).exists()}
+        return {name: why for name, why in self._plan.left_out.items() if not is_in_result(output, name)}
 
     @property
     def retained_count(self) -> int:
@@ -414,12 +415,29 @@ class ForgetJob:
         """Everything, and the result that is written as ``unlearning/result.json``.
 
         Args:
-            record: writes the result in place of that file: called with it once the model is whole and not judged yet,
-                and with True beside it when all is in it. The model has its place afterwards.
+            record: writes the result in place of that file: called with what is known before the model is judged, and
+                with True beside it when all is in it, both before the model gets its name: a folder with a model has
+                its result as well, at whatever moment the process is killed.
         """
-        options = self.options
-        if options.strict or not self.encodes:  # before anything is written
+        output = self.options.output_dir
+        if self.options.strict or not self.encodes:  # before anything is written
             self._verify()
+        with self._together():
+            made = self.first and not output.exists()
+            if self.first:
+                check_claim(output, self.pretrained.folder, resume=self._resume)
+                writable_directory(output)
+        try:
+            with hold_on_first(output, self.unlearner.ranks):
+                return self._run(record)
+        except UnlearnError:
+            for folder in (output / OWN_FOLDER, output) if made else ():
+                with contextlib.suppress(OSError):  # it holds something
+                    folder.rmdir()
+            raise
+
+    def _run(self, record: Callable[[dict[str, Any], bool], Any] | None) -> dict[str, Any]:
+        options = self.options
         own = self._claim() / OWN_FOLDER
         forget, retain = self._loaders(self._encode_in_turn() if self.encodes else self.data)
         if self.pictures.fid is not None:
@@ -471,7 +489,7 @@ class ForgetJob:
             if self.first:
                 finish_earlier(self)
                 claim_output(options.output_dir, self.pretrained.folder, resume=self._resume)
-                with self._leaving_nothing():
+                with self._discarding_work():
                     check_room(self.rooms())
                     self.work.claim()
                     writable_directory(options.output_dir / OWN_FOLDER)
@@ -480,20 +498,17 @@ class ForgetJob:
     def _encode_in_turn(self) -> LatentData:
         """By the first rank; the others find what it has written."""
         directory = self.work.latents
-        with self._together(), self._leaving_nothing():
+        with self._together(), self._discarding_work():
             latents = self._encode(directory) if self.first else None
         return self._encode(directory) if latents is None else latents
 
     @contextlib.contextmanager
-    def _leaving_nothing(self) -> Iterator[None]:
-        """What is wrong with the data or the VAE may show late: then nothing stays of folders that this run made."""
+    def _discarding_work(self) -> Iterator[None]:
+        """What is wrong with the data or the VAE may show late: then no work folder stays that this run has made."""
         try:
             yield
         except UnlearnError:
             self.work.discard()
-            for folder in (self.options.output_dir / OWN_FOLDER, self.options.output_dir):
-                with contextlib.suppress(OSError):  # it holds something else
-                    folder.rmdir()
             raise
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._arguments import check_count, check_finite, check_number
+from .._files import user_path
 from .._modes import PRECISIONS
 from ..errors import InputError
 from ..evaluation.inception import check_file
@@ -19,6 +20,8 @@ from .parallel import PARALLEL
 
 __all__ = ["WEIGHTS_DTYPES", "ForgetOptions", "each_of"]
 
+_PATHS = ("pretrained_model_name_or_path", "data", "output_dir", "class_map", "mask", "work_dir", "classifier")
+_PATHS += ("fid_weights",)
 WEIGHTS_DTYPES = ("float32", "bfloat16")
 _MOST_SAMPLES = 100_000  # of each class: beyond a million in all, two seeds may share noise
 
@@ -71,6 +74,9 @@ class ForgetOptions:
     parallel: str = "ddp"
 
     def __post_init__(self) -> None:
+        for name in _PATHS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, user_path(getattr(self, name)))
         for name in ("forget_class", "forget_prompt"):  # one is written to the result as a text, several as a list
             values = each_of(getattr(self, name))
             object.__setattr__(self, name, list(values) if len(values) > 1 else next(iter(values), None))

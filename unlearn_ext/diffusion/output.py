@@ -9,12 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._files import writable_directory
+from .._files import writable_directory, writing
+from .._leftovers import is_leftover, partial_pattern, sweep
 from ..errors import InputError
 from .pretrained import OWN_FOLDER, Pretrained, write_result
-from .work import PROBES, size_of
+from .work import size_of
 
-__all__ = ["RESULT", "check_claim", "claim_output", "is_waiting", "move_output", "unfinished_bytes", "write_output"]
+__all__ = ["RESULT", "check_claim", "claim_output", "is_in_result", "is_waiting", "move_output", "unfinished_bytes"]
+__all__ += ["write_output"]
 
 RESULT = "result.json"  # in OWN_FOLDER
 _WHOLE = "folder"  # in OWN_FOLDER: a whole result, or what of it has not been moved to its place yet
@@ -37,7 +39,7 @@ def check_claim(output: Path, source: Path, *, resume: bool) -> None:
     try:
         if not output.exists() or is_waiting(output):  # the latter is moved to its place first
             return
-        others = sorted(p.name for p in output.iterdir() if p.name != OWN_FOLDER and not p.name.startswith(PROBES))
+        others = sorted(path.name for path in output.iterdir() if path.name != OWN_FOLDER and not is_leftover(path))
         private = sorted(path.name for pattern in _PRIVATE for path in own.glob(pattern))
     except OSError as error:
         raise InputError(f"--output-dir: {output} cannot be read ({error.strerror}): choose another") from None
@@ -76,8 +78,8 @@ def claim_output(output: Path, source: Path, *, resume: bool) -> Path:
     output = writable_directory(output)
     for left in _unfinished(output):
         shutil.rmtree(left, ignore_errors=True)
-    for left in output.glob(f"{PROBES}*"):
-        left.unlink(missing_ok=True)
+    for folder in (output, output / OWN_FOLDER):
+        sweep(folder, held=True)
     return output
 
 
@@ -92,11 +94,12 @@ def unfinished_bytes(output: Path) -> int:
 
 
 def _unfinished(output: Path) -> list[Path]:
-    return list((output / OWN_FOLDER).glob(f".{_WHOLE}-*"))
+    own = output / OWN_FOLDER
+    return [*own.glob(f".{_WHOLE}-*"), *own.glob(partial_pattern(_WHOLE))]
 
 
 def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Makes the whole folder within the output folder; :func:`move_output` moves it to its place.
+    """Makes the whole folder, which :func:`move_output` moves to its place.
 
     Args:
         weights: the denoiser's, by name, where it holds but a part of them.
@@ -105,11 +108,18 @@ def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Ten
 
 
 def move_output(output: Path) -> None:
-    """Moves what :func:`write_output` made to its place, entry by entry, the index last.
+    """Moves what :func:`write_output` has made to its place, entry by entry, the index last."""
+    with writing(output):
+        _move(output / OWN_FOLDER / _WHOLE, output)
 
-    A run that is killed here is finished by the next. Nothing is overwritten.
-    """
-    whole = output / OWN_FOLDER / _WHOLE
+
+def is_in_result(output: Path, name: str) -> bool:
+    """Whether the folder that :func:`write_output` has made holds a file."""
+    return (output / OWN_FOLDER / _WHOLE / name).exists()
+
+
+def _move(whole: Path, output: Path) -> None:
+    """What is left of ``whole``: a run that is killed here is finished by the next. Nothing is overwritten."""
     entries = sorted(whole.iterdir(), key=lambda path: path.name == "model_index.json")
     for path in entries:
         if os.path.lexists(output / path.name):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import atomic_directory
+from .._files import atomic_directory, follow_umask, user_path
+from .._leftovers import is_leftover
 from .._names import own_names, unwrapped
 from ..data.labels import label_names, parse_classes
 from ..errors import InputError, first_line
@@ -222,7 +223,7 @@ def import_diffusers() -> Any:
 
 
 def _find(path: str | Path) -> Path:
-    folder = Path(path)
+    folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -471,10 +472,11 @@ class Plan:
 def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: Iterable[str] = ()) -> Plan:
     """What :func:`write_result` copies from the source, and what it leaves out."""
     extra_files = set(extra_files)
-    source, place = Path(source_folder), pretrained.denoiser_folder
+    source, place = user_path(source_folder), pretrained.denoiser_folder
     components = _components(source, pretrained)
     copied, left_out, size = [], {}, 0
-    for name in _files(source):
+    inside = _roots(source)
+    for name in _files(source, inside):
         path = PurePosixPath(name)
         top = path.parts[0] if len(path.parts) > 1 else ""
         if _is_weights(path) and top not in components:
@@ -482,6 +484,13 @@ def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: 
                 left_out[name] = "the denoiser's weights as they were"
             else:
                 left_out[name] = "weights outside the pipeline's parts, which may hold what was forgotten"
+        elif not _is_inside(source / name, inside):
+            if path.parts[0] in {*components, place} or name in (_INDEX, "config.json", "scheduler_config.json"):
+                raise InputError(
+                    f"{source / name} is a link that leaves the model's folder, and the result needs what it points "
+                    "to: put the file itself there"
+                )
+            left_out[name] = "a link that leaves the model's folder"
         elif name in extra_files:
             left_out[name] = "replaced by a file of this result"
         else:
@@ -496,8 +505,20 @@ def _is_weights(path: PurePosixPath) -> bool:
     return name.endswith(_WEIGHTS) or _WEIGHTS_INDEX.search(name) is not None
 
 
-def _files(source: Path) -> Iterator[str]:
-    """Sorted, relative to ``source``, links followed: a hub cache is made of them."""
+def _roots(source: Path) -> tuple[Path, ...]:
+    """Where a model's files may lie: in its folder, or, in a hub cache, in the blobs that a snapshot links to."""
+    real = source.resolve()
+    snapshot = next((path for path in (real, *real.parents) if path.parent.name == "snapshots"), None)
+    return (real,) if snapshot is None else (real, snapshot, snapshot.parent.parent / "blobs")
+
+
+def _is_inside(path: Path, roots: Iterable[Path]) -> bool:
+    real = path.resolve()
+    return any(root in real.parents for root in roots)
+
+
+def _files(source: Path, roots: Iterable[Path]) -> Iterator[str]:
+    """Sorted, relative to ``source``. Links are followed within ``roots``; a folder elsewhere is named as one file."""
     seen: set[str] = set()
     for folder, below, files in os.walk(source, followlinks=True):
         real = os.path.realpath(folder)
@@ -506,6 +527,9 @@ def _files(source: Path) -> Iterator[str]:
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if name not in _NOT_OF_THE_MODEL)
+        for name in [name for name in below if not _is_inside(Path(folder, name), roots)]:
+            below.remove(name)
+            yield Path(folder, name).relative_to(source).as_posix()
         for name in sorted(files):
             path = Path(folder, name)
             if not path.is_file():
@@ -519,12 +543,12 @@ def check_output(output_folder: str | Path, source_folder: str | Path) -> Path:
     Raises:
         InputError: the folder is not empty, lies in the source, or cannot be written.
     """
-    output, source = Path(output_folder), Path(source_folder).resolve()
+    output, source = user_path(output_folder), user_path(source_folder).resolve()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: choose another output folder")
     if source == output.resolve() or source in output.resolve().parents:
         raise InputError(f"{output} lies in the folder of the model that is read: choose another output folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and not all(map(is_leftover, output.iterdir())):
         raise InputError(f"{output} is not empty: choose another output folder, nothing is overwritten")
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not os.access(above, os.W_OK | os.X_OK):
@@ -558,7 +582,7 @@ def write_result(
     Raises:
         InputError: the output is not empty, the denoiser's tensors are not those that were opened, the disk is full.
     """
-    source, model = Path(source_folder), unwrapped(pretrained.denoiser)
+    source, model = user_path(source_folder), unwrapped(pretrained.denoiser)
     output = check_output(output_folder, source)
     extra = _checked_extra(source, pretrained, extra_files or {})
     plan = plan_result(source, pretrained, extra)
@@ -573,14 +597,15 @@ def write_result(
                     variant=pretrained.variant,
                     max_shard_size=max_shard_size,
                 )
+            follow_umask(partial)
             for name in plan.copied:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, partial / name)
+                _copy(source / name, partial / name)
             for name, content in extra.items():
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(content, Path):
-                    shutil.copyfile(content, target)
+                    _copy(content, target)
                 else:
                     target.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
@@ -588,6 +613,12 @@ def write_result(
             f"{output} cannot be written ({error.strerror or error}): {plan.bytes:,} bytes are needed; nothing was left"
         ) from None
     return plan
+
+
+def _copy(source: Path, target: Path) -> None:
+    """With its mode, but for what lets a program run as somebody else."""
+    shutil.copyfile(source, target)
+    target.chmod(source.stat().st_mode & 0o777)
 
 
 def _checked_extra(

@@ -34,8 +34,7 @@ def publish(
 ) -> dict[str, Any]:
     """Writes everything and returns the result.
 
-    The first record comes before the model is whole, so that no whole model lacks one. The model moves to its place
-    even where judging its pictures fails.
+    The first record comes before the model is whole, so that no whole model lacks one.
 
     Args:
         own: the folder in the output folder for all that is not the model.
@@ -56,10 +55,10 @@ def publish(
             verdict = job.pictures.verdict()
         with timed(job.seconds, "FID") if job.pictures.fid else contextlib.nullcontext():
             fid = job.pictures.distances(lambda when, done, total: job.progress(f"FID {when}", done, total))
-    finally:
+        report = _report(job, result, verdict, fid)
+        record(report, True)
+    finally:  # whatever goes wrong with the pictures, the model is whole
         move_output(output)
-    report = _report(job, result, verdict, fid)
-    record(report, True)
     return report
 
 

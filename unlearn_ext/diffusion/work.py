@@ -10,12 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
-from .._files import atomic_path, writable_directory
+from .._checkpoint_folder import numbered
+from .._files import writable_directory, write_json
+from .._leftovers import is_leftover
 from ..errors import InputError
 
-__all__ = ["PROBES", "WorkFolder"]
+__all__ = ["WorkFolder", "size_of"]
 
-PROBES = ".probe-"  # how files begin that only prove that a folder can be written to
 _MARK, _FORMAT = "work.json", "unlearn_ext.work.1"
 _CONTENTS = ("latents", "checkpoint-*", "history*.jsonl", "*fisher*.safetensors", ".*", _MARK)
 
@@ -40,7 +41,7 @@ class WorkFolder:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return sorted(self.path.glob("checkpoint-*"))
+        return numbered(self.path)
 
     def check(self, source: Path, *, resume: bool) -> None:
         """Whether a run may use it; nothing is written.
@@ -58,13 +59,19 @@ class WorkFolder:
         if source.resolve() in (path, *parents):
             raise InputError(f"--work-dir: {path} lies in the model's folder: choose another")
         try:
-            entries = [] if not path.exists() else [p.name for p in path.iterdir() if not _is_leftover(p)]
+            entries = [] if not path.exists() else [p.name for p in path.iterdir() if not is_leftover(p)]
         except OSError as error:
             raise InputError(f"--work-dir: {path} cannot be read ({error.strerror}): choose another") from None
-        if entries and not self._is_marked():
+        output = self._output()
+        if entries and output is None:
             raise InputError(
                 f"--work-dir: {path} holds {min(entries)} and is no work folder of a run: move it away, or name "
                 "another folder with --work-dir"
+            )
+        if not resume and output not in (None, str(self.output)):
+            raise InputError(
+                f"--work-dir: {path} belongs to the run of {output}: wait until it has ended, or name another folder; "
+                "one that was killed goes on with its own --output-dir, or remove the folder"
             )
         if self.checkpoints and not resume:
             raise InputError(
@@ -72,19 +79,20 @@ class WorkFolder:
                 "folder to start anew"
             )
 
-    def _is_marked(self) -> bool:
+    def _output(self) -> str | None:
+        """The output folder of the run that the folder belongs to; None where it is no work folder."""
         try:
-            return json.loads((self.path / _MARK).read_text(encoding="utf-8"))["format"] == _FORMAT
+            mark = json.loads((self.path / _MARK).read_text(encoding="utf-8"))
+            return str(mark["output_dir"]) if mark["format"] == _FORMAT else None
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return False
+            return None
 
     def claim(self) -> None:
         """Makes the folder and marks it as a work folder."""
         self._made = not self.path.exists()
         writable_directory(self.path)
-        if not self._is_marked():
-            with atomic_path(self.path / _MARK) as partial:
-                partial.write_text(json.dumps({"format": _FORMAT, "output_dir": str(self.output)}) + "\n")
+        if self._output() is None:
+            write_json(self.path / _MARK, {"format": _FORMAT, "output_dir": str(self.output)})
 
     def held(self) -> dict[str, int]:
         """Bytes of what an earlier, unfinished run left and this one uses: what -> bytes."""
@@ -97,7 +105,7 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Removes what runs put there, and the folder unless somebody put something else there."""
-        if not self._is_marked():
+        if self._output() is None:
             return
         for pattern in _CONTENTS:  # the mark is the last
             for path in self.path.glob(pattern):
@@ -118,8 +126,3 @@ class WorkFolder:
 def size_of(folder: Path) -> int:
     """Bytes of the files in it; 0 where there is no such folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _is_leftover(path: Path) -> bool:
-    """What a killed run may leave in a folder that it had not marked yet."""
-    return path.name.startswith((PROBES, f".{_MARK}-"))

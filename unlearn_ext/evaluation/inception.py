@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import user_path
 from .._hashing import file_hash
 from .._pixels import to_bytes
 from ..errors import InputError, first_line
@@ -67,7 +68,7 @@ class InceptionFID:
     def __init__(self, weights: str | Path, features: int = 2048, device: torch.device | str = "cpu"):
         if features not in (64, 192, 768, 2048):
             raise InputError(f"features: expected 64, 192, 768 or 2048, got {features!r}")
-        path = Path(weights)
+        path = user_path(weights)
         check_file(path)
         self.features = features
         _check_tensors(path)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import atomic_path, writable_directory
+from .._files import atomic_path, user_path, writable_directory
 from .._names import by_plain_name
 from ..errors import InputError
 
@@ -69,7 +69,8 @@ def write_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 
 def _read(path: str | Path) -> dict[str, Any]:
     """A pickled dictionary by plain name, without running any code that the pickle holds."""
-    if not Path(path).is_file():
+    path = user_path(path)
+    if not path.is_file():
         raise InputError(f"there is no file at {path}")
     try:  # mapped where the format allows it: SalUn's mask of a diffusion model takes 7 GB
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._files import atomic_path, writable_directory
+from .._files import atomic_path, user_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
 from .._shards import is_sharded, local, part_like
@@ -314,7 +314,8 @@ class SaliencyMask:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
+        path = user_path(path)
+        if not path.is_file():
             raise InputError(f"there is no mask at {path}")
         try:
             with safe_open(path, framework="pt") as file:

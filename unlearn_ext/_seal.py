@@ -1,0 +1,70 @@
+"""``SHA256SUMS`` in a directory: hashes by which every changed bit of its files is noticed before they are used.
+
+``sha256sum --check SHA256SUMS`` checks it as well. The first line says whose files they are and how many.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from ._files import atomic_path, sync
+from ._hashing import file_hash
+
+__all__ = ["SEAL", "damage", "label_of", "seal"]
+
+SEAL = "SHA256SUMS"
+_HEADER = re.compile(r"# unlearn_ext ([\w .:-]+), (\d+) files", re.ASCII)
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\0\n]+)")
+
+
+def seal(directory: Path, label: str, names: Iterable[str] | None = None) -> None:
+    """Writes the hashes of the files; by default of all that are there. They are on the disk before their hashes."""
+    if names is None:
+        paths = (path for path in directory.rglob("*") if path.is_file() and path != directory / SEAL)
+        names = (path.relative_to(directory).as_posix() for path in paths)
+    names = sorted(names)
+    for name in names:
+        sync(directory / name)
+    lines = [f"# unlearn_ext {label}, {len(names)} files"]
+    lines += [f"{file_hash(directory / name)}  {name}" for name in names]
+    with atomic_path(directory / SEAL) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def label_of(directory: Path) -> str | None:
+    """Whose files they are; None where that cannot be read. Nothing is checked."""
+    try:
+        first = (directory / SEAL).read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, ValueError):
+        return None
+    match = _HEADER.fullmatch(first)
+    return None if match is None else match[1]
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the first file that is not as it was written, or None."""
+    try:
+        text = (directory / SEAL).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return f"its {SEAL} is missing"
+    except (OSError, ValueError):
+        return f"its {SEAL} cannot be read"
+    first, *lines = text.split("\n")
+    header, entries = _HEADER.fullmatch(first), [_LINE.fullmatch(line) for line in lines[:-1]]
+    if header is None or lines[-1:] != [""] or not all(entries) or int(header[2]) != len(entries):
+        return f"its {SEAL} cannot be read"
+    for expected, name in (entry.groups() for entry in entries):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return f"its {SEAL} cannot be read"
+        try:
+            found = file_hash(directory / path)
+        except FileNotFoundError:
+            return f"its {name} is missing"
+        except OSError as error:
+            return f"its {name} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"its {name} is not as it was written"
+    return None
