@@ -38,11 +38,13 @@ def _run(arguments: Sequence[str]) -> int:
     from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError, first_line, is_out_of_memory
     from .arguments import hyphens
+    from .ending import plain_warnings
     from .report import plain_console
 
     errors, label = plain_console(stderr=True), Text("error:", "red")
     try:
-        _app()(hyphens(arguments))
+        with plain_warnings(errors):
+            _app()(hyphens(arguments))
     except SystemExit as end:  # how typer ends, also after a usage error, which it has printed
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except (UnlearnError, BuildError, ToolchainError, ImportError) as error:

@@ -47,7 +47,10 @@ def checked(function: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def run(**arguments: Any) -> int:
-        return function(**{name: _checked(name, value) for name, value in arguments.items()})
+        code = function(**{name: _checked(name, value) for name, value in arguments.items()})
+        if code:  # typer takes no heed of what a command returns
+            raise typer.Exit(code)
+        return code
 
     return run
 

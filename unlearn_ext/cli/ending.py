@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["EXIT_CODES", "UNMET", "exit_code", "show_warnings"]
+__all__ = ["EXIT_CODES", "UNMET", "demo_warnings", "exit_code", "plain_warnings", "show_warnings"]
 
 UNMET = 3
 # Keys of warnings that mean that what was asked did not happen; others are of what a user should know.
 _UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "retained_lost", "not_judged"})
+_UNMET_WARNINGS |= {"target", "unmoved", "retain", "batch_norm"}  # of Result.warnings
+_said: set[str] = set()  # sentences that this process has printed
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
     "was asked for did not happen (the result's warnings say what), 130, 143 and 129 ended by Ctrl-C, SIGTERM and "
@@ -20,9 +24,9 @@ EXIT_CODES = (
 )
 
 
-def exit_code(warnings: Mapping[str, str]) -> int:
+def exit_code(found: Mapping[str, str]) -> int:
     """Of a command whose result has these warnings."""
-    return UNMET if _UNMET_WARNINGS & warnings.keys() else 0
+    return UNMET if _UNMET_WARNINGS & found.keys() else 0
 
 
 def demo_warnings(what: str | None, before: float, after: float, result: Any) -> dict[str, str]:
@@ -40,7 +44,29 @@ def demo_warnings(what: str | None, before: float, after: float, result: Any) ->
     return found
 
 
-def show_warnings(warnings: Mapping[str, str], console: Console) -> None:
-    """A sentence a line."""
-    for sentence in warnings.values():
-        console.print(f"warning: {sentence}")
+def show_warnings(found: Mapping[str, str], console: Console) -> None:
+    """A sentence a line, without those that were printed when they arose."""
+    for sentence in found.values():
+        if sentence not in _said:
+            console.print(f"warning: {sentence}")
+
+
+@contextlib.contextmanager
+def plain_warnings(console: Console) -> Iterator[None]:
+    """Warnings of runs become a sentence a line, without the place in the code and its text."""
+    from ..errors import UnlearningWarning
+
+    _said.clear()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def showwarning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, UnlearningWarning):
+                show(message, category, *place, **more)
+            elif str(message) not in _said:
+                _said.add(str(message))
+                console.print(f"warning: {message}", soft_wrap=True)
+
+        warnings.showwarning = showwarning
+        warnings.simplefilter("always", UnlearningWarning)
+        yield

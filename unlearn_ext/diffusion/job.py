@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint_folder
 from .._clock import timed
 from .._files import writable_directory, write_json
 from .._hashing import weights_hash
@@ -31,6 +30,7 @@ from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
 from .dry_run import estimate_run
+from .earlier import check_mask, check_resumed
 from .estimate import Estimate, sizes_on_disk
 from .fid import RetainedFID
 from .judge import Judge
@@ -132,14 +132,10 @@ class ForgetJob:
         self.pictures = self._make_pictures()
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if self.method.mask is not None:
-            self._check_mask(self.method.mask)
+            check_mask(self.method.mask, options.mask, self._identity(), trainable(self.model))
         self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
-            try:
-                _checkpoint_folder.candidates(self.work.path, options.resume_from_checkpoint)
-            except InputError as error:
-                raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
-            self.unlearner.open_checkpoint(self.work.path, options.resume_from_checkpoint)
+            check_resumed(self.unlearner, self.work.path, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:
         """What several ranks cannot do, by the names of the options."""
@@ -611,33 +607,6 @@ class ForgetJob:
             prompts = [*(self.concepts.prompts[i] for i in self.forget_classes), self.concepts.replacement]
             found["forget_prompts"] = json.dumps(prompts)
         return found
-
-    def _check_mask(self, mask: SaliencyMask) -> None:
-        """Whether it says of itself that it was made for this forget set and these weights."""
-        for key, own in self._identity().items():
-            if mask.metadata.get(key, own) != own:
-                raise InputError(
-                    f"--mask: {self.options.mask} was made for another forget set ({key} differ): leave it out and a "
-                    "new one is measured"
-                )
-        identity = {**self._identity(), "weights_hash": weights_hash(trainable(self.model).items())}
-        unsaid = {key: own for key, own in identity.items() if key not in mask.metadata}
-        if unsaid:  # one that was made in Python or by other code: whether it belongs here is the user's word
-            raise InputError(
-                f"--mask: {self.options.mask} does not say what it was made for: leave it out and a new one is "
-                f"measured, or, if it is of this forget set and model, save it with metadata.update({unsaid})"
-            )
-        if mask.metadata["weights_hash"] != identity["weights_hash"]:
-            raise InputError(
-                f"--mask: {self.options.mask} was made for other weights: leave it out and a new one is measured"
-            )
-        try:
-            mask.bind(trainable(self.model).items())
-        except InputError:
-            raise InputError(
-                f"--mask: {self.options.mask} is not of the weights that are trained: leave it out and a new one is "
-                "measured"
-            ) from None
 
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():

@@ -36,7 +36,7 @@ def room_for(needs: Iterable[Need]) -> list[Room]:
     """The needs by disk: what lies on the same one is added up."""
     by_disk: dict[int, list[Need]] = {}
     for need in needs:
-        by_disk.setdefault(os.stat(_existing(need.path)).st_dev, []).append(need)
+        by_disk.setdefault(_disk_of(_existing(need.path)), []).append(need)
     return [
         Room(
             tuple(need.name for need in together),
@@ -60,6 +60,10 @@ def check_room(rooms: Iterable[Room]) -> None:
                 f"the disk of {where} has {room.free / 1e9:.3g} GB free, and the run writes {room.needed / 1e9:.3g} GB "
                 "to it: choose another disk with --output-dir and --work-dir"
             )
+
+
+def _disk_of(path: Path) -> int:
+    return os.stat(path).st_dev
 
 
 def _existing(path: Path) -> Path:
