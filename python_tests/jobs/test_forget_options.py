@@ -369,7 +369,7 @@ def test_batches_that_are_measured_are_drawn_and_change_the_mask(forgotten: Forg
 
 def test_a_seed_is_all_that_tells_two_runs_apart(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
     first, other = forgotten("dit"), forgotten("dit", "--seed", "1")
-    assert run(home, "dit", tmp_path / "again", "--forget-class", "3", "--seed", "0") == 0
+    assert run(home, "dit", tmp_path / "again", "--forget-class", "3", "--seed", "0", "--keep-work") == 0
     assert hashes(tmp_path / "again") == hashes(first)
     same, one, two = (
         (out / "unlearning" / "before-after.png").read_bytes() for out in (tmp_path / "again", first, other)
