@@ -85,7 +85,7 @@ def atomic_path(path: str | Path, *, private: bool = False) -> Iterator[Path]:
                 yield partial
                 _write_through(partial, path)
             return
-        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        target = _target(path)
         partial = target.with_name(partial_name(target.name))
         mode = _create(partial, 0o600 if private else 0o666)
         try:
@@ -98,6 +98,16 @@ def atomic_path(path: str | Path, *, private: bool = False) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
             raise
+
+
+def _target(path: Path) -> Path:
+    """What a link stands for, whether it is there or not."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # of a link to itself there is no end
+        raise WriteError(f"{path} is a link to itself: remove it, or choose another file")
+    return target
 
 
 def _create(path: Path, mode: int) -> int:
@@ -255,7 +265,7 @@ def check_writable(path: str | Path) -> None:
         if not os.access(path, os.W_OK):
             raise InputError(f"cannot write to {path} (Permission denied): choose another file")
         return
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    target = _target(path)
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(f"expected a file in a directory that exists, got {path}")
     writable_directory(target.parent)

@@ -228,5 +228,7 @@ def put(target: Tensor, value: Tensor) -> None:
     value = value.to(target.device)
     if is_plain(target) or (target.is_complex() and target.layout == torch.strided):
         target.copy_(value)
+    elif target.layout in _COMPRESSED:
+        target.resize_as_sparse_(value).copy_(value)
     else:
         target.data = value

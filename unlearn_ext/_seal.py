@@ -43,8 +43,12 @@ def label_of(directory: Path) -> str | None:
     return None if match is None else match[1]
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with the first file that is not as it was written, or None."""
+def damage(directory: Path, label: str | None = None) -> str | None:
+    """What is wrong with the first file that is not as it was written, or None.
+
+    Args:
+        label: whose files they have to be; None where something else tells.
+    """
     try:
         text = (directory / SEAL).read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -55,6 +59,8 @@ def damage(directory: Path) -> str | None:
     header, entries = _HEADER.fullmatch(first), [_LINE.fullmatch(line) for line in lines[:-1]]
     if header is None or lines[-1:] != [""] or not all(entries) or int(header[2]) != len(entries):
         return f"its {SEAL} cannot be read"
+    if label not in (None, header[1]):
+        return f"its {SEAL} cannot be read"
     for expected, name in (entry.groups() for entry in entries):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -62,9 +68,14 @@ def damage(directory: Path) -> str | None:
         try:
             found = file_hash(directory / path)
         except FileNotFoundError:
-            return f"its {name} is missing"
+            return f"its {_shown(name)} is missing"
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
         if found != expected:
             return f"its {name} is not as it was written"
     return None
+
+
+def _shown(name: str) -> str:
+    """On one line: a damaged list may hold any name."""
+    return name if name.isprintable() else repr(name)

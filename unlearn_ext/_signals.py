@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,7 @@ from typing import NoReturn
 import torch
 
 from ._ranks import ALONE, Ranks
-from .errors import Interrupted, Terminated
+from .errors import Interrupted, Terminated, UnlearningWarning
 
 __all__ = ["Stop", "stop_on_signals"]
 
@@ -59,6 +60,8 @@ class Stop:
         self.ended = True
         kind = Interrupted if self.number == signal.SIGINT else Terminated
         message = f"stopped by {signal.Signals(self.number).name}{what and ' ' + what}"
+        # Python ends without a word where nothing catches these.
+        warnings.warn(message, UnlearningWarning, stacklevel=2)
         raise kind(message, 128 + self.number, iteration, checkpoint)
 
 

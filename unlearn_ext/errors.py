@@ -48,27 +48,14 @@ class UnlearningWarning(UserWarning):
     """A run goes on, or has ended, otherwise than was asked for."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run was ended by SIGINT (Ctrl-C). The message says how to go on. ``except Exception`` does not catch it.
-
-    Attributes:
-        exit_code: 128 plus the signal's number, as shells report it.
-        iteration: how many iterations are done; None before the first pass is over.
-        checkpoint: what was saved of them; None where the run makes no checkpoints.
-    """
-
-    def __init__(self, message: str, exit_code: int, iteration: int | None = None, checkpoint: Path | None = None):
-        super().__init__(message)
-        self.message, self.exit_code, self.iteration, self.checkpoint = message, exit_code, iteration, checkpoint
-
-    def __str__(self) -> str:
-        return self.message
-
-
 class Terminated(SystemExit):
     """A run was ended by SIGTERM or SIGHUP. Where nothing catches it the process exits with 143 or 129.
 
-    Attributes: see :class:`Interrupted`.
+    Attributes:
+        message: where the run stands, and how to go on.
+        exit_code: 128 plus the signal's number, as shells report it.
+        iteration: how many iterations are done; None before the first pass is over.
+        checkpoint: what was saved of them; None where the run makes no checkpoints.
     """
 
     def __init__(self, message: str, exit_code: int, iteration: int | None = None, checkpoint: Path | None = None):
@@ -78,6 +65,10 @@ class Terminated(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Interrupted(Terminated, KeyboardInterrupt):
+    """A run was ended by SIGINT (Ctrl-C). Where nothing catches it the process exits with 130."""
 
 
 def first_line(error: Exception) -> str:

@@ -147,7 +147,7 @@ def test_averages_that_are_missing_are_said_to_be(tmp_path) -> None:
     sets = {"forget": batches(4, 6, seed=1), "retain": batches(4, 6, seed=2)}
     unlearner.run(**sets, output_dir=tmp_path, checkpointing_steps=5)
     (tmp_path / "checkpoint-5" / "ema.safetensors").unlink()
-    with pytest.raises(InputError, match=r"damaged: ema\.safetensors is missing"):
+    with pytest.raises(InputError, match=r"damaged: its ema\.safetensors is missing"):
         unlearner.run(**sets, output_dir=tmp_path, resume_from_checkpoint="latest")
 
 

@@ -19,6 +19,7 @@ from ..errors import InputError
 __all__ = ["CERTIFICATE", "WEIGHTS", "Publication", "tensors_sha256"]
 
 _OLDER = "unlearn_ext.certificate.1"  # without SHA256SUMS
+_LABEL = "publication"
 WEIGHTS, CERTIFICATE = "weights.safetensors", "certificate.json"
 
 
@@ -60,7 +61,7 @@ class Publication:
         with atomic_path(directory / CERTIFICATE) as partial:
             partial.write_text(json.dumps(self.certificate, indent=2) + "\n")
         with writing(directory / SEAL):
-            seal(directory, "publication", (WEIGHTS, CERTIFICATE))
+            seal(directory, _LABEL, (WEIGHTS, CERTIFICATE))
 
     @classmethod
     def load(cls, directory: str | Path) -> Publication:
@@ -74,7 +75,7 @@ class Publication:
 
         directory = user_path(directory)
         sealed = (directory / SEAL).exists()
-        if sealed and (what := damage(directory)) is not None:
+        if sealed and (what := damage(directory, _LABEL)) is not None:
             raise InputError(
                 f"{directory} holds no publication that can be read: {what}; take another copy, or publish again"
             )

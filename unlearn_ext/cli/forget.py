@@ -162,7 +162,7 @@ def forget(
     from ..diffusion.pretrained import OWN_FOLDER
     from ..diffusion.publishing import how_to_go_on
     from ..diffusion.space import check_room
-    from ..errors import InputError, Interrupted, Terminated
+    from ..errors import InputError, Terminated
     from .backend import load_backend
     from .progress import stages
 
@@ -194,7 +194,7 @@ def forget(
         with stages(errors) as progress:
             job.progress = progress
             job.run(lambda report, whole: write_report(report, file, json_file if whole else None))
-    except (Interrupted, Terminated) as stopped:
+    except Terminated as stopped:
         stopped.advice = how_to_go_on(job)
         raise
     if not job.first:

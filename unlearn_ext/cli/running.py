@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,13 @@ def as_command(function: Callable[..., int | None], advice: str) -> Callable[...
     @functools.wraps(function)
     def command(**arguments: Any) -> int | None:
         from .._signals import stop_on_signals
-        from ..errors import Interrupted, Terminated
+        from ..errors import Terminated
 
         try:
-            with stop_on_signals():
+            with stop_on_signals(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "stopped by SIG")  # which is said below
                 return function(**arguments)
-        except (Interrupted, Terminated) as stopped:
+        except Terminated as stopped:
             what = stopped.message.partition(":")[0]
             plain_console(stderr=True).print(f"{what}: {getattr(stopped, 'advice', advice)}", soft_wrap=True)
             raise typer.Exit(stopped.exit_code) from None

@@ -1,0 +1,161 @@
+"""The end of ``forget``, killed at whatever moment: a model has its result, and the next run completes or explains."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from helpers.forgetting import hashes, run
+from helpers.pipelines import save_ddpm_pipeline, save_digit_folders
+
+from unlearn_ext._lock import hold
+from unlearn_ext.diffusion.output import claim_output
+from unlearn_ext.errors import InputError
+from unlearn_ext.unlearner import Unlearner
+
+STEPS = ("--forget-class", "3", "--checkpointing-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("end")
+    save_digit_folders(home / "digits", per_class=4)
+    save_ddpm_pipeline(home / "ddpm")
+    return home
+
+
+@pytest.mark.slow
+def test_every_moment_of_the_end(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """What is on the disk before and after each change of a name is what a kill there leaves."""
+    out, moments = tmp_path / "out", tmp_path / "moments"
+    seen: dict[str, Path] = {}
+
+    noted = []
+
+    def note() -> None:
+        if out.exists() and not noted:
+            noted.append(True)
+            state = json.dumps(sorted(str(path.relative_to(out)) for path in out.rglob("*")))
+            if state not in seen:
+                seen[state] = shutil.copytree(out, moments / str(len(seen)))
+            noted.clear()
+
+    def noting(function):
+        def call(*arguments, **options):
+            note()
+            result = function(*arguments, **options)
+            note()
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rmdir", "unlink", "fsync", "mkdir"):
+            patch.setattr(os, name, noting(getattr(os, name)))
+        assert run(home, "ddpm", out, *STEPS) == 0
+    whole, source = hashes(out), home / "ddpm"
+    assert len(seen) > 25
+    explained = 0
+    for folder in seen.values():
+        model, own = (folder / "model_index.json").exists(), folder / "unlearning"
+        assert not model or (own / "result.json").exists(), folder
+        try:
+            with hold(folder):
+                claim_output(folder, source, {}, resume=any(own.glob("checkpoint-*")))
+        except InputError as error:
+            explained += 1
+            assert "its model is whole now" in str(error) or "already: choose an empty folder" in str(error)
+            assert hashes(folder) == whole, folder
+            lacks = "but has no result.json and pictures" in str(error)
+            assert lacks == (not (own / "result.json").exists())
+        else:
+            assert not model
+            left = {path.name for path in folder.rglob(".*")} - {".unlearn_ext.lock"}  # which the run lets go
+            assert not left, (folder, left)
+    assert 3 < explained < len(seen)
+    capsys.readouterr()
+    first = seen[next(state for state in seen if "checkpoint-2/state.json" in state and ".unlearn_ext-" not in state)]
+    assert run(home, "ddpm", first, *STEPS, "--resume-from-checkpoint", "latest") == 0
+    assert hashes(first) == whole
+
+
+def test_leftovers_of_a_killed_probe_do_not_block_the_next_run(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for folder in (out, out / "unlearning"):
+        folder.mkdir()
+        for name in (".probe-ab12cd34", ".unlearn_ext-0123abcd-17-01234567-history.jsonl", ".unlearn_ext.lock"):
+            (folder / name).touch()
+    assert run(home, "ddpm", out, *STEPS) == 0
+    assert not list(out.rglob(".*"))
+
+
+def test_a_second_forget_into_the_folder_is_refused(home: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with hold(out):
+        assert run(home, "ddpm", out, *STEPS) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"error: another run (process {os.getpid()} on " in error and "choose another output directory" in error
+    assert not list(out.iterdir())
+    assert run(home, "ddpm", out, *STEPS) == 0
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_signals_end_the_command_in_order(number, code, checkpoints, home, tmp_path, capsys, monkeypatch) -> None:
+    from unlearn_ext import _loop
+
+    iterate, out = _loop.Loop._iterate, tmp_path / "out"
+
+    def send(self, t: int):
+        if t == 1:
+            os.kill(os.getpid(), number)
+        return iterate(self, t)
+
+    steps = ("--forget-class", "3", "--max-train-steps", "4", *(("--checkpointing-steps", "3") if checkpoints else ()))
+    with monkeypatch.context() as patch:
+        patch.setattr(_loop.Loop, "_iterate", send)
+        assert run(home, "ddpm", out, *steps) == code
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"stopped by {signal.Signals(number).name} after 2 of 4 iterations: " in error
+    assert "Warning" not in error and "Traceback" not in error
+    if checkpoints:
+        assert error.endswith("go on with the same command and --resume-from-checkpoint latest")
+        assert run(home, "ddpm", out, *steps, "--resume-from-checkpoint", "latest") == 0
+        assert run(home, "ddpm", tmp_path / "whole", *steps) == 0
+        assert hashes(out) == hashes(tmp_path / "whole")
+    else:
+        assert error.endswith("nothing was saved; --checkpointing-steps makes runs go on")
+
+
+def test_a_signal_outside_of_the_iterations(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def send(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Unlearner, "run", send)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(home, "ddpm", tmp_path / "out", *STEPS) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "out" / ".unlearn_ext.lock").exists()
+
+
+def test_paths_with_the_home_folder_and_results_through_links(home: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real.json")
+    json_file = ("--json", "~/link")
+    assert run(home, "ddpm", Path("~/out"), *STEPS, *json_file, "--dry-run") == 0
+    plan = json.loads((tmp_path / "real.json").read_text())
+    assert run(home, "ddpm", Path("~/out"), *STEPS, *json_file) == 0
+    report = json.loads((tmp_path / "real.json").read_text())
+    assert (tmp_path / "link").is_symlink() and plan != report == json.loads(
+        (tmp_path / "out" / "unlearning" / "result.json").read_text()
+    )

@@ -1,0 +1,155 @@
+"""Damage of checkpoints: noticed before anything is loaded, whatever bit it is, and survived where there is another."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import make
+from helpers.runs import identical, method, run, weights
+
+from unlearn_ext import InputError, Unlearner
+from unlearn_ext.errors import DamagedError, UnlearningWarning
+from unlearn_ext.tasks import Classification
+
+SETTINGS = {"mask_scope": "all", "protect": True}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """Checkpoints 6 and 12 of one run, with a mask, moments, averages and a history."""
+    path = tmp_path_factory.mktemp("written")
+    unlearner(make()).run(**data(), output_dir=path, checkpointing_steps=6)
+    return path
+
+
+def data() -> dict:
+    from helpers.models import batches
+
+    return {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+
+
+def unlearner(model: torch.nn.Module) -> Unlearner:
+    return Unlearner(model, Classification(), method(**SETTINGS), ema_decay=0.5)
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_any_flipped_bit_is_noticed(written: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(written, tmp_path / "copy") / "checkpoint-12"
+    names = sorted(path.name for path in copy.iterdir())
+    assert names == [
+        "SHA256SUMS",
+        "ema.safetensors",
+        "history.jsonl",
+        "mask.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    model = make(seed=4)
+    before, reader, draw = weights(model), unlearner(model), random.Random(7)
+    for name in names:
+        path = copy / name
+        for bit in [0, 8 * path.stat().st_size - 1, *(draw.randrange(8 * path.stat().st_size) for _ in range(30))]:
+            flip(path, bit)
+            with pytest.raises(DamagedError, match=r"checkpoint-12 is damaged: its .*; resume from an earlier one$"):
+                reader.open_checkpoint(copy.parent, copy)
+            flip(path, bit)
+    assert identical(before, weights(model))
+    reader.open_checkpoint(copy.parent, copy)
+
+
+def test_flips_in_the_hashes_and_in_the_run_s_id_are_noticed(written: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(written / "checkpoint-12", tmp_path / "checkpoint-12")
+    reader, seal = unlearner(make()), copy / "SHA256SUMS"
+    header = 8 * len(seal.read_bytes().partition(b"\n")[0])
+    for bit in [*range(0, header, 5), *range(header, header + 16), *range(header, 8 * seal.stat().st_size, 101)]:
+        flip(seal, bit)
+        with pytest.raises(DamagedError):
+            reader.open_checkpoint(None, copy)
+        flip(seal, bit)
+
+
+def test_the_hashes_are_those_that_sha256sum_checks(written: Path) -> None:
+    for name in ("checkpoint-6", "checkpoint-12"):
+        done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=written / name, check=False)
+        assert done.returncode == 0
+
+
+def test_a_shortened_list_of_hashes_is_noticed(written: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(written / "checkpoint-12", tmp_path / "checkpoint-12")
+    lines = (copy / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (copy / "SHA256SUMS").write_text("".join(lines[:-1]))
+    with pytest.raises(DamagedError, match="its SHA256SUMS cannot be read"):
+        unlearner(make()).open_checkpoint(None, copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "SHA256SUMS", "history.jsonl", "everything"])
+def test_a_damaged_latest_gives_way_to_the_one_before(name: str, written: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(written, tmp_path / "copy")
+    for path in (copy / "checkpoint-12").iterdir():
+        if name in (path.name, "everything"):
+            path.write_bytes(b"")
+    whole, resumed = make(), make(seed=4)
+    expected = unlearner(whole).run(**data())
+    with pytest.warns(UnlearningWarning, match=r"checkpoint-12 is damaged: .*; the run goes on from checkpoint-6$"):
+        result = unlearner(resumed).run(
+            **data(), output_dir=copy, checkpointing_steps=6, resume_from_checkpoint="latest"
+        )
+    assert identical(weights(whole), weights(resumed)) and result.history == expected.history
+    unlearner(make()).open_checkpoint(copy, copy / "checkpoint-12")  # written anew
+    kept = [path.name for path in copy.glob("checkpoint-12-damaged-*")]
+    assert kept == (["checkpoint-12-damaged-1"] if name == "everything" else [])  # nobody can say whose that is
+
+
+def test_where_all_are_damaged_the_run_is_refused(written: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(written, tmp_path / "copy")
+    for path in copy.glob("checkpoint-*/optimizer.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"checkpoint-12 is damaged: its optimizer.* missing, and so are all others"):
+        unlearner(make()).open_checkpoint(copy, "latest")
+
+
+def test_a_checkpoint_of_other_settings_is_no_damage(written: Path) -> None:
+    """It is not passed over for the one before."""
+    with pytest.raises(InputError, match=r"checkpoint-12 was written with lr=0\.02"):
+        Unlearner(make(), Classification(), method(**SETTINGS, lr=0.5), ema_decay=0.5).open_checkpoint(
+            written, "latest"
+        )
+
+
+def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path: Path, monkeypatch) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(handle) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def note_replace(source, target) -> None:
+        events.append(("name", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    run(make(), output_dir=tmp_path, checkpointing_steps=12)
+    named = events.index(("name", str(tmp_path / "checkpoint-12")))
+    synced = [Path(path) for kind, path in events[:named] if kind == "sync"]
+    folder = next(path.parent for path in synced if path.name == "state.json")
+    for path in (tmp_path / "checkpoint-12").iterdir():
+        assert folder / path.name in synced
+    assert synced[-1] == folder  # its list of names, after all that is in it
+    hashed = next(i for i, (kind, path) in enumerate(events) if kind == "name" and Path(path).name == "SHA256SUMS")
+    for name in ("model.safetensors", "optimizer.safetensors", "mask.safetensors", "state.json", "history.jsonl"):
+        assert ("sync", str(folder / name)) in events[:hashed]
+    assert ("sync", str(tmp_path)) in events[named:]
