@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, result, run
-from helpers.pipelines import save_classifier, save_ddpm_pipeline, save_digit_folders
+from helpers.pipelines import NAMES, save_classifier, save_ddpm_pipeline, save_digit_folders, save_text_pipeline
 
 from unlearn_ext.cli import main
 from unlearn_ext.diffusion.judge import Judge
@@ -119,3 +119,18 @@ def test_two_classes_are_in_the_result_and_not_in_the_retain_set(home: Path, tmp
     assert run(home, "ddpm", tmp_path / "one", "--forget-class", "5,3") == 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "one")
     assert result(tmp_path / "one")["options"]["forget_class"] == "5,3"
+
+
+def test_two_prompts_are_forgotten_and_both_replaced(tmp_path: Path, capsys) -> None:
+    save_digit_folders(tmp_path / "named", per_class=2, names=NAMES)
+    save_text_pipeline(tmp_path / "text")
+    prompts = ("--forget-prompt", "five", "--forget-prompt", "three")
+    out = tmp_path / "out"
+    assert run(tmp_path, "text", out, *prompts, "--replace-prompt", "two", data="named") == 0
+    found, told = result(out), capsys.readouterr().out
+    assert set(found["forgotten"]) == {"three", "five"} and found["options"]["forget_prompt"] == ["five", "three"]
+    assert {line.split()[5] for line in told.splitlines() if line.startswith("│ forget")} == {"three", "five"}
+    for second, words in (("six!", "no folder belongs to 'six!'"), ("two", "expected another prompt than the one")):
+        again = (*prompts, "--forget-prompt", second, "--replace-prompt", "two")
+        assert run(tmp_path, "text", tmp_path / "x", *again, data="named") == 1
+        assert words in capsys.readouterr().err
