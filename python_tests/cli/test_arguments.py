@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("command", "option", "flag", "opposite"), OPTIONS, ids=lambda value: str(value))
 def test_an_option_given_twice_is_refused(command, option, flag, opposite, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("unlearn_ext.cli.arguments.checked", lambda function: wraps(function)(lambda **given: 0))
     for again in (option, option.replace("-", "_").replace("__", "--", 1), *opposite):
         given = [option, again] if flag else [option, "1", f"{again}=2"]
         code, error = main([command, *given]), capsys.readouterr().err
