@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ._leftovers import partial_name, sweep
 from .errors import InputError, UnlearnError, WriteError, first_line
@@ -24,7 +26,7 @@ __all__ = [
     "user_path",
     "writable_directory",
 ]
-__all__ += ["writing"]
+__all__ += ["write_json", "writing"]
 
 _READER_SECONDS = 5.0  # for which a pipe waits for somebody who reads from it
 
@@ -241,6 +243,13 @@ def writable_directory(path: str | Path) -> Path:
         raise InputError(f"cannot write to {path} ({reason}): choose another output directory") from None
     sweep(path)
     return path
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """A whole file of JSON, or none."""
+    text = json.dumps(document, indent=2) + "\n"
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def check_writable(path: str | Path) -> None:

@@ -28,7 +28,8 @@ def arguments(directory: Path, *further: str) -> list[str]:
         "--json": directory / "copy.json", "--settings": "published",
         "--methods": "sfron:iterations=3,sfron:iterations=4,lr=0.02",
     }  # fmt: skip
-    return ["compare", *(str(part) for pair in options.items() for part in pair), *further]
+    options |= dict(zip(further[::2], further[1::2], strict=True))
+    return ["compare", *(str(part) for pair in options.items() for part in pair)]
 
 
 def without_timings(found: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,18 @@ class Killed(BaseException):
 
 def run(home: Path, model: str, output: Path, *arguments: str, data: str = "digits") -> int:
     own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / data)]
-    return main(["forget", *own, "--output-dir", str(output), *SMALL, *arguments])
+    return main(["forget", *own, "--output-dir", str(output), *unless_in(arguments, SMALL), *arguments])
+
+
+def unless_in(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The options and their values, without those that ``arguments`` name: the command takes each once."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [word for name, value in pairs if name not in arguments for word in (name, value)]
+
+
+def work(output: Path) -> Path:
+    """The work folder of a run."""
+    return output.with_name(output.name + ".work")
 
 
 def run_killed_at(iteration: int, monkeypatch, *arguments, **named) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import SMALL, hashes, job_of, result, run
+from helpers.forgetting import SMALL, hashes, job_of, result, run, work
 from helpers.pipelines import (
     NAMES,
     save_ddpm_pipeline,
@@ -141,8 +141,8 @@ def test_reloaded_outputs_are_those_of_the_model_in_memory(home: Path, tmp_path:
 
 
 def test_latents_are_encoded_once_and_only_those_that_are_used(home: Path, tmp_path: Path) -> None:
-    assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 0
-    manifest = json.loads((tmp_path / "out" / "unlearning" / "latents" / "manifest.json").read_text())
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "3", "--keep-work") == 0
+    manifest = json.loads((work(tmp_path / "out") / "latents" / "manifest.json").read_text())
     # Two batches of four from each set, of the four images of the forgotten digit and of the 36 others.
     assert len(manifest["indices"]) == 4 + 8
     assert result(tmp_path / "out")["seconds"]["encoding"] > 0
@@ -169,8 +169,8 @@ def test_arrays_of_images_and_of_latents(home: Path, tmp_path: Path) -> None:
     for model, data in (("ddpm", "images.npz"), ("dit", "z.safetensors")):
         own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(tmp_path / data)]
         out = tmp_path / model
-        assert main(["forget", *own, "--output-dir", str(out), *SMALL, "--forget-class", "3"]) == 0
-        assert not (out / "unlearning" / "latents").exists()
+        assert main(["forget", *own, "--output-dir", str(out), *SMALL, "--forget-class", "3", "--keep-work"]) == 0
+        assert work(out).is_dir() and not (work(out) / "latents").exists()
 
 
 # --- Options --------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_classifier_that_fails_in_the_end_costs_no_result(home: Path, tmp_path
 
     monkeypatch.setattr(Judge, "probabilities", fail)
     options = ("--forget-class", "3", "--classifier", str(tmp_path / "judge"), "--samples", "1")
-    assert run(home, "ddpm", tmp_path / "out", *options) == 0
+    assert run(home, "ddpm", tmp_path / "out", *options) == 3
     assert result(tmp_path / "out")["verdict"].startswith("not verified: the classifier failed on the pictures before")
     assert "out of luck" in capsys.readouterr().out
 

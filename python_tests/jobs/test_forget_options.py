@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import WEIGHTS, denoiser, hashes, job_of, result, run, run_killed_at
+from helpers.forgetting import WEIGHTS, denoiser, hashes, job_of, result, run, run_killed_at, work
 from helpers.pipelines import (
     NAMES,
     save_classifier,
@@ -59,7 +59,7 @@ def forgotten(home: Path, tmp_path_factory) -> Forgotten:
         if (key := (model, *arguments)) not in made:
             out = tmp_path_factory.mktemp("run") / "out"
             what = PROMPTS if model == "text" else ("--forget-class", "3")
-            assert run(home, model, out, *what, *arguments, data=DATA[model]) == 0
+            assert run(home, model, out, *what, *arguments, "--keep-work", data=DATA[model]) == 0
             made[key] = out
         return made[key]
 
@@ -355,7 +355,7 @@ def test_the_fraction_is_of_all_weights(home: Path, forgotten: Forgotten, fracti
 
 def drawn(out: Path) -> set[int]:
     """Images that were encoded: those that a run uses."""
-    return set(json.loads((out / "unlearning" / "latents" / "manifest.json").read_text())["indices"])
+    return set(json.loads((work(out) / "latents" / "manifest.json").read_text())["indices"])
 
 
 def test_batches_that_are_measured_are_drawn_and_change_the_mask(forgotten: Forgotten) -> None:
@@ -369,7 +369,7 @@ def test_batches_that_are_measured_are_drawn_and_change_the_mask(forgotten: Forg
 
 def test_a_seed_is_all_that_tells_two_runs_apart(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
     first, other = forgotten("dit"), forgotten("dit", "--seed", "1")
-    assert run(home, "dit", tmp_path / "again", "--forget-class", "3", "--seed", "0") == 0
+    assert run(home, "dit", tmp_path / "again", "--forget-class", "3", "--seed", "0", "--keep-work") == 0
     assert hashes(tmp_path / "again") == hashes(first)
     same, one, two = (
         (out / "unlearning" / "before-after.png").read_bytes() for out in (tmp_path / "again", first, other)
@@ -387,10 +387,10 @@ def test_a_seed_is_all_that_tells_two_runs_apart(home: Path, forgotten: Forgotte
 
 @pytest.mark.parametrize(("limit", "left"), [(None, {1, 2, 3, 4}), (2, {3, 4}), (1, {4})])
 def test_the_newest_checkpoints_are_kept(home: Path, tmp_path: Path, limit: int | None, left: set[int]) -> None:
-    options = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "1")
+    options = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "1", "--keep-work")
     options += () if limit is None else ("--checkpoints-total-limit", str(limit))
     assert run(home, "ddpm", tmp_path / "out", *options) == 0
-    found = (tmp_path / "out" / "unlearning").glob("*checkpoint*")
+    found = work(tmp_path / "out").glob("*checkpoint*")
     assert {path.name for path in found} == {f"checkpoint-{i}" for i in left}
 
 

@@ -46,7 +46,7 @@ def forget(ranks: int, home: Path, model: str, output: Path, *arguments: str) ->
 @pytest.mark.parametrize(
     "model, way, more",
     [
-        ("dit", "fsdp", ["--checkpointing-steps", "1", "--save-weights", "ema", "--ema-decay", "0.5"]),
+        ("dit", "fsdp", ["--checkpointing-steps", "1", "--save-weights", "ema", "--ema-decay", "0.5", "--keep-work"]),
         ("ddpm", "ddp", ["--null-class"]),
     ],
 )
@@ -72,7 +72,7 @@ def test_two_ranks_write_what_one_process_writes(home: Path, tmp_path: Path, mod
     lines = [json.loads(line) for line in (tmp_path / "two/unlearning/history.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1]
     if way == "fsdp":
-        assert (tmp_path / "two/unlearning/checkpoint-1/tensors").is_dir()
+        assert (tmp_path / "two.work/checkpoint-1/tensors").is_dir()
         emb = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
         assert torch.equal(ours[emb.format(0)], ours[emb.format(1)])
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import SHORT, SMALL, Killed, hashes, result, run, run_killed_at
+from helpers.forgetting import SHORT, SMALL, Killed, hashes, result, run, run_killed_at, unless_in, work
 from helpers.pipelines import save_ddpm_pipeline, save_digit_folders, save_dit_pipeline
 
 from unlearn_ext.cli import main
@@ -88,9 +88,9 @@ def test_a_killed_run_is_resumed_to_the_same_weights(home: Path, tmp_path: Path,
     assert run(home, "dit", tmp_path / "whole", *steps) == 0
     run_killed_at(3, monkeypatch, home, "dit", tmp_path / "cut", *steps)
     assert not (tmp_path / "cut" / "model_index.json").exists()
-    assert run(home, "dit", tmp_path / "cut", *steps, "--resume-from-checkpoint", "latest") == 0
+    assert run(home, "dit", tmp_path / "cut", *steps, "--resume-from-checkpoint", "latest", "--keep-work") == 0
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-    assert (tmp_path / "cut" / "unlearning" / "checkpoint-4").is_dir()
+    assert (work(tmp_path / "cut") / "checkpoint-4").is_dir()
 
 
 def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = False) -> list[str]:
@@ -115,7 +115,8 @@ def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = F
 
 
 def test_checkpoints_are_not_run_over(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    (tmp_path / "out" / "unlearning" / "checkpoint-2").mkdir(parents=True)
+    run_killed_at(1, monkeypatch, home, "ddpm", tmp_path / "out", "--forget-class", "3", "--checkpointing-steps", "1")
+    capsys.readouterr()
     monkeypatch.setattr(job_module, "open_pretrained", None)  # refused before anything is opened
     for more in ((), ("--dry-run",)):
         assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *more) == 1
@@ -175,10 +176,7 @@ def test_what_a_killed_run_was_writing_goes_only_when_a_run_takes_the_folder(hom
 
 def test_a_checkpoint_of_another_forget_set_is_not_resumed(home, tmp_path, capsys, monkeypatch) -> None:
     steps = ("--max-train-steps", "2", "--checkpointing-steps", "1")
-    assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *steps) == 0
-    for path in (tmp_path / "out").iterdir():
-        if path.name != "unlearning":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_killed_at(1, monkeypatch, home, "ddpm", tmp_path / "out", "--forget-class", "3", *steps)
     capsys.readouterr()
     for more in ([], ["--dry-run"]):
         with monkeypatch.context() as patch:  # known before a picture is decoded
@@ -188,14 +186,11 @@ def test_a_checkpoint_of_another_forget_set_is_not_resumed(home, tmp_path, capsy
     assert "forget_classes='3'" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_other_starting_weights_is_not_resumed(home: Path, tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_of_other_starting_weights_is_not_resumed(home, tmp_path, capsys, monkeypatch) -> None:
     other = save_ddpm_pipeline(tmp_path / "other", seed=5)
     steps = ("--forget-class", "3", "--max-train-steps", "2", "--checkpointing-steps", "1")
-    assert run(home, "ddpm", tmp_path / "out", *steps) == 0
-    for path in (tmp_path / "out").iterdir():
-        if path.name != "unlearning":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    own = ["--pretrained-model-name-or-path", str(other), "--data", str(home / "digits"), *SMALL]
+    run_killed_at(1, monkeypatch, home, "ddpm", tmp_path / "out", *steps)
+    own = ["--pretrained-model-name-or-path", str(other), "--data", str(home / "digits"), *unless_in(steps, SMALL)]
     capsys.readouterr()
     out = ["--output-dir", str(tmp_path / "out"), "--resume-from-checkpoint", "latest"]
     assert main(["forget", *own, *steps, *out]) == 1

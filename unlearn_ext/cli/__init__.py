@@ -7,14 +7,8 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-
-def _hyphens(arguments: Sequence[str]) -> list[str]:
-    """``--train_size=5`` -> ``--train-size=5``: diffusers' scripts spell options with underscores."""
-    spelled = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        spelled.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
-    return spelled
+_GOES_ON = "the same command goes on from the runs that are finished"
+_STARTS_ANEW = "nothing goes on from here; the same command starts anew"
 
 
 def _version(asked: bool) -> None:
@@ -27,36 +21,30 @@ def _version(asked: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
-    import typer
+    from .streams import escape_unprintable
+
+    with escape_unprintable():
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        except KeyboardInterrupt:  # before a command has begun
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(arguments: Sequence[str]) -> int:
     from rich.text import Text
     from safetensors import SafetensorError
 
     from .._native import BuildError, ToolchainError
-    from ..errors import UnlearnError
-    from . import compare, demo, forget, profile
+    from ..errors import UnlearnError, first_line, is_out_of_memory
+    from .arguments import hyphens
+    from .ending import plain_warnings
     from .report import plain_console
-    from .running import as_command
 
-    app = typer.Typer(
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        help="Make trained PyTorch networks forget, fast and verifiably.",
-    )
-
-    @app.callback()
-    def options(
-        version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
-    ) -> None:
-        pass
-
-    app.command("demo")(as_command(demo.demo))
-    app.command("forget")(as_command(forget.forget))
-    app.command("compare")(as_command(compare.compare))
-    app.command("profile")(as_command(profile.profile))
     errors, label = plain_console(stderr=True), Text("error:", "red")
     try:
-        app(_hyphens(sys.argv[1:] if arguments is None else arguments))
+        with plain_warnings(errors):
+            _app()(hyphens(arguments))
     except SystemExit as end:  # how typer ends, also after a usage error, which it has printed
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except (UnlearnError, BuildError, ToolchainError, ImportError) as error:
@@ -66,4 +54,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         errors.print(label, f"{what}; check the disk's space and permissions", soft_wrap=True)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            raise
+        errors.print(label, f"there is not enough memory ({first_line(error)}): lower the sizes", soft_wrap=True)
+        return 1
     return 0
+
+
+def _app():
+    import typer
+
+    from . import compare, demo, forget, profile
+    from .arguments import OnceCommand, checked
+    from .ending import EXIT_CODES
+    from .running import as_command
+
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        help="Make trained PyTorch networks forget, fast and verifiably.",
+        epilog=EXIT_CODES,
+    )
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+    ) -> None:
+        pass
+
+    for name, function, advice in (
+        ("demo", demo.demo, _STARTS_ANEW),
+        ("forget", forget.forget, _STARTS_ANEW),
+        ("compare", compare.compare, _GOES_ON),
+        ("profile", profile.profile, _STARTS_ANEW),
+    ):
+        app.command(name, cls=OnceCommand, epilog=EXIT_CODES)(as_command(checked(function), advice))
+    return app

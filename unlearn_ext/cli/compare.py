@@ -11,6 +11,7 @@ import typer
 
 from .demo import Scenario
 from .device import checked_device
+from .ending import UNMET
 from .report import check_file, plain_console, write_report
 
 __all__ = ["compare"]
@@ -55,7 +56,7 @@ def compare(
     set (FA), retain set (RA) and test set (TA), membership inference (MIA), the
     mean distance to the retrained network over these (gap), and the seconds of
     the unlearning alone (RTE). Where a comparison was cut, the same command
-    goes on.
+    goes on. Exit code 3: a method failed on every seed.
     """
     from .._library_cache import make_private
     from .._native import _default_cache
@@ -108,7 +109,7 @@ def compare(
     console = plain_console()
     show(report, console)
     console.print(f"all numbers: {output_dir / 'result.json'}", style="dim", soft_wrap=True)
-    return 0
+    return UNMET if any(len(row["failed"]) == seeds for row in report["methods"].values()) else 0
 
 
 def _outcome(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from .device import Precision, checked_device
+from .ending import demo_warnings, exit_code, show_warnings
 from .report import check_file, plain_console, write_report
 
 __all__ = ["demo"]
@@ -43,7 +44,9 @@ def demo(
     train_size: Annotated[int, typer.Option(help="Training digits, at most 4,000.")] = 4000,
     update: Annotated[Update, typer.Option(help="Forget then retain, or both in one pass.")] = Update.sequential,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of split, training and unlearning.")] = 0,
-    samples: Annotated[int, typer.Option(help="Pictures of each digit, before and after (diffusion).")] = 50,
+    samples: Annotated[
+        int, typer.Option(max=10_000, help="Pictures of each digit, before and after (diffusion).")
+    ] = 50,
     pretrain: Annotated[
         bool,
         typer.Option(
@@ -116,9 +119,12 @@ def demo(
         run.run()
     with console.status("evaluating"):
         found = run.report()
+    before, after = (found["models"][name]["FA"] for name in ("original", "unlearned"))
+    what = f"the digit {forget_class}" if scenario is Scenario.klass else None
+    found["warnings"] = demo_warnings(what, before, after, run.result)
     run.save(output_dir)
     _show(write_report(found, output_dir / "result.json", json_file), output_dir)
-    return 0
+    return exit_code(found["warnings"])
 
 
 _OF_THE_CLASSIFIER = ("scenario", "forget_fraction", "train_size", "update", "allow_duplicates")
@@ -161,4 +167,5 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         f"SFR-on ({report['update']}) came within {own:.2f} points of retraining on average (doing nothing: "
         f"{nothing:.2f}) in {seconds:.1f} s; retraining took {retraining:.1f} s."
     )
-    console.print(f"weights, mask and result.json: {output_dir}", style="dim")
+    show_warnings(report["warnings"], console)
+    console.print(f"weights, mask and result.json: {output_dir}", style="dim", soft_wrap=True)

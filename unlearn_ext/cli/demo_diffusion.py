@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from .ending import demo_warnings, exit_code, show_warnings
 from .report import check_file, plain_console, write_report
 
 if TYPE_CHECKING:
@@ -36,9 +37,12 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
         demo.run()
     with console.status("judging the pictures"):
         found = demo.report()
+    found["warnings"] = demo_warnings(
+        f"the digit {options.forget_class}", found["forgotten"]["before"], found["forgotten"]["after"], demo.result
+    )
     demo.save(output_dir)
     _show(write_report(found, output_dir / "result.json", json_file), output_dir)
-    return 0
+    return exit_code(found["warnings"])
 
 
 def _show(report: dict[str, Any], output_dir: Path) -> None:
@@ -94,4 +98,5 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
             f"{diversity['retrained']:.1f}."
         )
     console.print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()))
-    console.print(f"pictures, denoiser, mask and result.json: {output_dir}", style="dim")
+    show_warnings(report["warnings"], console)
+    console.print(f"pictures, denoiser, mask and result.json: {output_dir}", style="dim", soft_wrap=True)

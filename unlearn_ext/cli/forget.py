@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .device import Precision, checked_device
-from .forget_report import planned, show_estimate, show_fid, show_plan, show_verdict
+from .forget_report import planned, show_estimate, show_plan, show_result
 from .report import check_file, plain_console, write_report
 
 __all__ = ["forget"]
@@ -44,7 +45,10 @@ def forget(
     data: Annotated[Path, typer.Option(help="One folder per class, or .npz / .safetensors of images or latents.")],
     output_dir: Annotated[Path, typer.Option(help="Becomes the diffusers folder that has forgotten.")],
     forget_class: Annotated[
-        str | None, typer.Option(help="Index or label text; several with commas. For models that are told classes.")
+        list[str] | None,
+        typer.Option(
+            help="Index or label text, for models that are told classes; several with commas, or the option again."
+        ),
     ] = None,
     class_map: Annotated[
         Path | None,
@@ -61,8 +65,10 @@ def forget(
             "if the data hold exactly the others.",
         ),
     ] = None,
-    forget_prompt: Annotated[str | None, typer.Option(help="What to forget, for text models.")] = None,
-    replace_prompt: Annotated[str | None, typer.Option(help="What to show in its place.")] = None,
+    forget_prompt: Annotated[
+        list[str] | None, typer.Option(help="What to forget, for text models; may be given again for more.")
+    ] = None,
+    replace_prompt: Annotated[str | None, typer.Option(help="What to show in its place, for all of them.")] = None,
     preset: Annotated[str | None, typer.Option(help="ddpm-cifar10, dit-xl-2-256 or sd-nudity; by the model.")] = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Iterations; the preset's.")] = None,
     train_batch_size: Annotated[int | None, typer.Option(help="Of each set; the preset's.")] = None,
@@ -76,7 +82,10 @@ def forget(
         int | None, typer.Option(help="Of each set, for the mask; at most a pass over it.")
     ] = None,
     trained_weights: Annotated[
-        str | None, typer.Option(help="all, attention, cross-attention, or a name pattern; the preset's.")
+        str | None,
+        typer.Option(
+            help="all, attention, cross-attention, a name pattern (*.attn2.*) or a regular expression; the preset's."
+        ),
     ] = None,
     tie_embeddings: Annotated[
         bool | None, typer.Option(help="Keep a DiT's embedder copies equal, as the paper's model; the preset's.")
@@ -105,8 +114,21 @@ def forget(
     checkpointing_steps: Annotated[int | None, typer.Option(help="Iterations between checkpoints.")] = None,
     checkpoints_total_limit: Annotated[int | None, typer.Option(help="Keep the newest so many.")] = None,
     resume_from_checkpoint: Annotated[str | None, typer.Option(help="latest, or a checkpoint's folder.")] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="For what must not be published: checkpoints, and latents of the images; output_dir.work beside it."
+        ),
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Keep the work folder when the result is whole.")
+    ] = False,
     classifier: Annotated[
-        Path | None, typer.Option(help="A transformers image-classification folder that judges the result.")
+        Path | None,
+        typer.Option(
+            help="A transformers image-classification folder that judges the result; exit code 3 where it still sees "
+            "a forgotten class in more than half as many pictures as before."
+        ),
     ] = None,
     fid_weights: Annotated[
         Path | None, typer.Option(help="torch-fidelity's Inception weights: FID of the retained classes.")
@@ -134,13 +156,16 @@ def forget(
     SFR-on, and writes a folder that diffusers opens. The denoiser's weights
     are the only file that changes. unlearning/ in it holds the result, the
     pictures before and after from the same noise, the mask and the history.
+    Checkpoints and latents are in a work folder, removed at the end.
     """
     from ..diffusion.job import ForgetJob
     from ..diffusion.options import ForgetOptions
     from ..diffusion.output import RESULT
     from ..diffusion.parallel import start_ranks
     from ..diffusion.pretrained import OWN_FOLDER
-    from ..errors import InputError
+    from ..diffusion.publishing import how_to_go_on
+    from ..diffusion.space import check_room
+    from ..errors import InputError, Terminated
     from .backend import load_backend
     from .progress import stages
 
@@ -160,35 +185,26 @@ def forget(
     if dry_run:
         with errors.status("trying single batches"):
             found = job.estimate()
-        show_estimate(found, console)
+        rooms = job.rooms()
+        show_estimate(found, rooms, console)
         if json_file is not None:
-            write_report(planned(job, found), json_file)
+            write_report(planned(job, found, rooms), json_file)
+        check_room(rooms)
         return 0
     load_backend(errors)
-    with stages(errors) as progress:
-        job.progress = progress
-        report = {}
-
-        def write(found: dict[str, Any]) -> None:
-            report.update(write_report(found, options.output_dir / OWN_FOLDER / RESULT, json_file))
-
-        job.run(write)
+    file = output_dir / OWN_FOLDER / RESULT
+    try:
+        with stages(errors) as progress:
+            job.progress = progress
+            job.run(lambda report, whole: write_report(report, file, json_file if whole else None))
+    except Terminated as stopped:
+        stopped.advice = how_to_go_on(job)
+        raise
     if not job.first:
         return 0
-    if report["left_out"]:
-        console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
-    if report["unreadable"]:
-        console.print(f"{len(report['unreadable'])} images could not be read and were left out:")
-    for image in report["unreadable"]:
-        console.print(f"  {image}", soft_wrap=True)
-    if report["enlarged"]:
-        console.print(f"{report['enlarged']} images were smaller than the model's and were enlarged")
-    show_verdict(report, console)
-    if report["fid"] is not None:
-        show_fid(report["fid"], console)
-    pictures = output_dir / OWN_FOLDER / "before-after.png"
-    console.print(f"model: {output_dir}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
-    return 0
+    if not keep_work:
+        job.work.clear()
+    return show_result(job, json.loads(file.read_text(encoding="utf-8")), console)
 
 
 @contextlib.contextmanager

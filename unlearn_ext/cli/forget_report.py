@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from .ending import exit_code, show_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..diffusion.estimate import Estimate
     from ..diffusion.job import ForgetJob
+    from ..diffusion.space import Room
 
-__all__ = ["planned", "show_estimate", "show_fid", "show_plan", "show_verdict"]
+__all__ = ["planned", "show_estimate", "show_plan", "show_result"]
 
 
 def show_plan(job: ForgetJob, console: Console) -> None:
@@ -48,13 +52,16 @@ def show_plan(job: ForgetJob, console: Console) -> None:
         )
 
 
-def planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
+def planned(job: ForgetJob, found: Estimate, rooms: Sequence[Room]) -> dict[str, Any]:
     """Of a dry run, for its file: bytes and seconds."""
     return {
         "dry_run": True,
         "memory": found.memory,
         "peak_memory": found.peak,
         "disk": found.disk,
+        "disks": [
+            {"paths": [str(path) for path in room.paths], "needed": room.needed, "free": room.free} for room in rooms
+        ],
         "seconds": found.seconds,
         "mapping": [row._asdict() for row in job.data.mapping],
         "forget_classes": list(job.forget_classes),
@@ -62,7 +69,7 @@ def planned(job: ForgetJob, found: Estimate) -> dict[str, Any]:
     }
 
 
-def show_estimate(found: Estimate, console: Console) -> None:
+def show_estimate(found: Estimate, rooms: Sequence[Room], console: Console) -> None:
     """A line for each stage: there may be eight of them, and parts side by side would not fit one."""
     where = "Memory" if found.device.type == "cpu" else "GPU memory"
     table = Table(title=f"{where}, MB (without the framework itself)")
@@ -75,11 +82,43 @@ def show_estimate(found: Estimate, console: Console) -> None:
     console.print(table)
     console.print(f"peak: {found.peak / 1e6:.1f} MB")
     console.print("disk: " + ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in found.disk.items()))
+    for room in rooms:
+        console.print(
+            f"disk of {' and '.join(room.names)}: {room.needed / 1e6:.1f} MB will be written, {room.free / 1e6:.1f} MB "
+            "are free"
+        )
     times = ", ".join(f"{stage.replace('_', ' ')} {seconds:.0f} s" for stage, seconds in found.seconds.items())
     console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from trials of single batches")
 
 
-def show_verdict(report: dict[str, Any], console: Console) -> None:
+def show_result(job: ForgetJob, report: dict[str, Any], console: Console) -> int:
+    """What became of the run, and the exit code that says so."""
+    from ..diffusion.pretrained import OWN_FOLDER
+
+    if report["left_out"]:
+        console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)
+    if report["unreadable"]:
+        console.print(f"{len(report['unreadable'])} images could not be read and were left out:")
+    for image in report["unreadable"]:
+        console.print(f"  {image}", soft_wrap=True)
+    if report["enlarged"]:
+        console.print(f"{report['enlarged']} images were smaller than the model's and were enlarged")
+    _show_verdict(report, console)
+    if report["fid"] is not None:
+        _show_fid(report["fid"], console)
+    warnings = dict(report["warnings"])
+    if isinstance(report["verdict"], str):  # which is printed already
+        warnings.pop("not_judged", None)
+    show_warnings(warnings, console)
+    output = job.options.output_dir
+    if job.work.path.exists():
+        console.print(f"checkpoints and latents, not to be published: {job.work.path}", style="dim", soft_wrap=True)
+    pictures = output / OWN_FOLDER / "before-after.png"
+    console.print(f"model: {output}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
+    return exit_code(report["warnings"])
+
+
+def _show_verdict(report: dict[str, Any], console: Console) -> None:
     verdict = report["verdict"]
     if isinstance(verdict, str):
         console.print(verdict)
@@ -105,7 +144,7 @@ def _sampler(sampling: dict[str, Any]) -> str:
     return f"{sampling['sampler']}, {sampling['steps']} steps, {guidance}"
 
 
-def show_fid(found: dict[str, Any], console: Console) -> None:
+def _show_fid(found: dict[str, Any], console: Console) -> None:
     """The distances with their protocol, and what they must not be taken for."""
     sampling, real, generated = found["sampling"], found["real"], found["generated"]
     numbers = ", ".join(

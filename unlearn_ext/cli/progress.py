@@ -16,13 +16,15 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from .streams import is_unicode
+
 __all__ = ["stages", "two_bars"]
 
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
     """Yields ``report(stage, done, total)``; a bar appears when its stage begins and stays when it is done."""
-    with Progress(*_columns(), console=console) as bars:
+    with Progress(*_columns(console), console=console) as bars:
         tasks: dict[str, int] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:
@@ -38,7 +40,7 @@ def two_bars(
     console: Console, whole: str, count: int
 ) -> Iterator[tuple[Callable[[str, int, int | None], None], Callable[[], None]]]:
     """Yields ``report(stage, done, total)``, of the stage that runs, and ``advance()``, of the whole."""
-    with Progress(*_columns(), console=console, transient=True) as bars:
+    with Progress(*_columns(console), console=console, transient=True) as bars:
         overall, current = bars.add_task(whole, total=count), bars.add_task("", total=None)
 
         def report(stage: str, done: int, total: int | None) -> None:
@@ -49,9 +51,10 @@ def two_bars(
         yield report, lambda: bars.advance(overall)
 
 
-def _columns() -> tuple[ProgressColumn, ...]:
+def _columns(console: Console) -> tuple[ProgressColumn, ...]:
+    spinner = SpinnerColumn(finished_text="✓") if is_unicode(console.encoding) else SpinnerColumn("line")
     return (
-        SpinnerColumn(finished_text="✓"),
+        spinner,
         TextColumn("{task.description:<30}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),

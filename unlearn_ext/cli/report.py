@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -60,11 +59,9 @@ def versions() -> dict[str, str]:
 
 def write_report(found: dict[str, Any], file: Path, json_file: Path | None = None) -> dict[str, Any]:
     """Writes the command line, versions and what was found to ``file`` and, if it is given, ``json_file``."""
-    from .._files import atomic_path
+    from .._files import write_json
 
     report = {"command": shlex.join(["unlearn-ext", *sys.argv[1:]]), "versions": versions(), **found}
-    text = json.dumps(report, indent=2) + "\n"
     for path in filter(None, (file, json_file)):
-        with atomic_path(path) as partial:
-            partial.write_text(text)
+        write_json(path, report)
     return report

@@ -70,6 +70,8 @@ class Protocol:
                 "something must be forgotten and something kept"
             )
         check_count("--batch-size", self.batch_size)
+        if self.batch_size > DIGITS:
+            raise InputError(f"--batch-size: expected at most {DIGITS}, as many as there are, got {self.batch_size}")
         if self.epochs is None:
             object.__setattr__(self, "epochs", max(6, min(24, 24_000 // self.train_size)))
         check_count("--epochs", self.epochs)

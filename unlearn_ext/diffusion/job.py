@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import _checkpoint_folder
 from .._clock import timed
-from .._files import writable_directory
+from .._files import writable_directory, write_json
 from .._hashing import weights_hash
 from .._lock import hold_on_first
 from .._loop import Progress
@@ -32,20 +30,27 @@ from ..saliency import SaliencyMask
 from ..tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ..unlearner import Result, Unlearner
 from .dry_run import estimate_run
+from .earlier import check_mask, check_resumed
 from .estimate import Estimate, sizes_on_disk
 from .fid import RetainedFID
 from .judge import Judge
-from .options import ForgetOptions
-from .output import check_claim, claim_output, is_in_result, move_output, write_output
+from .options import ForgetOptions, each_of
+from .output import RESULT, check_claim, claim_output, is_in_result, is_waiting, unfinished_bytes
 from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
 from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
 from .prompts import Concepts, WithReplacements, read_prompts
+from .publishing import finish_earlier, publish
 from .sampling import check_steps
+from .space import Need, Room, check_room, room_for
 from .weights import select_trained, tie_embeddings, untie_embeddings
+from .work import WorkFolder
 
 __all__ = ["ForgetJob"]
 
+_MOST_DRAWN = 2**28  # indices of each set, 2 GB
+_IN_WORK = ("latents", "checkpoints", "Fisher sums")  # of what a run writes: in the work folder
+_SMALLER_BATCHES = "lower --train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
 JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 _PRESETS = {"UNet2DModel": "ddpm-cifar10", "DiTTransformer2DModel": "dit-xl-2-256", "UNet2DConditionModel": "sd-nudity"}
 
@@ -68,7 +73,10 @@ class ForgetJob:
         self.progress = progress or (lambda stage, done, total: None)
         self.seconds: dict[str, float] = {}
         self._resume = options.resume_from_checkpoint is not None
+        self.work = WorkFolder(options.output_dir, options.work_dir)
         check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
+        if not is_waiting(options.output_dir):
+            self.work.check(options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(
             options.pretrained_model_name_or_path, device=options.device, null_class=options.null_class
         )
@@ -83,10 +91,12 @@ class ForgetJob:
         self.data: ImageData = self._open_data()
         self.concepts: Concepts | None = None
         if self.pretrained.kind == "text":
-            self.concepts = read_prompts(self.data, options.class_map, options.forget_prompt, options.replace_prompt)
+            prompts = each_of(options.forget_prompt)
+            self.concepts = read_prompts(self.data, options.class_map, prompts, options.replace_prompt)
             self.forget_classes = self.concepts.forget
         else:
-            self.forget_classes = self.data.parse_classes(options.forget_class)
+            chosen = (index for text in each_of(options.forget_class) for index in self.data.parse_classes(text))
+            self.forget_classes = list(dict.fromkeys(chosen))
         self.method = self._make_method()
         if self.method.replaces != (self.pretrained.kind == "text"):
             told = "prompts" if self.pretrained.kind == "text" else "classes"
@@ -122,14 +132,10 @@ class ForgetJob:
         self.pictures = self._make_pictures()
         check_steps("--num-inference-steps", options.num_inference_steps, self.pretrained.scheduler)
         if self.method.mask is not None:
-            self._check_mask(self.method.mask)
+            check_mask(self.method.mask, options.mask, self._identity(), trainable(self.model))
         self.unlearner = self._make_unlearner(whole)
         if options.resume_from_checkpoint is not None:
-            try:
-                _checkpoint_folder.candidates(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
-            except InputError as error:
-                raise InputError(f"{error}: leave out --resume-from-checkpoint to start anew") from None
-            self.unlearner.open_checkpoint(options.output_dir / OWN_FOLDER, options.resume_from_checkpoint)
+            check_resumed(self.unlearner, self.work.path, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:
         """What several ranks cannot do, by the names of the options."""
@@ -209,7 +215,8 @@ class ForgetJob:
             raise InputError(f"{error}: use --no-tie-embeddings to train them as copies") from None
         return True
 
-    def _names(self) -> dict[int, str]:
+    @property
+    def names(self) -> dict[int, str]:
         """Class -> label text, or its number; the first class of each prompt -> the prompt."""
         if self.concepts is not None:
             return self.concepts.distinct
@@ -272,13 +279,18 @@ class ForgetJob:
             fisher_storage=options.fisher_storage,
         )
 
+    def left_out(self) -> dict[str, str]:
+        """Files of the source that the written folder has not, and why."""
+        output = self.options.output_dir
+        return {name: why for name, why in self._plan.left_out.items() if not is_in_result(output, name)}
+
     @property
     def retained_count(self) -> int:
         """Retained classes that have data; of prompts, each once."""
-        return sum(index in self.data.counts and index not in self.forget_classes for index in self._names())
+        return sum(index in self.data.counts and index not in self.forget_classes for index in self.names)
 
     def _make_pictures(self) -> Pictures:
-        options, names = self.options, self._names()
+        options, names = self.options, self.names
         there = [index for index in names if index in self.data.counts]
         retained = spread([index for index in there if index not in self.forget_classes])
         judged = options.classifier is not None or options.fid_weights is not None
@@ -331,6 +343,12 @@ class ForgetJob:
     def _lengths(self) -> tuple[int, int]:
         """Batches in the forget and in the retain loader: those of the iterations or of the Fisher pass."""
         steps = self.method.iterations * self.options.gradient_accumulation_steps
+        if steps * self.batch_size > _MOST_DRAWN:
+            raise InputError(
+                f"--max-train-steps {self.method.iterations}, --gradient-accumulation-steps and --train-batch-size "
+                f"{self.batch_size}: {steps * self.batch_size:,} images would be drawn of each set, and at most "
+                f"{_MOST_DRAWN:,} can be: lower one of them"
+            )
         return max(steps, self.fisher_batches[0]), max(steps, self.fisher_batches[1])
 
     def _draw(self, exclude: Iterable[int] = ()) -> Draw:
@@ -358,8 +376,22 @@ class ForgetJob:
         sizes = {"denoiser": self._plan.denoiser_bytes, "other files": self._plan.copied_bytes}
         if self.encodes:
             sizes["latents"] = latents_size(self.pretrained.latent_shape, len(self.draw.indices))
+        if self.options.fisher_storage == "disk" and self.method.needs_fisher:
+            sizes["Fisher sums"] = 4 * self.trained_count
         ema, checkpoints = self.ema_decay is not None, self.checkpoints_at_once()
         return sizes | sizes_on_disk(self.model, self.method, ema=ema, checkpoints=checkpoints)
+
+    def rooms(self) -> list[Room]:
+        """By disk, what will be written there beyond what an unfinished run left, and what is free."""
+        output, held = self.options.output_dir, self.work.held()
+        published = sum(size for what, size in self.disk.items() if what not in _IN_WORK)
+        kept = sum(max(0, self.disk.get(what, 0) - held.get(what, 0)) for what in _IN_WORK)
+        return room_for(
+            [
+                Need("--output-dir", output, published - unfinished_bytes(output)),
+                Need("the work folder", self.work.path, kept),
+            ]
+        )
 
     @cached_property
     def _plan(self) -> Plan:
@@ -377,12 +409,13 @@ class ForgetJob:
 
     # --- The run --------------------------------------------------------------------------------------------
 
-    def run(self, write: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
-        """Everything, and the result.
+    def run(self, record: Callable[[dict[str, Any], bool], Any] | None = None) -> dict[str, Any]:
+        """Everything, and the result that is written as ``unlearning/result.json``.
 
         Args:
-            write: writes the result, as ``unlearning/result.json``, before the model gets its name: a folder with a
-                model has its result as well, at whatever moment the process is killed.
+            record: writes the result in place of that file: called with what is known before the model is judged, and
+                with True beside it when all is in it, both before the model gets its name: a folder with a model has
+                its result as well, at whatever moment the process is killed.
         """
         output = self.options.output_dir
         if self.options.strict or not self.encodes:  # before anything is written
@@ -394,17 +427,17 @@ class ForgetJob:
                 writable_directory(output)
         try:
             with hold_on_first(output, self.unlearner.ranks):
-                return self._run(write)
+                return self._run(record)
         except UnlearnError:
             for folder in (output / OWN_FOLDER, output) if made else ():
                 with contextlib.suppress(OSError):  # it holds something
                     folder.rmdir()
             raise
 
-    def _run(self, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def _run(self, record: Callable[[dict[str, Any], bool], Any] | None) -> dict[str, Any]:
         options = self.options
         own = self._claim() / OWN_FOLDER
-        forget, retain = self._loaders(self._encode_in_turn(own / "latents") if self.encodes else self.data)
+        forget, retain = self._loaders(self._encode_in_turn() if self.encodes else self.data)
         if self.pictures.fid is not None:
             with self._together():
                 if self.first:
@@ -417,7 +450,7 @@ class ForgetJob:
             result = self.unlearner.run(
                 forget,
                 retain,
-                output_dir=own,
+                output_dir=self.work.path,
                 checkpointing_steps=options.checkpointing_steps,
                 checkpoints_total_limit=options.checkpoints_total_limit,
                 resume_from_checkpoint=options.resume_from_checkpoint,
@@ -436,22 +469,9 @@ class ForgetJob:
         weights = gather_weights(self.model)
         if not self.first:
             return {}
-        if result.mask is not None:
-            result.mask.save(own / "mask.safetensors")
         if self.tied and weights is None:
             untie_embeddings(self.model)
-        write_output(self.pretrained, options.output_dir, weights)
-        try:
-            self.pictures.write_grid(own / "before-after.png")
-            with timed(self.seconds, "judging") if self.pictures.judge else contextlib.nullcontext():
-                verdict = self.pictures.verdict()
-            with timed(self.seconds, "FID") if self.pictures.fid else contextlib.nullcontext():
-                fid = self.pictures.distances(lambda when, done, total: self.progress(f"FID {when}", done, total))
-            report = self._report(result, verdict, fid)
-            write(report)
-        finally:  # whatever goes wrong with the pictures, the model is whole
-            move_output(options.output_dir)
-        return report
+        return publish(self, result, own, weights, record or (lambda found, whole: write_json(own / RESULT, found)))
 
     @property
     def first(self) -> bool:
@@ -465,27 +485,28 @@ class ForgetJob:
         options = self.options
         with self._together():
             if self.first:
-                claim_output(options.output_dir, self.pretrained.folder, self.disk, resume=self._resume)
-                writable_directory(options.output_dir / OWN_FOLDER)
+                finish_earlier(self)
+                claim_output(options.output_dir, self.pretrained.folder, resume=self._resume)
+                with self._discarding_work():
+                    check_room(self.rooms())
+                    self.work.claim()
+                    writable_directory(options.output_dir / OWN_FOLDER)
         return options.output_dir
 
-    def _encode_in_turn(self, directory: Path) -> LatentData:
+    def _encode_in_turn(self) -> LatentData:
         """By the first rank; the others find what it has written."""
-        with self._together():
-            latents = self._encode_or_clear(directory) if self.first else None
+        directory = self.work.latents
+        with self._together(), self._discarding_work():
+            latents = self._encode(directory) if self.first else None
         return self._encode(directory) if latents is None else latents
 
-    def _encode_or_clear(self, directory: Path) -> LatentData:
-        """What is wrong with the data or the VAE may show late: then nothing stays of a folder that this run made."""
-        own = not directory.exists()
+    @contextlib.contextmanager
+    def _discarding_work(self) -> Iterator[None]:
+        """What is wrong with the data or the VAE may show late: then no work folder stays that this run has made."""
         try:
-            return self._encode(directory)
+            yield
         except UnlearnError:
-            if own:
-                shutil.rmtree(directory, ignore_errors=True)
-                for folder in (directory.parent, directory.parent.parent):
-                    with contextlib.suppress(OSError):  # it holds something else
-                        folder.rmdir()
+            self.work.discard()
             raise
 
     @contextlib.contextmanager
@@ -507,17 +528,15 @@ class ForgetJob:
                 p.data = p.data.to(dtype)
 
     @contextlib.contextmanager
-    def fitting(self) -> Iterator[None]:
-        """A batch that does not fit in memory becomes an InputError that names the options."""
+    def fitting(self, what: str | None = None, advice: str = _SMALLER_BATCHES) -> Iterator[None]:
+        """What does not fit in memory, a batch unless ``what`` says something else, becomes an InputError."""
         try:
             yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(
-                f"a batch of {self.batch_size} does not fit in the memory of {self.options.device}: lower "
-                "--train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
-            ) from None
+            what = what or f"a batch of {self.batch_size}"
+            raise InputError(f"{what} does not fit in the memory of {self.options.device}: {advice}") from None
 
     def _take_real(self) -> None:
         """Before anything is trained: what is wrong with these images is found before time is spent."""
@@ -529,7 +548,8 @@ class ForgetJob:
             )
 
     def _take_pictures(self, when: str) -> None:
-        with timed(self.seconds, f"sampling_{when}"):
+        count = len(self.pictures.labels)
+        with timed(self.seconds, f"sampling_{when}"), self.fitting(f"sampling {count} pictures", "lower --samples"):
             self.pictures.take(when, lambda done, total: self.progress(f"sampling {when}", done, total))
 
     @property
@@ -590,33 +610,6 @@ class ForgetJob:
             found["forget_prompts"] = json.dumps(prompts)
         return found
 
-    def _check_mask(self, mask: SaliencyMask) -> None:
-        """Whether it says of itself that it was made for this forget set and these weights."""
-        for key, own in self._identity().items():
-            if mask.metadata.get(key, own) != own:
-                raise InputError(
-                    f"--mask: {self.options.mask} was made for another forget set ({key} differ): leave it out and a "
-                    "new one is measured"
-                )
-        identity = {**self._identity(), "weights_hash": weights_hash(trainable(self.model).items())}
-        unsaid = {key: own for key, own in identity.items() if key not in mask.metadata}
-        if unsaid:  # one that was made in Python or by other code: whether it belongs here is the user's word
-            raise InputError(
-                f"--mask: {self.options.mask} does not say what it was made for: leave it out and a new one is "
-                f"measured, or, if it is of this forget set and model, save it with metadata.update({unsaid})"
-            )
-        if mask.metadata["weights_hash"] != identity["weights_hash"]:
-            raise InputError(
-                f"--mask: {self.options.mask} was made for other weights: leave it out and a new one is measured"
-            )
-        try:
-            mask.bind(trainable(self.model).items())
-        except InputError:
-            raise InputError(
-                f"--mask: {self.options.mask} is not of the weights that are trained: leave it out and a new one is "
-                "measured"
-            ) from None
-
     def _take_averages(self, result: Result) -> None:
         with torch.no_grad():
             for name, p in trainable(self.model).items():
@@ -629,45 +622,6 @@ class ForgetJob:
         if decay is None:
             raise InputError(f"--save-weights ema needs --ema-decay: the preset {self.preset} keeps no averages")
         return decay
-
-    # --- What is written ------------------------------------------------------------------------------------
-
-    def _left_out(self) -> dict[str, str]:
-        """Files of the source that the written folder has not, and why."""
-        return {
-            name: why for name, why in self._plan.left_out.items() if not is_in_result(self.options.output_dir, name)
-        }
-
-    def _report(self, result: Result, verdict: dict[str, Any] | str, fid: dict[str, Any] | None) -> dict[str, Any]:
-        mask = result.mask
-        return {
-            "forgotten": [self._names()[i] for i in self.pictures.forgotten],
-            "verdict": verdict,
-            "fid": fid,
-            "weights": {"saved": self.options.save_weights, "ema_decay": self.ema_decay},
-            "trained_weights": self.trained_count,
-            "null_class": None if self.pretrained.classes is None else self.pretrained.classes.null_label,
-            "retained_classes": {"sampled": len(self.pictures.retained), "in_data": self.retained_count},
-            "mapping": [row._asdict() for row in self.data.mapping],
-            "unreadable": list(self.data.unreadable.values()),
-            "ignored": self.data.ignored,
-            "enlarged": len(self.data.enlarged),
-            "data_sha256": self.data.sha256,
-            "data_sha256_covers": self.data.sha256_covers,
-            "preprocessing": self.data.preprocessing,
-            "preset": self.preset,
-            "published": self.domain["published"],
-            "method": {"name": self.method.name, "batch_size": self.batch_size, **self.method.settings()},
-            "task": self.task_settings,
-            "left_out": self._left_out(),
-            "sampling": self.pictures.protocol,
-            "mask_density": mask.density if mask else None,
-            "protection": result.protection,
-            "counts": result.counts,
-            "backend": result.backend,
-            "seconds": self.seconds,
-            "options": self.options.settings(),
-        }
 
 
 class _Fixed:

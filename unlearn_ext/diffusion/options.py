@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from ..evaluation.inception import check_file
 from ..saliency.storage import check_storage
 from .parallel import PARALLEL
 
-__all__ = ["WEIGHTS_DTYPES", "ForgetOptions"]
+__all__ = ["WEIGHTS_DTYPES", "ForgetOptions", "each_of"]
 
-_PATHS = ("pretrained_model_name_or_path", "data", "output_dir", "class_map", "mask", "classifier", "fid_weights")
+_PATHS = ("pretrained_model_name_or_path", "data", "output_dir", "class_map", "mask", "work_dir", "classifier")
+_PATHS += ("fid_weights",)
 WEIGHTS_DTYPES = ("float32", "bfloat16")
+_MOST_SAMPLES = 100_000  # of each class: beyond a million in all, two seeds may share noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,10 @@ class ForgetOptions:
     pretrained_model_name_or_path: Path
     data: Path
     output_dir: Path
-    forget_class: str | None = None
+    forget_class: str | Sequence[str] | None = None
     class_map: Path | None = None
     null_class: bool | None = None
-    forget_prompt: str | None = None
+    forget_prompt: str | Sequence[str] | None = None
     replace_prompt: str | None = None
     preset: str | None = None
     max_train_steps: int | None = None
@@ -59,6 +62,8 @@ class ForgetOptions:
     checkpointing_steps: int | None = None
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
+    work_dir: Path | None = None
+    keep_work: bool = False
     classifier: Path | None = None
     fid_weights: Path | None = None
     samples: int | None = None
@@ -73,6 +78,9 @@ class ForgetOptions:
         for name in _PATHS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, user_path(getattr(self, name)))
+        for name in ("forget_class", "forget_prompt"):  # one is written to the result as a text, several as a list
+            values = each_of(getattr(self, name))
+            object.__setattr__(self, name, list(values) if len(values) > 1 else next(iter(values), None))
         if not self.data.exists():
             raise InputError(f"--data: there is nothing at {self.data}")
         if self.class_map is not None and not is_sorted(self.class_map) and not self.class_map.is_file():
@@ -83,7 +91,7 @@ class ForgetOptions:
             raise InputError(
                 "--forget-prompt and --replace-prompt go together: what to forget, and what to show instead"
             )
-        if self.forget_prompt is not None and self.forget_prompt == self.replace_prompt:
+        if self.replace_prompt in each_of(self.forget_prompt):
             raise InputError("--replace-prompt: expected another prompt than the one to forget")
         optional = ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps")
         for name in (*optional, "checkpoints_total_limit", "samples"):
@@ -94,6 +102,8 @@ class ForgetOptions:
         for name in ("learning_rate", "forget_alpha", "gamma", "guidance_scale"):
             if getattr(self, name) is not None:
                 check_finite(_option(name), getattr(self, name))
+        if self.samples is not None and self.samples > _MOST_SAMPLES:
+            raise InputError(f"--samples: expected at most {_MOST_SAMPLES:,} of each class, got {self.samples}")
         if self.ema_decay is not None:
             check_number("--ema-decay", self.ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
         if self.mask_fraction is not None:
@@ -152,6 +162,13 @@ class ForgetOptions:
     def settings(self) -> dict[str, Any]:
         """Of plain types, for the result."""
         return json.loads(json.dumps(self.__dict__, default=str))
+
+
+def each_of(value: Any) -> tuple[Any, ...]:
+    """The values of an option that may be given more than once."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _option(name: str) -> str:

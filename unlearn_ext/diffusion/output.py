@@ -9,17 +9,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._checkpoint_folder import numbered
 from .._files import writable_directory, writing
 from .._leftovers import is_leftover, partial_pattern, sweep
 from ..errors import InputError
 from .pretrained import OWN_FOLDER, Pretrained, write_result
+from .work import size_of
 
-__all__ = ["RESULT", "check_claim", "claim_output", "is_in_result", "move_output", "write_output"]
+__all__ = ["RESULT", "check_claim", "claim_output", "is_in_result", "is_waiting", "move_output", "unfinished_bytes"]
+__all__ += ["write_output"]
 
 RESULT = "result.json"  # in OWN_FOLDER
-
 _WHOLE = "folder"  # in OWN_FOLDER: a whole result, or what of it has not been moved to its place yet
+_PRIVATE = ("checkpoint-*", "latents")  # what must not stand in a folder that is published
 
 
 def check_claim(output: Path, source: Path, *, resume: bool) -> None:
@@ -30,63 +31,71 @@ def check_claim(output: Path, source: Path, *, resume: bool) -> None:
         resume: whether the run goes on from a checkpoint.
 
     Raises:
-        InputError: it lies in the source, or holds anything else than an unfinished run, or one to be resumed.
+        InputError: it lies in the source, or holds anything else than what an unfinished run leaves.
     """
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
     own = output / OWN_FOLDER
     try:
-        if not output.exists() or (own / _WHOLE).exists():  # the latter is moved to its place first
+        if not output.exists() or is_waiting(output):  # the latter is moved to its place first
             return
         others = sorted(path.name for path in output.iterdir() if path.name != OWN_FOLDER and not is_leftover(path))
+        private = sorted(path.name for pattern in _PRIVATE for path in own.glob(pattern))
     except OSError as error:
         raise InputError(f"--output-dir: {output} cannot be read ({error.strerror}): choose another") from None
+    if others and (own / RESULT).exists():
+        raise InputError(_finished(output, resume))
     if others:
         raise InputError(f"--output-dir: {output} holds {others[0]} already: choose an empty folder")
-    if not resume and numbered(own):
+    if private:
         raise InputError(
-            f"--output-dir: {output} holds checkpoints of an earlier run: add --resume-from-checkpoint latest, or "
-            "choose an empty folder"
+            f"--output-dir: {own} holds {private[0]} of a run by an earlier version, which does not belong into a "
+            "folder that may be published: remove it, or choose an empty folder"
         )
 
 
-def claim_output(output: Path, source: Path, needed: Mapping[str, int], *, resume: bool) -> Path:
-    """Makes the folder, and removes what an earlier run of it was writing when it was killed.
+def _finished(output: Path, resume: bool) -> str:
+    further = f"to forget further, give it as --pretrained-model-name-or-path and another --output-dir (it is {output})"
+    if not resume:
+        return f"--output-dir: {output} holds a finished run already: choose an empty folder, or, {further}"
+    return (
+        f"--resume-from-checkpoint: the run of {output} is finished, and more steps would not continue it, because its "
+        f"batches and its schedule were made for the --max-train-steps it had: {further}"
+    )
 
-    A result that was whole and not moved to its place yet is not removed: it is moved.
+
+def claim_output(output: Path, source: Path, *, resume: bool) -> Path:
+    """Makes the folder, and removes what an earlier run of it was writing when it was killed.
 
     Args:
         source: the folder of the model that is read.
-        needed: bytes that the run will write, by part; ``latents`` and ``checkpoints`` that are there count.
         resume: whether the run goes on from a checkpoint.
 
     Raises:
-        InputError: :func:`check_claim` refuses it, its disk is too full, or it has just become an earlier run's result.
+        InputError: :func:`check_claim` refuses it.
     """
     check_claim(output, source, resume=resume)
     output = writable_directory(output)
-    own = output / OWN_FOLDER
-    if (own / _WHOLE).exists():
-        _move(own / _WHOLE, output)
-        lacks = "" if (own / RESULT).exists() else ", but has no result.json and pictures"
-        raise InputError(
-            f"--output-dir: {output} was an earlier run's, cut off at its very end, and its model is whole now{lacks}: "
-            "use it, or choose an empty folder to run again"
-        )
-    unfinished = [*own.glob(f".{_WHOLE}-*"), *own.glob(f"{partial_pattern(_WHOLE)}")]
-    there = {"latents": _size(own / "latents"), "checkpoints": sum(map(_size, numbered(own)))}
-    missing = sum(max(0, size - there.get(part, 0)) for part, size in needed.items())
-    free = shutil.disk_usage(output).free + sum(map(_size, unfinished))
-    if free < missing:
-        raise InputError(
-            f"--output-dir: {output} has {free / 1e9:.1f} GB free, and the run writes {missing / 1e9:.1f} GB: choose "
-            "another disk"
-        )
-    for left in unfinished:
+    for left in _unfinished(output):
         shutil.rmtree(left, ignore_errors=True)
-    for folder in (output, own, own / "latents"):
+    for folder in (output, output / OWN_FOLDER):
         sweep(folder, held=True)
     return output
+
+
+def is_waiting(output: Path) -> bool:
+    """Whether an earlier run's result is whole there and was not moved to its place."""
+    return (output / OWN_FOLDER / _WHOLE).exists()
+
+
+def unfinished_bytes(output: Path) -> int:
+    """Bytes of what an earlier run was writing when it was killed, and :func:`claim_output` removes."""
+    return sum(map(size_of, _unfinished(output)))
+
+
+def _unfinished(output: Path) -> list[Path]:
+    own = output / OWN_FOLDER
+    return [*own.glob(f".{_WHOLE}-*"), *own.glob(partial_pattern(_WHOLE))]
 
 
 def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -121,8 +130,3 @@ def _move(whole: Path, output: Path) -> None:
     for path in entries:
         os.replace(path, output / path.name)
     whole.rmdir()
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in it; 0 where there is no such folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

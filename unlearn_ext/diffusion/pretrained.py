@@ -48,7 +48,7 @@ _DENOISERS = {  # a class of diffusers -> the class that loads it, and how it is
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 _WEIGHTS_INDEX = re.compile(r"\.index(\..+)?\.json$")
-OWN_FOLDER = "unlearning"  # in a result: result.json, pictures, mask, history, checkpoints, latents
+OWN_FOLDER = "unlearning"  # in a result: result.json, pictures, mask, history
 # What a clone or a download leaves in a folder, and the record of an earlier run.
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__", OWN_FOLDER)
 _COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor", "safety_checker", "image_encoder")

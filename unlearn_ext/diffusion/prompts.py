@@ -23,7 +23,7 @@ class Concepts:
 
     Attributes:
         prompts: one for each class.
-        forget: the classes whose prompt is the forgotten one.
+        forget: the classes whose prompt is a forgotten one.
         replacement: the prompt that shall be shown in its place.
         replace_classes: the classes whose prompt that is. Their images stand for forgotten ones where the replacement
             is predicted, as released; without any, the forgotten images themselves do.
@@ -68,7 +68,9 @@ class WithReplacements(Dataset):
         return {**own, **{f"replace_{name}": value for name, value in other.items() if name != "labels"}}
 
 
-def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, replace_prompt: str) -> Concepts:
+def read_prompts(
+    data: ImageData, class_map: Path | None, forget_prompts: Sequence[str], replace_prompt: str
+) -> Concepts:
     """The prompt of a folder is what ``class_map`` (JSON, folder -> prompt) says, or else its name; that of an array's
     label is what ``class_map`` says (label -> prompt).
 
@@ -88,13 +90,14 @@ def read_prompts(data: ImageData, class_map: Path | None, forget_prompt: str, re
     prompts = {
         index: composed(given.get(name, name)) for name, index in sorted(names.items(), key=lambda item: item[1])
     }
-    forget_prompt, replace_prompt = composed(forget_prompt), composed(replace_prompt)
-    for prompt in (*prompts.values(), forget_prompt, replace_prompt):
+    forget_prompts, replace_prompt = [composed(prompt) for prompt in forget_prompts], composed(replace_prompt)
+    for prompt in (*prompts.values(), *forget_prompts, replace_prompt):
         _check_text(prompt)
-    forget, replace_classes = (
-        [index for index, prompt in prompts.items() if prompt == wanted] for wanted in (forget_prompt, replace_prompt)
-    )
-    if not forget:
+    forget = [index for index, prompt in prompts.items() if prompt in forget_prompts]
+    replace_classes = [index for index, prompt in prompts.items() if prompt == replace_prompt]
+    for forget_prompt in forget_prompts:
+        if forget_prompt in prompts.values():
+            continue
         there = ", ".join(map(repr, list(dict.fromkeys(prompts.values()))[:5]))
         name = "name a folder so, or " if data.folders else ""
         raise InputError(

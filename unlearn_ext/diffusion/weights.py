@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase, translate
 
 import torch
 from torch import nn
@@ -19,13 +20,14 @@ def select_trained(model: nn.Module, which: str = "all") -> list[str]:
 
     Args:
         which: ``all``; ``attention``, the weights of diffusers' attention modules; ``cross-attention``, of those that
-            look at a prompt; or a regular expression that is searched in the names, such as ``attn2|norm2``.
+            look at a prompt; a pattern of whole names as ``param_groups`` takes it, such as ``*.attn2.*``; or a regular
+            expression that is searched in the names, such as ``attn2|norm2``.
 
     Returns:
         The names of the weights that are trained, in the model's order.
 
     Raises:
-        InputError: none is, and nothing was changed.
+        InputError: none is, or pattern and regular expression mean different weights; nothing was changed.
     """
     named = own_names(unwrapped(model).named_parameters())
     if which == "all":
@@ -33,14 +35,7 @@ def select_trained(model: nn.Module, which: str = "all") -> list[str]:
     elif which in ("attention", "cross-attention"):
         chosen = list(_of_attention(model, named, which == "cross-attention"))
     else:
-        try:
-            pattern = re.compile(which)
-        except re.error as error:
-            raise InputError(
-                f"trained weights: expected all, attention, cross-attention or a regular expression, got {which!r} "
-                f"({error})"
-            ) from None
-        chosen = [name for name in named if pattern.search(name)]
+        chosen = _matching(named, which)
     if not chosen:
         example = next(iter(named), "none at all")
         raise InputError(f"trained weights: the model has none for {which!r}; its names are such as {example}")
@@ -48,6 +43,33 @@ def select_trained(model: nn.Module, which: str = "all") -> list[str]:
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
     return chosen
+
+
+def _matching(names: Iterable[str], which: str) -> list[str]:
+    """The names that a pattern fits, or in which a regular expression is found."""
+    names = list(names)
+    fitting, found = [name for name in names if fnmatchcase(name, which)], []
+    try:
+        expression = re.compile(which)
+    except (re.error, RecursionError, OverflowError) as error:
+        if not fitting and not set("*?[") & set(which):
+            raise InputError(
+                "trained weights: expected all, attention, cross-attention, a name pattern or a regular expression, "
+                f"got {which!r} ({error})"
+            ) from None
+    else:
+        found = [name for name in names if expression.search(name)]
+    if fitting and found and fitting != found:
+        raise InputError(
+            f"trained weights: {which!r} fits {len(fitting)} names as a pattern and {len(found)} as a regular "
+            f"expression: write {_anchored(which)!r} for the pattern, or {f'({which})'!r} for the expression"
+        )
+    return fitting or found
+
+
+def _anchored(pattern: str) -> str:
+    """The regular expression that means the same as the pattern."""
+    return re.sub(r"^\(\?s:(.*)\)\\[zZ]$", r"^\1$", translate(pattern))
 
 
 def _of_attention(model: nn.Module, named: dict[str, nn.Parameter], cross: bool) -> Iterator[str]:

@@ -1,0 +1,193 @@
+"""What every command does with its arguments: options given twice, home folders, numbers out of reach, plain output."""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from functools import wraps
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from unlearn_ext import cli
+from unlearn_ext.cli import main
+from unlearn_ext.cli.ending import exit_code
+from unlearn_ext.cli.report import plain_console
+from unlearn_ext.cli.streams import escape_unprintable
+from unlearn_ext.errors import InputError, UnlearningWarning
+
+COMMANDS = typer.main.get_command(cli._app()).commands
+SEVERAL = {("forget", "--forget-class"), ("forget", "--forget-prompt")}
+OPTIONS = [
+    (name, option.opts[0], option.is_flag, option.secondary_opts)
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if option.param_type_name == "option"
+]
+
+
+@pytest.mark.parametrize(("command", "option", "flag", "opposite"), OPTIONS, ids=lambda value: str(value))
+def test_an_option_given_twice_is_refused(command, option, flag, opposite, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("unlearn_ext.cli.arguments.checked", lambda function: wraps(function)(lambda **given: 0))
+    for again in (option, option.replace("-", "_").replace("__", "--", 1), *opposite):
+        given = [option, again] if flag else [option, "1", f"{again}=2"]
+        code, error = main([command, *given]), capsys.readouterr().err
+        if (command, option) in SEVERAL:
+            assert "more than once" not in error
+        else:
+            assert code == 2 and "more than once" in error and option in error
+
+
+def test_all_commands_are_looked_at() -> None:
+    assert set(COMMANDS) == {"demo", "forget", "compare", "profile"} and len(OPTIONS) > 60
+
+
+@pytest.mark.parametrize("form", [["--output-dir=~/x"], ["--output-dir", "~/x"], ["--output_dir=~/x"]])
+def test_a_home_folder_is_followed(form, tmp_path, monkeypatch) -> None:
+    seen = []
+
+    def look(output_dir: Path = Path("x")) -> int:
+        seen.append(output_dir)
+        return 0
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", look)
+    assert main(["demo", *form]) == 0
+    assert seen == [tmp_path / "x"]
+
+
+def test_a_checkpoint_may_lie_in_the_home_folder(tmp_path, monkeypatch) -> None:
+    from unlearn_ext.cli.arguments import checked
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = {}
+    look = checked(lambda **arguments: seen.update(arguments) or 0)
+    look(resume_from_checkpoint="~/checkpoint-3", shapes="~/a.safetensors", preset="~")
+    assert seen == {
+        "resume_from_checkpoint": str(tmp_path / "checkpoint-3"),
+        "shapes": str(tmp_path / "a.safetensors"),
+        "preset": "~",
+    }
+    look(resume_from_checkpoint="latest", shapes=None)
+    assert seen["resume_from_checkpoint"] == "latest" and seen["shapes"] is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["compare", "--epochs", str(2**63 - 1)],
+        ["compare", "--seeds", "1" + "0" * 40],
+        ["compare", "--forget-fraction", "nan"],
+        ["compare", "--batch-size", "2000000000"],
+        ["demo", "--forget-fraction", "inf", "--scenario", "random"],
+        ["demo", "--train-size", str(-(2**63))],
+        ["profile", "--repeats", str(2**62)],
+    ],
+    ids=lambda given: " ".join(given)[:40],
+)
+def test_numbers_out_of_reach_are_one_sentence(given, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(given) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {given[1]}: expected") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "nan", "1e62"])
+def test_what_is_no_integer_is_a_usage_error(value, capsys) -> None:
+    assert main(["compare", "--epochs", value]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys) -> None:
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+
+        def fail(error=error) -> None:
+            raise error
+
+        monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: fail())
+        assert main(["demo"]) == 1
+        assert capsys.readouterr().err.startswith("error: there is not enough memory")
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+def test_ctrl_c_before_a_command_begins(monkeypatch, capsys) -> None:
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# --- What is printed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed(encoding, monkeypatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    with escape_unprintable():
+        plain_console().print("Fréchet 1.5 ± 0.2 × ✓ 猫 \udcff")
+        sys.stdout.flush()
+    assert sys.stdout.errors == "strict"
+    text = raw.getvalue().decode(encoding)
+    assert (
+        text
+        == {
+            "ascii": "Frechet 1.5 +- 0.2 x ok \\u732b \\udcff\n",
+            "latin-1": "Fréchet 1.5 ± 0.2 × ok \\u732b \\udcff\n",
+            "utf-8": "Fréchet 1.5 ± 0.2 × ✓ 猫 \\udcff\n",
+        }[encoding]
+    )
+
+
+def test_helps_and_progress_can_be_printed_in_ascii(monkeypatch) -> None:
+    from unlearn_ext.cli.progress import stages
+
+    raw, bars = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(bars, encoding="ascii"))
+    assert main(["forget", "--help"]) == 0
+    with escape_unprintable(), stages(plain_console(stderr=True)) as report:
+        report("training", 3, 3)
+    sys.stdout.flush(), sys.stderr.flush()
+    assert b"--forget-class" in raw.getvalue() and b"Exit codes" in raw.getvalue()
+    assert b"training" in bars.getvalue() and b"\\u" not in bars.getvalue()
+
+
+def test_a_runs_warning_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:
+    def warn() -> int:
+        for _ in range(2):
+            warnings.warn("the target was not met", UnlearningWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: warn())
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().err == "warning: the target was not met\n"
+
+
+def test_codes_of_warnings() -> None:
+    assert exit_code({}) == exit_code({"momentum": "...", "not_seen_before": "..."}) == 0
+    for key in ("still_drawn", "retained_lost", "not_judged", "still_known", "target", "unmoved"):
+        assert exit_code({key: "..."}) == 3
+
+
+def test_what_a_command_returns_is_the_exit_code(monkeypatch) -> None:
+    codes = [3, 0]
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: codes.pop())
+    assert main(["demo"]) == 0 and main(["demo"]) == 3
+
+
+def test_an_error_is_code_1(monkeypatch, capsys) -> None:
+    def refuse() -> int:
+        raise InputError("no")
+
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: refuse())
+    assert main(["demo"]) == 1 and capsys.readouterr().err == "error: no\n"

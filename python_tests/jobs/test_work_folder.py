@@ -1,0 +1,267 @@
+"""The work folder of ``unlearn-ext forget``: what must not be published is there, and nothing of others is removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from helpers.forgetting import hashes, job_of, result, run, run_killed_at, work
+from helpers.pipelines import save_digit_folders, save_dit_pipeline
+
+from unlearn_ext._loop import Loop
+from unlearn_ext.diffusion import publishing, space
+from unlearn_ext.diffusion.pictures import Pictures
+from unlearn_ext.diffusion.space import Need, check_room, room_for
+from unlearn_ext.diffusion.work import WorkFolder
+from unlearn_ext.errors import InputError
+
+STEPS = ("--forget-class", "3", "--checkpointing-steps", "1", "--fisher-storage", "disk")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("work")
+    save_digit_folders(home / "digits", per_class=4)
+    save_dit_pipeline(home / "dit")
+    return home
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_output_holds_nothing_of_the_forgotten_images_and_no_early_weights(home, tmp_path, keep, capsys) -> None:
+    out = tmp_path / "out"
+    assert run(home, "dit", out, *STEPS, *(["--keep-work"] if keep else [])) == 0
+    assert names(out / "unlearning") == {"result.json", "before-after.png", "mask.safetensors", "history.jsonl"}
+    assert names(out) == names(home / "dit") | {"unlearning"}
+    assert len((out / "unlearning" / "history.jsonl").read_text().splitlines()) == 2
+    if keep:
+        assert names(work(out)) == {"latents", "checkpoint-1", "checkpoint-2", "history.jsonl", "work.json"}
+        assert f"not to be published: {work(out)}" in capsys.readouterr().out
+    else:
+        assert names(tmp_path) == {"out"}
+
+
+def test_a_work_folder_elsewhere(home: Path, tmp_path: Path, monkeypatch) -> None:
+    out, place = tmp_path / "out", ("--work-dir", str(tmp_path / "scratch" / "w"))
+    run_killed_at(1, monkeypatch, home, "dit", out, *STEPS, *place)
+    assert names(tmp_path) == {"out", "scratch"} and "checkpoint-1" in names(tmp_path / "scratch" / "w")
+    assert run(home, "dit", out, *STEPS, *place, "--resume-from-checkpoint", "latest") == 0
+    assert not (tmp_path / "scratch" / "w").exists()
+
+
+def test_what_somebody_else_put_into_the_work_folder_stays(home: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    run_killed_at(1, monkeypatch, home, "dit", out, *STEPS)
+    (work(out) / "notes").mkdir()
+    (work(out) / "notes" / "a.txt").write_text("mine")
+    assert run(home, "dit", out, *STEPS, "--resume-from-checkpoint", "latest") == 0
+    assert names(work(out)) == {"notes"} and (work(out) / "notes" / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("folder", "content", "words"),
+    [
+        ("out.work", "a.txt", "holds a.txt and is no work folder of a run: move it away, or name another folder"),
+        ("out.work", "work.json", "holds work.json and is no work folder of a run"),
+        ("out/w", None, "lie in each other, and the output may be published"),
+        ("out", None, "lie in each other"),
+        (".", None, "lie in each other"),
+        ("model/w", None, "lies in the model's folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_the_work_folder(tmp_path, folder, content, words) -> None:
+    (tmp_path / "model").mkdir()
+    place = tmp_path / folder
+    if content is not None:
+        place.mkdir()
+        (place / content).write_text('{"format": "mine"}')
+    with pytest.raises(InputError, match=words):
+        WorkFolder(tmp_path / "out", place).check(tmp_path / "model", resume=False)
+
+
+def test_a_work_folder_belongs_to_one_output_folder(tmp_path: Path) -> None:
+    first, second = (WorkFolder(tmp_path / name, tmp_path / "w") for name in "ab")
+    first.claim()
+    for folder in (first, WorkFolder(tmp_path / "a", tmp_path / "w")):
+        folder.check(tmp_path / "model", resume=False)
+    with pytest.raises(InputError, match=r"belongs to the run of .*a: wait until it has ended, or name another folder"):
+        second.check(tmp_path / "model", resume=False)
+    first.clear()
+    assert not (tmp_path / "w").exists()
+    second.check(tmp_path / "model", resume=False)
+
+
+def test_a_link_is_followed_to_the_disk_of_the_output(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "out")
+    assert WorkFolder(tmp_path / "out").path == (tmp_path / "big" / "out.work").resolve()
+
+
+def test_a_run_that_fails_before_it_trains_leaves_no_work_folder(home: Path, tmp_path: Path, monkeypatch) -> None:
+    def fail(self, directory):
+        directory.mkdir()
+        raise InputError("no latents")
+
+    monkeypatch.setattr("unlearn_ext.diffusion.job.ForgetJob._encode", fail)
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_of_an_earlier_version_is_not_published(home: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out" / "unlearning" / "latents").mkdir(parents=True)
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 1
+    assert "holds latents of a run by an earlier version" in capsys.readouterr().err
+
+
+# --- Going on -------------------------------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, iteration: int, number: int) -> None:
+    iterate = Loop._iterate
+
+    def stopping(self, t):
+        if t == iteration:
+            signal.raise_signal(number)
+        return iterate(self, t)
+
+    monkeypatch.setattr(Loop, "_iterate", stopping)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_an_interrupt_says_how_to_go_on(home, tmp_path, monkeypatch, capsys, name, code) -> None:
+    steps = (*STEPS[:2], "--max-train-steps", "3")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, getattr(signal, name))
+        capsys.readouterr()
+        assert run(home, "dit", tmp_path / "out", *steps, "--checkpointing-steps", "1") == code
+        last = capsys.readouterr().err.splitlines()[-1]
+    assert "--resume-from-checkpoint latest goes on" in last and str(work(tmp_path / "out")) in last
+    if name != "SIGINT":
+        return
+    assert run(home, "dit", tmp_path / "whole", *steps) == 0
+    resumed = (*steps, "--checkpointing-steps", "1", "--resume-from-checkpoint", "latest")
+    assert run(home, "dit", tmp_path / "out", *resumed) == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_an_interrupt_without_checkpoints_says_so(home, tmp_path, monkeypatch, capsys) -> None:
+    stop_at(monkeypatch, 1, signal.SIGINT)
+    assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 130
+    assert "there is no checkpoint (--checkpointing-steps N writes some)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupt_while_pictures_are_judged_leaves_a_whole_model(home, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(Pictures, "verdict", lambda self: signal.raise_signal(signal.SIGINT))
+    assert run(home, "dit", out, "--forget-class", "3") == 130
+    assert "is whole, and its pictures were not judged" in capsys.readouterr().err.splitlines()[-1]
+    assert names(out) == names(home / "dit") | {"unlearning"}
+    assert result(out)["verdict"] == "not verified: the run was cut off before its pictures were judged"
+
+
+@pytest.mark.parametrize("when", ["write_output", "move_output"])
+def test_a_model_has_its_result_whenever_a_run_is_killed(home, tmp_path, monkeypatch, when) -> None:
+    """The next run finishes it; the work folder goes then."""
+    out, make = tmp_path / "out", getattr(publishing, when)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*arguments):
+        if when == "write_output":
+            make(*arguments)
+        monkeypatch.setattr(publishing, "move_output", lambda output: None)  # a killed process moves nothing
+        raise Killed
+
+    monkeypatch.setattr(publishing, when, die)
+    with pytest.raises(Killed):
+        run(home, "dit", out, *STEPS)
+    assert names(out) == {"unlearning"} and result(out)["forgotten"] == ["three"]
+    monkeypatch.undo()
+    assert run(home, "dit", out, *STEPS) == 1
+    assert names(out) == names(home / "dit") | {"unlearning"} and names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_finished_run_says_why_it_is_not_continued(home, tmp_path, capsys, keep) -> None:
+    out, more = tmp_path / "out", ("--max-train-steps", "3")
+    assert run(home, "dit", out, *STEPS, *(["--keep-work"] if keep else [])) == 0
+    before = hashes(out)
+    for again in (STEPS, (*STEPS, *more)):
+        assert run(home, "dit", out, *again) == 1
+        assert "holds a finished run already: choose an empty folder, or, to forget further" in capsys.readouterr().err
+        assert run(home, "dit", out, *again, "--resume-from-checkpoint", "latest") == 1
+        error = capsys.readouterr().err
+        assert "is finished, and more steps would not continue it" in error and "--pretrained-model-name" in error
+    if keep:  # into another folder
+        choice = ("--resume-from-checkpoint", str(work(out) / "checkpoint-2"))
+        assert run(home, "dit", tmp_path / "new", *STEPS, *more, *choice) == 1
+        assert "--max-train-steps cannot change in mid-run" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+    assert hashes(out) == before
+
+
+def test_a_result_can_be_forgotten_further(home: Path, tmp_path: Path) -> None:
+    assert run(home, "dit", tmp_path / "one", "--forget-class", "3") == 0
+    shutil.copytree(home / "digits", tmp_path / "digits")
+    os.symlink(tmp_path / "one", tmp_path / "dit")
+    assert run(tmp_path, "dit", tmp_path / "two", "--forget-class", "4") == 0
+    assert result(tmp_path / "two")["forgotten"] == ["four"]
+
+
+# --- Disks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_compares_the_disk(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    options = ("--forget-class", "3", "--dry-run", "--checkpointing-steps", "1", "--json", str(tmp_path / "plan.json"))
+    assert run(home, "dit", tmp_path / "out", *options) == 0
+    assert "MB will be written" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [disk["needed"] for disk in plan["disks"]] == [sum(plan["disk"].values())]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan["disks"][0]["needed"] - 1))
+    assert run(home, "dit", tmp_path / "out", *options) == 1
+    printed = capsys.readouterr()
+    assert "GB free, and the run writes" in printed.err
+    assert "MB are free" in " ".join(printed.out.split())  # the plan all the same
+    assert names(tmp_path) == {"plan.json"}
+
+
+def test_two_disks_are_compared_each_for_itself(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    free = {tmp_path / "a": 10, tmp_path / "b": 20}
+    monkeypatch.setattr(space, "_disk_of", lambda path: path.name)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, free[Path(path)]))
+    needs = [Need("--output-dir", tmp_path / "a" / "x" / "y", 10), Need("the work folder", tmp_path / "b" / "z", 20)]
+    rooms = room_for(needs)
+    assert [(room.names, room.needed, room.free) for room in rooms] == [
+        (("--output-dir",), 10, 10),
+        (("the work folder",), 20, 20),
+    ]
+    check_room(rooms)
+    with pytest.raises(InputError, match=r"the disk of .*z has 2e-08 GB free, and the run writes 2\.1e-08 GB"):
+        check_room(room_for([needs[0], Need("the work folder", tmp_path / "b" / "z", 21)]))
+
+
+def test_fisher_sums_on_disk_and_what_is_there_are_counted(home: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {"checkpointing_steps": 1, "fisher_storage": "disk"}
+    job = job_of(home, "dit", tmp_path / "out", **options)
+    assert job.disk["Fisher sums"] == 4 * job.trained_count
+    whole = sum(job.disk.values())
+    assert sum(room.needed for room in job.rooms()) == whole
+    run_killed_at(1, monkeypatch, home, "dit", tmp_path / "out", *STEPS)
+    job = job_of(home, "dit", tmp_path / "out", resume_from_checkpoint="latest", **options)
+    held = job.work.held()
+    assert held["latents"] > 0 and held["checkpoints"] > 0
+    assert sum(room.needed for room in job.rooms()) < whole

@@ -1,0 +1,68 @@
+"""What every command does with its arguments before it runs: spelling, repeats, home folders and numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from .._files import user_path
+from ..errors import InputError
+
+__all__ = ["OnceCommand", "checked", "hyphens"]
+
+_LARGEST = 2**31 - 1  # of counts
+_LARGER = ("seed", "weights")  # have bounds of their own
+_PATHS_OR_NAMES = ("resume_from_checkpoint", "shapes")
+
+
+def hyphens(arguments: Sequence[str]) -> list[str]:
+    """``--train_size=5`` -> ``--train-size=5``: diffusers' scripts spell options with underscores."""
+    spelled = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        spelled.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
+    return spelled
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses an option given twice unless it takes several values; click would drop the first one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))  # a copy: the parser takes it apart
+        for parameter in order:
+            if order.count(parameter) > 1 and not getattr(parameter, "multiple", False):
+                hint = "/".join([*parameter.opts, *parameter.secondary_opts])
+                raise typer.BadParameter("given more than once, and it takes one value: give it once", ctx, None, hint)
+        return super().parse_args(ctx, args)
+
+
+def checked(function: Callable[..., int]) -> Callable[..., int]:
+    """The command with ``~`` in paths replaced by the home folder, and numbers out of reach refused."""
+
+    @functools.wraps(function)
+    def run(**arguments: Any) -> int:
+        code = function(**{name: _checked(name, value) for name, value in arguments.items()})
+        if code:  # typer takes no heed of what a command returns
+            raise typer.Exit(code)
+        return code
+
+    return run
+
+
+def _checked(name: str, value: Any) -> Any:
+    option = "--" + name.removesuffix("_file").replace("_", "-")
+    if isinstance(value, Path):  # as in --option=~/folder, where the shell leaves it
+        return user_path(value)
+    if isinstance(value, str) and name in _PATHS_OR_NAMES:
+        return str(user_path(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{option}: expected a finite number, got {value}")
+    if isinstance(value, int) and name not in _LARGER and abs(value) > _LARGEST:
+        raise InputError(f"{option}: expected an integer below 2^31, got {value}")
+    return value
