@@ -11,12 +11,27 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["check_count", "check_finite", "check_number"]
+__all__ = ["check_count", "check_finite", "check_number", "shown"]
+
+_LONGEST = 80  # letters of a value within a sentence
+_LARGEST = 2**63 - 1  # what a tensor's size can be, and most other counts
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut to what a sentence can hold; Python writes no integer of 4,300 digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} of very many digits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def check_count(name: str, value: Any) -> None:
+    """An integer from 1 that fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise InputError(f"{name}: expected an integer from 1, got {value!r}")
+        raise InputError(f"{name}: expected an integer from 1, got {shown(value)}")
+    if value > _LARGEST:
+        raise InputError(f"{name}: expected an integer from 1 to 2^63 - 1, got {shown(value)}")
 
 
 def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> None:
@@ -26,8 +41,10 @@ def check_number(name: str, value: Any, expected: str, fits: Callable[[float], b
         good = number and fits(float(value))
     except OverflowError:  # an integer beyond all floats
         raise InputError(f"{name}: expected {expected}, got what no float holds") from None
+    except RuntimeError:  # a complex tensor, or one without values
+        good = False
     if not good:
-        raise InputError(f"{name}: expected {expected}, got {value if number else repr(value)}")
+        raise InputError(f"{name}: expected {expected}, got {value if number else shown(value)}")
 
 
 def check_finite(name: str, value: Any) -> None:

@@ -313,7 +313,8 @@ def scalars(
         "skip": skip,
     }
     ordered = [values[name] for name in SCALARS]
-    result = torch.tensor([0.0 if isinstance(v, Tensor) else float(v) for v in ordered], dtype=torch.float64)
+    numbers = [0.0 if isinstance(v, Tensor) else float(v) for v in ordered]
+    result = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if device is not None and torch.device(device).type == "cuda":
         result = result.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
     elif device is not None:
@@ -459,7 +460,7 @@ def ratio_bits(
     Source: arXiv 2409.19732.
     """
     if not forget_fisher and not retain_fisher:
-        return [], torch.zeros(0, dtype=torch.int64)
+        return [], torch.zeros(0, dtype=torch.int64, device="cpu")
     if not forget_fisher:
         raise ValueError(f"ratio_bits: retain_fisher: expected no tensors, got {len(retain_fisher)}")
     bits, counts = torch.ops.unlearn_ext.ratio_bits(
@@ -506,7 +507,7 @@ def top_bits(
             got = f"{len(other)} tensors" if other else str(k)
             argument, expected = ("other", "no tensors (one for each of scores)") if other else ("k", "0 of no weights")
             raise ValueError(f"top_bits: {argument}: expected {expected}, got {got}")
-        return [], torch.zeros(0, dtype=torch.int64)
+        return [], torch.zeros(0, dtype=torch.int64, device="cpu")
     return torch.ops.unlearn_ext.top_bits(
         list(scores), list(other), k, SCORES.index(score), eps, forget_scale, retain_scale
     )
@@ -528,7 +529,7 @@ def unpack_bits(bits: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 def count_bits(bits: Sequence[Tensor]) -> Tensor:
     """How many bits are set in each tensor of words: int64 tensor of len(bits)."""
-    return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64)
+    return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def update(
