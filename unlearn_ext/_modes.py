@@ -11,6 +11,7 @@ from torch import nn
 from .errors import InputError
 
 __all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "keeping_modes", "keeping_statistics"]
+__all__ += ["recording"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -22,6 +23,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block. Modules that were frozen in eval mode before stay so afterwards."""
     with keeping_modes(model):
         model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records inside the block, also within ``torch.no_grad()`` or inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
         yield
 
 

@@ -787,7 +787,7 @@ def _fit_as_they_are(grads: list[Tensor | None], parameters: list[Tensor]) -> bo
             and all(map(eq, map(Tensor.size, grads), map(Tensor.size, parameters)))
             and all(map(eq, map(_DEVICE, grads), map(_DEVICE, parameters)))
             and (dtypes := set(map(_DTYPE, grads)))
-            and FLOATING >= dtypes
+            and dtypes <= FLOATING
             and (torch.float64 not in dtypes or set(map(_DTYPE, parameters)) == {torch.float64})
             and set(map(_LAYOUT, grads)) == {torch.strided}
         )

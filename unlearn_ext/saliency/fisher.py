@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .. import ops
 from .._arguments import check_count, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
+from .._gradients import check_gradient, check_parameters
 from .._in_backward import clip_factor
-from .._modes import evaluating
+from .._modes import evaluating, recording
 from .._names import trainable, unwrapped
 from .._parts import map_tensors, own_part
 from .._ranks import ALONE, Ranks
@@ -87,10 +88,12 @@ class FisherDiagonal:
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
-        self.sums = {
-            name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-            for name, p in self._parameters.items()
-        }
+        check_parameters(self._parameters.items())
+        with recording():  # tensors made in inference mode could not be added to afterwards
+            self.sums = {
+                name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+                for name, p in self._parameters.items()
+            }
         self._groups = {name: shard_groups(p) for name, p in self._parameters.items()}
         if per_sample and any(map(is_sharded, self._parameters.values())):
             raise InputError("per_sample=True differentiates through whole weights: use DistributedDataParallel for it")
@@ -109,7 +112,7 @@ class FisherDiagonal:
         ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
-            InputError: no batches, or no parameter received a gradient, or one received it in parts.
+            InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
         before = self.count
@@ -117,7 +120,8 @@ class FisherDiagonal:
             for total in self.sums.values():
                 total.zero_()
             self.count = 0
-        with evaluating(self.model), keeping_graphs(self.in_backward and self.max_norm is not None):
+        graphs = keeping_graphs(self.in_backward and self.max_norm is not None)
+        with recording(), evaluating(self.model), graphs:
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
@@ -142,7 +146,7 @@ class FisherDiagonal:
         return self
 
     def _update(self, batch: Any, where: str) -> None:
-        batch = self.task.prepare(batch, self._device)
+        batch = map_tensors(self.task.prepare(batch, self._device), _recordable)
         count = size = self.task.size(batch)
         if self.split_batches:
             batch, count = own_part(batch, size, self.ranks)
@@ -172,18 +176,23 @@ class FisherDiagonal:
         _check_finite(mean, self._NAME, where)
         if not loss.requires_grad:
             return
-        if self.in_backward:
-            seen = self._square_in_backward(loss)
-        else:
-            loss.backward()
-            found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-            with torch.no_grad():
-                self._accumulate(found)
-            seen = set(found)
+        try:
+            with torch.autocast(self._device.type, enabled=False):  # of the forward pass alone, as torch advises
+                if self.in_backward:
+                    seen = self._square_in_backward(loss)
+                else:
+                    loss.backward()
+                    gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+                    for name, gradient in gradients.items():
+                        check_gradient(self._NAME, name, gradient)
+                    with torch.no_grad():
+                        self._accumulate(gradients)
+                    seen = set(gradients)
+        finally:
+            for p in self._parameters.values():
+                p.grad = None
         self.seen |= seen
         self.count += 1
-        for p in self._parameters.values():
-            p.grad = None
 
     def _square_in_backward(self, loss: Tensor) -> set[str]:
         """Adds the squares as gradients appear; the names of the parameters that had one."""
@@ -193,6 +202,7 @@ class FisherDiagonal:
             squares: dict[int, float] = {}
 
             def measure(i: int, gradient: Tensor) -> None:
+                check_gradient(self._NAME, names[i], gradient)
                 squares[i] = float(ops.gradient_products([gradient])[0])
 
             with passing_twice(), consuming(parameters, names.__getitem__, measure):
@@ -202,6 +212,8 @@ class FisherDiagonal:
         seen: set[str] = set()
 
         def take(gradients: dict[int, Tensor]) -> None:
+            for i, gradient in gradients.items():
+                check_gradient(self._NAME, names[i], gradient)
             found = [names[i] for i in gradients]
             seen.update(found)
             self._add([self.sums[name] for name in found], list(gradients.values()), weight)
@@ -239,7 +251,7 @@ class FisherDiagonal:
             return
         for total in self.sums.values():
             self.ranks.sum(total)
-        self.count = int(self.ranks.sum(torch.tensor(self.count, device=self._device)))
+        self.count = int(self.ranks.sum(torch.tensor(self.count, dtype=torch.int64, device=self._device)))
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
         sums = [self.sums[name] for name in gradients]
@@ -269,6 +281,11 @@ class FisherDiagonal:
 def _check_finite(loss: Tensor, name: str, where: str) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"{name}: the loss of {where} is {loss.item()}; check the data and the precision")
+
+
+def _recordable(tensor: Tensor) -> Tensor:
+    """One that autograd may save for the backward pass; a data set made in inference mode has others."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _samples(batch: Any, start: int, stop: int) -> Any:
