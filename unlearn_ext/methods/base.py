@@ -260,7 +260,14 @@ class Method(StepConfig, ABC):
             InputError: ``epochs`` are asked of data without a length.
         """
         if self.epochs is not None:
-            self.iterations = max(1, round(self.epochs * self._pass("retain" if self.retains else "forget", passes)))
+            self.iterations = self._iterations_of(self._pass("retain" if self.retains else "forget", passes))
+
+    def _iterations_of(self, batches: int, others: int = 0) -> int:
+        """Of ``epochs`` passes over so many batches, and of ``others`` beside them."""
+        total = self.epochs * batches + others
+        if not total < 2**63:
+            raise InputError(f"epochs: {self.epochs:g} passes are more iterations than can be counted; set fewer")
+        return max(1, round(total))
 
     def take_sizes(self, sizes: Mapping[str, int]) -> None:
         """How many samples each set has, once a first pass has seen all of them. A run that resumes makes no first

@@ -7,6 +7,7 @@ import functools
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
+from .._arguments import shown
 from ..errors import InputError, first_line
 from .bad_teacher import BadTeacher
 from .base import Method, Row
@@ -72,10 +73,9 @@ def find(name: str) -> type[Method]:
     if name in _ELSEWHERE:
         raise InputError(f"{name} {_ELSEWHERE[name]}")
     known = [*METHODS, *(own for own in _entries() if own not in METHODS)]
-    near = difflib.get_close_matches(name, known, n=1)
-    raise InputError(
-        f"there is no method {name!r}{f', perhaps {near[0]} is meant' if near else ''}: choose from {', '.join(known)}"
-    )
+    near = difflib.get_close_matches(name[:80], known, n=1)
+    hint = f", perhaps {near[0]} is meant" if near else ""
+    raise InputError(f"there is no method {shown(name)}{hint}: choose from {', '.join(known)}")
 
 
 def available() -> tuple[dict[str, type[Method]], list[str]]:
