@@ -152,8 +152,8 @@ def named(name: str) -> list[Shape]:
     if name.endswith(".safetensors"):
         return of_safetensors(Path(name))
     raise InputError(
-        f"shapes {shown(name)} are not known: choose from {', '.join(SHAPES)}, tensors of one size as in 300x1000, or a "
-        ".safetensors file"
+        f"shapes {shown(name)} are not known: choose from {', '.join(SHAPES)}, tensors of one size as in 300x1000, or "
+        "a .safetensors file"
     )
 
 

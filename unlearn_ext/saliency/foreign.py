@@ -113,7 +113,7 @@ def _dense(path: str | Path, name: str, value: Any) -> Tensor:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and layout {value.layout} on {value.device}"
+        return f"a tensor of layout {value.layout} and {value.dtype} on {value.device}"
     return "a dictionary with other keys" if isinstance(value, dict) else f"of type {type(value).__name__}"
 
 
