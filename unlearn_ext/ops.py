@@ -111,6 +111,8 @@ def _check_operands(name: str, args: Sequence[Any]) -> None:
         for i, tensor in enumerate([tensors] if single else tensors if isinstance(tensors, (list, tuple)) else ()):
             if tensor.layout != torch.strided:
                 _python_checks.fail(name, f"{argument}[{i}]", "a dense tensor (layout strided)", f"{tensor.layout}")
+            if tensor.is_quantized:
+                _python_checks.fail(name, f"{argument}[{i}]", "a tensor of a floating dtype", f"{tensor.dtype}")
             home = tensor.device if home is None else home
             if tensor.device != home and not (single and tensor.device.type == "cpu"):
                 _python_checks.fail(name, f"{argument}[{i}]", f"device {home} as the others have", f"{tensor.device}")
@@ -243,7 +245,7 @@ def _refuse_followed(op: str, **lists: Sequence[Tensor]) -> None:
 
 def _bump_versions(*lists: Sequence[Tensor]) -> None:
     # Compiled graphs account for mutation themselves.
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling():  # in inference mode too, where only inference tensors have no version
         torch.autograd.graph.increment_version([t for tensors in lists for t in tensors])
 
 

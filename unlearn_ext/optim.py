@@ -556,6 +556,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self, bucket, parameters, states, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
     ) -> None:
         group, indices = bucket.group, bucket.indices
+        if rule == "momentum" and not group["momentum"]:
+            rule = "sgd"  # as torch.optim.SGD, which leaves the buffers as they are; a schedule may come back to them
         weights, states = [parameters[i] for i in indices], [states[i] for i in indices]
         moments = [all_local(self._moments(weights, states, prefix + name)) for name in _MOMENTS[rule]]
         weights = all_local(weights)
