@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
 
-__all__ = ["FLOATING", "check_gradient", "check_parameters", "fits"]
+__all__ = ["FLOATING", "check_gradient", "check_layers", "check_parameters", "fits"]
 
 FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
@@ -43,12 +43,22 @@ def fits(gradient: Tensor) -> bool:
 def check_gradient(op: str, name: str, gradient: Tensor) -> None:
     """Raises InputError, which names operation and parameter, for what :func:`fits` refuses."""
     if gradient.layout is not torch.strided:
-        raise InputError(
-            f"{op}: the gradient of {name} is sparse; make it dense with .to_dense(), or build the layer with "
-            "sparse=False"
-        )
+        raise _sparse(op, name)
     if gradient.dtype not in FLOATING:
         raise InputError(
             f"{op}: the gradient of {name} is of {gradient.dtype}: expected one of float64, float32, bfloat16 or "
             "float16"
         )
+
+
+def check_layers(op: str, model: nn.Module) -> None:
+    """Raises InputError for a layer whose gradient will be sparse, where torch.func trips over it first."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse and layer.weight.requires_grad:
+            raise _sparse(op, f"{name}.weight".removeprefix("."))
+
+
+def _sparse(op: str, name: str) -> InputError:
+    return InputError(
+        f"{op}: the gradient of {name} is sparse; make it dense with .to_dense(), or build the layer with sparse=False"
+    )

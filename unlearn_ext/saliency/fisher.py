@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._arguments import check_count, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
-from .._gradients import check_gradient, check_parameters
+from .._gradients import check_gradient, check_layers, check_parameters
 from .._in_backward import clip_factor
 from .._modes import evaluating, recording
 from .._names import trainable, unwrapped
@@ -224,6 +224,7 @@ class FisherDiagonal:
 
     def _add_per_sample(self, batch: Any, count: int, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
+        check_layers(self._NAME, own)
         values = {n: p.detach() for n, p in own.named_parameters() if p.requires_grad}
 
         def loss_of(parameters: dict[str, Tensor], sample: Any) -> tuple[Tensor, Tensor]:
