@@ -207,7 +207,7 @@ class Method(StepConfig, ABC):
         """Published settings by name; keyword arguments replace single ones, and a mask of any kind the preset's."""
         if name not in cls.presets:
             known = ", ".join(cls.presets) or "none"
-            raise InputError(f"{cls.__name__} has no preset {name!r}: choose from {known}")
+            raise InputError(f"{cls.__name__} has no preset {shown(name)}: choose from {known}")
         preset = dict(cls.presets[name])
         if any(overrides.get(source) is not None for source in MASK_SOURCES):
             preset = {key: value for key, value in preset.items() if key not in MASK_SOURCES}
