@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .._arguments import check_count, check_finite, check_number
+from .._arguments import check_count, check_finite, check_number, shown
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
