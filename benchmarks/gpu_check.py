@@ -3,10 +3,10 @@
     python benchmarks/gpu_check.py                              # DiT-XL/2 in diffusers' layout, under 8 minutes
     python benchmarks/gpu_check.py --device cpu --scale 0.01    # the same script where there is no GPU
 
-Needs the test extra and, for a GPU, nvcc. The tests are python_tests/test_cuda.py, which runs the operator tests on the
-GPU too and compares fused CPU with fused CUDA for every dtype. The file is written whatever the outcome, and says what
-passed; the exit code is 0 only if everything did. The sequential step at DiT-XL/2 and what it is checked against take
-about 64 GB of GPU memory; --scale 0.3 fits 24 GB.
+Needs the test extra and, for a GPU, nvcc. The tests are those marked ``gpu``, which compare fused CPU with fused CUDA
+for every dtype among others, and the operators' with --backend=cuda. The file is written whatever the outcome, and says
+what passed; the exit code is 0 only if everything did. The sequential step at DiT-XL/2 and what it is checked against
+take about 64 GB of GPU memory; --scale 0.3 fits 24 GB.
 """
 
 from __future__ import annotations
@@ -97,8 +97,11 @@ def check(device: str, scale: float, repeats: int | None, implementations: list[
             print(outcome["output"], file=sys.stderr, flush=True)
 
     record("build", build(device))
-    tests = "test_cuda.py" if on_gpu else "test_products.py"
-    record("tests", run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"python_tests/{tests}"))
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    tests = ["-m", "gpu"] if on_gpu else ["python_tests/ops/test_products.py"]
+    record("tests", run(*pytest, *tests))
+    if on_gpu:
+        record("operators", run(*pytest, "--backend=cuda", "-m", "", "python_tests/ops"))
 
     weights = max(round(scale * sum(map(_numel, named(SHAPES)))), 1000)
     options = ["--device", device, *(["--repeats", repeats] if repeats else [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Options for this session are none for the sessions that tests start. Where sessions run side by side (pytest-xdist)
 # each has one thread, set before torch makes its pool: threads that wait for each other's cores take many times longer.
@@ -14,34 +15,53 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from helpers.layouts import SEED, Arena
 from hypothesis import HealthCheck, settings
 
+if TYPE_CHECKING:
+    from helpers.layouts import Arena
+
+TESTS = Path(__file__).resolve().parent
+
 # The same examples on every run: a failure in CI is a failure everywhere.
-settings.register_profile(
-    "unlearn_ext",
-    deadline=None,
-    derandomize=True,
-    max_examples=30,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("unlearn_ext")
+COMMON = {
+    "deadline": None,
+    "derandomize": True,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("dev", max_examples=10, **COMMON)
+settings.register_profile("ci", max_examples=30, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
-if library := os.environ.get("UNLEARN_EXT_TEST_LIBRARY"):  # test_cuda_on_host.py runs the operator tests with its own
-    from unlearn_ext import _native
 
-    _native._find_or_build = lambda: Path(library)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=("native", "python", "cuda-on-host", "cuda"),
+        help="implementation of the operators under test: native (CPU kernels, the default), python (pure PyTorch), "
+        "cuda-on-host (CUDA kernels compiled for the CPU) or cuda",
+    )
 
-if device := os.environ.get("UNLEARN_EXT_TEST_DEVICE"):  # test_cuda.py runs the operator tests on it
-    from helpers import through_device
 
-    through_device.install(device)
+def backend_of(config: pytest.Config) -> str:
+    return config.getoption("--backend") or os.environ.get("UNLEARN_EXT_BACKEND") or "native"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    backend = backend_of(config)
+    os.environ["UNLEARN_EXT_BACKEND"] = "python" if backend == "python" else "native"
+    from helpers import backends  # which reads the variable
+
+    backends.install(backend)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"backend: {backend_of(config)}"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Where CI says that the native path must be the one tested, any other path fails the session."""
-    if os.environ.get("UNLEARN_EXT_REQUIRE_NATIVE") != "1" or "UNLEARN_EXT_TEST_DEVICE" in os.environ:
+    if os.environ.get("UNLEARN_EXT_REQUIRE_NATIVE") != "1" or session.config.getoption("--backend"):
         return
     from unlearn_ext import _native
 
@@ -51,18 +71,27 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 # Where files run side by side, those that take minutes must not be the last to begin; the longest first. (xdist keeps
 # the order with --no-loadscope-reorder only.)
-LONGEST = ("test_nvcc", "test_ranks", "test_python_backend", "test_cuda_on_host", "test_cli", "test_native")
+LONGEST = ("test_nvcc", "test_ranks", "test_cuda_on_host", "test_cli", "test_native")
 LONGEST += ("test_benchmarks", "test_sanitizers", "test_update_gradients", "test_update_compiled")
 LONGEST += ("test_diffusion_demo", "test_diffusion_pretraining")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from helpers.backends import is_tested
+
+    backend = backend_of(config)
+    if backend != "native":
+        chosen = [x for x in items if is_tested(backend, x.path, TESTS) and not x.get_closest_marker("native_only")]
+        config.hook.pytest_deselected(items=[x for x in items if x not in set(chosen)])
+        items[:] = chosen
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
+    from helpers.layouts import Arena
+
     arena = Arena()
     yield arena
     arena.check()
@@ -70,4 +99,6 @@ def arena() -> Iterator[Arena]:
 
 @pytest.fixture
 def rng() -> torch.Generator:
+    from helpers.layouts import SEED
+
     return torch.Generator().manual_seed(SEED)

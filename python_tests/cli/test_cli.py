@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import environment, run_program
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -108,34 +109,12 @@ BAD = [
     (["--output-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
     (["--json", "missing/file.json"], "expected a file in a directory that exists"),
 ]
-# The command's own process, once for all of its bad inputs: argv holds lists of arguments. Says what each one gave.
-EACH = """
-import contextlib, io, json, os, sys
-from unlearn_ext import _native, ops
-from unlearn_ext.cli import main
-
-def load():
-    raise AssertionError("the library is loaded before all is checked")
-
-_native.load = ops._LOADERS["cpu"] = load
-found = []
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    os.mkdir(str(number))
-    os.chdir(str(number))
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(arguments)
-    found.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "files": os.listdir()})
-    os.chdir(os.pardir)
-print(json.dumps(found))
-"""
+EACH = Path(__file__).parent / "programs" / "commands.py"
 
 
 def run_each(given: list[list[str]], cwd: Path) -> list[dict]:
     """What the command gives for each list of arguments, in directories of their own and one process."""
-    script = [sys.executable, "-c", EACH, json.dumps(given)]
-    done = subprocess.run(
-        script, cwd=cwd, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, timeout=600
-    )
+    done = run_program(EACH, json.dumps(given), cwd=cwd, env=environment(COLUMNS=80), timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 from helpers import rank_cases, rank_jobs
 from helpers.normed import around
+from helpers.processes import environment
 from helpers.rank_cases import CASES
 from safetensors.torch import load_file
 
@@ -25,22 +25,20 @@ from unlearn_ext.errors import InputError
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.tasks import Classification
 
-TESTS = Path(__file__).parent
 WORLDS, WRAPPERS = (2, 4), ("ddp", "fsdp")
 TOLERANCE = 1e-9  # float64; the bar
 
 
 def launch(ranks: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     # The launcher looks at its processes now and then, and ends the others of one that has ended: not before they tell.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "3"]
     torchrun += ["--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*torchrun, str(TESTS / script), *map(str, arguments)],
+        [*torchrun, "-m", f"helpers.{script}", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=1200,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS=1),
     )
     if check and done.returncode:
         pytest.fail(f"{script} on {ranks} ranks failed:\n{done.stdout[-2000:]}{_of_rank_0(done.stderr)}")
@@ -57,7 +55,7 @@ def results(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     rank_cases.go(None, output_dir=directory / "run-None-1", checkpointing_steps=2, arguments={"ema_decay": 0.9})
     for ranks in WORLDS:
-        launch(ranks, "rank_cases.py", directory, *WRAPPERS, "continued")
+        launch(ranks, "rank_cases", directory, *WRAPPERS, "continued")
     return directory
 
 
@@ -204,7 +202,7 @@ def others(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("others")
     names = ("unwrapped_model", "duplicates", "accelerated", "partly_sharded", "uneven", "sampled_before")
     names += ("other_teachers", "statistics")
-    launch(2, "rank_cases.py", directory, *names)
+    launch(2, "rank_cases", directory, *names)
     return directory
 
 
@@ -262,7 +260,7 @@ def test_what_accelerate_prepares_gives_what_one_process_gives(others, tmp_path)
 
 
 def test_a_rank_that_ends_ends_the_job_and_the_last_checkpoint_goes_on_alone(tmp_path):
-    done = launch(2, "rank_cases.py", tmp_path, "lost", check=False)
+    done = launch(2, "rank_cases", tmp_path, "lost", check=False)
     assert done.returncode != 0
     told = (tmp_path / "lost-0.txt").read_text()
     assert told.startswith("LostRankError: another rank has ended or cannot be reached (") and told.endswith(
@@ -334,7 +332,7 @@ class Trained:
             if jobs:
                 file = self.directory / f"jobs-{ranks}.json"
                 file.write_text(json.dumps(jobs))
-                launch(ranks, "rank_jobs.py", file)
+                launch(ranks, "rank_jobs", file)
 
     def ranked(self, *key: Any) -> dict[str, torch.Tensor]:
         return load_file(self.directory / _name(*key))
@@ -381,10 +379,12 @@ def compare(trained: Trained, network: str, wrapper: str, rule: str, ranks: int)
             assert distance <= TOLERANCE and flipped == 0
             assert torch.allclose(found["history"], expected["history"], rtol=TOLERANCE, atol=TOLERANCE)
         else:
-            regrouped = trained.alone(network, rule, dtype, chunks=ranks)
-            distance, allowed = apart(found, expected), 2 * apart(regrouped, expected)
-            figures["regrouped"] = allowed / 2
-            assert allowed > 0 and distance <= allowed, f"{distance:g} of {allowed:g}"
+            # As near to the exact result as one process comes, whose last bits and few flipped bits of the mask are
+            # another draw: on every processor.
+            exact = trained.alone(network, rule, "float64")
+            alike = (expected, trained.alone(network, rule, dtype, chunks=ranks))
+            figures["alone"], distance = max(apart(other, exact) for other in alike), apart(found, exact)
+            assert figures["alone"] > 0 and distance <= 4 * figures["alone"], figures | {"ranks": distance}
         figures |= {dtype: distance, f"{dtype} mask": flipped}
     return figures
 

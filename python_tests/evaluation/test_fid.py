@@ -17,6 +17,9 @@ from torch import Tensor
 
 pytest.importorskip("torchmetrics")
 
+from helpers.fid import features_of, frechet
+from helpers.processes import ROOT, TESTS, environment, run_program
+
 from unlearn_ext import InputError
 from unlearn_ext.data.drawing import draw_real, even_shares
 from unlearn_ext.diffusion.fid import RetainedFID
@@ -25,6 +28,7 @@ from unlearn_ext.evaluation.inception import INCEPTION_FILE, InceptionFID, incep
 
 # What torchmetrics takes of torch-fidelity. The features of a picture are the means of its three colors, of bytes
 # scaled to [-1, 1), times a matrix [3, 2048] that the weights file holds: so they are known in closed form.
+PROGRAMS = Path(__file__).parent / "programs"
 STAND_IN = {
     "__init__.py": "",
     "helpers.py": "def vassert(true, message):\n    assert true, message\n",
@@ -78,42 +82,16 @@ def save_means(path: Path) -> Tensor:
     return weight
 
 
-def run_python(script: str, packages: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+def run_python(program: Path, packages: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     """In a process of its own: torchmetrics looks for torch-fidelity once, when it is imported."""
-    here = Path(__file__).parent
-    paths = [str(packages), str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-
-
-def frechet(real: np.ndarray, generated: np.ndarray) -> float:
-    """In float64 numpy, by singular values: tr (C_r C_g)^(1/2) is the nuclear norm of A B^T, where C_r = A^T A and
-    C_g = B^T B; no root of a matrix, and no rank that it needs."""
-    means, roots = [], []
-    for features in (real, generated):
-        features = np.asarray(features, np.float64)
-        means.append(features.mean(0))
-        roots.append((features - means[-1]) / np.sqrt(len(features) - 1))
-    traces = sum(float((root**2).sum()) for root in roots)
-    nuclear = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
-    return float(((means[0] - means[1]) ** 2).sum()) + traces - 2 * nuclear
+    path = os.pathsep.join(map(str, (packages, ROOT, TESTS)))
+    return run_program(program, *arguments, env=environment(PYTHONPATH=path))
 
 
 def pictures(count: int, channels: int = 3, size: int = 12, *, seed: int, low: float = -1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     tint = torch.rand(count, channels, 1, 1, generator=generator) * (1 - low) + low
     return (tint + 0.3 * torch.randn(count, channels, size, size, generator=generator)).clamp(-1.2, 1.2)
-
-
-def features_of(pictures: Tensor, weight: Tensor) -> np.ndarray:
-    """The stand-in's, in float64."""
-    pixels = np.rint((pictures.numpy().clip(-1, 1) + 1) * np.float32(127.5)).astype(np.float64)
-    pixels = np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:]))
-    return ((pixels - 128) / 128).mean((2, 3)) @ weight.double().numpy()
 
 
 # --- The distance -----------------------------------------------------------------------------------------------
@@ -143,27 +121,7 @@ def test_known_features_give_the_known_distance(tmp_path: Path) -> None:
     torch.save({"AvgPool.weight": torch.full((3, 2048), torch.nan)}, tmp_path / "nan.pth")
     sets = {"real": pictures(70, seed=1), "new": pictures(40, seed=2, low=-0.2), "grey": pictures(33, 1, seed=3)}
     save_file(sets, tmp_path / "pictures.safetensors")
-    script = """
-import json, sys
-from safetensors.torch import load_file
-from unlearn_ext import InputError
-from unlearn_ext.evaluation.inception import InceptionFID, inception_fid
-home = sys.argv[1]
-weights, pictures = f"{home}/weights.pth", load_file(f"{home}/pictures.safetensors")
-fid = InceptionFID(weights)
-for part in pictures["real"].split(25):
-    fid.add_real(part)
-found = {name: fid.distance(pictures[name]) for name in ("new", "grey", "real")}
-found["again"] = fid.distance(pictures["new"])
-found["function"] = inception_fid(pictures["grey"], pictures["new"], weights)
-for name in ("other", "zeros", "nan"):
-    try:
-        InceptionFID(f"{home}/{name}.pth")
-    except InputError as error:
-        found[name] = str(error)
-print(json.dumps({**found, "published": fid.published, "count": fid.real}))
-"""
-    done = run_python(script, write_stand_in(tmp_path), tmp_path)
+    done = run_python(PROGRAMS / "known_features.py", write_stand_in(tmp_path), tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     features = {name: features_of(own, weight) for name, own in sets.items()}
@@ -175,46 +133,6 @@ print(json.dumps({**found, "published": fid.published, "count": fid.real}))
     for name in ("zeros", "nan"):
         assert f"{name}.pth holds weights whose features tell no pictures apart" in found[name]
     assert all(INCEPTION_FILE in found[name] and "\n" not in found[name] for name in ("other", "zeros", "nan"))
-
-
-# Runs commands, each a JSON list of arguments, and computes what they should have found. Each writes to a folder of its
-# own; in one called "spoiled" the pictures taken after are what a diverged model gives.
-COMMANDS = """
-import contextlib, io, json, sys
-import torch
-from test_fid import features_of, frechet
-from unlearn_ext.cli import main
-from unlearn_ext.diffusion import job as module
-weight = torch.load(sys.argv[1])["AvgPool.weight"]
-jobs = []
-class Kept(module.ForgetJob):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        jobs.append(self)
-module.ForgetJob = Kept
-take = module.Pictures.take
-def spoiled(self, when, progress):
-    take(self, when, progress)
-    if when == "after" and jobs[-1].options.output_dir.name == "spoiled":
-        self.taken[when][-1] = torch.nan
-module.Pictures.take = spoiled
-answers = []
-for arguments in map(json.loads, sys.argv[2:]):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = main(arguments)
-    job = jobs[-1]
-    kept = job.pictures.labels != 3
-    real = [i for i in range(len(job.data)) if int(job.data.labels[i]) in job.pictures.retained]
-    if job.pictures.taken:
-        real = [i for i in real if i not in job.data.unreadable]
-        features = features_of(torch.stack([job.data[i]["pixel_values"] for i in real]), weight)
-    expected = {when: frechet(features, features_of(own[kept], weight)) for when, own in job.pictures.taken.items()
-                if bool(own.isfinite().all())}
-    retained = list(job.pictures.retained)
-    answers.append({"code": code, "out": out.getvalue(), "retained": retained, "real": len(real), **expected})
-print(json.dumps(answers))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +167,7 @@ def commands(home: Path) -> dict[str, dict]:
         "dry": (*weights, "--dry-run", "--json", str(home / "plan.json")),
     }
     listed = [json.dumps(arguments(home, home / name, *more)) for name, more in given.items()]
-    done = run_python(COMMANDS, write_stand_in(home), home / "weights.pth", *listed)
+    done = run_python(PROGRAMS / "judged_commands.py", write_stand_in(home), home / "weights.pth", *listed)
     assert done.returncode == 0, done.stderr
     answers = dict(zip(given, json.loads(done.stdout), strict=True))
     for answer in answers.values():
@@ -379,19 +297,7 @@ def test_packages_that_cannot_be_imported(tmp_path: Path) -> None:
         "import vision_that_is_not_there": "FID needs vision_that_is_not_there, which is not installed: pip install",
     }
     packages = [write_stand_in(tmp_path / str(i), __init__=code) for i, code in enumerate(cases)]
-    script = """
-import sys
-from unlearn_ext import InputError
-from unlearn_ext.evaluation.inception import InceptionFID
-for package in sys.argv[2:]:
-    sys.path.insert(0, package)
-    try:
-        InceptionFID(sys.argv[1])
-    except InputError as error:
-        print(error)
-    assert not any(name.startswith("torch_fidelity") for name in sys.modules)
-"""
-    done = run_python(script, tmp_path, tmp_path / "weights.pth", *packages)
+    done = run_python(PROGRAMS / "unimportable_packages.py", tmp_path, tmp_path / "weights.pth", *packages)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and all(words in line for words, line in zip(cases.values(), lines, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from torch import Tensor
 SEED = 20240919
 RULES = ("sgd", "momentum", "adam", "adamw")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PYTHON_BACKEND = os.environ.get("UNLEARN_EXT_BACKEND") == "python"
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:

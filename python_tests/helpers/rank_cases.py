@@ -1,6 +1,6 @@
 """What a small network does alone and on several ranks, for test_ranks.py.
 
-    torchrun --nproc-per-node 2 python_tests/rank_cases.py DIRECTORY ddp fsdp
+    PYTHONPATH=.:python_tests torchrun --nproc-per-node 2 -m helpers.rank_cases DIRECTORY ddp fsdp
 
 does every case with every wrapper and writes ``DIRECTORY/<case>-<wrapper>-<ranks>.json``.
 """

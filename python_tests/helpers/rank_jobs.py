@@ -1,6 +1,6 @@
 """Runs of small models, alone or by several ranks, for test_ranks.py.
 
-    torchrun --nproc-per-node 2 python_tests/rank_jobs.py jobs.json
+    PYTHONPATH=.:python_tests torchrun --nproc-per-node 2 -m helpers.rank_jobs jobs.json
 
 does every job in the file, a list of keyword arguments of :func:`run`, on the CPU.
 """

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from helpers.digit_networks import Digits, trained
 from scipy.stats import ks_2samp
-from test_methods_on_digits import Digits, trained
 from torch import nn
 
 from unlearn_ext import Unlearner

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 from helpers.models import batches
-from test_method_updates import CLOSE, STEPS, distance, rounds
-from test_method_updates import sets as two_sets
+from helpers.transcriptions import CLOSE, STEPS, distance, rounds
+from helpers.transcriptions import sets as two_sets
 from torch.nn.functional import cross_entropy
 
 from unlearn_ext.methods.calibration import TargetAccuracy, UnseenLosses

@@ -1,20 +1,18 @@
-"""What only a GPU can show. Elsewhere these tests are skipped; test_cuda_on_host.py runs the same kernels there."""
+"""What only a GPU can show. Elsewhere these tests are skipped, and
+--backend=cuda-on-host runs the same kernels."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.layouts import CHANNELS_LAST, DTYPES, PYTHON_BACKEND, RULES, assert_ulps, coin, normal, opmath, same_bits
+from helpers.backends import PYTHON_BACKEND
+from helpers.layouts import CHANNELS_LAST, DTYPES, RULES, assert_ulps, coin, normal, opmath, same_bits
 from helpers.models import batches, make
-from test_python_backend import OPERATOR_FILES
-from test_step import FACTORS, HYPER, call, new_state
+from helpers.steps import FACTORS, HYPER, call, new_state
 from torch import Tensor
 
 from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer, ops
@@ -24,10 +22,10 @@ from unlearn_ext.tasks import Classification
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((), (0,), (1,), (31,), (33, 3), (5, 7, 3, 3), (70_001,))
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or PYTHON_BACKEND or "UNLEARN_EXT_TEST_DEVICE" in os.environ,
-    reason="needs a GPU and native kernels",
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or PYTHON_BACKEND, reason="needs a GPU and native kernels"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,16 +35,6 @@ def native_kernels() -> None:
 
 def to_cuda(state: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     return {name: [t.to("cuda") for t in tensors] for name, tensors in state.items()}
-
-
-@pytest.mark.parametrize("name", OPERATOR_FILES)
-def test_the_operator_tests_pass_on_the_gpu(name: str) -> None:
-    environment = os.environ | {"UNLEARN_EXT_TEST_DEVICE": "cuda", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "not inductor"]
-    done = subprocess.run(
-        [*command, str(ROOT / "python_tests" / name)], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("parts", ["forget", "retain", "both"])

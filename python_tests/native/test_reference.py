@@ -12,7 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from helpers.layouts import PYTHON_BACKEND, RULES, assert_ulps, coin, normal, same_bits
+from helpers.backends import PYTHON_BACKEND
+from helpers.layouts import RULES, assert_ulps, coin, normal, same_bits
 from torch import Tensor
 
 from unlearn_ext import _native, ops

@@ -8,19 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layouts import (
-    CHANNELS_LAST,
-    DTYPES,
-    PYTHON_BACKEND,
-    RULES,
-    SEED,
-    Arena,
-    Layout,
-    coin,
-    normal,
-    opmath,
-    same_bits,
-)
+from helpers.layouts import CHANNELS_LAST, DTYPES, RULES, SEED, Arena, Layout, coin, normal, opmath, same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -273,7 +261,7 @@ def test_compiles_into_one_graph() -> None:
     assert_compiles(whole_iteration, "aot_eager")
 
 
-@pytest.mark.skipif(PYTHON_BACKEND, reason="this backend is for machines without a compiler; inductor needs one")
+@pytest.mark.native_only
 def test_compiles_with_inductor() -> None:
     assert_compiles(step_among_others, "inductor")
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import oracles
+from helpers.backends import PYTHON_BACKEND
 from helpers.layouts import (
     CHANNELS_LAST,
     DTYPES,
-    PYTHON_BACKEND,
     TRANSPOSED,
     Arena,
     Layout,
@@ -26,6 +26,7 @@ from helpers.layouts import (
     same_bits,
     shapes_and_layouts,
 )
+from helpers.processes import run_program
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -248,23 +249,14 @@ def test_threads_do_not_move_the_border_of_ties(make: str, rng: torch.Generator,
             assert [word.tolist() for word in bits] == expected, (k, threads)
 
 
-# Pages that were never touched before cannot have come from anywhere but the call itself.
-PEAK = """
-import resource, sys, torch
-from unlearn_ext import ops
-values = [torch.randn(int(sys.argv[1])) for _ in range(4)]
-ops.top_bits([torch.ones(40000)], 20000, score="magnitude")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ops.top_bits(values, 2 * int(sys.argv[1]), score="magnitude")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
+PEAK = Path(__file__).parent / "programs" / "peak_of_top_bits.py"
 
 
 @pytest.mark.skipif(PYTHON_BACKEND, reason="the pure-PyTorch operator sorts a copy")
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is in other units elsewhere")
 def test_memory_does_not_grow_with_the_list() -> None:
     """64 MB of gradients: their magnitudes, or a sort of them, would be 64 MB and more; bits are 2 MB, counts 1."""
-    run = subprocess.run([sys.executable, "-c", PEAK, str(4_000_000)], capture_output=True, text=True, check=True)
+    run = run_program(PEAK, 4_000_000, check=True)
     assert int(run.stdout) <= 8 * 1024, f"{run.stdout} KiB more at the peak"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.layouts import PYTHON_BACKEND, coin, same_bits
+from helpers.layouts import coin, same_bits
 from helpers.updates import (
     SCALARS,
     Calls,
@@ -59,7 +59,7 @@ def in_place_step(operands: Operands, bits: Sequence[Tensor], scalars: Tensor) -
     "backend",
     [
         "aot_eager",
-        pytest.param("inductor", marks=pytest.mark.skipif(PYTHON_BACKEND, reason="inductor needs a compiler")),
+        pytest.param("inductor", marks=pytest.mark.native_only),
     ],
 )
 def test_compiles_functional_and_in_place(backend: str, rng: torch.Generator) -> None:

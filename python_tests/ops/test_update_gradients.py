@@ -65,6 +65,7 @@ def test_gradcheck(parts: Sequence[str], mask_scope: str | None, rng: torch.Gene
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.native_only
 @mask_cases
 @parts_cases
 def test_second_derivatives(parts: Sequence[str], mask_scope: str | None, rng: torch.Generator) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layouts import PYTHON_BACKEND
+from helpers.backends import PYTHON_BACKEND
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -151,19 +151,12 @@ def test_profile_of_a_file_and_of_a_known_network(tmp_path) -> None:
     assert done.returncode == 0 and "of 859.5 M weights" in done.stdout.replace("\n", " ")
 
 
-MEMORY = r"""
-import torch
-from unlearn_ext.profiling import memory
-
-shapes, cpu = [(1000, 2000)] * 9 + [(1000,)] * 2000, torch.device("cpu")
-for rule, dtype in (("adamw", torch.float32), ("momentum", torch.bfloat16)):
-    print(sum(memory.predicted(shapes, rule, dtype).values()), memory.measured(shapes, rule, dtype, cpu))
-"""
+MEMORY = Path(__file__).parent / "programs" / "predicted_memory.py"
 
 
 def test_the_memory_is_what_the_shapes_predict(tmp_path) -> None:
     """20 M weights; the second measurement meets the memory that the first has freed."""
-    done = run("-c", MEMORY, cwd=tmp_path)
+    done = run(MEMORY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line, floor in zip(done.stdout.splitlines(), (20.125, 12.125), strict=True):
         predicted, taken = line.split()

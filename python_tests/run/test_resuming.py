@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import batches, make
+from helpers.processes import environment
 from helpers.runs import growing, identical, loaders, method, run, weights
 from torch import nn
 
@@ -218,24 +218,13 @@ def test_what_killed_processes_left_is_swept_at_the_next_checkpoint(tmp_path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-KILLED = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from helpers.models import make
-from helpers.runs import loaders, method
-from unlearn_ext import Unlearner
-from unlearn_ext.tasks import Classification
-torch.manual_seed(7)
-changes = dict(iterations=4000)
-Unlearner(make(dropout=0.3), Classification(), method(**changes)).run(
-    **loaders(), output_dir={output!r}, checkpointing_steps=5)
-"""
+KILLED = Path(__file__).parent / "programs" / "run_to_be_killed.py"
 
 
 def test_kill_and_resume(tmp_path) -> None:
     """A killed process leaves whole checkpoints only, and the run continues from the newest."""
-    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), output=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, str(KILLED), str(tmp_path)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint-15").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
