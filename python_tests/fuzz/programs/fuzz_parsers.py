@@ -92,7 +92,7 @@ def read_array(path: Path) -> None:
 
 
 def read_pictures(path: Path) -> None:
-    data = open_data(path.parents[1], size=4, channels=3, classes=2)
+    data = open_data(path.parents[1], size=4, channels=3)
     data.verify(range(len(data)))
     for i in range(len(data)):
         if i not in data.unreadable:
