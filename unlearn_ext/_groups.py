@@ -11,15 +11,15 @@ from torch import Tensor
 from ._arguments import check_finite, check_number, shown
 from .errors import InputError
 
-__all__ = ["PER_GROUP", "as_betas", "check_group", "check_rates", "loaded_group", "plain", "read_by"]
+__all__ = ["NOTES", "PER_GROUP", "as_betas", "check_group", "check_rates", "loaded_group", "plain", "read_by"]
 
 # What a parameter group may set for itself.
 PER_GROUP = ("lr", "momentum", "betas", "eps", "weight_decay", "forget_weight", "retain_weight")
 PER_GROUP += ("slow_rate", "forget_lr")
 _READ_BY_SOME = {"momentum": ("momentum",), "betas": ("adam", "adamw"), "eps": ("adam", "adamw")}
-# Written into groups by torch's schedulers, and by the optimizer: a group may bring them from another optimizer.
-_NOT_CHECKED = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
-_NOT_CHECKED += ("retain_steps", "rounding_seed")
+# No settings: written into groups by torch's schedulers and by the optimizer. A group of another optimizer has them.
+NOTES = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+NOTES += ("retain_steps", "rounding_seed")
 
 
 def read_by(*rules: str) -> tuple[str, ...]:
@@ -44,9 +44,8 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, Tensor) or not hasattr(value, "item") else value.item()
 
 
-def check_group(settings: Iterable[str] | dict[str, Any], defaults: dict[str, Any], *rules: str) -> None:
+def check_group(settings: dict[str, Any], defaults: dict[str, Any], *rules: str) -> None:
     """Whether a parameter group may set this for itself, and to these values; InputError if not."""
-    settings = {key: value for key, value in settings.items() if key not in _NOT_CHECKED}
     for key in settings:
         if key not in PER_GROUP:
             raise InputError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from ._arguments import check_count, check_number, shown
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
-from ._groups import PER_GROUP, as_betas, check_group, check_rates, loaded_group, plain, read_by
+from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, plain, read_by
 from ._in_backward import as_number, clip_factor, measuring, stepping
 from ._python_checks import check_writable
 from ._shards import all_local, is_sharded, local, part_like, shard_groups, sum_over
@@ -231,7 +231,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
         if isinstance(param_group, dict):  # else torch says what it expects
             unread = {name: getattr(StepConfig, name) for name in PER_GROUP if name not in self.defaults}
-            check_group(param_group, {**unread, **self.defaults}, self.rule, self.forget_rule)
+            settings = {key: value for key, value in param_group.items() if key not in NOTES}
+            check_group(settings, {**unread, **self.defaults}, self.rule, self.forget_rule)
             for name in set(PER_GROUP).intersection(param_group):
                 param_group[name] = as_betas(param_group[name]) if name == "betas" else plain(param_group[name])
             if self._rounding_base is not None:  # noise of its own for each group
