@@ -25,9 +25,11 @@ __all__ = [
     "check_seed",
     "describe",
     "nearest",
+    "shown",
 ]
 
 LARGEST_COUNT = 2**63 - 1  # what an int64 holds
+_LONGEST = 80  # letters of a value within a sentence
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------
@@ -72,6 +74,8 @@ def check_number(name: str, value: Any, expected: str, fits: Callable[[float], b
         good = number is not None and not math.isnan(number) and fits(float(number))
     except OverflowError:  # an integer beyond all floats
         raise InputError(f"{name}: expected {expected}, got what no float holds") from None
+    except RuntimeError:  # a complex tensor, or one without values
+        good = False
     if not good:
         raise InputError(f"{name}: expected {expected}, got {_shown(value, number)}")
     return number
@@ -97,6 +101,15 @@ def _shown(value: Any, number: int | float | None) -> str:
 
 
 # --- Objects ------------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut to what a sentence can hold; Python writes no integer of 4,300 digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} of very many digits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def describe(value: Any) -> str:
@@ -136,7 +149,7 @@ def _listed(names: Iterable[Any], limit: int = 8) -> str:
 def nearest(name: str, known: Mapping[str, str] | Iterable[str]) -> str | None:
     """The known name that was probably meant, whatever its case and hyphens; of a mapping, what it stands for."""
     plain = {_plain(key): (known[key] if isinstance(known, Mapping) else key) for key in known}
-    near = difflib.get_close_matches(_plain(name), plain, n=1)
+    near = difflib.get_close_matches(_plain(name)[:_LONGEST], plain, n=1)
     return plain[near[0]] if near else None
 
 

@@ -266,8 +266,8 @@ def restore(
     for key, value in {**document["optimizer_numbers"], **{k: found[f"optimizer.{k}"] for k in of_optimizer}}.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in document["param_groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups, "settings": document["optimizer_settings"]})
+    parts = {"param_groups": document["param_groups"], "settings": document["optimizer_settings"]}
+    optimizer.load_state_dict({"state": state, **parts})
     for key, value in targets.items():
         saved = found[key]
         local(value).copy_(local(saved) if is_sharded(saved) else part_like(saved, value))

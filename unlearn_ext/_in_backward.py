@@ -11,13 +11,14 @@ from torch import Tensor
 
 from . import ops
 from ._arriving import arriving, passing_twice
+from ._gradients import check_gradient, fits
 from .errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from .methods import Method
     from .optim import UnlearnOptimizer, _Bucket
 
-__all__ = ["check_in_backward", "clip_factor", "measuring", "stepping"]
+__all__ = ["as_number", "check_in_backward", "clip_factor", "measuring", "stepping"]
 
 _LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
 
@@ -84,8 +85,8 @@ class _Pass:
 
     def take(self, gradients: dict[int, Tensor]) -> None:
         for i, gradient in gradients.items():
-            if gradient.layout != torch.strided:
-                raise InputError(f"{self.op}: the gradient of {self.name(i)} is sparse; make it dense with .to_dense()")
+            if not fits(gradient):
+                check_gradient(self.op, self.name(i), gradient)
         own, found = self.gradients[self.side], list(gradients)
         aligned = self.optimizer._aligned(self.op, list(gradients.values()), [self.parameters[i] for i in found])
         for i, gradient in zip(found, aligned, strict=True):
@@ -194,7 +195,7 @@ class _Step(_Pass):
         optimizer = self.optimizer
         self.check_any(self.made)
         if self.side == "forget" and self.limit is not None:
-            optimizer.last_clip = torch.as_tensor(self.clip, dtype=torch.float64)
+            optimizer.last_clip = as_number(self.clip)
         for group in optimizer.param_groups:
             if group["rounding_seed"] is not None:
                 group["rounding_seed"] = self.seeds[id(group)] + len(group["params"])
@@ -215,3 +216,10 @@ def clip_factor(limit: float | None, square: float | Tensor) -> float | Tensor:
         return 1.0
     factor = limit / (square**0.5 + 1e-6)
     return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)
+
+
+def as_number(value: float | Tensor) -> Tensor:
+    """A 0-d float64 tensor, where the value is; on the CPU for a number, whatever torch's default device."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")

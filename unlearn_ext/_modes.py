@@ -12,7 +12,7 @@ from ._names import unwrapped
 from .errors import InputError
 
 __all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "has_batch_norm", "keeping_modes", "keeping_statistics"]
-__all__ += ["set_training"]
+__all__ += ["recording", "set_training"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -24,6 +24,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block. Modules that were frozen in eval mode before stay so afterwards."""
     with keeping_modes(model):
         model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records inside the block, also within ``torch.no_grad()`` or inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
         yield
 
 

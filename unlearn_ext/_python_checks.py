@@ -85,10 +85,10 @@ def check_scalars(op: str, scalars: Tensor) -> dict[str, float]:
 def _addresses(tensor: Tensor) -> Tensor:
     """The address of every byte of every element, flat."""
     width = tensor.element_size()
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride * width
-    return (tensor.data_ptr() + offsets.reshape(-1, 1) + torch.arange(width)).flatten()
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride * width
+    return (tensor.data_ptr() + offsets.reshape(-1, 1) + torch.arange(width, device="cpu")).flatten()
 
 
 def check_writable(op: str, **lists: Sequence[Tensor]) -> None:

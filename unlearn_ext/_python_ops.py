@@ -25,7 +25,7 @@ from ._python_checks import (
     fail,
 )
 
-_SHIFTS = torch.arange(32, dtype=torch.int64)
+_SHIFTS = torch.arange(32, dtype=torch.int64, device="cpu")
 
 
 def _memory_order(tensor: Tensor) -> Tensor:
@@ -170,8 +170,8 @@ def gradient_products(
 
 def _stochastic_bfloat16(values: Tensor, seed: int, index: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(hash((seed, index)) & (2**63 - 1))
-    noise = torch.randint(0, 2**16, values.shape, generator=generator, dtype=torch.int32).to(values.device)
-    rounded = ((values.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    noise = torch.randint(0, 2**16, values.shape, generator=generator, dtype=torch.int32, device="cpu")
+    rounded = ((values.view(torch.int32) + noise.to(values.device)) & -(2**16)).view(torch.float32)
     return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
 
 
@@ -196,7 +196,7 @@ def _apply_rule(rule: int, theta: Tensor, g: Tensor, first: Tensor | None, secon
         [first],
         [second],
         [],
-        [torch.tensor(s["step"] - 1.0)],
+        [torch.tensor(s["step"] - 1.0, dtype=torch.float64, device="cpu")],
         foreach=False,
         amsgrad=False,
         beta1=s["beta1"],

@@ -111,6 +111,8 @@ def _check_operands(name: str, args: Sequence[Any]) -> None:
         for i, tensor in enumerate([tensors] if single else tensors if isinstance(tensors, (list, tuple)) else ()):
             if tensor.layout != torch.strided:
                 _python_checks.fail(name, f"{argument}[{i}]", "a dense tensor (layout strided)", f"{tensor.layout}")
+            if tensor.is_quantized:
+                _python_checks.fail(name, f"{argument}[{i}]", "a tensor of a floating dtype", f"{tensor.dtype}")
             home = tensor.device if home is None else home
             if tensor.device != home and not (single and tensor.device.type == "cpu"):
                 _python_checks.fail(name, f"{argument}[{i}]", f"device {home} as the others have", f"{tensor.device}")
@@ -245,7 +247,7 @@ def _refuse_followed(op: str, **lists: Sequence[Tensor]) -> None:
 
 def _bump_versions(*lists: Sequence[Tensor]) -> None:
     # Compiled graphs account for mutation themselves.
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling():  # in inference mode too, where only inference tensors have no version
         torch.autograd.graph.increment_version([t for tensors in lists for t in tensors])
 
 
@@ -462,7 +464,7 @@ def ratio_bits(
     Source: arXiv 2409.19732.
     """
     if not forget_fisher and not retain_fisher:
-        return [], torch.zeros(0, dtype=torch.int64)
+        return [], torch.zeros(0, dtype=torch.int64, device="cpu")
     if not forget_fisher:
         raise ValueError(f"ratio_bits: retain_fisher: expected no tensors, got {len(retain_fisher)}")
     bits, counts = torch.ops.unlearn_ext.ratio_bits(
@@ -509,7 +511,7 @@ def top_bits(
             got = f"{len(other)} tensors" if other else str(k)
             argument, expected = ("other", "no tensors (one for each of scores)") if other else ("k", "0 of no weights")
             raise ValueError(f"top_bits: {argument}: expected {expected}, got {got}")
-        return [], torch.zeros(0, dtype=torch.int64)
+        return [], torch.zeros(0, dtype=torch.int64, device="cpu")
     return torch.ops.unlearn_ext.top_bits(
         list(scores), list(other), k, SCORES.index(score), eps, forget_scale, retain_scale
     )
@@ -531,7 +533,7 @@ def unpack_bits(bits: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 def count_bits(bits: Sequence[Tensor]) -> Tensor:
     """How many bits are set in each tensor of words: int64 tensor of len(bits)."""
-    return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64)
+    return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def update(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._arguments import check_count, check_finite, check_number
-from ._in_backward import clip_factor, measuring, stepping
+from ._arguments import check_count, check_number, shown
+from ._gradients import FLOATING, check_gradient, check_parameters, fits
+from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, plain, read_by
+from ._in_backward import as_number, clip_factor, measuring, stepping
 from ._python_checks import check_writable
 from ._shards import all_local, is_sharded, local, part_like, shard_groups, sum_over
 from .errors import InputError, NonFiniteError
@@ -25,10 +26,9 @@ __all__ = ["StepConfig", "UnlearnOptimizer"]
 
 _MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 _MOMENTS["adamw"] = _MOMENTS["adam"]
+_COUNTS = ("step", "forget_step")  # of the steps that a weight's moments have seen
 _DEVICE, _DTYPE, _LAYOUT = attrgetter("device"), attrgetter("dtype"), attrgetter("layout")
-# What a parameter group may set for itself, and what the state of a weight means nothing without.
-_PER_GROUP = ("lr", "momentum", "betas", "eps", "weight_decay", "forget_weight", "retain_weight")
-_PER_GROUP += ("slow_rate", "forget_lr")
+# Settings that must match when a state_dict is loaded.
 _OF_THE_STATE = ("rule", "forget_rule", "dual_state", "mask_scope", "protect", "slow_freq")
 
 
@@ -59,7 +59,7 @@ class StepConfig:
     def __post_init__(self) -> None:
         for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
             if value not in ops.RULES:
-                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {value!r}")
+                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {shown(value)}")
         if self.forget_rule is not None and not self.dual_state:
             raise InputError("forget_rule needs a state of its own: set dual_state=True")
         if self.mask_scope not in ops.MASK_SCOPES:
@@ -68,51 +68,19 @@ class StepConfig:
         for name in ("max_norm", "retain_max_norm"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, "more than 0, or None for no clipping", lambda x: x > 0.0)
-        _check_rates(self.rule, self.forget_rule or self.rule, **{name: getattr(self, name) for name in _PER_GROUP})
+        check_rates(self.rule, self.forget_rule or self.rule, **{name: getattr(self, name) for name in PER_GROUP})
+        self.betas = as_betas(self.betas)
 
     def check_group(self, settings: dict[str, Any]) -> None:
         """Whether a parameter group may set this for itself, and to these values; InputError if not."""
-        defaults = {name: getattr(self, name) for name in _PER_GROUP}
-        _check_group(settings, defaults, self.rule, self.forget_rule or self.rule)
+        defaults = {name: getattr(self, name) for name in PER_GROUP}
+        check_group(settings, defaults, self.rule, self.forget_rule or self.rule)
 
     def make_optimizer(self, params_or_named_params: Iterable[Any], mask: SaliencyMask | None) -> UnlearnOptimizer:
         arguments = {field.name: getattr(self, field.name) for field in fields(StepConfig)}
         # A method's may be of classes that say that nobody gave them, which a saved state would not hold.
         arguments |= {"rule": str(self.rule), "momentum": float(self.momentum)}
         return UnlearnOptimizer(list(params_or_named_params), mask=mask, **arguments)
-
-
-def _check_group(settings: dict[str, Any], defaults: dict[str, Any], *rules: str) -> None:
-    for key in settings:
-        if key not in _PER_GROUP:
-            raise InputError(
-                f"{key} is no setting of a parameter group: a group takes {', '.join(_PER_GROUP)}, and the optimizer "
-                "itself the rest"
-            )
-    _check_rates(*rules, **{name: settings.get(name, defaults[name]) for name in _PER_GROUP})
-
-
-def _check_rates(*rules: str, **values: Any) -> None:
-    """What a parameter group may set for itself. ``rules`` are those that may move it."""
-    for name in ("lr", "eps", "weight_decay"):
-        check_finite(name, values[name])
-    if values["forget_lr"] is not None:
-        check_finite("forget_lr", values["forget_lr"])
-    for name in ("forget_weight", "retain_weight"):
-        check_number(name, values[name], "a finite number", math.isfinite)
-    check_number("momentum", values["momentum"], "a number in [0, 1)", _is_decay)
-    if values["momentum"] and "sgd" in rules and "momentum" not in rules:
-        raise InputError(f"momentum={values['momentum']} does nothing under rule='sgd': set rule='momentum'")
-    check_number("slow_rate", values["slow_rate"], "a rate in (0, 1]", lambda x: 0.0 < x <= 1.0)
-    betas = values["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise InputError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    for beta in betas:
-        check_number("betas", beta, "two numbers in [0, 1)", _is_decay)
-
-
-def _is_decay(x: float) -> bool:
-    return 0.0 <= x < 1.0
 
 
 @dataclass
@@ -128,8 +96,15 @@ class _Bucket:
     ranks: tuple[Any, ...]
 
 
-# Fires the step hooks of torch.optim, which wraps step() alone by itself.
-_hooked = torch.optim.Optimizer.profile_hook_step
+def _apart(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step is the same in whatever mode the process is: it records no graph, and moments that it makes in inference
+    mode can be changed afterwards."""
+    return torch.inference_mode(mode=False)(torch.no_grad()(step))  # in this order: leaving that mode records graphs
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Fires the step hooks of torch.optim, which wraps step() alone by itself."""
+    return torch.optim.Optimizer.profile_hook_step(_apart(step))
 
 
 class UnlearnOptimizer(torch.optim.Optimizer):
@@ -228,8 +203,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if protect and mask is None:
             raise InputError("protect=True needs a mask that says what to protect")
         self.rule, self.forget_rule = rule, forget_rule or rule
-        self.max_norm, self.retain_max_norm = max_norm, retain_max_norm
-        self.slow_freq, self.mask_scope, self.protect, self.dual_state = slow_freq, mask_scope, protect, dual_state
+        self.max_norm, self.retain_max_norm = plain(max_norm), plain(retain_max_norm)
+        self.slow_freq, self.mask_scope, self.protect, self.dual_state = int(slow_freq), mask_scope, protect, dual_state
         self.project = project
         self.last_clip: Tensor | None = None
         self.last_projection: Tensor | None = None
@@ -239,13 +214,13 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self.measured: dict[str, Any] = {}  # side -> clip factor and skip flag of its next step in the backward pass
         self.mask_bits: list[Tensor] | None = None
         # Progress within the round and noise stand in the groups, so that state_dict carries them.
-        defaults = {name: getattr(config, name) for name in _PER_GROUP} | {"retain_steps": 0, "rounding_seed": None}
-        self._rounding_base = int(torch.randint(2**31, (1,))) if stochastic_rounding else None
+        defaults = {name: plain(getattr(config, name)) for name in read_by(self.rule, self.forget_rule)}
+        defaults |= {"retain_steps": 0, "rounding_seed": None}
+        self._rounding_base = int(torch.randint(2**31, (1,), device="cpu")) if stochastic_rounding else None
+        self._complete = False  # until all groups have joined
         super().__init__(params_or_named_params, defaults)
-        try:  # A step takes the parameters in several calls; what two of them share would be moved twice.
-            check_writable("UnlearnOptimizer", parameters=all_local(self._parameters()))
-        except RuntimeError as error:
-            raise InputError(f"{error}: clone() one, or make both the same Parameter") from None
+        self._check_parameters()
+        self._complete = True
         if mask is not None:
             if not all("param_names" in group for group in self.param_groups):
                 raise InputError("a mask finds its weights by name: pass model.named_parameters(), not parameters()")
@@ -256,13 +231,32 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "mask_bits", None) is not None:
             raise InputError("a parameter group cannot join after a mask is bound: build the optimizer with all groups")
-        own = {key: value for key, value in param_group.items() if key not in ("params", "param_names", "initial_lr")}
-        _check_group(own, self.defaults, self.rule, self.forget_rule)
-        if self._rounding_base is not None:  # noise of its own for each group
-            param_group["rounding_seed"] = self._rounding_base + (len(self.param_groups) << 32)
-        if self.param_groups:  # a group that comes later joins the round under way
-            param_group["retain_steps"] = self.param_groups[0]["retain_steps"]
+        if isinstance(param_group, dict):  # else torch says what it expects
+            unread = {name: getattr(StepConfig, name) for name in PER_GROUP if name not in self.defaults}
+            settings = {key: value for key, value in param_group.items() if key not in NOTES}
+            check_group(settings, {**unread, **self.defaults}, self.rule, self.forget_rule)
+            for name in set(PER_GROUP).intersection(param_group):
+                param_group[name] = as_betas(param_group[name]) if name == "betas" else plain(param_group[name])
+            if self._rounding_base is not None:  # noise of its own for each group
+                param_group["rounding_seed"] = self._rounding_base + (len(self.param_groups) << 32)
+            if self.param_groups:  # a group that comes later joins the round under way
+                param_group["retain_steps"] = self.param_groups[0]["retain_steps"]
         super().add_param_group(param_group)
+        if self._complete:
+            try:
+                self._check_parameters()
+            except InputError:
+                self.param_groups.pop()
+                raise
+
+    def _check_parameters(self) -> None:
+        """Once for all groups: a step takes the parameters in several calls, and would move twice what two share."""
+        check_parameters(self.named_parameters())
+        placed = [p for p in all_local(self._parameters()) if not p.is_meta]
+        try:
+            check_writable("UnlearnOptimizer", parameters=placed)
+        except RuntimeError as error:
+            raise InputError(f"{error}: clone() one, or make both the same Parameter") from None
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes, and a copy could not step. Hooks and a scheduler's patched step stay
@@ -296,17 +290,17 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         for i, gradient in enumerate(aligned):
             if gradient is None:
                 continue
-            if gradient.layout != torch.strided:
-                raise InputError(f"{op}: the gradient of {self._names()[i]} is sparse; make it dense with .to_dense()")
+            if not fits(gradient):
+                check_gradient(op, self._names()[i], gradient)
             if gradient.shape != parameters[i].shape:
                 raise InputError(
                     f"{op}: the gradient of {self._names()[i]} has shape {list(gradient.shape)} and the parameter "
                     f"{list(parameters[i].shape)}: pass the gradients in the parameters' order"
                 )
-            if gradient.device != parameters[i].device or not gradient.is_floating_point():
+            if gradient.device != parameters[i].device:
                 raise InputError(
-                    f"{op}: the gradient of {self._names()[i]} is {gradient.dtype} on {gradient.device}: expected a "
-                    f"floating one on {parameters[i].device}"
+                    f"{op}: the gradient of {self._names()[i]} is on {gradient.device}: expected one on "
+                    f"{parameters[i].device}"
                 )
             if gradient.dtype == torch.float64 != parameters[i].dtype:
                 # What overflows the type that the step computes in must be infinite when the norms look for it.
@@ -327,7 +321,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
 
     # --- Public steps ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_apart
     def step(self, closure=None):
         """A retain step on ``.grad``, so that schedulers, GradScaler and accelerate find what they expect."""
         loss = None
@@ -338,7 +332,6 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         return loss
 
     @_hooked
-    @torch.no_grad()
     def forget_step(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """Moves the salient weights along the forget gradients: ``grads``, aligned with the parameters, or ``.grad``.
 
@@ -353,7 +346,6 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self._step("forget_step", parameters, forget, [None] * len(parameters), closes_round=False)
 
     @_hooked
-    @torch.no_grad()
     def retain_step(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """Moves all weights along the retain gradients; closes the round on every ``slow_freq``-th call."""
         self._retain(grads)
@@ -364,7 +356,6 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self._step("retain_step", parameters, [None] * len(parameters), retain, closes_round=True)
 
     @_hooked
-    @torch.no_grad()
     def joint_step(
         self, forget_grads: Sequence[Tensor | None], retain_grads: Sequence[Tensor | None] | None = None
     ) -> None:
@@ -534,10 +525,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             for limit, square in zip((self.max_norm, self.retain_max_norm), squares[:2], strict=True)
         ]
         if op != "retain_step":
-            self.last_clip = torch.as_tensor(clips[0], dtype=torch.float64)
+            self.last_clip = as_number(clips[0])
         if self.project and op == "joint_step":
             share = clips[0] * _conflict(squares[3], squares[1])
-            self.last_projection = torch.as_tensor(share, dtype=torch.float64)
+            self.last_projection = as_number(share)
             clips[1] = clips[1] + share
         return (clips[0], clips[1]), skip
 
@@ -568,6 +559,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self, bucket, parameters, states, forget, retain, rule, prefix, masked, clips, skip, interpolate, forget_only
     ) -> None:
         group, indices = bucket.group, bucket.indices
+        if rule == "momentum" and not group["momentum"]:
+            rule = "sgd"  # as torch.optim.SGD, which leaves the buffers as they are; a schedule may come back to them
         weights, states = [parameters[i] for i in indices], [states[i] for i in indices]
         moments = [all_local(self._moments(weights, states, prefix + name)) for name in _MOMENTS[rule]]
         weights = all_local(weights)
@@ -582,15 +575,12 @@ class UnlearnOptimizer(torch.optim.Optimizer):
                 retain_weight=group["retain_weight"],
                 forget_clip=clips[0],
                 retain_clip=clips[1],
-                momentum=group["momentum"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 step=bucket.count,
                 slow_rate=group["slow_rate"],
                 skip=skip,
                 device=device,
+                **_of_rule(group, rule),
             ),
             forget_grads=[forget[i] for i in indices] if bucket.has_forget else (),
             retain_grads=[retain[i] for i in indices] if bucket.has_retain else (),
@@ -651,7 +641,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     def _forget_rate(group: dict[str, Any]) -> float:
         if group["forget_lr"] is None:
             return group["lr"]
-        start = group.get("initial_lr")  # set by torch's schedulers, which know of `lr` only
+        # Set by torch's schedulers, which know of `lr` only; OneCycleLR begins far below the rate that it is given.
+        start = group.get("max_lr", group.get("initial_lr"))
         return group["forget_lr"] * (group["lr"] / start if start else 1.0)
 
     @staticmethod
@@ -663,8 +654,17 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     # --- State ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim's, and under ``settings`` what the state means nothing without."""
-        return {**super().state_dict(), "settings": {name: getattr(self, name) for name in _OF_THE_STATE}}
+        """torch.optim's, and under ``settings`` what must match when it is loaded."""
+
+        def with_settings(_: Any, state_dict: dict[str, Any]) -> None:
+            state_dict["settings"] = {name: getattr(self, name) for name in _OF_THE_STATE}
+
+        # As the first hook, so that others see all of it.
+        handle = self.register_state_dict_post_hook(with_settings, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Whether a state fits, before anything is loaded.
@@ -690,7 +690,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if key not in known:
                     raise InputError(f"the state of {name} holds {key}, and the optimizer keeps none: load its own")
-                if isinstance(value, Tensor) and value.shape != p.shape:
+                if isinstance(value, Tensor) and value.shape != p.shape and not (key in _COUNTS and value.numel() == 1):
                     raise InputError(
                         f"the state {key} of {name} has shape {list(value.shape)} and the parameter {list(p.shape)}: "
                         "load the state of the same model"
@@ -702,18 +702,49 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         torch.optim casts state to the weight's dtype, which would round float32 moments of bfloat16 weights; here
         every tensor keeps its dtype and takes its weight's device and memory order.
         """
-        self.check_state_dict(state_dict)
-        super().load_state_dict({**state_dict, "state": {}})
-        self.broken = None
-        self.measured.clear()
-        saved = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
-        for index, p in zip(saved, self._parameters(), strict=True):
-            if index not in state_dict["state"]:
-                continue
-            entries = state_dict["state"][index]
-            self.state[p] = {
-                key: _placed(value, p) if isinstance(value, Tensor) else value for key, value in entries.items()
+        entries: list[dict[str, Any]] = []  # of each parameter, in their order
+
+        def before(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """After all other hooks, which may have changed anything: keeps the tensors from being cast."""
+            self.check_state_dict(state_dict)
+            indices = list(itertools.chain(*(group["params"] for group in state_dict["param_groups"])))
+            entries.extend(state_dict["state"].get(index, {}) for index in indices)
+            groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
+            known = set(indices)
+            return {
+                **state_dict,
+                "param_groups": [loaded_group(saved, group, self.defaults) for saved, group in groups],
+                "state": {index: value for index, value in state_dict["state"].items() if index not in known},
             }
+
+        def after(_: Any) -> None:
+            """Before all other hooks, which look at what was loaded."""
+            for p, saved in zip(self._parameters(), entries, strict=True):
+                if saved:
+                    self.state[p] = {key: _loaded(key, value, p) for key, value in saved.items()}
+            self.broken = None
+            self.measured.clear()
+
+        handles = self.register_load_state_dict_pre_hook(before), self.register_load_state_dict_post_hook(after, True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch adds here, and no rule reads
+
+
+def _of_rule(group: dict[str, Any], rule: str) -> dict[str, Any]:
+    """The scalars that this rule alone reads."""
+    if rule == "sgd":
+        return {}
+    if rule == "momentum":
+        return {"momentum": group["momentum"]}
+    beta1, beta2 = map(float, group["betas"])  # a schedule or a user may have put any sequence there
+    return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
 
 def _conflict(product: Any, square: Any) -> Any:
@@ -728,13 +759,18 @@ def _over_ranks(groups: tuple[Any, ...], sums: list[Any]) -> list[Any]:
     if not groups:
         return sums
     if isinstance(sums[2], Tensor):
-        return list(sum_over(groups, torch.stack([torch.as_tensor(s, device=sums[2].device) for s in sums])))
-    return sum_over(groups, torch.tensor(sums, dtype=torch.float64)).tolist()
+        return list(sum_over(groups, torch.stack([as_number(s).to(sums[2].device) for s in sums])))
+    return sum_over(groups, torch.tensor(sums, dtype=torch.float64, device="cpu")).tolist()
 
 
-@torch.no_grad()
-def _placed(value: Tensor, p: Tensor) -> Tensor:
-    """A saved state on its weight's device, in its memory order, and cut over the ranks as it is."""
+@_apart
+def _loaded(key: str, value: Any, p: Tensor) -> Any:
+    """A saved entry: counts as integers, a tensor on its weight's device, in its memory order, and cut over the ranks
+    as it is."""
+    if not isinstance(value, Tensor):
+        return plain(value)
+    if key in _COUNTS:  # torch.optim and its wrappers hold them as tensors
+        return int(value)
     placed = torch.empty_like(p, dtype=value.dtype)
     local(placed).copy_(_cut_like(value, p) if is_sharded(value) else part_like(value, p))
     return placed
@@ -756,7 +792,7 @@ def _fit_as_they_are(grads: list[Tensor | None], parameters: list[Tensor]) -> bo
             and all(map(eq, map(Tensor.size, grads), map(Tensor.size, parameters)))
             and all(map(eq, map(_DEVICE, grads), map(_DEVICE, parameters)))
             and (dtypes := set(map(_DTYPE, grads)))
-            and all(dtype.is_floating_point for dtype in dtypes)
+            and dtypes <= FLOATING
             and (torch.float64 not in dtypes or set(map(_DTYPE, parameters)) == {torch.float64})
             and set(map(_LAYOUT, grads)) == {torch.strided}
         )

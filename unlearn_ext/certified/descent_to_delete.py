@@ -125,9 +125,9 @@ class DescentToDelete:
         self._features, self._labels = model.check_data(features, labels)
         self.constants = Constants.of(model, len(self._labels), epsilon=epsilon, delta=delta, iterations=iterations)
         self.publications = 0
-        start = torch.zeros(model.features, model.classes, dtype=torch.float64)
+        start = torch.zeros(model.features, model.classes, dtype=torch.float64, device="cpu")
         weights = self._descend(start, self._features, self._labels, self.constants.training_iterations)
-        self._secret = SecretState(weights, torch.arange(self.constants.n))
+        self._secret = SecretState(weights, torch.arange(self.constants.n, dtype=torch.int64, device="cpu"))
 
     def __repr__(self) -> str:
         c = self.constants
@@ -164,7 +164,7 @@ class DescentToDelete:
                 than the constants allow. Nothing is changed then.
         """
         chosen = self._check_indices(indices)
-        left = ~torch.isin(self._secret.remaining, torch.tensor(chosen))
+        left = ~torch.isin(self._secret.remaining, torch.tensor(chosen, dtype=torch.int64, device="cpu"))
         features, labels = self._features[left], self._labels[left]
         steps = self.constants.iterations_for(len(chosen))
         weights = self._descend(self._secret.weights, features, labels, steps)

@@ -34,7 +34,7 @@ def unit_rows(rows: Tensor | np.ndarray, bias: float = 0.3) -> Tensor:
         InputError: not a matrix, or not finite.
     """
     check_finite("bias", bias)
-    rows = torch.as_tensor(rows)
+    rows = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     if rows.dim() != 2 or not rows.shape[1]:
         raise InputError(f"rows: expected a matrix [samples, features], got shape {list(rows.shape)}")
     rows = rows.to(torch.float64)

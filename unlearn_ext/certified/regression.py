@@ -58,7 +58,7 @@ class SoftmaxRegression:
         Raises:
             InputError: other shapes, numbers that are not finite, a row above the bound, a label out of range.
         """
-        features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+        features, labels = torch.as_tensor(features, device="cpu"), torch.as_tensor(labels, device="cpu")
         if features.dim() != 2 or features.shape[1] != self.features or not len(features):
             raise InputError(f"features: expected shape [n, {self.features}], n from 1, got {list(features.shape)}")
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -42,8 +42,10 @@ def profile(
     model: Annotated[str | None, typer.Option(help="module:function that returns your nn.Module.")] = None,
     rule: Annotated[Rule, typer.Option(help="The optimizer's rule.")] = Rule.adamw,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and gradients.")] = Dtype.float32,
-    weights: Annotated[int | None, typer.Option(min=1, help="About how many; default on the CPU: 40 M.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: PyTorch's choice.")] = None,
+    weights: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="About how many; default on the CPU: 40 M.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: PyTorch's choice.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     repeats: Annotated[int | None, typer.Option(min=1, help="Default: some seconds' worth.")] = None,
     implementations: Annotated[
@@ -76,10 +78,10 @@ def profile(
         check_plot(plot_file)
     label, whole = _shapes(shapes, model)
     limit = weights or (40_000_000 if place.type == "cpu" else None)
-    kept = cut(whole, limit)
+    kept, kind = cut(whole, limit), getattr(torch, dtype.value)
+    memory.check_room(kept, rule.value, kind, place)
     if threads is not None:
         torch.set_num_threads(threads)
-    kind = getattr(torch, dtype.value)
     names = _implementations(implementations)
     with plain_console(stderr=True).status("measuring"):
         taken = memory.measured(kept, rule.value, kind, place)

@@ -66,7 +66,7 @@ def split_digits(digits: Digits, protocol: Protocol, seed: int) -> Split:
     """
     drawn = digits.split(protocol.train_size + protocol.held_out_size, protocol.test_size, seed=seed)
     pool = Samples(drawn.train_images, drawn.train_labels, drawn.train_indices)
-    in_training = torch.zeros(len(pool), dtype=torch.bool)
+    in_training = torch.zeros(len(pool), dtype=torch.bool, device="cpu")
     for digit in range(CLASSES):
         # The same classes get the left-over samples as in the pool, so that every quota can be met.
         quota = protocol.train_size // CLASSES + (digit >= CLASSES - protocol.train_size % CLASSES)
@@ -74,7 +74,7 @@ def split_digits(digits: Digits, protocol: Protocol, seed: int) -> Split:
     train, held_out = pool[in_training], pool[~in_training]
     test = Samples(drawn.test_images, drawn.test_labels, drawn.test_indices)
     forgotten = _forgotten(train.labels, protocol, seed)
-    kept = torch.ones(len(test), dtype=torch.bool)
+    kept = torch.ones(len(test), dtype=torch.bool, device="cpu")
     if protocol.scenario == "class":
         kept = test.labels != protocol.forget_class
         held_out = held_out[held_out.labels != protocol.forget_class]
@@ -85,7 +85,7 @@ def _forgotten(labels: Tensor, protocol: Protocol, seed: int) -> Tensor:
     """Bool over the training set; another random subset for each seed."""
     if protocol.scenario == "class":
         return labels == protocol.forget_class
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     chosen[order[: protocol.forget_size]] = True
     return chosen

@@ -53,7 +53,7 @@ def open_folders(
         files += own
         labels += [index] * len(own)
         ignored += others
-    source = Folders(path, files, torch.tensor(labels, dtype=torch.int64), size, channels, interpolation)
+    source = Folders(path, files, torch.tensor(labels, dtype=torch.int64, device="cpu"), size, channels, interpolation)
     return source, folders, ignored
 
 

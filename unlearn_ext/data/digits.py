@@ -94,12 +94,12 @@ class Digits:
                     f"train_size: expected at most {len(self)} samples together with test_size, evenly over "
                     f"the classes, got {train_size} + {test_size}; digit {digit} has {len(members)}"
                 )
-            members = members[torch.randperm(len(members), generator=generator)]
+            members = members[torch.randperm(len(members), generator=generator, device="cpu")]
             test.append(members[:n_test])
             train.append(members[n_test : n_test + n_train])
         test_indices, train_indices = torch.cat(test), torch.cat(train)
-        test_indices = test_indices[torch.randperm(test_size, generator=generator)]
-        train_indices = train_indices[torch.randperm(train_size, generator=generator)]
+        test_indices = test_indices[torch.randperm(test_size, generator=generator, device="cpu")]
+        train_indices = train_indices[torch.randperm(train_size, generator=generator, device="cpu")]
         return DigitSplit(
             train_images=self.images[train_indices],
             train_labels=self.labels[train_indices],

@@ -66,7 +66,8 @@ def draw_indices(
     if retain_batches is not None:
         check_count("retain_batches", retain_batches)
     wanted, replacing = (
-        torch.tensor(sorted(set(map(int, classes))), dtype=torch.int64) for classes in (forget_classes, replace_classes)
+        torch.tensor(sorted(set(map(int, classes))), dtype=torch.int64, device="cpu")
+        for classes in (forget_classes, replace_classes)
     )
     present = set(labels.unique().tolist())
     for index in wanted.tolist():
@@ -118,7 +119,9 @@ def draw_real(
         exclude: samples that cannot be used; others take their place.
     """
     usable, generator = _usable(labels, exclude), torch.Generator().manual_seed(seed)
-    members = (torch.isin(labels, torch.tensor(own)).nonzero().flatten() for own in classes)
+    members = (
+        torch.isin(labels, torch.tensor(own, dtype=torch.int64, device="cpu")).nonzero().flatten() for own in classes
+    )
     orders = [_order(own, usable, generator) for own in members]
     shares = even_shares([len(order) for order in orders], most)
     return torch.cat([order[:share] for order, share in zip(orders, shares, strict=True)]).sort().values
@@ -145,12 +148,12 @@ def until_readable(data: ImageData, draw: Callable[[set[int]], _Drawn], read: Ca
 
 
 def _usable(labels: Tensor, exclude: Iterable[int]) -> Tensor:
-    usable = torch.ones(len(labels), dtype=torch.bool)
-    usable[torch.tensor(sorted(set(map(int, exclude))), dtype=torch.int64)] = False
+    usable = torch.ones(len(labels), dtype=torch.bool, device="cpu")
+    usable[torch.tensor(sorted(set(map(int, exclude))), dtype=torch.int64, device="cpu")] = False
     return usable
 
 
 def _order(members: Tensor, usable: Tensor, generator: torch.Generator) -> Tensor:
     """Random, and the same whatever is excluded."""
-    order = members[torch.randperm(len(members), generator=generator)]
+    order = members[torch.randperm(len(members), generator=generator, device="cpu")]
     return order[usable[order]]

@@ -85,7 +85,7 @@ class LatentData(Dataset):
             found = [self._positions[index] for index in indices.flatten().tolist()]
         except KeyError as error:
             raise InputError(f"sample {error} has not been encoded: encode the indices that the run will use") from None
-        return torch.tensor(found, dtype=torch.int64).view(indices.shape)
+        return torch.tensor(found, dtype=torch.int64, device="cpu").view(indices.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -134,7 +134,8 @@ def encode_latents(
         raise InputError(f"dtype: expected float32 or float16, got {dtype}")
     if dataset.kind != "pixel_values":
         raise InputError("the data are latents already: they need no VAE")
-    wanted = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64).flatten()
+    wanted = indices if isinstance(indices, Tensor) else list(indices)
+    wanted = torch.as_tensor(wanted, dtype=torch.int64, device="cpu").flatten()
     if not len(wanted):
         raise InputError("no images were chosen to be encoded")
     if int(wanted.min()) < 0 or int(wanted.max()) >= len(dataset):
@@ -207,8 +208,8 @@ def encode_latents(
     readable = [index for index in wanted.tolist() if str(index) not in unreadable]
     if not readable:
         raise none_readable([unreadable[str(index)] for index in unique])
-    rows = torch.tensor([where[index] for index in readable], dtype=torch.int64)
-    wanted = torch.tensor(readable, dtype=torch.int64)
+    rows = torch.tensor([where[index] for index in readable], dtype=torch.int64, device="cpu")
+    wanted = torch.tensor(readable, dtype=torch.int64, device="cpu")
     return LatentData(shards, rows, dataset.labels[wanted], wanted, manifest)
 
 
@@ -239,7 +240,7 @@ def encode_batch(
         raise InputError(
             f"the VAE returns inf or NaN for sample {index} of the data: load it in float32, and save float32"
         )
-    return {"latent_mean": mean, "latent_std": std, "indices": torch.tensor(indices, dtype=torch.int64)}
+    return {"latent_mean": mean, "latent_std": std, "indices": torch.tensor(indices, dtype=torch.int64, device="cpu")}
 
 
 _WHAT = {

@@ -43,7 +43,12 @@ def draw_noise(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
     whatever ``count`` is, and seeds share none up to a million samples."""
     generator, first = torch.Generator(), 1_000_003 * (seed + 1)
     return torch.stack(
-        [torch.randn(shape, generator=generator.manual_seed((first + i) % (1 << 63))) for i in range(count)]
+        [
+            torch.randn(
+                shape, generator=generator.manual_seed((first + i) % (1 << 63)), dtype=torch.float32, device="cpu"
+            )
+            for i in range(count)
+        ]
     )
 
 

@@ -95,7 +95,8 @@ class InceptionFID:
             ) from None
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
-        probe = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.rand(2, 3, 32, 32, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
         found = self.extract(probe)
         # Weights of zeros, say, would make all pictures alike and every distance 0.
         if not bool(torch.isfinite(found).all()) or torch.equal(found[0], found[1]):

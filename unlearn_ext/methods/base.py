@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, nearest
+from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, nearest, shown
 from .._plain import plain_numbers
 from ..errors import InputError
 from ..optim import StepConfig
@@ -249,7 +249,7 @@ class Method(StepConfig, ABC):
             known = ", ".join(cls.presets) or "none"
             near = nearest(name, cls.presets.keys()) if isinstance(name, str) else None
             hint = f", perhaps {near} is meant" if near else ""
-            raise InputError(f"{cls.__name__} has no preset {name!r}{hint}: choose from {known}")
+            raise InputError(f"{cls.__name__} has no preset {shown(name)}{hint}: choose from {known}")
         preset = dict(cls.presets[name])
         if any(overrides.get(source) is not None for source in MASK_SOURCES):
             preset = {key: value for key, value in preset.items() if key not in MASK_SOURCES}
@@ -302,13 +302,14 @@ class Method(StepConfig, ABC):
             InputError: ``epochs`` are asked of data without a length.
         """
         if self.epochs is not None:
-            batches = self._pass("retain" if self.retains else "forget", passes)
-            self.iterations = max(1, self._rounded(self.epochs * batches))
+            self.iterations = self._iterations_of(self._pass("retain" if self.retains else "forget", passes))
 
-    def _rounded(self, iterations: float) -> int:
-        if iterations > LARGEST_COUNT:
-            raise InputError(f"epochs: expected fewer than 2^63 iterations in all, got epochs={self.epochs}")
-        return round(iterations)
+    def _iterations_of(self, batches: int, others: int = 0) -> int:
+        """Of ``epochs`` passes over so many batches, and of ``others`` beside them."""
+        total = self.epochs * batches + others
+        if not total <= LARGEST_COUNT:
+            raise InputError(f"epochs: {self.epochs:g} passes are more iterations than can be counted; set fewer")
+        return max(1, round(total))
 
     def take_sizes(self, sizes: Mapping[str, int]) -> None:
         """How many samples each set has, once a first pass has seen all of them. A run that resumes makes no first

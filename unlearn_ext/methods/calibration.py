@@ -160,7 +160,7 @@ class UnseenLosses(Calibration):
         return targets + self.shift - own
 
     def _compare(self, forget: Tensor, unseen: Tensor) -> tuple[dict[str, Any], float, bool, float]:
-        at = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+        at = (torch.arange(_QUANTILES, dtype=torch.float64, device="cpu") + 0.5) / _QUANTILES
         of_forget, of_unseen = _log(forget).double().sort().values, _log(unseen).double().sort().values
         difference = float((_quantiles(of_unseen, at) - _quantiles(of_forget, at)).mean())
         distance = _kolmogorov_smirnov(of_forget, of_unseen)

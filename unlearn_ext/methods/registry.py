@@ -6,7 +6,7 @@ import functools
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
-from .._arguments import nearest
+from .._arguments import nearest, shown
 from ..errors import InputError, first_line
 from .bad_teacher import BadTeacher
 from .base import Method, Row
@@ -74,9 +74,8 @@ def find(name: str) -> type[Method]:
     known = [*METHODS, *(own for own in _entries() if own not in METHODS)]
     classes = {method.__name__: key for key, method in METHODS.items()}  # the name of a class is tried, too
     near = nearest(name, {**classes, **{own: own for own in known}})
-    raise InputError(
-        f"there is no method {name!r}{f', perhaps {near} is meant' if near else ''}: choose from {', '.join(known)}"
-    )
+    hint = f", perhaps {near} is meant" if near else ""
+    raise InputError(f"there is no method {shown(name)}{hint}: choose from {', '.join(known)}")
 
 
 def available() -> tuple[dict[str, type[Method]], list[str]]:

@@ -97,7 +97,7 @@ class Scrub(Method):
     def begin(self, passes: Mapping[str, int | None]) -> None:
         forget, retain = (self._pass(name, passes) for name in ("forget", "retain"))
         self._passes = forget, retain
-        self.iterations = self._rounded(self.msteps * forget + self.epochs * retain)
+        self.iterations = self._iterations_of(retain, others=self.msteps * forget)
 
     def forgets_at(self, iteration: int) -> bool:
         forget, retain = self._passes

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from .. import SaliencyMask, UnlearnOptimizer
+from ..errors import InputError
 from .shapes import Shape, count
 from .tensors import BETAS, DECAY, EPS, MAX_NORM, MOMENTUM, RATES, SLOW_RATE
 
-__all__ = ["measured", "predicted"]
+__all__ = ["available", "check_room", "measured", "predicted"]
 
 
 def predicted(shapes: Sequence[Shape], rule: str, dtype: torch.dtype) -> dict[str, int]:
@@ -29,6 +30,32 @@ def predicted(shapes: Sequence[Shape], rule: str, dtype: torch.dtype) -> dict[st
         "slow weights": 4 * total,
         "mask bits": sum(4 * -(-count([shape]) // 32) for shape in shapes),
     }
+
+
+def check_room(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether the tensors of an iteration fit the memory that is free; nothing is allocated to find out.
+
+    Raises:
+        InputError: they do not.
+    """
+    sizes, room = predicted(shapes, rule, dtype), available(device)
+    needed = sum(sizes.values()) + sizes["one gradient"]  # the other side's
+    if room is not None and needed > room:
+        raise InputError(
+            f"{count(shapes):.3g} weights need {needed / 1e9:.3g} GB for the update and {room / 1e9:.3g} GB are free: "
+            "measure fewer with --weights"
+        )
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can be allocated without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        line = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return 1024 * int(line.group(1)) if line else None
 
 
 def measured(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: torch.device) -> int | None:

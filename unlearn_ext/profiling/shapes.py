@@ -9,11 +9,14 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .._arguments import shown
 from ..errors import InputError
 
 __all__ = ["LAYOUTS", "SHAPES", "count", "cut", "named", "of_safetensors"]
 
 Shape = tuple[int, ...]
+
+_MOST_TENSORS = 1_000_000
 
 
 def _linear(inputs: int, outputs: int) -> list[Shape]:
@@ -141,14 +144,16 @@ def named(name: str) -> list[Shape]:
     if name in SHAPES:
         return SHAPES[name]()
     if equal := re.fullmatch(r"(\d+)x(\d+)", name):
-        tensors, weights = map(int, equal.groups())
+        tensors, weights = (int(digits[:20]) for digits in equal.groups())  # more digits than memory has bytes
+        if tensors > _MOST_TENSORS or weights >= 2**63:
+            raise InputError(f"shapes {name[:40]}: expected at most {_MOST_TENSORS:,} tensors of 2^63 - 1 weights")
         if tensors and weights:
             return tensors * [(weights,)]
     if name.endswith(".safetensors"):
         return of_safetensors(Path(name))
     raise InputError(
-        f"shapes {name!r} are not known: choose from {', '.join(SHAPES)}, tensors of one size as in 300x1000, or a "
-        ".safetensors file"
+        f"shapes {shown(name)} are not known: choose from {', '.join(SHAPES)}, tensors of one size as in 300x1000, or "
+        "a .safetensors file"
     )
 
 
@@ -161,14 +166,20 @@ def of_safetensors(path: Path) -> list[Shape]:
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
         entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        shapes = [tuple(entry["shape"]) for entry in entries if entry["dtype"] in ("F64", "F32", "F16", "BF16")]
+        shapes = [_shape(entry["shape"]) for entry in entries if entry["dtype"] in ("F64", "F32", "F16", "BF16")]
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror or error})") from None
-    except (ValueError, struct.error, AttributeError, KeyError, TypeError):
+    except (ValueError, struct.error, AttributeError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is no safetensors file: its header does not parse") from None
     if not count(shapes):
         raise InputError(f"{path} holds no floating tensors")
     return shapes
+
+
+def _shape(sizes: object) -> Shape:
+    if not isinstance(sizes, list) or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        raise ValueError("a shape is a list of counts")
+    return tuple(sizes)
 
 
 def count(shapes: Sequence[Shape]) -> int:

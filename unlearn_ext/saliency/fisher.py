@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .. import ops
 from .._arguments import check_count, check_model, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
+from .._gradients import check_gradient, check_layers, check_parameters
 from .._in_backward import clip_factor
-from .._modes import evaluating
+from .._modes import evaluating, recording
 from .._names import trainable, unwrapped
-from .._parts import cut, map_tensors, own_part
+from .._parts import cut, map_tensors, own_part, without_inference
 from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
 from .._streams import empty_set, in_step
@@ -91,10 +92,12 @@ class FisherDiagonal:
         self._parameters = trainable(model)
         if not self._parameters:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
-        self.sums = {
-            name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-            for name, p in self._parameters.items()
-        }
+        check_parameters(self._parameters.items())
+        with recording():  # tensors made in inference mode could not be added to afterwards
+            self.sums = {
+                name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+                for name, p in self._parameters.items()
+            }
         self._groups = {name: shard_groups(p) for name, p in self._parameters.items()}
         if per_sample and any(map(is_sharded, self._parameters.values())):
             raise InputError("per_sample=True differentiates through whole weights: use DistributedDataParallel for it")
@@ -113,7 +116,7 @@ class FisherDiagonal:
         ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
-            InputError: no batches, or no parameter received a gradient, or one received it in parts.
+            InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
         before = self.count
@@ -121,7 +124,8 @@ class FisherDiagonal:
             for total in self.sums.values():
                 total.zero_()
             self.count = 0
-        with evaluating(self.model), keeping_graphs(self.in_backward and self.max_norm is not None):
+        graphs = keeping_graphs(self.in_backward and self.max_norm is not None)
+        with recording(), evaluating(self.model), graphs:
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
@@ -146,7 +150,7 @@ class FisherDiagonal:
         return self
 
     def _update(self, batch: Any, where: str) -> None:
-        prepared = self.task.prepare(batch, self._device)
+        prepared = without_inference(self.task.prepare(batch, self._device))
         count = size = self.task.size(batch)
         batch = prepared
         if self.split_batches:
@@ -177,18 +181,23 @@ class FisherDiagonal:
         _check_finite(mean, self._NAME, where)
         if not loss.requires_grad:
             return
-        if self.in_backward:
-            seen = self._square_in_backward(loss)
-        else:
-            loss.backward()
-            found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-            with torch.no_grad():
-                self._accumulate(found)
-            seen = set(found)
+        try:
+            with torch.autocast(self._device.type, enabled=False):  # of the forward pass alone, as torch advises
+                if self.in_backward:
+                    seen = self._square_in_backward(loss)
+                else:
+                    loss.backward()
+                    gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+                    for name, gradient in gradients.items():
+                        check_gradient(self._NAME, name, gradient)
+                    with torch.no_grad():
+                        self._accumulate(gradients)
+                    seen = set(gradients)
+        finally:
+            for p in self._parameters.values():
+                p.grad = None
         self.seen |= seen
         self.count += 1
-        for p in self._parameters.values():
-            p.grad = None
 
     def _square_in_backward(self, loss: Tensor) -> set[str]:
         """Adds the squares as gradients appear; the names of the parameters that had one."""
@@ -198,6 +207,7 @@ class FisherDiagonal:
             squares: dict[int, float] = {}
 
             def measure(i: int, gradient: Tensor) -> None:
+                check_gradient(self._NAME, names[i], gradient)
                 squares[i] = float(ops.gradient_products([gradient])[0])
 
             with passing_twice(), consuming(parameters, names.__getitem__, measure):
@@ -207,6 +217,8 @@ class FisherDiagonal:
         seen: set[str] = set()
 
         def take(gradients: dict[int, Tensor]) -> None:
+            for i, gradient in gradients.items():
+                check_gradient(self._NAME, names[i], gradient)
             found = [names[i] for i in gradients]
             seen.update(found)
             self._add([self.sums[name] for name in found], list(gradients.values()), weight)
@@ -217,6 +229,7 @@ class FisherDiagonal:
 
     def _add_per_sample(self, batch: Any, count: int, where: str) -> None:
         own = unwrapped(self.model)  # functional_call refuses some wrappers
+        check_layers(self._NAME, own)
         values = {n: p.detach() for n, p in own.named_parameters() if p.requires_grad}
 
         def loss_of(parameters: dict[str, Tensor], sample: Any) -> tuple[Tensor, Tensor]:
@@ -253,7 +266,7 @@ class FisherDiagonal:
             return
         for total in self.sums.values():
             self.ranks.sum(total)
-        self.count = int(self.ranks.sum(torch.tensor(self.count, device=self._device)))
+        self.count = int(self.ranks.sum(torch.tensor(self.count, dtype=torch.int64, device=self._device)))
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
         sums = [self.sums[name] for name in gradients]

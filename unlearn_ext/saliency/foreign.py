@@ -8,6 +8,7 @@ place of a tensor.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,10 @@ from ..errors import InputError
 
 __all__ = ["read_fisher", "read_masks", "write_masks"]
 
+_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_SHARE = 8  # bytes of tensors for each byte of the file: weights that are tied share theirs
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -34,7 +39,7 @@ def read_masks(path: str | Path, shapes: Shapes | None = None) -> dict[str, Tens
     for name, value in _read(path).items():
         if _is_zero(value):
             if shapes is not None and name in shapes:
-                masks[name] = torch.zeros(shapes[name], dtype=torch.bool)
+                masks[name] = torch.zeros(shapes[name], dtype=torch.bool, device="cpu")
             continue
         mask = _dense(path, name, value)
         masks[name] = mask != 0
@@ -81,7 +86,19 @@ def _read(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise InputError(f"{path} holds no dictionary of tensors by parameter name: got {_kind(found)}")
+    _check_size(path, found)
     return by_plain_name(found.items())
+
+
+def _check_size(path: str | Path, values: dict[str, Any]) -> None:
+    """Whether the tensors are about as large as the file: some lines of a pickle can expand one number to 2^34."""
+    size = sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))
+    limit = _LARGEST_SHARE * os.path.getsize(path)
+    if size > limit:
+        raise InputError(
+            f"{path} holds expanded tensors, of {size:.3g} bytes in a file of {limit // _LARGEST_SHARE}: save them "
+            "with .contiguous()"
+        )
 
 
 def _is_zero(value: Any) -> bool:
@@ -89,14 +106,15 @@ def _is_zero(value: Any) -> bool:
 
 
 def _dense(path: str | Path, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    if not dense or value.device.type != "cpu" or value.dtype not in _DTYPES:
         raise InputError(f"{path} holds no dictionary of tensors by parameter name: {name} is {_kind(value)}")
     return value.detach()
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of layout {value.layout} on {value.device}"
+        return f"a tensor of layout {value.layout} and {value.dtype} on {value.device}"
     return "a dictionary with other keys" if isinstance(value, dict) else f"of type {type(value).__name__}"
 
 

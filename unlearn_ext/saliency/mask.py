@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._arguments import shown
 from .._files import atomic_path, user_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
 from .._shards import is_sharded, local, part_like
-from ..errors import InputError
+from ..errors import InputError, first_line
 from . import foreign, sharded
 from ._parts import in_parts
 from .storage import StoredSums
@@ -205,7 +206,7 @@ class SaliencyMask:
 
     def unpack(self) -> dict[str, Tensor]:
         """Contiguous bool tensors on the CPU, each of its parameter's shape."""
-        like = [torch.empty(shape, dtype=torch.bool) for shape in self._shapes.values()]
+        like = [torch.empty(shape, dtype=torch.bool, device="cpu") for shape in self._shapes.values()]
         return dict(zip(self._bits, ops.unpack_bits(list(self._bits.values()), like), strict=True))
 
     @property
@@ -272,7 +273,7 @@ class SaliencyMask:
             if bits is None:
                 bits = _no_bits(own)
             elif is_sharded(p) or not own.is_contiguous():
-                logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool)])[0]
+                logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool, device="cpu")])[0]
                 part = torch.empty_like(own, dtype=torch.bool, device="cpu").copy_(part_like(logical, p))
                 bits = ops.pack_bits([part])[0]
             bound.append(bits.to(own.device))
@@ -312,22 +313,12 @@ class SaliencyMask:
         Raises:
             InputError: no such file, or not a mask.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = user_path(path)
-        if not path.is_file():
-            raise InputError(f"there is no mask at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = dict(file.metadata() or {})
-                bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file ({error})") from None
+        header, bits = _read(user_path(path))
         if header.pop("format", None) != _FORMAT:
             raise InputError(f"{path} is not a saliency mask of this package: save one with SaliencyMask.save")
         try:
-            shapes = {name: tuple(shape) for name, shape in json.loads(header.pop("shapes")).items()}
-        except (KeyError, ValueError, AttributeError, TypeError):
+            shapes = {name: _shape(sizes) for name, sizes in json.loads(header.pop("shapes")).items()}
+        except (KeyError, ValueError, AttributeError, TypeError, RuntimeError, RecursionError):
             raise InputError(f"{path} is damaged: its shapes cannot be read") from None
         if shapes.keys() != bits.keys():
             raise InputError(f"{path} is damaged: it has bits and shapes of different parameters")
@@ -394,7 +385,7 @@ class SaliencyMask:
                 continue
             for fisher in (f, r):
                 if fisher[name] is None:
-                    fisher[name] = torch.zeros(like.shape)
+                    fisher[name] = torch.zeros(like.shape, dtype=torch.float32, device="cpu")
             if f[name].shape != r[name].shape:
                 raise InputError(
                     f"{name} has shape {list(f[name].shape)} in {forget} and {list(r[name].shape)} in {retain}: take "
@@ -410,6 +401,37 @@ class SaliencyMask:
         A file of :meth:`save` is 8 times smaller, and no pickle.
         """
         foreign.write_masks(self.unpack(), path)
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file of words; nothing larger than the file is made.
+
+    Raises:
+        InputError: no such file, or one that is damaged or holds other tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise InputError(f"there is no mask at {path}")
+    bits = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = dict(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if file.get_slice(name).get_dtype() != "I32":  # of some dtypes torch has no tensors
+                    raise InputError(f"{path} is no mask: {name} is not of int32 words")
+                with torch.device("cpu"):  # not on torch's default device
+                    bits[name] = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({first_line(error)})") from None
+    return header, bits
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    """A shape as a tensor can have it, from what a file says; raises what torch, or Python, raises for any other."""
+    if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+        raise TypeError("a shape is a list of integers")
+    return tuple(torch.empty(sizes, dtype=torch.bool, device="meta").shape)
 
 
 def _ratio_words(
@@ -445,7 +467,7 @@ def _on_host(words: list[Tensor]) -> list[Tensor]:
 
 
 def _no_bits(like: Tensor) -> Tensor:
-    return torch.zeros((like.numel() + 31) // 32, dtype=torch.int32)
+    return torch.zeros((like.numel() + 31) // 32, dtype=torch.int32, device="cpu")
 
 
 def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
@@ -458,7 +480,7 @@ def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
 
 def check_fraction(name: str, fraction: float) -> None:
     if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-        raise InputError(f"{name}: expected a number from 0 to 1, got {fraction!r}")
+        raise InputError(f"{name}: expected a number from 0 to 1, got {shown(fraction)}")
 
 
 def _part_of(total: int, fraction: float) -> int:

@@ -106,7 +106,7 @@ def _write(path: Path, sums: dict[str, Tensor]) -> dict[str, int]:
 
 def _read(file: FileIO, start: int, like: Tensor) -> Tensor:
     """One tensor; safetensors' own reader maps the whole file."""
-    found = torch.empty(like.shape, dtype=like.dtype)
+    found = torch.empty(like.shape, dtype=like.dtype, device="cpu")
     view = raw_bytes(found)
     file.seek(start)
     while len(view):

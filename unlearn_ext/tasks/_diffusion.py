@@ -177,11 +177,12 @@ class Diffusion(Task):
 
     def _draw_drops(self, count: int, probability: float) -> Tensor:
         if probability == 0:
-            return torch.zeros(count, dtype=torch.bool)
-        return torch.rand(count, generator=self.generator) < probability
+            return torch.zeros(count, dtype=torch.bool, device="cpu")
+        return torch.rand(count, generator=self.generator, dtype=torch.float32, device="cpu") < probability
 
     def _normal(self, like: Tensor, device: torch.device) -> Tensor:
-        return self._move(torch.randn(like.shape, generator=self.generator), device)
+        drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return self._move(drawn, device)
 
     def _move(self, values: Tensor, device: torch.device) -> Tensor:
         """To the device, in float32 or what the model has beyond it."""

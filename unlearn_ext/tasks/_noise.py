@@ -48,8 +48,8 @@ class NoiseSchedule:
     def draw(self, count: int, generator: torch.Generator, antithetic: bool = False) -> Tensor:
         """Uniform timesteps, int64 [count]; antithetic: the second half is T - 1 minus the first."""
         if not antithetic:
-            return torch.randint(0, self.steps, (count,), generator=generator)
-        half = torch.randint(0, self.steps, (count // 2 + 1,), generator=generator)
+            return torch.randint(0, self.steps, (count,), generator=generator, dtype=torch.int64, device="cpu")
+        half = torch.randint(0, self.steps, (count // 2 + 1,), generator=generator, dtype=torch.int64, device="cpu")
         return torch.cat([half, self.steps - 1 - half])[:count]
 
     def add(self, inputs: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class NoiseSchedule:
 
 def _in_double(products: Any, betas: Any) -> tuple[Tensor, Tensor]:
     """Betas and their products in float64. diffusers' float32 products leave few digits of 1 - product at small t."""
-    given = torch.as_tensor(products).detach().cpu().double()
+    given = torch.as_tensor(products, dtype=torch.float64, device="cpu").detach()
     if betas is not None:
-        betas = torch.as_tensor(betas).detach().cpu().double()
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
         exact = torch.cumprod(1 - betas, 0)
         if exact.shape == given.shape and torch.allclose(exact, given, rtol=0, atol=1e-5):
             return betas, exact
