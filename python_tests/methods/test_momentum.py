@@ -35,7 +35,9 @@ def test_the_momentum_of_a_method(settings: str, momentum: float) -> None:
     method = parse(f"sfron{settings}")
     assert method.momentum == momentum and method.settings()["momentum"] == momentum
     optimizer = method.make_optimizer(method.groups(make().named_parameters()), None)
-    assert {group["momentum"] for group in optimizer.param_groups} == {momentum}
+    assert {group.get("momentum", 0.0) for group in optimizer.param_groups} == {
+        momentum
+    }  # rules that read none have none
     assert method.has_idle_momentum == (settings == ":rule=momentum,momentum=0")
 
 

@@ -99,12 +99,15 @@ def test_what_takes_them_has_pythons_own() -> None:
     ids=lambda settings: next(iter(settings)),
 )
 def test_runs_that_would_never_end(settings) -> None:
-    with pytest.raises(InputError, match=r"(epochs|iterations|forget_freq): expected .*(2\^63|integer)"):
+    with pytest.raises(
+        InputError,
+        match=r"(iterations|forget_freq): expected .*(2\^63|integer)|epochs: .* more iterations than can be counted",
+    ):
         SFRon(**settings).begin({"forget": 2, "retain": 7})
 
 
 def test_scrubs_epochs() -> None:
-    with pytest.raises(InputError, match=r"epochs: expected fewer than 2\^63 iterations in all, got epochs=4611"):
+    with pytest.raises(InputError, match=r"epochs: 4\.61169e\+18 passes are more iterations than can be counted"):
         Scrub(epochs=2**62, msteps=1).begin({"forget": 2, "retain": 7})
 
 

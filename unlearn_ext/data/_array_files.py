@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -130,7 +131,7 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
         raise
     except (OSError, ValueError, LookupError, EOFError, TypeError, OverflowError, MemoryError) as error:
         raise _not_whole(path, error) from None
-    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError) as error:  # of zipfile: encrypted members
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, tokenize.TokenError) as error:
         raise _not_whole(path, error) from None
     return arrays
 
