@@ -36,7 +36,7 @@ CLASS = {
     "random_label": ({}, 0.05, 0.10),
     "salun": ({}, 0.05, 0.10),
     "scrub": ({"epochs": 2, "msteps": 2}, 0.05, 0.10),
-    "bad_teacher": ({"lr": 0.1, "iterations": 90}, 0.50, 0.08),
+    "bad_teacher": ({"lr": 0.05, "iterations": 250}, 0.50, 0.25),
     "sfron": ({"forget_alpha": 1000.0, "adaptive_eps": 1e-2, "max_norm": 2.0, "forget_freq": 5}, 0.05, 0.10),
 }
 
