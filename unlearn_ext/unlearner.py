@@ -491,9 +491,12 @@ class Unlearner:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
+        # Steps make its half copies of weights stale, and torch drops them only where no other autocast is around it.
+        # Those of a backward pass that computes activations again are dropped before the next forward pass.
+        torch.clear_autocast_cache()
         with torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None):
             yield
-        torch.clear_autocast_cache()  # torch does where no other autocast is around it; steps make the copies stale
+        torch.clear_autocast_cache()
 
     def losses(self, batch: Any, replacement: bool = False) -> Tensor:
         with self.autocast():

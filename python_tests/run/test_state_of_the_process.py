@@ -110,3 +110,26 @@ def test_a_default_device_elsewhere() -> None:
     expected = make()
     Unlearner(expected, Classification(), method(iterations=3, gamma=None, max_norm=None)).run(**data)
     assert identical(weights(model), weights(expected))
+
+
+class Checkpointing(torch.nn.Module):
+    """The same network, whose backward passes compute activations again."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(self.model, x, use_reentrant=False)
+
+
+def test_half_copies_of_a_backward_pass_do_not_outlive_its_step() -> None:
+    """Of weights as they were before the step; autocast would take them for those of the next forward pass."""
+    left = []
+    for wrapped in (False, True):
+        model = make()
+        data = {"forget": batches(2, 6, seed=1), "retain": batches(3, 6, seed=2)}
+        whole = Checkpointing(model) if wrapped else model
+        Unlearner(whole, Classification(), method(iterations=5), mixed_precision="bf16").run(**data)
+        left.append({name: p.detach() for name, p in model.named_parameters()})  # BatchNorm's statistics move twice
+    assert identical(*left)
