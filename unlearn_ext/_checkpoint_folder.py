@@ -97,7 +97,10 @@ def make_room(path: Path, run: str) -> None:
         path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
-def keep_newest(directory: Path, count: int, run: str) -> None:
-    """Removes all checkpoints of the run but the last ``count``."""
-    for path in [path for path in numbered(directory) if run in runs_of(path)][:-count]:
+def keep_newest(directory: Path, count: int, run: str, iteration: int) -> None:
+    """Removes the run's checkpoints up to that of an iteration but for the last ``count`` of them. Later ones, of a run
+    that went on from an earlier one, may be damaged, and do not count."""
+    latest = directory / f"checkpoint-{iteration}"
+    paths = [path for path in numbered(directory) if run in runs_of(path)]
+    for path in paths[: paths.index(latest) + 1][:-count]:
         shutil.rmtree(path, ignore_errors=True)

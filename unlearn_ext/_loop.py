@@ -550,7 +550,7 @@ class Loop:
             self.ranks,
         )
         if limit is not None and self.ranks.first:
-            _checkpoint.keep_newest(self.directory, limit, self.run_id)
+            _checkpoint.keep_newest(self.directory, limit, self.run_id, self.iteration)
 
     def _models(self) -> dict[str, nn.Module]:
         """With the one whose weights the run started with, where they are needed: a model that resumes has moved on."""

@@ -112,6 +112,32 @@ def test_a_damaged_latest_gives_way_to_the_one_before(name: str, written: Path, 
     assert kept == (["checkpoint-12-damaged-1"] if name == "everything" else [])  # nobody can say whose that is
 
 
+def test_a_damaged_later_one_does_not_take_the_place_of_the_newest(written: Path, tmp_path: Path) -> None:
+    """The limit is of those up to where the run is: what it has just written stays."""
+    copy = shutil.copytree(written, tmp_path / "copy")
+    flip(copy / "checkpoint-12" / "model.safetensors", 12345)
+
+    class StopError(Exception):
+        pass
+
+    def stop(model, iteration):
+        raise StopError
+
+    with pytest.warns(UnlearningWarning, match="checkpoint-12 is damaged"), pytest.raises(StopError):
+        unlearner(make(seed=4)).run(
+            **data(),
+            output_dir=copy,
+            checkpointing_steps=1,
+            checkpoints_total_limit=1,
+            resume_from_checkpoint="latest",
+            evaluate=stop,
+            evaluate_every=9,
+        )
+    assert sorted(path.name for path in copy.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    with pytest.warns(UnlearningWarning, match="the run goes on from checkpoint-8$"):
+        unlearner(make()).open_checkpoint(copy, "latest")
+
+
 def test_where_all_are_damaged_the_run_is_refused(written: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(written, tmp_path / "copy")
     for path in copy.glob("checkpoint-*/optimizer.safetensors"):
