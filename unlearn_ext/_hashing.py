@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ._shards import full
 
-__all__ = ["file_hash", "mixed_bits", "raw_bytes", "sample_hashes", "sample_numbers", "samples_hash", "weights_hash"]
+__all__ = ["as_integers", "file_hash", "mixed_bits", "raw_bytes", "sample_hashes", "sample_numbers", "samples_hash"]
+__all__ += ["weights_hash"]
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 # Odd multipliers make each factor a bijection modulo 2^64.
@@ -80,9 +81,14 @@ def samples_hash(hashes: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def as_integers(values: Tensor) -> Tensor:
+    """The bit patterns, without a copy."""
+    return values.view(_INTEGERS[values.element_size()])
+
+
 def mixed_bits(values: Tensor, positions: Tensor) -> Tensor:
     """Each value's bit pattern, with its position, spread over 64 bits: a bijection of the pattern. On its device."""
-    mixed = values.view(_INTEGERS[values.element_size()]).long() ^ (positions * _POSITION)
+    mixed = as_integers(values).long() ^ (positions * _POSITION)
     for factor in (_MULTIPLIER, _POSITION, _MULTIPLIER):
         mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * factor  # the shift alone is arithmetic
     return mixed

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._hashing import as_integers
 from ._shards import local
 from ._warn import warn
 
@@ -28,7 +29,7 @@ _LAST = 5  # of which the end is the median
 _NO_TERM = "the forget term was 0 in every step, so choose a method whose term is not 0 for such a task and such data"
 _APART = 3.0  # times: two losses of the same batch
 _KNOWN = 0.5  # accuracy from which on a batch counts as known
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_AT_ONCE = 3 << 21  # weights whose bits are summed at once; of 2 and 3 a multiple
 
 
 def missed(found: Iterable[str]) -> bool:
@@ -181,9 +182,11 @@ def bit_sums(weights: Sequence[Tensor]) -> list[list[int]]:
     after means that nothing has moved, but for a chance that no run meets."""
     sums = []
     for weight in weights:
-        raw = local(weight).detach().reshape(-1)
-        bits = raw.view(_INTEGERS[raw.element_size()])
-        sums.append([int(bits[::step].sum(dtype=torch.int64)) for step in (1, 2, 3)])
+        bits = as_integers(local(weight).detach().reshape(-1))
+        total = torch.zeros(3, dtype=torch.int64, device=bits.device)
+        for part in bits.split(_AT_ONCE):  # a sum of other integers is made over a copy in int64
+            total += torch.stack([part[::step].sum(dtype=torch.int64) for step in (1, 2, 3)])
+        sums.append(total.tolist())
     return sums
 
 
