@@ -260,7 +260,9 @@ def restore(
     by_index = {str(index): p for index, (_, p) in zip(indices, optimizer.named_parameters(), strict=True)}
     of_optimizer = stored.part("optimizer")
     of_weights = {f"optimizer.{key}": by_index[key.partition(".")[0]].detach() for key in of_optimizer}
-    extra = {f"extra.{key}": torch.empty(form[0], dtype=form[1]) for key, form in stored.part("extra").items()}
+    extra = {
+        f"extra.{key}": torch.empty(form[0], dtype=form[1], device="cpu") for key, form in stored.part("extra").items()
+    }
     found = stored.load({**targets, **of_weights, **extra})
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**document["optimizer_numbers"], **{k: found[f"optimizer.{k}"] for k in of_optimizer}}.items():

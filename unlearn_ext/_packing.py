@@ -144,7 +144,9 @@ class Packer:
 
 
 def _as_bytes(content: bytes | bytearray) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8)
+    if not content:
+        return torch.zeros(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _described(tensor: Tensor) -> str:

@@ -121,7 +121,7 @@ def demo(
         found = run.report()
     before, after = (found["models"][name]["FA"] for name in ("original", "unlearned"))
     what = f"the digit {forget_class}" if scenario is Scenario.klass else None
-    found["warnings"] = demo_warnings(what, before, after, run.result)
+    found["warnings"] = demo_warnings(what, before, after, found["warnings"])
     run.save(output_dir)
     _show(write_report(found, output_dir / "result.json", json_file), output_dir)
     return exit_code(found["warnings"])

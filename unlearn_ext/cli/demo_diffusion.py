@@ -37,9 +37,8 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
         demo.run()
     with console.status("judging the pictures"):
         found = demo.report()
-    found["warnings"] = demo_warnings(
-        f"the digit {options.forget_class}", found["forgotten"]["before"], found["forgotten"]["after"], demo.result
-    )
+    before, after = found["forgotten"]["before"], found["forgotten"]["after"]
+    found["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, found["warnings"])
     demo.save(output_dir)
     _show(write_report(found, output_dir / "result.json", json_file), output_dir)
     return exit_code(found["warnings"])

@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .._signs import missed
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["EXIT_CODES", "UNMET", "demo_warnings", "exit_code", "plain_warnings", "show_warnings"]
 
 UNMET = 3
-# Keys of warnings that mean that what was asked did not happen; others are of what a user should know.
+# Keys of a command's own warnings that mean that what was asked did not happen, beside those of Result.warnings.
 _UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "retained_lost", "not_judged"})
-_UNMET_WARNINGS |= {"target", "unmoved", "retain", "batch_norm"}  # of Result.warnings
 _said: set[str] = set()  # sentences that this process has printed
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
@@ -26,19 +27,20 @@ EXIT_CODES = (
 
 def exit_code(found: Mapping[str, str]) -> int:
     """Of a command whose result has these warnings."""
-    return UNMET if _UNMET_WARNINGS & found.keys() else 0
+    return UNMET if missed(found) or _UNMET_WARNINGS & found.keys() else 0
 
 
-def demo_warnings(what: str | None, before: float, after: float, result: Any) -> dict[str, str]:
+def demo_warnings(what: str | None, before: float, after: float, of_run: Mapping[str, str]) -> dict[str, str]:
     """Of a demo: those of its run, and whether the forgotten digit is still known.
 
     Args:
         what: the forgotten digit in words; None where random samples were forgotten, which still look like others.
         before, after: accuracy on it.
+        of_run: :attr:`Result.warnings`.
     """
     from ..diffusion.unmet import still_drawn
 
-    found = dict(getattr(result, "warnings", {}))
+    found = dict(of_run)
     if what is not None and still_drawn(before, after, 1 / 10):
         found["still_known"] = f"{what} was not forgotten: {100 * before:.1f} % before and {100 * after:.1f} % after"
     return found

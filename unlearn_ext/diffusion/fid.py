@@ -84,7 +84,9 @@ class RetainedFID:
             self.inception.add_real(torch.stack([data[i]["pixel_values"] for i in part.tolist()]))
             progress(self.inception.real, len(chosen))
         found = data.labels[chosen]
-        self._by_class = [int(torch.isin(found, torch.tensor(own)).sum()) for own in self.classes.values()]
+        self._by_class = [
+            int(torch.isin(found, torch.tensor(own, device="cpu")).sum()) for own in self.classes.values()
+        ]
 
     def measure(
         self,

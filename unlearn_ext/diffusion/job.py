@@ -334,7 +334,7 @@ class ForgetJob:
         """Batches of the forget and of the retain set that are measured: at most a pass over each."""
         if not self.method.needs_fisher:
             return 0, 0
-        forget = int(torch.isin(self.data.labels, torch.tensor(self.forget_classes)).sum())
+        forget = int(torch.isin(self.data.labels, torch.tensor(self.forget_classes, device="cpu")).sum())
         whole = [-(-count // self.batch_size) for count in (forget, len(self.data) - forget)]
         forget, retain = (min(n, limit or n) for n, limit in zip(whole, self.method.fisher_limits, strict=True))
         return max(1, forget), max(1, retain)  # a set without images is refused when batches are drawn

@@ -59,7 +59,9 @@ class Judge:
         self.model.to(device).eval()
         self.columns = dict(zip(names, _match(names, self.model.config), strict=True))
         try:
-            finite = bool(self.probabilities(torch.zeros(1, *shape)).isfinite().all())
+            finite = bool(
+                self.probabilities(torch.zeros(1, *shape, dtype=torch.float32, device="cpu")).isfinite().all()
+            )
         except Exception as error:  # of the processor and of the network: their settings may not fit each other
             raise InputError(
                 f"--classifier: {folder} cannot judge a picture of this model ({first_line(error)}): save it with the "

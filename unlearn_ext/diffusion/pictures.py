@@ -66,7 +66,9 @@ class Pictures:
     @cached_property
     def labels(self) -> Tensor:
         """What each picture is asked to show: int64 [N]."""
-        return torch.tensor([*self.forgotten, *self.retained], dtype=torch.int64).repeat_interleave(self.each)
+        return torch.tensor([*self.forgotten, *self.retained], dtype=torch.int64, device="cpu").repeat_interleave(
+            self.each
+        )
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class Pictures:
                 return f"not verified: {broken} of {len(pictures)} pictures {when} hold inf or NaN"
         found, columns = {}, self.judge.columns
         for when, pictures in self.taken.items():
-            asked = torch.tensor([columns[label] for label in self.labels.tolist()])
+            asked = torch.tensor([columns[label] for label in self.labels.tolist()], device="cpu")
             try:
                 scores = class_scores(self.judge.probabilities(pictures), asked)
             except (InputError, RuntimeError, ValueError) as error:  # the model is written: its report must not be lost
@@ -128,6 +130,6 @@ class Pictures:
         """FID of the retained classes by time, with the protocol beside it; None where it was not asked for."""
         if self.fid is None:
             return None
-        retained = torch.isin(self.labels, torch.tensor(list(self.retained)))
+        retained = torch.isin(self.labels, torch.tensor(list(self.retained), device="cpu"))
         taken = {when: pictures[retained.to(pictures.device)] for when, pictures in self.taken.items()}
         return {**self.fid.measure(taken, self.names, progress), "sampling": self.protocol}

@@ -96,7 +96,7 @@ def _report(
     return {
         "forgotten": [job.names[i] for i in job.pictures.forgotten],
         "verdict": verdict,
-        "warnings": {**getattr(result, "warnings", {}), **judged},
+        "warnings": {**result.warnings, **judged},
         "fid": fid,
         "weights": {"saved": job.options.save_weights, "ema_decay": job.ema_decay},
         "trained_weights": job.trained_count,
