@@ -96,7 +96,7 @@ def test_a_run_without_enough_memory_says_which_options_help(home, tmp_path, mon
 
 def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    job = job_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5)
+    job = job_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5, keep_work=True)
     assert job.tied
     disk = job.estimate().disk
     job.run()

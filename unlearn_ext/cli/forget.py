@@ -202,8 +202,6 @@ def forget(
         raise
     if not job.first:
         return 0
-    if not keep_work:
-        job.work.clear()
     return show_result(job, json.loads(file.read_text(encoding="utf-8")), console)
 
 

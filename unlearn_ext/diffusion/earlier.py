@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ..unlearner import Unlearner
 
 __all__ = ["check_mask", "check_resumed"]
 
+# What the unlearner says of another --max-train-steps, of which the schedule and the drawn images are made.
+_OTHER_LENGTH = re.compile(r"was written with (iterations|max_train_steps)=|: raise iterations$")
 _ANEW = "leave it out and a new one is measured"
 
 
@@ -58,7 +61,7 @@ def check_resumed(unlearner: Unlearner, folder: Path, choice: str) -> None:
     try:
         unlearner.open_checkpoint(folder, choice)
     except InputError as error:
-        if "was written with iterations=" not in str(error):
+        if not _OTHER_LENGTH.search(str(error)):
             raise
         raise InputError(
             f"{error}; --max-train-steps cannot change in mid-run, because its batches and its schedule were made for "

@@ -58,8 +58,15 @@ def publish(
         report = _report(job, result, verdict, fid)
         record(report, True)
     finally:  # whatever goes wrong with the pictures, the model is whole
-        move_output(output)
+        _finish(job)
     return report
+
+
+def _finish(job: ForgetJob) -> None:
+    """Moves a whole result to its place; what nobody should publish goes."""
+    move_output(job.options.output_dir)
+    if not job.options.keep_work:
+        job.work.clear()
 
 
 def finish_earlier(job: ForgetJob) -> None:
@@ -71,9 +78,7 @@ def finish_earlier(job: ForgetJob) -> None:
     output = job.options.output_dir
     if not is_waiting(output):
         return
-    move_output(output)
-    if not job.options.keep_work:
-        job.work.clear()
+    _finish(job)
     raise InputError(
         f"--output-dir: {output} was an earlier run's, cut off at its very end, and its model is whole now: use it, or "
         "choose an empty folder to run again"
