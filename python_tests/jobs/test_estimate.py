@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,7 @@ from helpers import forgetting
 from helpers.pipelines import (
     NAMES,
     save_classifier,
-    save_ddpm_pipeline,
     save_digit_folders,
-    save_dit_pipeline,
-    save_text_pipeline,
     small_dit,
     small_vae,
 )
@@ -38,12 +36,9 @@ from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("estimate")
-    save_digit_folders(home / "digits", per_class=4, names=NAMES)
-    save_ddpm_pipeline(home / "ddpm")
-    save_dit_pipeline(home / "dit")
-    save_text_pipeline(home / "text")
+def home(home: Path) -> Path:
+    shutil.rmtree(home / "digits")
+    (home / "named").rename(home / "digits")
     save_classifier(home / "judge", hidden_size=64, num_hidden_layers=2, intermediate_size=64, patch_size=4)
     (home / "map.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
     return home

@@ -15,25 +15,15 @@ pytest.importorskip("transformers")
 
 from helpers.forgetting import SMALL, hashes, job_of, result, run, work
 from helpers.pipelines import (
-    NAMES,
-    save_ddpm_pipeline,
     save_digit_folders,
-    save_dit_pipeline,
     save_model_and_scheduler,
-    save_text_pipeline,
 )
 
 from unlearn_ext.cli import main
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("forget")
-    save_digit_folders(home / "digits", per_class=4)
-    save_digit_folders(home / "named", per_class=4, names=NAMES)
-    save_dit_pipeline(home / "dit")
-    save_ddpm_pipeline(home / "ddpm")
-    save_text_pipeline(home / "text")
+def home(home: Path) -> Path:
     save_model_and_scheduler(home / "bare")
     return home
 

@@ -15,20 +15,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import SMALL, job_of, result, run
-from helpers.pipelines import NAMES, save_ddpm_pipeline, save_digit_folders, save_dit_pipeline, save_text_pipeline
+from helpers.pipelines import save_ddpm_pipeline, save_digit_folders
 
 from unlearn_ext.cli import main
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("classes")
-    save_digit_folders(home / "digits", per_class=4)
-    save_digit_folders(home / "named", per_class=4, names=NAMES)
-    save_dit_pipeline(home / "dit")
-    save_ddpm_pipeline(home / "ddpm")
-    save_text_pipeline(home / "text")
-    return home
 
 
 def test_prompts_of_an_array_come_from_a_map(home: Path, tmp_path: Path, capsys) -> None:

@@ -14,7 +14,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, run
-from helpers.pipelines import save_ddpm_pipeline, save_digit_folders
 
 from unlearn_ext._lock import hold
 from unlearn_ext.diffusion.output import claim_output
@@ -22,14 +21,6 @@ from unlearn_ext.errors import InputError
 from unlearn_ext.unlearner import Unlearner
 
 STEPS = ("--forget-class", "3", "--checkpointing-steps", "2")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("end")
-    save_digit_folders(home / "digits", per_class=4)
-    save_ddpm_pipeline(home / "ddpm")
-    return home
 
 
 @pytest.mark.slow

@@ -11,16 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import result, run
-from helpers.pipelines import NAMES, save_classifier, save_ddpm_pipeline, save_digit_folders, save_dit_pipeline
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("judge")
-    save_digit_folders(home / "digits", per_class=4)
-    save_dit_pipeline(home / "dit")
-    save_ddpm_pipeline(home / "ddpm")
-    return home
+from helpers.pipelines import NAMES, save_classifier
 
 
 def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:

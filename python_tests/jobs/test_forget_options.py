@@ -22,10 +22,6 @@ from helpers.forgetting import WEIGHTS, denoiser, hashes, job_of, result, run, r
 from helpers.pipelines import (
     NAMES,
     save_classifier,
-    save_ddpm_pipeline,
-    save_digit_folders,
-    save_dit_pipeline,
-    save_text_pipeline,
 )
 
 from unlearn_ext._loop import Loop
@@ -40,13 +36,9 @@ Forgotten = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("options")
-    save_digit_folders(home / "digits", per_class=4)
-    save_digit_folders(home / "named", per_class=4, digits=TEXT_DIGITS, names=NAMES)
-    save_dit_pipeline(home / "dit")
-    save_ddpm_pipeline(home / "ddpm")
-    save_text_pipeline(home / "text")
+def home(home: Path) -> Path:
+    for name in set(NAMES) - {NAMES[digit] for digit in TEXT_DIGITS}:
+        shutil.rmtree(home / "named" / name)
     return home
 
 

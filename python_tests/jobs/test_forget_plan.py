@@ -14,18 +14,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import job_of, run, work
-from helpers.pipelines import save_digit_folders, save_dit_pipeline
 
 from unlearn_ext.diffusion import dry_run
 from unlearn_ext.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("plan")
-    save_digit_folders(home / "digits", per_class=4)
-    save_dit_pipeline(home / "dit")
-    return home
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:

@@ -14,20 +14,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import SMALL, result, run, unless_in
-from helpers.pipelines import NAMES, save_ddpm_pipeline, save_digit_folders, save_dit_pipeline, save_text_pipeline
+from helpers.pipelines import NAMES
 
 from unlearn_ext.cli import main
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("refusals")
-    save_digit_folders(home / "digits", per_class=4)
-    save_digit_folders(home / "named", per_class=4, names=NAMES)
-    save_dit_pipeline(home / "dit")
-    save_ddpm_pipeline(home / "ddpm")
-    save_text_pipeline(home / "text")
-    return home
 
 
 @pytest.mark.parametrize(

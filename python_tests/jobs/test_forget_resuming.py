@@ -13,22 +13,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import SHORT, SMALL, Killed, hashes, result, run, run_killed_at, unless_in, work
-from helpers.pipelines import save_ddpm_pipeline, save_digit_folders, save_dit_pipeline
+from helpers.pipelines import save_ddpm_pipeline
 
 from unlearn_ext.cli import main
 from unlearn_ext.data import _folders
 from unlearn_ext.diffusion import job as job_module
 from unlearn_ext.saliency import SaliencyMask
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("resuming")
-    save_digit_folders(home / "digits", per_class=4)
-    save_dit_pipeline(home / "dit")
-    save_ddpm_pipeline(home / "ddpm")
-    return home
-
 
 # --- Masks ----------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, result, run
-from helpers.pipelines import NAMES, save_classifier, save_ddpm_pipeline, save_digit_folders, save_text_pipeline
+from helpers.pipelines import NAMES, save_classifier, save_digit_folders, save_text_pipeline
 
 from unlearn_ext.cli import main
 from unlearn_ext.diffusion.judge import Judge
@@ -20,10 +20,7 @@ from unlearn_ext.diffusion.unmet import judged_warnings, still_drawn
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("verdicts")
-    save_digit_folders(home / "digits", per_class=4)
-    save_ddpm_pipeline(home / "ddpm")
+def home(home: Path) -> Path:
     save_classifier(home / "judge", [str(i) for i in range(10)])
     return home
 

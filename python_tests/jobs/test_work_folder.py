@@ -14,7 +14,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, job_of, result, run, run_killed_at, work
-from helpers.pipelines import save_digit_folders, save_dit_pipeline
 
 from unlearn_ext._loop import Loop
 from unlearn_ext.diffusion import publishing, space
@@ -24,14 +23,6 @@ from unlearn_ext.diffusion.work import WorkFolder
 from unlearn_ext.errors import InputError
 
 STEPS = ("--forget-class", "3", "--checkpointing-steps", "1", "--fisher-storage", "disk")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("work")
-    save_digit_folders(home / "digits", per_class=4)
-    save_dit_pipeline(home / "dit")
-    return home
 
 
 def names(folder: Path) -> set[str]:

@@ -135,7 +135,7 @@ COMMON |= {"retain_steps", "rounding_seed"}
         ({"rule": "adamw"}, {"betas", "eps"}),
         ({"rule": "momentum", "dual_state": True, "forget_rule": "adam"}, {"momentum", "betas", "eps"}),
     ],
-    ids=str,
+    ids=["sgd", "momentum", "adam", "adamw", "momentum-adam"],
 )
 def test_defaults_hold_what_the_rules_read(options: dict[str, Any], more: set[str]) -> None:
     optimizer = UnlearnOptimizer(network().parameters(), lr=0.1, **options)
