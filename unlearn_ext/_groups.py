@@ -11,7 +11,7 @@ from torch import Tensor
 from ._arguments import check_finite, check_number, shown
 from .errors import InputError
 
-__all__ = ["NOTES", "PER_GROUP", "as_betas", "check_group", "check_rates", "loaded_group", "plain", "read_by"]
+__all__ = ["NOTES", "PER_GROUP", "as_betas", "check_group", "check_rates", "loaded_group", "python_number", "read_by"]
 
 # What a parameter group may set for itself.
 PER_GROUP = ("lr", "momentum", "betas", "eps", "weight_decay", "forget_weight", "retain_weight")
@@ -39,7 +39,7 @@ def as_betas(value: Any) -> tuple[float, float]:
     return float(listed[0]), float(listed[1])
 
 
-def plain(value: Any) -> Any:
+def python_number(value: Any) -> Any:
     """A NumPy number as Python's, so that a state_dict can be read back with weights_only=True; else as it is."""
     return value if isinstance(value, Tensor) or not hasattr(value, "item") else value.item()
 

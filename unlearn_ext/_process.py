@@ -9,6 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from ._modes import recording
+
 __all__ = ["in_run_modes", "run_modes"]
 
 P = ParamSpec("P")
@@ -38,7 +40,7 @@ def _autocast(settings: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
 def run_modes() -> Iterator[None]:
     """Gradients are on, and autocast and inference mode off, whatever is set around the block."""
     off = {kind: (False, torch.get_autocast_dtype(kind)) for kind in _devices()}
-    with torch.inference_mode(False), torch.enable_grad(), _autocast(off):
+    with recording(), _autocast(off):
         yield
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from ._arguments import check_count, check_number, shown
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
-from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, plain, read_by
+from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, python_number, read_by
 from ._in_backward import as_number, clip_factor, measuring, stepping
 from ._python_checks import check_writable
 from ._shards import all_local, is_sharded, local, part_like, shard_groups, sum_over
@@ -203,7 +203,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         if protect and mask is None:
             raise InputError("protect=True needs a mask that says what to protect")
         self.rule, self.forget_rule = rule, forget_rule or rule
-        self.max_norm, self.retain_max_norm = plain(max_norm), plain(retain_max_norm)
+        self.max_norm, self.retain_max_norm = python_number(max_norm), python_number(retain_max_norm)
         self.slow_freq, self.mask_scope, self.protect, self.dual_state = int(slow_freq), mask_scope, protect, dual_state
         self.project = project
         self.last_clip: Tensor | None = None
@@ -214,7 +214,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         self.measured: dict[str, Any] = {}  # side -> clip factor and skip flag of its next step in the backward pass
         self.mask_bits: list[Tensor] | None = None
         # Progress within the round and noise stand in the groups, so that state_dict carries them.
-        defaults = {name: plain(getattr(config, name)) for name in read_by(self.rule, self.forget_rule)}
+        defaults = {name: python_number(getattr(config, name)) for name in read_by(self.rule, self.forget_rule)}
         defaults |= {"retain_steps": 0, "rounding_seed": None}
         self._rounding_base = int(torch.randint(2**31, (1,), device="cpu")) if stochastic_rounding else None
         self._complete = False  # until all groups have joined
@@ -236,7 +236,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             settings = {key: value for key, value in param_group.items() if key not in NOTES}
             check_group(settings, {**unread, **self.defaults}, self.rule, self.forget_rule)
             for name in set(PER_GROUP).intersection(param_group):
-                param_group[name] = as_betas(param_group[name]) if name == "betas" else plain(param_group[name])
+                param_group[name] = as_betas(param_group[name]) if name == "betas" else python_number(param_group[name])
             if self._rounding_base is not None:  # noise of its own for each group
                 param_group["rounding_seed"] = self._rounding_base + (len(self.param_groups) << 32)
             if self.param_groups:  # a group that comes later joins the round under way
@@ -768,7 +768,7 @@ def _loaded(key: str, value: Any, p: Tensor) -> Any:
     """A saved entry: counts as integers, a tensor on its weight's device, in its memory order, and cut over the ranks
     as it is."""
     if not isinstance(value, Tensor):
-        return plain(value)
+        return python_number(value)
     if key in _COUNTS:  # torch.optim and its wrappers hold them as tensors
         return int(value)
     placed = torch.empty_like(p, dtype=value.dtype)

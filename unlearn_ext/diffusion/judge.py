@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import user_path
 from .._pixels import to_bytes
 from ..data.labels import fold
 from ..errors import InputError, first_line
@@ -44,7 +44,7 @@ class Judge:
     ):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        folder = Path(os.path.expanduser(folder))
+        folder = user_path(folder)
         self._open_model(folder, AutoModelForImageClassification)
         try:
             self.processor = AutoImageProcessor.from_pretrained(

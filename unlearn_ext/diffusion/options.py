@@ -14,6 +14,7 @@ from .._arguments import check_count, check_finite, check_number
 from .._files import user_path
 from .._modes import PRECISIONS
 from ..data.images import is_sorted
+from ..data.labels import composed
 from ..errors import InputError
 from ..evaluation.inception import check_file
 from ..saliency.storage import check_storage
@@ -91,7 +92,7 @@ class ForgetOptions:
             raise InputError(
                 "--forget-prompt and --replace-prompt go together: what to forget, and what to show instead"
             )
-        if self.replace_prompt in each_of(self.forget_prompt):
+        if composed(self.replace_prompt or "") in map(composed, each_of(self.forget_prompt)):
             raise InputError("--replace-prompt: expected another prompt than the one to forget")
         optional = ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps")
         for name in (*optional, "checkpoints_total_limit", "samples"):
