@@ -168,7 +168,7 @@ def is_noexec(place: int | str) -> bool:
 
 def _check_above(root: Path) -> None:
     """Refuse a cache that those who may write to the directories above it could exchange for another."""
-    there = next(path for path in root.parents if os.path.lexists(path))
+    there = next((path for path in root.parents if os.path.lexists(path)), root)  # above / is nothing
     # Root does not write into another user's home, as under sudo. pip keeps to the same rule.
     if os.geteuid() == 0 and not root.exists() and there.stat().st_uid != 0:
         raise UnusableError(f"{there} belongs to another user (uid {there.stat().st_uid}, and this process is root's)")
