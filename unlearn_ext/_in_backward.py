@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .methods import Method
     from .optim import UnlearnOptimizer, _Bucket
 
-__all__ = ["as_number", "check_in_backward", "clip_factor", "measuring", "stepping"]
+__all__ = ["as_scalar", "check_in_backward", "clip_factor", "measuring", "stepping"]
 
 _LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
 
@@ -195,7 +195,7 @@ class _Step(_Pass):
         optimizer = self.optimizer
         self.check_any(self.made)
         if self.side == "forget" and self.limit is not None:
-            optimizer.last_clip = as_number(self.clip)
+            optimizer.last_clip = as_scalar(self.clip)
         for group in optimizer.param_groups:
             if group["rounding_seed"] is not None:
                 group["rounding_seed"] = self.seeds[id(group)] + len(group["params"])
@@ -218,7 +218,7 @@ def clip_factor(limit: float | None, square: float | Tensor) -> float | Tensor:
     return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)
 
 
-def as_number(value: float | Tensor) -> Tensor:
+def as_scalar(value: float | Tensor) -> Tensor:
     """A 0-d float64 tensor, where the value is; on the CPU for a number, whatever torch's default device."""
     if isinstance(value, Tensor):
         return value.to(torch.float64)

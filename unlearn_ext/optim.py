@@ -16,7 +16,7 @@ from . import ops
 from ._arguments import check_count, check_number, shown
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
 from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, python_number, read_by
-from ._in_backward import as_number, clip_factor, measuring, stepping
+from ._in_backward import as_scalar, clip_factor, measuring, stepping
 from ._python_checks import check_writable
 from ._shards import all_local, is_sharded, local, part_like, shard_groups, sum_over
 from .errors import InputError, NonFiniteError
@@ -525,10 +525,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             for limit, square in zip((self.max_norm, self.retain_max_norm), squares[:2], strict=True)
         ]
         if op != "retain_step":
-            self.last_clip = as_number(clips[0])
+            self.last_clip = as_scalar(clips[0])
         if self.project and op == "joint_step":
             share = clips[0] * _conflict(squares[3], squares[1])
-            self.last_projection = as_number(share)
+            self.last_projection = as_scalar(share)
             clips[1] = clips[1] + share
         return (clips[0], clips[1]), skip
 
@@ -759,7 +759,7 @@ def _over_ranks(groups: tuple[Any, ...], sums: list[Any]) -> list[Any]:
     if not groups:
         return sums
     if isinstance(sums[2], Tensor):
-        return list(sum_over(groups, torch.stack([as_number(s).to(sums[2].device) for s in sums])))
+        return list(sum_over(groups, torch.stack([as_scalar(s).to(sums[2].device) for s in sums])))
     return sum_over(groups, torch.tensor(sums, dtype=torch.float64, device="cpu")).tolist()
 
 
