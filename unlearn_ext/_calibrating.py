@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,8 @@ class Calibrating:
     those at the look of the smallest score."""
 
     def __init__(self, loop: Loop, calibration: Calibration):
-        self.loop, self.calibration = loop, calibration
+        self.loop = weakref.proxy(loop)  # in a circle, moments and gradients would outlive the run until a collection
+        self.calibration = calibration
         self.best: dict[str, Any] | None = None
         self._kept: list[Tensor] = []
         self._batches: dict[str, list[Any]] = {}

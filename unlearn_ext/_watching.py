@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ class Watching:
     normalisation. Nothing here waits for the device before the end."""
 
     def __init__(self, loop: Loop):
-        self.loop = loop
+        self.loop = weakref.proxy(loop)  # in a circle, moments and gradients would outlive the run until a collection
         self.retain, self.forget = _signs.Losses(), _signs.Losses()
         self.bits: list[list[int]] | None = None  # at the start; None: not known
         self.pull: Tensor | float | None = None  # the largest value of the forget term so far

@@ -124,7 +124,7 @@ def test_other_models_are_refused(digits: tuple[Tensor, ...], model: object) -> 
     [
         ({"batch_size": 64}, "batch_size: minibatches cannot be certified, because"),
         ({"momentum": 0.9}, "momentum cannot be certified: a step that remembers earlier gradients"),
-        ({"momentum": math.nan}, "momentum cannot be certified"),
+        ({"momentum": math.nan}, "momentum: expected 0, got nan"),
         ({"momentum": "much"}, "momentum: expected 0, got 'much'"),
         ({"mask": object()}, "a mask cannot be certified: weights that may not move keep"),
     ],

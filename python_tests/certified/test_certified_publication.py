@@ -144,7 +144,8 @@ def test_nothing_secret_is_in_what_is_published(learner: DescentToDelete, tmp_pa
         packed = np.float64(value).tobytes()
         assert packed not in raw and packed in kept
     for value in [float(secret.norm()), float(secret.sum()), *secret.flatten().tolist()]:
-        assert repr(abs(value))[:9].encode() not in raw
+        # The weights of all classes add up to 0, to the last bits of one processor or another.
+        assert abs(value) < 1e-9 or repr(abs(value))[:9].encode() not in raw
 
 
 def test_the_secret_leaves_by_its_own_call_alone(learner: DescentToDelete, tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_a_checkpoint_without_its_teacher_is_damaged(tmp_path) -> None:
     assert file.is_file()
     file.unlink()
     model = make(seed=4)
-    with pytest.raises(InputError, match=r"checkpoint-12 is damaged: teacher\.safetensors is missing"):
+    with pytest.raises(InputError, match=r"checkpoint-12 is damaged: its teacher\.safetensors is missing"):
         run(model, "scrub", output_dir=tmp_path, resume_from_checkpoint=file.parent)
     assert same(model, make(seed=4))
 

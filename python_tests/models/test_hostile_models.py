@@ -190,10 +190,10 @@ def test_maps_of_prompts_that_are_refused(tmp_path, text, match):
 def test_prompts_in_both_forms_of_unicode(tmp_path):
     one, two = "caf\u00e9", "cafe\u0301"
     for folder, typed in ((one, two), (two, one)):
-        concepts = read_prompts(Folders(folder, "b"), None, typed, "tea")
+        concepts = read_prompts(Folders(folder, "b"), None, [typed], "tea")
         assert concepts.forget == [0] and concepts.prompts[0] == one
         (tmp_path / "map.json").write_text(json.dumps({typed: "b"}))
-        assert read_prompts(Folders(folder, "c"), tmp_path / "map.json", "c", two).prompts == {0: "b", 1: "c"}
+        assert read_prompts(Folders(folder, "c"), tmp_path / "map.json", ["c"], two).prompts == {0: "b", 1: "c"}
 
 
 def test_a_folder_of_other_bytes_is_no_prompt():

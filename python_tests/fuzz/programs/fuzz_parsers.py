@@ -101,7 +101,7 @@ def read_pictures(path: Path) -> None:
 
 def read_prompt_file(path: Path) -> None:
     data = open_data(path.parent / "data", size=4, channels=3)
-    read_prompts(data, path, "a cat", "a dog")
+    read_prompts(data, path, ["a cat"], "a dog")
 
 
 def resume(path: Path) -> None:
