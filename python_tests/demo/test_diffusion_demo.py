@@ -36,6 +36,7 @@ def short(monkeypatch) -> None:
     monkeypatch.setattr(demo_run, "method_for", method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["ddpm", "dit", "text"])
 def test_a_demo_says_and_writes_what_became_of_every_digit(task: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "[bold]x"
@@ -62,6 +63,7 @@ def test_a_demo_says_and_writes_what_became_of_every_digit(task: str, tmp_path: 
     assert {"before-after.png", "mask.safetensors", "scheduler"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_demo_compares_with_a_network_that_never_saw_the_digit(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pretraining, "held_out_loss", lambda *_: 0.0)  # takes most of the time
@@ -79,6 +81,7 @@ def test_a_demo_compares_with_a_network_that_never_saw_the_digit(tmp_path: Path,
         assert grid.height > 3 * 48  # three rows
 
 
+@pytest.mark.slow
 def test_before_and_after_start_from_the_same_noise_and_the_starting_weights_stay(monkeypatch) -> None:
     demo = DiffusionDemo(DiffusionOptions(samples=8))
     monkeypatch.setattr(demo, "_unlearn", lambda: None)
@@ -93,6 +96,7 @@ def test_before_and_after_start_from_the_same_noise_and_the_starting_weights_sta
     assert not torch.equal(other.run().samples["before"], demo.samples["before"])
 
 
+@pytest.mark.slow
 def test_forget_batches_hold_the_forgotten_digit_and_its_stand_ins(monkeypatch) -> None:
     seen = {}
 
@@ -170,6 +174,7 @@ def benchmark(monkeypatch, tmp_path: Path):
     sys.modules.pop("diffusion")
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_once_and_again_where_settings_differ(benchmark, monkeypatch, capsys) -> None:
     benchmark.measure(["ddpm"], "no")
     first = json.loads(benchmark.RESULTS.read_text())

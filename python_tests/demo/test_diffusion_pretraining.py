@@ -125,6 +125,7 @@ def test_a_dit_in_train_mode_drops_no_labels_and_its_embedders_are_equal_copies(
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", networks.DENOISERS)
 def test_a_few_steps_lower_the_held_out_loss(name):
     untrained = pretraining.held_out_loss(networks.build_denoiser(name, seed=3), samples=100)
@@ -296,6 +297,7 @@ def test_what_is_not_shipped_is_trained_once_and_cached(tmp_path, monkeypatch):
 # --- What ships --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_shipped_files_load_and_are_small(mnist):
     files = sorted(weights.SHIPPED.iterdir())
     assert sum(file.stat().st_size for file in files) <= 8 * 2**20
@@ -321,6 +323,7 @@ def test_the_shipped_judge_is_good_on_digits_it_never_saw(mnist):
     assert judge.network.features(mnist.pixels()[:3]).shape == (3, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", networks.DENOISERS)
 def test_the_shipped_networks_draw_the_digit_that_they_are_asked_for(name):
     labels = torch.arange(10).repeat(4)

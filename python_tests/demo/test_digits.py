@@ -29,6 +29,7 @@ def test_the_digits_are_the_known_ones(mnist):
     assert (levels - levels.round()).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_file_read_directly_equals_mlxtends_own_loader(mnist, monkeypatch):
     monkeypatch.setattr(digits.Path, "is_file", lambda self: False)
     slow = load_digits()
@@ -151,6 +152,7 @@ def test_training_stops_when_it_diverges():
         quick(lr=1e30)
 
 
+@pytest.mark.slow
 def test_training_learns_the_digits(mnist):
     split = mnist.split(1000, 1000, seed=0)
     model = train_classifier(SmallResNet(seed=0), split.train_images, split.train_labels, epochs=5)

@@ -25,6 +25,8 @@ from unlearn_ext.errors import InputError
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.tasks import Classification
 
+pytestmark = pytest.mark.ranks
+
 WORLDS, WRAPPERS = (2, 4), ("ddp", "fsdp")
 TOLERANCE = 1e-9  # float64; the bar
 

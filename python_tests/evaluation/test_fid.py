@@ -113,6 +113,7 @@ def test_the_distance_in_fewer_dimensions_is_that_in_all(real: int, generated: i
 # --- Known features ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_known_features_give_the_known_distance(tmp_path: Path) -> None:
     """And weights of another network, and those of none, give no distance."""
     weight = save_means(tmp_path / "weights.pth")
@@ -176,6 +177,7 @@ def commands(home: Path) -> dict[str, dict]:
     return answers
 
 
+@pytest.mark.process
 def test_the_command_measures_it(home: Path, commands: dict[str, dict]) -> None:
     answer, report = commands["whole"], json.loads((home / "whole" / "unlearning" / "result.json").read_text())
     found = report["fid"]
@@ -287,6 +289,7 @@ def test_a_package_that_is_not_there(tmp_path: Path, monkeypatch, package: str) 
         inception_fid(torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8), tmp_path / "weights.pth")
 
 
+@pytest.mark.process
 def test_packages_that_cannot_be_imported(tmp_path: Path) -> None:
     """A torchvision of another torch, and one that is not there."""
     save_means(tmp_path / "weights.pth")

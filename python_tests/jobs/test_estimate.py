@@ -136,6 +136,7 @@ def check_memory(job: ForgetJob, monkeypatch, tolerance: float) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_larger_dit_is_what_was_estimated(home: Path, tmp_path: Path, monkeypatch) -> None:
     """24 million weights, batches of 4, in float32: the forward pass keeps about as many bytes as gradients take."""
     from diffusers import DDIMScheduler, DiTPipeline
@@ -147,6 +148,7 @@ def test_the_memory_of_a_larger_dit_is_what_was_estimated(home: Path, tmp_path: 
     check_memory(job, monkeypatch, 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -184,6 +186,7 @@ LESS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", LESS, ids=str)
 def test_the_memory_of_each_way_to_need_less_is_what_was_estimated(home, medium, tmp_path, monkeypatch, options):
     job = job_of(
@@ -192,6 +195,7 @@ def test_the_memory_of_each_way_to_need_less_is_what_was_estimated(home, medium,
     check_memory(job, monkeypatch, 0.1)
 
 
+@pytest.mark.slow
 def test_each_way_to_need_less_needs_less(home: Path, medium: str, tmp_path: Path) -> None:
     def needed(**options) -> dict[str, int]:
         job = job_of(home, medium, tmp_path / "out", tie_embeddings=False, train_batch_size=1, **options)
@@ -313,6 +317,7 @@ def test_slow_weights_are_those_of_the_groups_that_have_them() -> None:
 # --- Time -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_run_has_its_time(home: Path, tmp_path: Path) -> None:
     for model, options in (("text", {"classifier": home / "judge", "samples": 2}), ("ddpm", {})):
         job = job_of(home, model, tmp_path / model, **options)

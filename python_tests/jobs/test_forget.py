@@ -80,6 +80,7 @@ def test_files_that_are_left_out_are_named(home: Path, tmp_path: Path, capsys) -
     assert "left out" not in capsys.readouterr().out and not result(tmp_path / "none")["left_out"]
 
 
+@pytest.mark.slow
 def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> None:
     from diffusers import DiTPipeline, StableDiffusionPipeline, UNet2DModel
 
@@ -101,6 +102,7 @@ def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> No
     UNet2DModel.from_pretrained(tmp_path / "ddpm" / "unet", local_files_only=True)
 
 
+@pytest.mark.slow
 def test_reloaded_outputs_are_those_of_the_model_in_memory(home: Path, tmp_path: Path, monkeypatch) -> None:
     from unlearn_ext.diffusion import output
     from unlearn_ext.diffusion.pretrained import open_pretrained
@@ -138,6 +140,7 @@ def test_latents_are_encoded_once_and_only_those_that_are_used(home: Path, tmp_p
     assert result(tmp_path / "out")["seconds"]["encoding"] > 0
 
 
+@pytest.mark.slow
 def test_a_small_forget_set_is_measured_once(home: Path, tmp_path: Path) -> None:
     """However long the iterations and the other set are."""
     seen: dict[str, tuple[int, int | None]] = {}
@@ -206,6 +209,7 @@ def test_averages_are_saved_when_asked_for(home: Path, tmp_path: Path) -> None:
     assert result(tmp_path / "last")["weights"] == {"saved": "last", "ema_decay": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("--mixed-precision", "bf16"), ("--channels-last",), ("--gradient-checkpointing",)]
 )

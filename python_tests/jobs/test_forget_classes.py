@@ -20,6 +20,7 @@ from helpers.pipelines import save_ddpm_pipeline, save_digit_folders
 from unlearn_ext.cli import main
 
 
+@pytest.mark.slow
 def test_prompts_of_an_array_come_from_a_map(home: Path, tmp_path: Path, capsys) -> None:
     latents, labels = torch.randn(30, 4, 8, 8), torch.tensor([3, 5, 8]).repeat_interleave(10)
     save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")

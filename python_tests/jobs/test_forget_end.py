@@ -97,6 +97,7 @@ def test_a_second_forget_into_the_folder_is_refused(home: Path, tmp_path: Path, 
     assert run(home, "ddpm", out, *STEPS) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_signals_end_the_command_in_order(number, code, checkpoints, home, tmp_path, capsys, monkeypatch) -> None:

@@ -57,6 +57,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit", "ddpm", "text"])
 @pytest.mark.parametrize(
     "arguments", [("--optimizer-in-backward",), ("--fisher-storage", "host"), ("--fisher-storage", "disk")], ids=str
@@ -73,6 +74,7 @@ def wide(model: str, home: Path) -> dict[str, Tensor]:
     return denoiser(home / model, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit", "ddpm", "text"])
 def test_bfloat16_weights_go_about_the_same_way(home: Path, forgotten: Forgotten, model: str) -> None:
     before = {name: value.bfloat16().float() for name, value in wide(model, home).items()}
@@ -99,6 +101,7 @@ def test_frozen_weights_are_written_as_they_were(home: Path, forgotten: Forgotte
     assert moved and all("attn2" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_the_seed(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
     own = ("--weights-dtype", "bfloat16")
     first = denoiser(forgotten("ddpm", *own), "ddpm")

@@ -96,6 +96,7 @@ def embedders(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return both[0], both[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "tied"),
     [
@@ -185,6 +186,7 @@ def sampled(folder: Path, model: str, labels: list[int], guidance: float) -> np.
     return (images * 255).round().astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "guidance"), [("dit", 1.0), ("text", 1.0), ("text", 20.0), ("text", None)], ids=str)
 def test_the_grid_shows_what_diffusers_samples_of_both_models(
     home: Path, forgotten: Forgotten, model: str, guidance: float | None
@@ -202,6 +204,7 @@ def test_the_grid_shows_what_diffusers_samples_of_both_models(
     assert model == "dit" or far(expected[0], sampled(home / model, model, labels, guidance + 5)) > 2
 
 
+@pytest.mark.slow
 def test_the_guidance_of_a_unet_reaches_its_pictures(home: Path, forgotten: Forgotten) -> None:
     """Of DDIM as arXiv 2010.02502 has it, with predictions as arXiv 2207.12598 combines them."""
     from diffusers import UNet2DModel
@@ -378,6 +381,7 @@ def test_a_seed_is_all_that_tells_two_runs_apart(home: Path, forgotten: Forgotte
     assert [result(out)["task"]["seed"] for out in (first, other)] == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "left"), [(None, {1, 2, 3, 4}), (2, {3, 4}), (1, {4})])
 def test_the_newest_checkpoints_are_kept(home: Path, tmp_path: Path, limit: int | None, left: set[int]) -> None:
     options = ("--forget-class", "3", "--max-train-steps", "4", "--checkpointing-steps", "1", "--keep-work")
@@ -417,6 +421,7 @@ def test_a_pattern_that_fits_no_name_is_refused(home: Path, tmp_path: Path, caps
 # --- Prompts --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folders_that_are_no_prompts_are_mapped_to_them(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
     shutil.copytree(home / "named", tmp_path / "data")
     (tmp_path / "data" / "three").rename(tmp_path / "data" / "p-17")  # which stands between one and two as well
@@ -434,6 +439,7 @@ def test_two_folders_may_belong_to_one_prompt(home: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "plan.json").read_text())["forget_classes"] == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -475,6 +481,7 @@ def test_a_dry_run_of_a_text_model_writes_nothing(home: Path, tmp_path: Path, ca
     assert plan["memory"]["iterations"]["activations"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [1, 2])
 def test_a_killed_run_of_a_text_model_is_resumed_to_the_same_weights(
     home: Path, forgotten: Forgotten, tmp_path: Path, monkeypatch, when: int
@@ -544,6 +551,7 @@ def test_a_classifier_that_cannot_judge_is_refused(home: Path, tmp_path: Path, c
 # --- Ways to run ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "most"), [("ddpm", 0.3), ("dit", 0.15), ("text", 0.5)])
 def test_bf16_goes_about_the_same_way(home: Path, forgotten: Forgotten, model: str, most: float) -> None:
     """Measured: 0.18, 0.08 and 0.35 of the way apart, where another seed's way is 1.2 to 1.4 of it apart."""
@@ -554,6 +562,7 @@ def test_bf16_goes_about_the_same_way(home: Path, forgotten: Forgotten, model: s
     assert result(half)["options"]["mixed_precision"] == "bf16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["ddpm", "dit", "text"])
 @pytest.mark.parametrize("option", ["--gradient-checkpointing", "--channels-last"])
 def test_ways_to_run_that_change_no_result(home: Path, forgotten: Forgotten, model: str, option: str) -> None:

@@ -16,6 +16,8 @@ from helpers.forgetting import SHORT, denoiser, hashes, job_of, result, run
 from unlearn_ext.diffusion import parallel
 from unlearn_ext.errors import InputError
 
+pytestmark = pytest.mark.ranks
+
 pytest.importorskip("diffusers")
 pytest.importorskip("mlxtend")
 ROOT = Path(__file__).resolve().parents[2]

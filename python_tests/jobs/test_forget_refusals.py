@@ -98,6 +98,7 @@ def test_nothing_stays_where_a_class_has_no_readable_image(home: Path, tmp_path:
     assert main(["forget", *own, "--output-dir", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit", "text"])
 def test_unreadable_images_are_left_out_where_latents_are_made_of_them(home, tmp_path, capsys, model: str) -> None:
     shutil.copytree(home / "named", tmp_path / "damaged")

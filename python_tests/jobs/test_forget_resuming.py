@@ -23,6 +23,7 @@ from unlearn_ext.saliency import SaliencyMask
 # --- Masks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, "ddpm", tmp_path / "first", "--forget-class", "3") == 0
     mask = str(tmp_path / "first" / "unlearning" / "mask.safetensors")
@@ -49,6 +50,7 @@ def test_a_mask_is_reused_and_refused_where_it_does_not_belong(home: Path, tmp_p
             assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unsaid", ["forget_classes", "forget_data", "weights_hash"])
 def test_a_mask_that_does_not_say_what_it_was_made_for(home: Path, tmp_path: Path, capsys, unsaid: str) -> None:
     """As one that was made in Python: the user can say it."""
@@ -113,6 +115,7 @@ def test_checkpoints_are_not_run_over(home: Path, tmp_path: Path, capsys, monkey
         assert "add --resume-from-checkpoint latest" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_result_half_moved_is_moved_by_the_next_run(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     steps = ("--forget-class", "3", "--checkpointing-steps", "2")
     assert run(home, "ddpm", tmp_path / "whole", *steps) == 0

@@ -21,6 +21,7 @@ def digits() -> Digits:
     return trained()
 
 
+@pytest.mark.slow
 def test_a_class_is_forgotten_to_an_accuracy(digits) -> None:
     """A digit: of its samples a given part is still got right, and the others are kept."""
     forget = digits.labels == 3
@@ -43,6 +44,7 @@ def test_a_class_is_forgotten_to_an_accuracy(digits) -> None:
         assert kept > 0.97 and end["unseen_accuracy"] > result.calibration["path"][0]["unseen_accuracy"] - 0.08
 
 
+@pytest.mark.slow
 def test_forgotten_digits_come_to_look_like_unseen_ones(digits) -> None:
     """A random fifth: accuracy and losses approach those of unseen digits, and the rest is kept."""
     forget = torch.zeros_like(digits.labels, dtype=torch.bool)

@@ -73,6 +73,7 @@ def test_update_is_the_transcriptions_for_classes(replaced) -> None:
     assert (expected[-1] - flat(start)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 def test_update_is_the_transcriptions_for_prompts(replaced) -> None:
     start = denoisers.text_unet().double()
@@ -86,6 +87,7 @@ def test_update_is_the_transcriptions_for_prompts(replaced) -> None:
     assert (expected[-1] - flat(start)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_forgotten_classs_prediction_moves_to_its_target() -> None:
     """On digits that it was not run on, at other noise; those of other classes stay nearer to where they were."""
     digits = shared_digits.digits()

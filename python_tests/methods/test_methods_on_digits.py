@@ -41,6 +41,7 @@ CLASS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASS)
 def test_a_class_is_forgotten_and_the_others_are_kept(name, digits) -> None:
     changes, left, lost = CLASS[name]
@@ -63,6 +64,7 @@ def test_finetuning_keeps(digits) -> None:
     assert kept <= 0.03 and digits.on(model, digits.labels != 3)[0] > 0.97
 
 
+@pytest.mark.slow
 def test_the_forget_loss_rises_to_that_of_unseen_data_and_stops(digits) -> None:
     """A random fifth of the training digits, which shall look like unseen ones."""
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +87,7 @@ def test_the_forget_loss_rises_to_that_of_unseen_data_and_stops(digits) -> None:
     assert kept <= 0.03
 
 
+@pytest.mark.slow
 def test_a_class_is_learnt_while_another_is_forgotten() -> None:
     digits = trained(9)
     model, forget, learn = copy.deepcopy(digits.model), digits.labels == 3, digits.labels == 9

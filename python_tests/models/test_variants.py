@@ -60,6 +60,7 @@ def as_transformers_wrote_them(home: Path, variant: str | None, sharded: bool) -
         (home / f"pytorch_model.bin.index{end}.json").write_text(json.dumps(index))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant, shards, safe", FORMS)
 def test_denoisers_in_every_form(bare, tmp_path, variant, shards, safe):
     source = Path(shutil.copytree(bare, tmp_path / "source"))

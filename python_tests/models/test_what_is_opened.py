@@ -414,6 +414,7 @@ def messages():
                 yield path, node.value
 
 
+@pytest.mark.slow
 def test_no_message_names_a_function_that_does_not_exist():
     known = set(FUNCTIONS)
     modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "unlearn_ext": unlearn_ext}

@@ -19,7 +19,7 @@ from helpers.processes import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")
+pytestmark = [pytest.mark.build, pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")]
 
 # One lane's sum more than there are weights: seen where a tensor ends within an octet.
 RIGHT = "if (k < n) to[k] = values[k];"

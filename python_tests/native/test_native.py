@@ -141,6 +141,7 @@ def wait_for(path: Path) -> None:
 # --- Loading ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.build
 @needs_compiler
 def test_first_use_builds_and_loads(built_cache: Path) -> None:
     code = PROBE + "import resource\nused = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
@@ -181,6 +182,7 @@ def test_unknown_backend_is_an_error(no_choice: Path, monkeypatch: pytest.Monkey
     assert not no_choice.exists()
 
 
+@pytest.mark.build
 def test_without_a_compiler_one_warning_and_the_python_path(tmp_path: Path) -> None:
     status, out, err = run(PROBE, UNLEARN_EXT_CACHE=tmp_path, PATH="")
     assert (status, out.split()) == (0, ["python", "None"]), err
@@ -232,6 +234,7 @@ def test_a_refused_flag_is_an_error(tiny_csrc: Path, tmp_path: Path, monkeypatch
         _native.build(tiny_csrc, tmp_path / "cache")
 
 
+@pytest.mark.build
 @needs_compiler
 @pytest.mark.parametrize("left, processes", [(0, 1), (100, 1), (0.5, 3)], ids=["0", "100", "0.5"])
 def test_a_library_that_was_cut_is_built_anew_once(
@@ -263,6 +266,7 @@ def test_a_library_that_cannot_be_replaced_is_an_error(tiny_csrc: Path, tmp_path
         assert path.read_bytes() == b"junk"
 
 
+@pytest.mark.build
 @needs_compiler
 def test_an_unwritable_cache_is_replaced_for_this_process(tiny_csrc: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
@@ -278,6 +282,7 @@ def test_an_unwritable_cache_is_replaced_for_this_process(tiny_csrc: Path, tmp_p
 # --- Many processes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.build
 @needs_compiler
 def test_processes_that_start_at_once_build_once(tiny_csrc: Path, slow_compiler: Path, tmp_path: Path) -> None:
     env = {"UNLEARN_EXT_CACHE": tmp_path / "cache", "CXX": slow_compiler}
@@ -288,6 +293,7 @@ def test_processes_that_start_at_once_build_once(tiny_csrc: Path, slow_compiler:
     assert sum(err.count("unlearn_ext: building") for _, _, err in results) == 1
 
 
+@pytest.mark.build
 @needs_compiler
 def test_a_killed_builder_hangs_nobody(tiny_csrc: Path, slow_compiler: Path, tmp_path: Path) -> None:
     env = {"UNLEARN_EXT_CACHE": tmp_path / "cache", "CXX": slow_compiler}
@@ -422,6 +428,7 @@ def build_and_install(project: Path, work: Path, **env: object) -> tuple[Path, P
     return wheel, work / "installed"
 
 
+@pytest.mark.build
 @needs_compiler
 def test_wheel_is_complete_and_works_elsewhere(tmp_path: Path, built_cache: Path) -> None:
     project = copy_of_the_project(tmp_path / "project", ROOT / "csrc")
@@ -444,6 +451,7 @@ def test_wheel_is_complete_and_works_elsewhere(tmp_path: Path, built_cache: Path
     assert Path(csrc) == installed / "unlearn_ext" / "csrc"
 
 
+@pytest.mark.build
 @needs_compiler
 def test_ahead_of_time_wheel_needs_no_compiler(tmp_path: Path, tiny_csrc: Path) -> None:
     project = copy_of_the_project(tmp_path / "project", tiny_csrc)
@@ -482,6 +490,7 @@ def test_a_package_in_an_archive_runs_without_the_library(tmp_path: Path) -> Non
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.build
 def test_import_is_light() -> None:
     code = f"""
 import sys, time, torch

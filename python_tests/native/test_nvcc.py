@@ -13,6 +13,8 @@ import torch
 
 from unlearn_ext import _cuda, _native
 
+pytestmark = pytest.mark.build
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cu"))
 ARCHITECTURES = ("80", "90")

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from unlearn_ext import _native, ops
 
+pytestmark = pytest.mark.build
+
 # Together more than one block of 16,384 weights, with borders of words and strips inside.
 SIZES = (1, 31, 33, 257, 5003, 20011)
 HYPER = {"lr": 0.05, "momentum": 0.9, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.03, "step": 3}

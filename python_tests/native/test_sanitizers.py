@@ -19,7 +19,7 @@ from helpers.sanitizers import FLAGS, OPERATORS, ROOT, check, runtime
 
 from unlearn_ext import _native
 
-pytestmark = pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")
+pytestmark = [pytest.mark.build, pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")]
 
 
 # Two faults in one library, each for one dtype of the Fisher sums.

@@ -329,6 +329,7 @@ def results_of_all() -> list[Tensor]:
     return [*outputs, ops.count_bits(bits), *ops.unpack_bits(bits, weights)]
 
 
+@pytest.mark.slow
 def test_same_bits_on_every_run_and_for_every_thread_count(restore_threads: None) -> None:
     torch.set_num_threads(1)
     reference = results_of_all()

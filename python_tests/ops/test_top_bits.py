@@ -252,6 +252,7 @@ def test_threads_do_not_move_the_border_of_ties(make: str, rng: torch.Generator,
 PEAK = Path(__file__).parent / "programs" / "peak_of_top_bits.py"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(PYTHON_BACKEND, reason="the pure-PyTorch operator sorts a copy")
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is in other units elsewhere")
 def test_memory_does_not_grow_with_the_list() -> None:

@@ -55,6 +55,7 @@ def in_place_step(operands: Operands, bits: Sequence[Tensor], scalars: Tensor) -
     return [result.sin() for result in doubled]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [

@@ -65,6 +65,7 @@ def test_gradcheck(parts: Sequence[str], mask_scope: str | None, rng: torch.Gene
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.native_only
 @mask_cases
 @parts_cases

@@ -62,6 +62,7 @@ def check_document(
 # --- Scripts ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("script", "options", "operators", "implementations"),
     [
@@ -96,6 +97,7 @@ def test_scripts_write_rows_and_print_a_table(script, options, operators, implem
     assert "triad in the same run" in done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -118,6 +120,7 @@ def profile(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return run("-m", "unlearn_ext", "profile", "--repeats=2", "--threads=1", *arguments, cwd=cwd)
 
 
+@pytest.mark.process
 def test_profile_of_a_users_network_with_a_trace(tmp_path) -> None:
     (tmp_path / "nets.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(30, 20)\n")
     done = profile("--model", "nets:make", "--trace=[bold]x.json", "--json=rows.json", cwd=tmp_path)
@@ -140,6 +143,7 @@ def test_profile_of_a_users_network_with_a_trace(tmp_path) -> None:
         assert name in ranges
 
 
+@pytest.mark.process
 def test_profile_of_a_file_and_of_a_known_network(tmp_path) -> None:
     save_file(
         {"a": torch.zeros(5, 4), "b": torch.zeros(3), "i": torch.zeros(2, dtype=torch.int64)},
@@ -154,6 +158,7 @@ def test_profile_of_a_file_and_of_a_known_network(tmp_path) -> None:
 MEMORY = Path(__file__).parent / "programs" / "predicted_memory.py"
 
 
+@pytest.mark.process
 def test_the_memory_is_what_the_shapes_predict(tmp_path) -> None:
     """20 M weights; the second measurement meets the memory that the first has freed."""
     done = run(MEMORY, cwd=tmp_path)
@@ -247,6 +252,7 @@ def test_rivals_compute_what_ours_does(operator, rule) -> None:
     assert [row["implementation"] for row in measurement.rows] == ["fused", "loop", "eager", "foreach", "torch_fused"]
 
 
+@pytest.mark.slow
 def test_a_compiled_rival_computes_what_ours_does() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         work = steps.sequential(SMALL, "adamw", dtype, CPU)
@@ -320,6 +326,7 @@ def test_rivals_take_turns() -> None:
     assert quantile([1.0, 2.0, 3.0], 0.5) == 2.0 and quantile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.2) == 2.0
 
 
+@pytest.mark.process
 def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     done = run(
@@ -336,6 +343,7 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     assert {row["benchmark"] for row in document["rows"]} == scripts
 
 
+@pytest.mark.process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_check_of_a_gpu_says_when_there_is_none(tmp_path: Path) -> None:
     done = run(ROOT / "benchmarks" / "gpu_check.py", cwd=tmp_path)

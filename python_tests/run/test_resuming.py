@@ -236,6 +236,7 @@ def test_what_killed_processes_left_is_swept_at_the_next_checkpoint(tmp_path) ->
 KILLED = Path(__file__).parent / "programs" / "run_to_be_killed.py"
 
 
+@pytest.mark.process
 def test_kill_and_resume(tmp_path) -> None:
     """A killed process leaves whole checkpoints only, and the run continues from the newest."""
     command = [sys.executable, str(KILLED), str(tmp_path)]

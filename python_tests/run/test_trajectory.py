@@ -73,6 +73,7 @@ def test_follows_the_released_algorithm(rule, slow_rate, slow_freq, gamma, updat
         assert 0.05 < result.mask.density < 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -10,6 +10,7 @@ from unlearn_ext import ops
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_hash_sees_every_bit_of_protected_weights(dtype: torch.dtype, channels_last: bool) -> None:

@@ -21,6 +21,7 @@ from unlearn_ext.tasks import Task
 # --- Runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_replacing_moves_the_prediction_towards_the_replacement() -> None:
     model = denoisers.unet()
     forget, retain = [(images(8), torch.full((8,), 2))], [(images(8, seed=1), labels(8) % 2)]
@@ -34,6 +35,7 @@ def test_replacing_moves_the_prediction_towards_the_replacement() -> None:
     assert result.history[0]["largest_share"] is None and result.history[0]["alpha"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddpm", "dit", "text"])
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, kind) -> None:
     def setting() -> tuple:

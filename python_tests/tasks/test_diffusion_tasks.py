@@ -282,6 +282,7 @@ def test_a_function_does_for_a_model() -> None:
     assert all((total[name] - value).abs().max() < 1e-12 for name, value in fisher.means().items())
 
 
+@pytest.mark.slow
 def test_a_compiled_dit_unlearns_as_it_does_uncompiled() -> None:
     """torch.compile(model) is handed over in the model's place, to the Fisher pass and to the iterations."""
     results, fishers = [], []

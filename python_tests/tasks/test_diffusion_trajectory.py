@@ -145,6 +145,7 @@ def test_dit() -> None:
     compare(expected, mask, *run(own, task, "dit-xl-2-256", forget, retain))
 
 
+@pytest.mark.slow
 def test_stable_diffusion() -> None:
     """A pseudo-target at the same t and noise; retain with prompts; Fisher with guidance on the forget images."""
     scheduler = denoisers.scheduler()
