@@ -274,7 +274,7 @@ def test_leftovers_of_killed_runs_are_swept(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"part")
-    foreign = [".probe-settings.json", ".checkpoint", ".unlearn_ext-notes", ".mine-ab12cdef"]
+    foreign = [".probe-settings.json", ".checkpoint-6-backup", ".checkpoint", ".unlearn_ext-notes", ".mine-ab12cdef"]
     for name in foreign:
         (tmp_path / name).write_text("mine")
     run_into(tmp_path)
