@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._packing import copy_of, put
 from .errors import NonFiniteError
 from .methods.calibration import Calibration, spacing
 
@@ -89,13 +90,13 @@ class Calibrating:
         found = self.calibration.look(iteration, forget, unseen)
         if self.best is None or self.calibration.order(found) <= self.calibration.order(self.best):
             self.best = found
-            self._kept = [tensor.detach().clone() for tensor in self._tensors()]
+            self._kept = [copy_of(tensor.detach()) for tensor in self._tensors()]
         return found
 
     @torch.no_grad()
     def _go_back(self) -> None:
         for tensor, kept in zip(self._tensors(), self._kept, strict=True):
-            tensor.copy_(kept)
+            put(tensor, kept)
 
     def _look(self, name: str) -> Tensor:
         found = self.loop.look(self._batches[name], self.calibration.takes_hits, name, self._state)

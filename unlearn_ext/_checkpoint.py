@@ -23,7 +23,7 @@ from ._history import HISTORY, as_lines, read_lines
 from ._leftovers import sweep
 from ._module_state import all_tensors as model_tensors
 from ._module_state import forms, pack_module, plain_tensors, unpack_module
-from ._packing import Packer
+from ._packing import Packer, put
 from ._ranks import ALONE, Ranks
 from ._seal import SEAL, damage, label_of, seal
 from ._shards import is_sharded, local, part_like
@@ -272,6 +272,6 @@ def restore(
     optimizer.load_state_dict({"state": state, **parts})
     for key, value in targets.items():
         saved = found[key]
-        local(value).copy_(local(saved) if is_sharded(saved) else part_like(saved, value))
+        put(local(value), local(saved) if is_sharded(saved) else part_like(saved, value))
     for part, model in models.items():
         unpack_module(model, document["packed"][part], lambda key: found[f"extra.{key}"])

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from ._files import user_path
-from ._seal import SEAL, label_of
+from ._seal import label_of
 from .errors import InputError
 
 __all__ = ["candidates", "check_folder", "is_checkpoint", "keep_newest", "make_room", "numbered", "runs_of"]
@@ -18,6 +18,7 @@ __all__ = ["candidates", "check_folder", "is_checkpoint", "keep_newest", "make_r
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 STATE = "state.json"
 _LABEL = "run "
+_FORMATS = "unlearn_ext.checkpoint."
 
 
 def numbered(directory: Path) -> list[Path]:
@@ -29,8 +30,16 @@ def numbered(directory: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a checkpoint of this package, damaged or not."""
-    return (path / SEAL).is_file() or (path / STATE).is_file()
+    """Whether it is a checkpoint of this package, damaged or not; other programs have files of these names too."""
+    if label_of(path) is not None:
+        return True
+    try:
+        document = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError, RecursionError):  # it may be a damaged one
+        return True
+    return isinstance(document, dict) and str(document.get("format")).startswith(_FORMATS)
 
 
 def runs_of(path: Path) -> set[str]:
@@ -39,7 +48,7 @@ def runs_of(path: Path) -> set[str]:
     runs = {label.removeprefix(_LABEL)} if label.startswith(_LABEL) else set()
     try:
         document = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if str(document["format"]).startswith("unlearn_ext.checkpoint."):
+        if str(document["format"]).startswith(_FORMATS):
             runs.add(str(document["run"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -48,6 +57,11 @@ def runs_of(path: Path) -> set[str]:
 
 def candidates(output_dir: Path | None, choice: str | Path) -> list[Path]:
     """What ``latest``, newest first, or a path may mean."""
+    if isinstance(choice, bool):  # as transformers' Trainer takes it
+        raise InputError(
+            f"resume_from_checkpoint: expected 'latest' or a path, got {choice}: pass "
+            + ("'latest'" if choice else "None to start anew")
+        )
     if str(choice) != "latest":
         path = user_path(choice)
         if not is_checkpoint(path):

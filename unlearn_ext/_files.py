@@ -35,9 +35,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """With ``~`` as the home folder.
 
     Raises:
-        InputError: nobody knows where that is.
+        InputError: nobody knows where that is, or it is no path.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise InputError(f"expected a path, as text or pathlib.Path, got {path!r}")
     full = os.path.expanduser(text)
     if full == "~" or full.startswith("~/"):
         raise InputError(f"{text}: there is no home folder that ~ could stand for: set HOME, or write the path in full")

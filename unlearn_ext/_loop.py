@@ -20,6 +20,7 @@ from ._averages import Averages
 from ._calibrating import Calibrating
 from ._history import History
 from ._modes import evaluating, keeping_statistics, set_training
+from ._names import buffers_of
 from ._packing import copy_of, put
 from ._parts import own_part, without_inference
 from ._plain import plain
@@ -87,8 +88,9 @@ class Loop:
         self.streams = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
-        self.buffers = [(name, buffer, buffer._version) for name, buffer in self.model.named_buffers()]
-        self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they held before the step at hand
+        self.buffers = [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
+        # Buffers, by module and name, and what they held before the step at hand.
+        self.before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self.history = History(directory if self.ranks.first else None, result.history)
         self.forgetting: dict[str, Any] = {}  # of the last forget step that no entry has shown yet
         self.iteration = 0
@@ -304,8 +306,10 @@ class Loop:
             if self.averages is not None:
                 self.averages.update()
         except NonFiniteError as error:
-            for buffer, before in self.before:
+            for module, name, buffer, before in self.before:
                 put(buffer, before)
+                if getattr(module, name) is not buffer:  # the module has put another in its place
+                    setattr(module, name, buffer)
             made = "; its forget step had been made" if self.forgot else ""
             raise NonFiniteError(f"iteration {t}: {error}{made}") from None
         if self.forgot:
@@ -355,9 +359,10 @@ class Loop:
         """
         first = not self.before
         self.before = [
-            (buffer, copy_of(buffer))
-            for name, buffer, version in self.buffers
-            if first or buffer._version != version or name.rpartition(".")[2].startswith("running_")
+            (module, name, buffer, copy_of(buffer))
+            for module, name, at_start, version in self.buffers
+            if (buffer := getattr(module, name)) is not None
+            and (first or buffer is not at_start or buffer._version != version or name.startswith("running_"))
         ]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError
 
-__all__ = ["by_plain_name", "own_names", "reshard", "trainable", "unwrapped"]
+__all__ = ["buffers_of", "by_plain_name", "own_names", "reshard", "trainable", "unwrapped"]
 
 Value = TypeVar("Value")
 
@@ -55,6 +55,16 @@ def by_plain_name(named: Iterable[tuple[str, Value]]) -> dict[str, Value]:
     while result and all(name.startswith(_PARALLEL) for name in result):
         result = {name.removeprefix(_PARALLEL): value for name, value in result.items()}
     return result
+
+
+def buffers_of(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+    """Each buffer once, with the module that has it and its name there: a module may put another in its place."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield (module, name), buffer
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

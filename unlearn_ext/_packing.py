@@ -229,7 +229,8 @@ def put(target: Tensor, value: Tensor) -> None:
     """Gives a tensor the contents of another of its kind; whoever holds it sees them."""
     value = value.to(target.device)
     if is_plain(target) or (target.is_complex() and target.layout == torch.strided):
-        target.copy_(value)
+        once = tuple(slice(1) if stride == 0 else slice(None) for stride in target.stride())
+        target[once].copy_(value[once])  # torch writes to no expanded tensor, which repeats what it holds once
     elif target.layout in _COMPRESSED:
         target.resize_as_sparse_(value).copy_(value)
     else:

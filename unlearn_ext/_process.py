@@ -9,7 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from ._arguments import describe
 from ._modes import recording
+from .errors import InputError
 
 __all__ = ["in_run_modes", "run_modes"]
 
@@ -53,6 +55,10 @@ def in_run_modes(run: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         casts = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _devices()}
+
+        for name in _CALLBACKS:
+            if not (kwargs.get(name) is None or callable(kwargs[name])):
+                raise InputError(f"{name}: expected a function, got {describe(kwargs[name])}")
 
         def in_callers_modes(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:

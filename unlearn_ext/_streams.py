@@ -150,6 +150,7 @@ class BatchStream:
                 self._check_whole()
             else:
                 self._taken += 1
+                self._check_whole(ended=False)
                 return batch
         self._next_epoch()
         # A sampler may draw its seed at iter() or at the first batch: the two stand together, here and in seek().
@@ -175,13 +176,17 @@ class BatchStream:
         """An evaluation has been called: it may have iterated the same loader."""
         self._shared = True
 
-    def _check_whole(self) -> None:
+    def _check_whole(self, ended: bool = True) -> None:
+        """Whether a pass that somebody else may have touched has ended where it should, or has not gone beyond that."""
+        if not self._shared:
+            return
         expected = length(self.data)
         exact = expected is not None and not isinstance(getattr(self.data, "dataset", None), IterableDataset)
-        if self._shared and exact and self._taken < expected:
+        if exact and (self._taken < expected if ended else self._taken > expected):
+            what = f"ended after {self._taken}" if ended else "started again in the midst"
             raise InputError(
-                f"a pass over the {self.name} set ended after {self._taken} of {expected} batches, since evaluate() "
-                "looked at the same loader, which has one pass at a time: let it use a loader of its own"
+                f"a pass over the {self.name} set {what} of {expected} batches, since evaluate() looked at the same "
+                "loader, which has one pass at a time: let it use a loader of its own"
             )
 
     def position(self) -> dict[str, Any] | None:

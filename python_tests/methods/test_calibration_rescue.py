@@ -46,6 +46,17 @@ def same(model: nn.Module, state: dict) -> bool:
     return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("table", [torch.ones(1).expand(4), torch.eye(4).to_sparse()], ids=["expanded", "sparse"])
+def test_buffers_that_nothing_can_be_copied_into(table) -> None:
+    model = Poisoned(3)
+    model.register_buffer("table", table)
+    method = SFRon(**SHORT)
+    method.calibration = Unmet(1, 16)
+    with pytest.raises(NonFiniteError, match="gone back to its weights"):
+        run(method, model=model)
+    assert torch.equal(model.table.to_dense(), table.to_dense())
+
+
 @pytest.mark.parametrize("kind", [SFRon, NegativeGradientPlus])
 @pytest.mark.parametrize("after", [0, 3], ids=["before a look", "after looks"])
 def test_a_loss_that_is_nan(kind, after) -> None:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.models import ConvNet, WithUnused, batches, make
+from helpers.process_state import STATES
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -190,3 +191,18 @@ def test_runs_that_are_refused_change_nothing() -> None:
         p.requires_grad_(False)
     with pytest.raises(InputError, match="no trainable weights"):
         SSD().run(model, Classification(), forget, retain)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_state_of_the_process_is_not_the_runs(state: str) -> None:
+    forget, retain = batches(3, 4, seed=1), batches(5, 4, seed=2)
+    expected, model = make(), make()
+    SSD(alpha=1.0).run(expected, Classification(), forget, retain)
+    with STATES[state]():
+        SSD(alpha=1.0).run(model, Classification(), forget, retain)
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_without_values_are_refused() -> None:
+    with pytest.raises(InputError, match=r"conv\.weight is on the meta device"):
+        SSD(alpha=1.0).run(make().to("meta"), Classification(), batches(2, 4, seed=1), batches(2, 4, seed=2))

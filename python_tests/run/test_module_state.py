@@ -116,6 +116,14 @@ def test_buffers_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert file.suffix in (".safetensors", ".json", ".jsonl", "")
 
 
+def test_an_expanded_buffer(tmp_path: Path) -> None:
+    """As ``arange(n).expand(2, -1)``: torch writes to none of these as they are."""
+    run(make(Holding, buffer=torch.tensor([[1.5, 2.5]]).expand(3, 2)), output_dir=tmp_path, checkpointing_steps=6)
+    resumed = make(Holding, seed=4, buffer=torch.zeros(1, 2).expand(3, 2))
+    run(resumed, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-6")
+    assert torch.equal(resumed.table, torch.tensor([[1.5, 2.5]] * 3))
+
+
 def test_a_sparse_buffer_with_more_entries_than_the_model_has(tmp_path: Path) -> None:
     run(make(Holding, buffer=torch.ones(3, 3).to_sparse_csr()), output_dir=tmp_path, checkpointing_steps=6)
     resumed = make(Holding, buffer=torch.eye(3).to_sparse_csr())

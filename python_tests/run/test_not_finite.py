@@ -85,7 +85,7 @@ def test_buffers_that_are_written_are_put_back_and_tables_copied_once(monkeypatc
 
     def recorded(loop):
         remember(loop)
-        copied.append({tuple(before.shape) for _, before in loop.before})
+        copied.append({tuple(before.shape) for *_, before in loop.before})
 
     monkeypatch.setattr(Loop, "_remember_buffers", recorded)
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
@@ -98,6 +98,33 @@ def test_buffers_that_are_written_are_put_back_and_tables_copied_once(monkeypatc
         run(model, data, evaluate=poison, evaluate_every=1)
     assert (1000,) in copied[0] and not any((1000,) in shapes for shapes in copied[1:])
     assert model.seen == model.norm.num_batches_tracked == 3 + 2 and model.norm.running_mean.isfinite().all()
+
+
+def test_buffers_that_a_module_replaces_are_put_back() -> None:
+    """A running mean as ``self.mean = 0.9 * self.mean + ...``: a new tensor in every pass."""
+
+    class Centered(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2, 1, 1))
+
+        def forward(self, x):
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 2, 3))[:, None, None]
+            return super().forward(x - self.mean)
+
+    model = make(Centered)
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    before: list[torch.Tensor] = []
+
+    def poison(m, step):
+        before.append(m.mean)
+        if step == 3:  # an iteration without a forget step
+            data["retain"][3][0][0] = float("nan")
+
+    with pytest.raises(NonFiniteError, match="iteration 3"):
+        run(model, data, evaluate=poison, evaluate_every=1)
+    assert torch.equal(model.mean, before[-1]) and model.mean.abs().sum() > 0
 
 
 def test_gradients_found_late_name_their_iterations_and_are_not_saved(monkeypatch, tmp_path) -> None:

@@ -30,6 +30,28 @@ def run_into(folder: Path, lr: float = 0.02, **arguments):
 # --- Other runs' and other people's files ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["state.json", "SHA256SUMS"])
+def test_another_programs_checkpoint_with_files_of_our_names(name: str, tmp_path: Path) -> None:
+    theirs = tmp_path / "checkpoint-500"
+    theirs.mkdir()
+    (theirs / name).write_text("{}")
+    with pytest.raises(InputError, match="there is no checkpoint in"):
+        run_into(tmp_path, resume_from_checkpoint="latest")
+    with pytest.raises(InputError, match="checkpoint-500, which is no checkpoint of this package"):
+        run_into(tmp_path)
+    assert files(tmp_path) == {f"checkpoint-500/{name}": b"{}"}
+
+
+def test_what_is_no_path(tmp_path: Path) -> None:
+    for path in (3, b"out", "a\0b"):
+        with pytest.raises(InputError, match=r"expected a path, as text or pathlib\.Path, got"):
+            run(make(), output_dir=path)
+    with pytest.raises(InputError, match="expected 'latest' or a path, got True: pass 'latest'"):
+        run_into(tmp_path, resume_from_checkpoint=True)
+    with pytest.raises(InputError, match=r"expected a path, as text or pathlib\.Path, got 6"):
+        run_into(tmp_path, resume_from_checkpoint=6)
+
+
 def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     run_into(a), run_into(b, lr=0.7)
@@ -252,7 +274,7 @@ def test_leftovers_of_killed_runs_are_swept(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"part")
-    foreign = [".probe-settings.json", ".checkpoint", ".unlearn_ext-notes", ".mine-ab12cdef"]
+    foreign = [".probe-settings.json", ".checkpoint-6-backup", ".checkpoint", ".unlearn_ext-notes", ".mine-ab12cdef"]
     for name in foreign:
         (tmp_path / name).write_text("mine")
     run_into(tmp_path)

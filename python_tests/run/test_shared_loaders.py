@@ -77,6 +77,14 @@ def test_a_loader_with_one_pass_at_a_time_is_refused() -> None:
     trained(retain, evaluate=lambda model, step: {"n": len(list(loader()))}, evaluate_every=4)
 
 
+def test_a_pass_that_a_look_sets_back_is_refused() -> None:
+    """It would go on for ever with the first batches."""
+    retain = OneAtATime()
+    message = "started again in the midst of 6 batches, since evaluate.* looked at the same loader"
+    with pytest.raises(InputError, match=message):
+        trained(retain, evaluate=lambda model, step: {"n": len(next(iter(retain)))}, evaluate_every=4)
+
+
 def test_data_of_a_length_that_is_a_guess_may_end_early() -> None:
     retain = OneAtATime(sized=False)
     trained(retain, evaluate=lambda model, step: {"n": len(list(retain))}, evaluate_every=4)

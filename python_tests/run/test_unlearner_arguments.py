@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.models import ConvNet, batches, make
+from helpers.runs import identical, run, weights
 from torch import nn
 
 from unlearn_ext import FisherDiagonal, InputError, Unlearner, evaluation
@@ -133,3 +134,12 @@ def test_no_device(device, words) -> None:
 def test_devices_of_every_form() -> None:
     for device in ("cpu", torch.device("cpu"), "cpu:0"):
         assert Unlearner(make(), Classification(), "finetune", device=device).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "progress"])
+def test_no_function(name: str) -> None:
+    model = make()
+    before = weights(model)
+    with pytest.raises(InputError, match=f"{name}: expected a function, got True"):
+        run(model, **{name: True}, evaluate_every=1)
+    assert identical(weights(model), before)

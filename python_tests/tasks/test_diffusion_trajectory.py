@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 from helpers import denoisers
 from helpers.diffusion_oracle import Diffusion, Draws, sfron

@@ -16,6 +16,7 @@ from .._modes import evaluating
 from .._streams import no_batches
 from ..errors import InputError
 from ..tasks import Classification
+from ..tasks._batches import refusing
 from .checks import checked_labels, checked_logits, checked_value
 
 GAP_KEYS = ("FA", "RA", "TA", "MIA_entropy")
@@ -117,7 +118,8 @@ def predict(
     with evaluating(model), torch.no_grad():
         for batch in batches:
             inputs, targets = task.prepare(batch, device)
-            output = task.logits(model, inputs)
+            with refusing(model, inputs):
+                output = task.logits(model, inputs)
             if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(targets):
                 raise InputError(
                     f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "

@@ -14,8 +14,10 @@ from .. import ops
 from .._arguments import check_count, check_finite, check_model
 from .._data import DataCheck
 from .._names import trainable
+from .._process import in_run_modes
 from .._shards import is_sharded
 from .._streams import length
+from .._weights import check_weights
 from ..errors import InputError
 from ..saliency import FisherDiagonal, SaliencyMask
 from ..tasks import Task, check_task
@@ -96,6 +98,7 @@ class SSD:
         self.alpha, self.lambd = check_finite("alpha", self.alpha), check_finite("lambd", self.lambd)
         self.chunk = check_count("chunk", self.chunk)
 
+    @in_run_modes
     def run(
         self,
         model: nn.Module,
@@ -116,10 +119,11 @@ class SSD:
             progress: called with a stage's name, what is done and what there is in all (None if unknown).
 
         Raises:
-            InputError: data or weights that do not fit, or an alpha or λ that dampens no weight.
+            InputError: data or weights that do not fit or have no values, or an alpha or λ that dampens no weight.
             NonFiniteError: a loss or a squared gradient is not finite.
         """
         check_model(model)
+        check_weights(model)
         check_task(task)
         named = trainable(model)
         if any(map(is_sharded, named.values())):

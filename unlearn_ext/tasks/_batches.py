@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .._arguments import describe
 from .._names import unwrapped
 from ..errors import InputError, first_line, is_out_of_memory
 
-__all__ = ["LABEL_KEYS", "REPLACEMENT", "Inputs", "by_name", "check_values", "label_key", "refusal", "split"]
+__all__ = ["LABEL_KEYS", "REPLACEMENT", "Inputs", "by_name", "check_values", "label_key", "refusing", "split"]
 
 Inputs = Tensor | dict[str, Tensor]  # one for the model's first argument, or keyword arguments by name
 
@@ -90,13 +91,17 @@ def check_values(inputs: Inputs, labels: Tensor) -> None:
     """Raises InputError for inputs of another number than labels, or that no network of real numbers takes."""
     named = inputs.items() if isinstance(inputs, dict) else [("inputs", inputs)]
     for name, tensor in [*named, ("labels", labels)]:
+        if tensor.is_meta:
+            raise InputError(f"{name}: {describe(tensor)} is on the meta device and has no values")
         if tensor.dim() == 0:
             raise InputError(
                 f"{name}: expected a first dimension of samples, got {describe(tensor)}: pass a loader that makes "
                 "batches (batch_size)"
             )
     for name, tensor in named:
-        if tensor.layout != torch.strided or tensor.is_nested:
+        if tensor.is_nested:
+            raise InputError(f"{name}: expected a dense tensor, got a nested one: call its to_padded_tensor()")
+        if tensor.layout != torch.strided:
             raise InputError(f"{name}: expected a dense tensor, got one of {tensor.layout}: call its to_dense()")
         if tensor.is_complex():
             raise InputError(
@@ -135,7 +140,18 @@ def by_name(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
     )
 
 
-def refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
+@contextlib.contextmanager
+def refusing(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Around a forward pass: inputs that do not fit the model become an InputError that says what they are."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        if (sentence := _refusal(model, inputs, error)) is None:
+            raise
+        raise InputError(sentence) from error
+
+
+def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
     """What is wrong with inputs whose names, types or shapes a model's forward pass has not taken; None for another
     error."""
     kind = type(unwrapped(model)).__name__
@@ -155,7 +171,7 @@ def refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
             f"{kind}, whose weights are {dtype}, does not take {' and '.join(other)} ({first_line(error)}): convert "
             "the inputs to what it was trained on"
         )
-    if is_out_of_memory(error) or not re.search(r"shape|size|dimension|channels", str(error)):
+    if is_out_of_memory(error) or not re.search(r"shape|size|dimension|channels|\dD input", str(error)):
         return None
     given = " and ".join(f"{name} of shape {list(tensor.shape)}" for name, tensor in named.items())
     return f"{kind} does not take {given} ({first_line(error)}): give the inputs the shape that it was trained on"

@@ -15,7 +15,7 @@ from .._hashing import sample_numbers
 from .._modes import evaluating
 from .._parts import map_tensors
 from ..errors import InputError, NonFiniteError
-from ._batches import LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusal, split
+from ._batches import LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
 from .base import Task
 
 __all__ = ["Classification"]
@@ -71,13 +71,8 @@ class Classification(Task):
         inputs, labels = self._split(self.prepare(batch, next(model.parameters()).device))
         if isinstance(inputs, dict):
             self._by_name = by_name(model, inputs)
-        with evaluating(model), torch.no_grad():
-            try:
-                logits = self.logits(model, inputs)
-            except (RuntimeError, TypeError, ValueError) as error:
-                if (sentence := refusal(model, inputs, error)) is None:
-                    raise
-                raise InputError(sentence) from error
+        with evaluating(model), torch.no_grad(), refusing(model, inputs):
+            logits = self.logits(model, inputs)
         if self.loss is None:  # else it knows what it takes
             _check_logits(logits)
             if logits.shape[0] != labels.shape[0]:
