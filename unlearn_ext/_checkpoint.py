@@ -20,7 +20,6 @@ from ._checkpoint_folder import STATE, keep_newest, make_room
 from ._checkpoint_tensors import StoredTensors, described, open_tensors, write_tensors
 from ._files import atomic_directory, follow_umask, writing
 from ._history import HISTORY, as_lines, read_lines
-from ._leftovers import sweep
 from ._module_state import all_tensors as model_tensors
 from ._module_state import forms, pack_module, plain_tensors, unpack_module
 from ._packing import Packer, put
@@ -111,8 +110,6 @@ def save(
                     (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
                     seal(partial, f"run {run}")
                     follow_umask(partial)
-    if ranks.first:
-        sweep(directory, held=True)
     return path
 
 

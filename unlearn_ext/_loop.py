@@ -245,7 +245,8 @@ class Loop:
         except Exception as error:
             if self.stop.number is None or isinstance(error, UnlearnError):
                 raise
-            self.stop.end(f"in iteration {self.iteration}, which could not be finished: go on from the last checkpoint")
+            how = "go on from the last checkpoint" if self.saves else "nothing was saved to go on from"
+            self.stop.end(f"in iteration {self.iteration}, which could not be finished: {how}")
 
     def _end(self, saved: bool, limit: int | None) -> NoReturn:
         """After a signal: saves what is done, unless it is, and ends the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -427,7 +428,7 @@ class Unlearner:
     def _other_length(self, checkpoint: _checkpoint.Checkpoint) -> dict[str, Any]:
         """Settings that say how long the saved run was, where what it did so far does not hang on them: the run can be
         continued for more iterations or fewer."""
-        method, document = self.method, checkpoint.document
+        method, document = copy.copy(self.method), checkpoint.document  # a resume that is refused leaves no trace
         saved = {name: document["settings"].get(name) for name in ("iterations", "epochs")}
         now, done = method.iterations, document["iteration"]
         same = document["settings"].get("method") == type(method).__name__
@@ -439,7 +440,6 @@ class Unlearner:
         course = [(method.lr_factor(t), method.strength(t)) for t in range(done)]
         method.iterations = saved["iterations"]
         before = [(method.lr_factor(t), method.strength(t)) for t in range(done)]
-        method.iterations = now
         if course != before:
             schedules = [f"{k}={v!r}" for k, v in method.settings().items() if k.endswith("_schedule")]
             raise InputError(
