@@ -203,7 +203,7 @@ def check(
     for key in {**saved, **own}:
         if not _same(saved.get(key), own.get(key)):
             raise InputError(
-                f"{path} was written with {key}={saved.get(key)!r} and the method has {own.get(key)!r}: resume with "
+                f"{path} was written with {key}={saved.get(key)!r} and this run has {own.get(key)!r}: resume with "
                 "the same settings"
             )
     if mask is not None and mask != checkpoint.mask:

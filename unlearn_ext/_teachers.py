@@ -14,7 +14,8 @@ from ._hashing import weights_hash
 from ._names import trainable, unwrapped
 from ._ranks import Ranks
 from ._shards import is_sharded
-from .errors import InputError
+from ._weights import check_weights
+from .errors import InputError, first_line
 
 if TYPE_CHECKING:
     from .methods import Method
@@ -51,6 +52,7 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
         )
     random_model = getattr(method, "random_model", None)
     if "random" in asked and random_model is not None:
+        check_weights(random_model)
         # A hash of all weights, in vain where there is nobody to compare it with.
         given = ranks.gather_objects(weights_hash(random_model.state_dict().items()) if ranks.size > 1 else "")
         if len(set(given)) > 1:
@@ -87,6 +89,11 @@ def _frozen(model: nn.Module) -> nn.Module:
     try:
         with _CopyingValues():
             return copy.deepcopy(model).requires_grad_(False).eval()
+    except TypeError as error:
+        raise InputError(
+            f"the method keeps a frozen copy of the model, and Python cannot copy it ({first_line(error)}): take what "
+            "is in the way off the model while the run goes on, or give its class a __deepcopy__"
+        ) from None
     finally:
         for p, gradient in gradients:
             p.grad = gradient

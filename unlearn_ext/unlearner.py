@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._module_state import check_storable
 from ._names import trainable
+from ._plain import plain_numbers
 from ._process import in_run_modes, run_modes
 from ._ranks import ALONE, Ranks
 from ._shards import is_sharded
@@ -105,6 +107,14 @@ class Result:
     def __repr__(self) -> str:
         """What a notebook's last line shows: a summary of a few lines."""
         return summary(self)
+
+
+def _made_with(task: Task) -> dict[str, Any]:
+    """The arguments that a task was made with and keeps under their names, as far as they are numbers and words."""
+    names = inspect.signature(type(task).__init__).parameters
+    kept = {name: plain_numbers(value) for name, value in vars(task).items() if name in names}
+    plain = {f"task.{name}": value for name, value in kept.items() if isinstance(value, (bool, int, float, str))}
+    return {"task": type(task).__name__, **plain}
 
 
 class Unlearner:
@@ -454,6 +464,7 @@ class Unlearner:
         method = {"method": type(self.method).__name__, **self.method.settings()}
         return {
             **method,
+            **_made_with(self.task),
             "mixed_precision": self.mixed_precision,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "ema_decay": self.ema_decay,

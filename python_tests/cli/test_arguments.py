@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import runpy
 import sys
 import warnings
 from functools import wraps
@@ -160,6 +161,14 @@ def test_helps_and_progress_can_be_printed_in_ascii(monkeypatch) -> None:
     sys.stdout.flush(), sys.stderr.flush()
     assert b"--forget-class" in raw.getvalue() and b"Exit codes" in raw.getvalue()
     assert b"training" in bars.getvalue() and b"\\u" not in bars.getvalue()
+
+
+def test_the_table_of_methods_can_be_printed_in_ascii(monkeypatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    runpy.run_module("unlearn_ext.methods.__main__")
+    sys.stdout.flush()
+    assert b"-alpha mean loss" in raw.getvalue() and b"\\u" not in raw.getvalue()
 
 
 def test_a_runs_warning_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:

@@ -75,5 +75,5 @@ def test_a_stopped_run_goes_on_where_it_is_made_longer(tmp_path) -> None:
 
 def test_other_settings_are_refused_all_the_same(tmp_path) -> None:
     trained(method(iterations=12, **CONSTANT), tmp_path, checkpointing_steps=6)
-    with pytest.raises(InputError, match=r"written with lr=0\.02 and the method has 0\.5"):
+    with pytest.raises(InputError, match=r"written with lr=0\.02 and this run has 0\.5"):
         trained(method(iterations=20, lr=0.5, **CONSTANT), tmp_path, resume_from_checkpoint="latest")

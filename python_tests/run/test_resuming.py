@@ -71,14 +71,14 @@ def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path) -> None:
     state.write_text(json.dumps(document))
     seal(state.parent, f"run {document['run']}")
     resume = {"output_dir": tmp_path, "resume_from_checkpoint": state.parent}
-    with pytest.raises(InputError, match="written with batch_norm_statistics='all' and the method has 'retain'"):
+    with pytest.raises(InputError, match="written with batch_norm_statistics='all' and this run has 'retain'"):
         run(make(), changes={"batch_norm_statistics": "retain"}, **resume)
     assert run(make(), **resume).counts == whole.counts
 
 
 def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path) -> None:
     run(make(), output_dir=tmp_path, checkpointing_steps=6)
-    with pytest.raises(InputError, match=r"written with lr=0\.02 and the method has 0\.5"):
+    with pytest.raises(InputError, match=r"written with lr=0\.02 and this run has 0\.5"):
         run(make(), changes={"lr": 0.5}, output_dir=tmp_path, resume_from_checkpoint="latest")
     other = make(classes=5)
     before = weights(other)
@@ -155,7 +155,7 @@ def test_resuming_needs_the_same_run(tmp_path) -> None:
     frozen = make(seed=4)
     frozen.conv.requires_grad_(False)
     refused(r"of a run in which conv\.\w+ was trained: set requires_grad", frozen, tmp_path, method=own)
-    words = "written with mixed_precision='no' and the method has 'bf16'"
+    words = "written with mixed_precision='no' and this run has 'bf16'"
     refused(words, make(seed=4), tmp_path, method=own, mixed_precision="bf16")
     refused("dtype", make(seed=4).double(), tmp_path, method=own)
     mask = SaliencyMask.from_dict({n: torch.ones(p.shape, dtype=torch.bool) for n, p in make().named_parameters()})
@@ -237,6 +237,15 @@ KILLED = Path(__file__).parent / "programs" / "run_to_be_killed.py"
 
 
 @pytest.mark.process
+def test_another_task_is_refused(tmp_path) -> None:
+    wrong = "random_label:iterations=4,lr=0.01"
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    Unlearner(make(), Classification(seed=1), wrong).run(**data, output_dir=tmp_path, checkpointing_steps=2)
+    with pytest.raises(InputError, match=r"was written with task\.seed=1 and this run has 2"):
+        again = Unlearner(make(), Classification(seed=2), wrong)
+        again.run(**data, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
 def test_kill_and_resume(tmp_path) -> None:
     """A killed process leaves whole checkpoints only, and the run continues from the newest."""
     command = [sys.executable, str(KILLED), str(tmp_path)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -99,3 +100,21 @@ def test_random_weights_that_would_not_be_drawn_are_refused(change) -> None:
         Unlearner(model, Classification(), BadTeacher())
     untrained = copy.deepcopy(flat(lambda model: None))
     Unlearner(model, Classification(), BadTeacher(random_model=untrained, iterations=2)).run(**DATA)
+
+
+def run_with(model: nn.Module, method: BadTeacher) -> None:
+    data = {"forget": batches(2, 4, seed=1), "retain": batches(2, 4, seed=2)}
+    Unlearner(model, Classification(), method).run(**data)
+
+
+def test_teachers_that_do_not_fit_are_refused_in_one_sentence() -> None:
+    model, other = (nn.Sequential(nn.Flatten(), nn.Linear(50, classes)) for classes in (4, 7))
+    before = weights(model)
+    with pytest.raises(InputError, match=r"gives logits of shape \[4, 7\] and the model \[4, 4\]"):
+        run_with(model, BadTeacher(random_model=other, epochs=1))
+    with pytest.raises(InputError, match=r"weight is on the meta device"):
+        run_with(model, BadTeacher(random_model=copy.deepcopy(model).to("meta"), epochs=1))
+    model.lock = threading.Lock()
+    with pytest.raises(InputError, match=r"keeps a frozen copy of the model.*lock"):
+        run_with(model, BadTeacher(epochs=1))
+    assert identical(weights(model), before)

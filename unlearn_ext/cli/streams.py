@@ -11,6 +11,8 @@ __all__ = ["escape_unprintable", "is_unicode"]
 
 _HANDLER = "unlearn_ext.spell"
 _SPELLED = {"×": "x", "±": "+-", "–": "-", "−": "-", "≥": ">=", "é": "e", "✓": "ok"}
+_SPELLED |= {"α": "alpha", "γ": "gamma", "ε": "epsilon", "η": "eta", "λ": "lambda", "τ": "tau", "Σ": "sum"}
+_SPELLED |= {"‖": "|", "⟨": "<", "⟩": ">", "²": "^2", "₀": "_0", "∅": "{}"}
 
 
 @contextlib.contextmanager

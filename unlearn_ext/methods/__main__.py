@@ -2,10 +2,12 @@
 
 import sys
 
+from ..cli.streams import escape_unprintable
 from .registry import available
 from .table import markdown
 
 methods, problems = available()
-sys.stdout.write(markdown(methods.values()))
-for problem in problems:
-    print(problem, file=sys.stderr)
+with escape_unprintable():
+    sys.stdout.write(markdown(methods.values()))
+    for problem in problems:
+        print(problem, file=sys.stderr)

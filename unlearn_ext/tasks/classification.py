@@ -164,6 +164,12 @@ class Classification(Task):
         with torch.no_grad():
             target = self.logits(teacher, inputs)
         _check_logits(logits)
+        _check_logits(target)
+        if logits.shape != target.shape:
+            raise InputError(
+                f"the network to compare with gives logits of shape {list(target.shape)} and the model "
+                f"{list(logits.shape)}: both need the same classes"
+            )
         own, other = (F.log_softmax(_wide(z) / temperature, dim=1) for z in (logits, target))
         distances = F.kl_div(own, other, reduction="none", log_target=True).sum(1) * temperature**2
         return self._losses_of(logits, labels), distances
