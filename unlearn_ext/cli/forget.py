@@ -178,7 +178,8 @@ def forget(
         raise InputError("--json: a dry run writes nothing to --output-dir: name a file outside it")
     check_file("--json", json_file, output_dir)
     quiet = int(os.environ.get("RANK", "0")) > 0  # the first rank tells
-    console, errors = plain_console(quiet=quiet), plain_console(stderr=True, quiet=quiet)
+    console = plain_console(quiet=quiet, json_file=json_file)
+    errors = plain_console(stderr=True, quiet=quiet)
     with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
     show_plan(job, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -13,14 +14,26 @@ from rich.console import Console
 __all__ = ["check_file", "plain_console", "versions", "write_report"]
 
 
-def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+def plain_console(*, stderr: bool = False, quiet: bool = False, json_file: Path | None = None) -> Console:
     """Stdout's is 80 columns wide where that is no terminal; stderr's is as wide as rich finds it.
 
     Text is printed as it is: a path may hold brackets, which rich would take for markup, or a name between colons,
-    which it would take for an emoji.
+    which it would take for an emoji. Where ``json_file`` is stdout the text goes to stderr, so that a pipe gets JSON.
     """
+    stderr = stderr or _is_stdout(json_file)
     width = None if stderr or sys.stdout.isatty() else 80
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, quiet=quiet)
+
+
+def _is_stdout(file: Path | None) -> bool:
+    """Whether both are one file, pipe or terminal; all may share the null device."""
+    if file is None:
+        return False
+    try:
+        named, stdout = os.stat(file), os.fstat(sys.stdout.fileno())
+        return os.path.samestat(named, stdout) and not os.path.samestat(named, os.stat(os.devnull))
+    except (OSError, ValueError, AttributeError):  # not there yet; stdout is closed, or replaced by an object
+        return False
 
 
 def check_file(option: str, file: Path | None, output_dir: Path | None = None) -> None:
