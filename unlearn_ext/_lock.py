@@ -17,7 +17,7 @@ from ._ranks import Ranks
 from ._warn import warn
 from .errors import InputError
 
-__all__ = ["hold", "hold_on_first"]
+__all__ = ["hold", "hold_on_first", "refuse_held"]
 
 _held: set[int] = set()
 
@@ -67,6 +67,23 @@ def hold_on_first(directory: Path | None, ranks: Ranks) -> Iterator[None]:
             if directory is not None and ranks.first:
                 stack.enter_context(hold(directory))
         yield
+
+
+def refuse_held(directory: Path) -> None:
+    """Raises what :func:`hold` would where another run holds the directory; changes nothing.
+
+    For those who would otherwise advise to remove what that run is writing.
+    """
+    with contextlib.suppress(ImportError, OSError):  # no locks; no lock file
+        import fcntl
+
+        handle = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(_refusal(directory, os.pread(handle, 4096, 0))) from None
+        finally:
+            os.close(handle)
 
 
 def _lock(path: Path) -> int | None:

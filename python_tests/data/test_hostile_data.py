@@ -36,6 +36,15 @@ def pictures(root, **files: bytes):
 # --- Pictures -----------------------------------------------------------------------------------------------
 
 
+def test_a_link_to_itself_is_a_picture_that_cannot_be_read(tmp_path):
+    (tmp_path / "0").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "0" / "a.png")
+    (tmp_path / "0" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "0" / "loop").symlink_to("loop")
+    data = open_data(tmp_path, size=4, channels=1, classes=1)
+    assert data.counts == {0: 2} and data.ignored == 1 and data.sha256
+
+
 @pytest.mark.parametrize("width, height", [(9460, 9460), (60_000, 60_000), (89_000_000, 1), (1, 3_000_000)])
 @pytest.mark.parametrize("pil_warns", [True, False])
 def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch, width, height, pil_warns):

@@ -19,6 +19,15 @@ from helpers.pipelines import NAMES
 from unlearn_ext.cli import main
 
 
+def test_a_result_replaces_no_file_that_is_read(home: Path, tmp_path: Path, capsys) -> None:
+    index = home / "ddpm" / "model_index.json"
+    before = index.read_bytes()
+    for more in ((), ("--dry-run",)):
+        assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", "--json", str(index), *more) == 1
+        assert f"--json: {index} is a file of" in capsys.readouterr().err
+    assert index.read_bytes() == before and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "sentence"),
     [

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, job_of, result, run, run_killed_at, work
 
+from unlearn_ext._lock import hold
 from unlearn_ext._loop import Loop
 from unlearn_ext.diffusion import publishing, space
 from unlearn_ext.diffusion.pictures import Pictures
@@ -41,6 +42,18 @@ def test_the_output_holds_nothing_of_the_forgotten_images_and_no_early_weights(h
         assert f"not to be published: {work(out)}" in capsys.readouterr().out
     else:
         assert names(tmp_path) == {"out"}
+
+
+def test_nobody_is_told_to_remove_the_work_folder_of_a_run_that_is_alive(home, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    run_killed_at(1, monkeypatch, home, "dit", out, *STEPS)
+    for other in (out, tmp_path / "elsewhere"):
+        place = ("--work-dir", str(work(out)))
+        with hold(work(out)):
+            assert run(home, "dit", other, *STEPS, *place) == 1
+        assert "another run" in (said := capsys.readouterr().err) and "remove th" not in said
+        assert run(home, "dit", other, *STEPS, *place) == 1
+        assert "another run" not in (said := capsys.readouterr().err) and "remove th" in said
 
 
 def test_a_work_folder_elsewhere(home: Path, tmp_path: Path, monkeypatch) -> None:

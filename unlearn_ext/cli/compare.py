@@ -106,7 +106,7 @@ def compare(
         comparison.tell = lambda sentence: errors.print(sentence)
         result = comparison.run()
     report = write_report(result, output_dir / "result.json", json_file)
-    console = plain_console()
+    console = plain_console(json_file=json_file)
     show(report, console)
     console.print(f"all numbers: {output_dir / 'result.json'}", style="dim", soft_wrap=True)
     return UNMET if any(len(row["failed"]) == seeds for row in report["methods"].values()) else 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from .device import Precision, checked_device
@@ -123,7 +124,7 @@ def demo(
     what = f"the digit {forget_class}" if scenario is Scenario.klass else None
     found["warnings"] = demo_warnings(what, before, after, found["warnings"])
     run.save(output_dir)
-    _show(write_report(found, output_dir / "result.json", json_file), output_dir)
+    _show(write_report(found, output_dir / "result.json", json_file), output_dir, plain_console(json_file=json_file))
     return exit_code(found["warnings"])
 
 
@@ -143,7 +144,7 @@ def _check_options(context: typer.Context, task: TaskName) -> None:
             raise InputError(f"--{name.replace('_', '-')} belongs to demo {whose}: leave it out with demo {task.value}")
 
 
-def _show(report: dict[str, Any], output_dir: Path) -> None:
+def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:
     """One table of at most 80 columns, and a sentence."""
     classes = report["scenario"] == "class"
     what = f"the digit {report['forget_class']}" if classes else f"{report['forget_size']} random digits"
@@ -156,7 +157,6 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
     for name, values in report["models"].items():
         cells = [f"{100 * values[key]:.2f}" for key in ("FA", "RA", test, "MIA_entropy", "gap")]
         table.add_row(name, *cells, f"{values['seconds']:.1f}")
-    console = plain_console()
     console.print(table)
     if classes:
         console.print("TA, MIA and gap: over the nine retained classes.", style="dim")

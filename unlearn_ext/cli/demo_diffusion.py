@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 
 from .ending import demo_warnings, exit_code, show_warnings
@@ -40,11 +41,11 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
     before, after = found["forgotten"]["before"], found["forgotten"]["after"]
     found["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, found["warnings"])
     demo.save(output_dir)
-    _show(write_report(found, output_dir / "result.json", json_file), output_dir)
+    _show(write_report(found, output_dir / "result.json", json_file), output_dir, plain_console(json_file=json_file))
     return exit_code(found["warnings"])
 
 
-def _show(report: dict[str, Any], output_dir: Path) -> None:
+def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:
     """One table of at most 80 columns, and some sentences."""
     forgotten, protocol = report["forget_class"], report["protocol"]
     names = {"ddpm": "A UNet told labels", "dit": "A DiT", "text": "A UNet told captions"}
@@ -59,7 +60,6 @@ def _show(report: dict[str, Any], output_dir: Path) -> None:
         ]
         style = "bold" if digit == str(forgotten) else None
         table.add_row(digit, *cells, style=style)
-    console = plain_console()
     console.print(table)
     console.print(
         f"{protocol['samples_per_digit']} samples of each digit: DDIM, {protocol['steps']} steps, guidance "

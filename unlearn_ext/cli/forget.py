@@ -176,9 +176,11 @@ def forget(
     options = ForgetOptions(**chosen)
     if dry_run and json_file is not None and json_file.parent.resolve() == output_dir.resolve():
         raise InputError("--json: a dry run writes nothing to --output-dir: name a file outside it")
-    check_file("--json", json_file, output_dir)
+    read = (options.pretrained_model_name_or_path, options.data, options.class_map, options.mask, options.classifier)
+    check_file("--json", json_file, output_dir, inputs=read)
     quiet = int(os.environ.get("RANK", "0")) > 0  # the first rank tells
-    console, errors = plain_console(quiet=quiet), plain_console(stderr=True, quiet=quiet)
+    console = plain_console(quiet=quiet, json_file=json_file)
+    errors = plain_console(stderr=True, quiet=quiet)
     with errors.status("opening the model and the data"), _without_bars():
         job = ForgetJob(options)
     show_plan(job, console)

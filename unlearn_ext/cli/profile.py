@@ -89,7 +89,7 @@ def profile(
         measurement = measure(label, work, names, repeats or repeats_for(count(kept)))
         del work
         passes = _time_passes(kept, rule.value, kind, place, repeats or 11)
-    console = plain_console()
+    console = plain_console(json_file=json_file)
     show([measurement], console)
     timed, sizes = _predict(measurement, passes), memory.predicted(kept, rule.value, kind)
     _show_passes(timed, console)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,44 @@ from rich.console import Console
 __all__ = ["check_file", "plain_console", "versions", "write_report"]
 
 
-def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+def plain_console(*, stderr: bool = False, quiet: bool = False, json_file: Path | None = None) -> Console:
     """Stdout's is 80 columns wide where that is no terminal; stderr's is as wide as rich finds it.
 
     Text is printed as it is: a path may hold brackets, which rich would take for markup, or a name between colons,
-    which it would take for an emoji.
+    which it would take for an emoji. Where ``json_file`` is stdout the text goes to stderr, so that a pipe gets JSON.
     """
+    stderr = stderr or _is_stdout(json_file)
     width = None if stderr or sys.stdout.isatty() else 80
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
-def check_file(option: str, file: Path | None, output_dir: Path | None = None) -> None:
+def _is_stdout(file: Path | None) -> bool:
+    """Whether both are one file, pipe or terminal; all may share the null device."""
+    if file is None:
+        return False
+    try:
+        named, stdout = os.stat(file), os.fstat(sys.stdout.fileno())
+        return os.path.samestat(named, stdout) and not os.path.samestat(named, os.stat(os.devnull))
+    except (OSError, ValueError, AttributeError):  # not there yet; stdout is closed, or replaced by an object
+        return False
+
+
+def check_file(
+    option: str, file: Path | None, output_dir: Path | None = None, inputs: Iterable[Path | None] = ()
+) -> None:
     """Whether a file that an option names can be written; it may lie in ``output_dir``, which is yet to be made.
 
     Raises:
-        InputError: its directory does not exist or cannot be written to.
+        InputError: its directory does not exist or cannot be written to, or it is one of ``inputs`` or a file in them.
     """
     from .._files import check_writable
     from ..errors import InputError
 
     if file is None:
         return
+    for path in inputs if file.exists() else ():
+        if path is not None and path.resolve() in (file.resolve(), *file.resolve().parents):
+            raise InputError(f"{option}: {file} is a file of {path}, which is read: name another one")
     beside = output_dir is not None and file.parent.resolve() == output_dir.resolve()
     if beside and not file.exists():  # the directory is checked where it is made
         return

@@ -87,7 +87,7 @@ def _pictures(root: Path, name: str) -> tuple[list[str], int]:
             continue
         seen.add(real)
         for entry in _entries(folder):
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not _is_passed_over(entry.name):
                     pending.append(Path(entry.path))
             elif _is_picture(entry):
@@ -109,7 +109,17 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
     """By its name. A link to nothing is one, which cannot be read; a pipe would be waited on for ever."""
     if entry.name.startswith(".") or not entry.name.lower().endswith(SUFFIXES):
         return False
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link to itself
+        return True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_passed_over(name: str) -> bool:

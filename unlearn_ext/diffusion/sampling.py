@@ -36,6 +36,10 @@ def check_steps(name: str, steps: int, scheduler: Any) -> None:
     timesteps = scheduler.config.num_train_timesteps
     if steps > timesteps:
         raise InputError(f"{name}: expected at most {timesteps}, as in training, got {steps}")
+    if int(_ddim(scheduler, steps).timesteps.max()) >= timesteps:  # by steps_offset
+        raise InputError(
+            f"{name}: {steps} steps, shifted by the scheduler, end past its {timesteps} timesteps: take fewer"
+        )
 
 
 def draw_noise(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -159,6 +163,15 @@ def _guide(predicted: Tensor, guidance: float) -> Tensor:
     return unconditional + guidance * (conditional - unconditional)
 
 
+def _ddim(scheduler: Any, steps: int) -> Any:
+    from diffusers import DDIMScheduler
+
+    # Clipped only where the scheduler says so: DDIM's own default would cut latents to [-1, 1].
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=bool(scheduler.config.get("clip_sample", False)))
+    ddim.set_timesteps(steps)
+    return ddim
+
+
 def _sample(
     model: nn.Module,
     predict: _Predict,
@@ -168,14 +181,10 @@ def _sample(
     batch_size: int,
     progress: _Progress,
 ) -> Tensor:
-    from diffusers import DDIMScheduler
-
     check_steps("steps", steps, scheduler)
     check_count("batch_size", batch_size)
     weight = next(model.parameters())
-    # Clipped only where the scheduler says so: DDIM's own default would cut latents to [-1, 1].
-    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=bool(scheduler.config.get("clip_sample", False)))
-    ddim.set_timesteps(steps)
+    ddim = _ddim(scheduler, steps)
     parts = []
     with evaluating(model):
         for start in range(0, len(noise), batch_size):

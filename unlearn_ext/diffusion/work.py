@@ -13,6 +13,7 @@ from pathlib import Path
 from .._checkpoint_folder import numbered
 from .._files import writable_directory, write_json
 from .._leftovers import is_leftover
+from .._lock import refuse_held
 from ..errors import InputError
 
 __all__ = ["WorkFolder", "size_of"]
@@ -69,11 +70,13 @@ class WorkFolder:
                 "another folder with --work-dir"
             )
         if not resume and output not in (None, str(self.output)):
+            refuse_held(path)
             raise InputError(
                 f"--work-dir: {path} belongs to the run of {output}: wait until it has ended, or name another folder; "
                 "one that was killed goes on with its own --output-dir, or remove the folder"
             )
         if self.checkpoints and not resume:
+            refuse_held(path)  # or the advice would be to remove what a run is writing
             raise InputError(
                 f"{path} holds checkpoints of an earlier run: add --resume-from-checkpoint latest, or remove that "
                 "folder to start anew"
