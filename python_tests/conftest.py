@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Options for this session are none for the sessions that tests start. Where sessions run side by side (pytest-xdist)
-# each has one thread, set before torch makes its pool: threads that wait for each other's cores take many times longer.
+# Options for this session are none for the sessions that tests start.
 os.environ.pop("PYTEST_ADDOPTS", None)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Set before torch makes its pool: on networks as small as the tests' a second thread costs more than it brings, and
+# where sessions run side by side (pytest-xdist) threads wait for each other's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -53,6 +53,7 @@ def test_the_default_demo_really_forgets(default_run) -> None:
     assert models["unlearned"]["gap"] < models["original"]["gap"] / 3
 
 
+@pytest.mark.process
 def test_the_default_demo_prints_one_table_of_80_columns(default_run) -> None:
     done, report, _ = default_run
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -62,6 +63,7 @@ def test_the_default_demo_prints_one_table_of_80_columns(default_run) -> None:
     assert "Fisher" in done.stderr and "unlearning" in done.stderr  # progress
 
 
+@pytest.mark.process
 def test_the_default_demo_writes_its_results(default_run) -> None:
     _, report, cwd = default_run
     assert json.loads((cwd / "copy.json").read_text()) == report

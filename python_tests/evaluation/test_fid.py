@@ -199,6 +199,7 @@ def test_the_command_measures_it(home: Path, commands: dict[str, dict]) -> None:
         assert words in answer["out"]
 
 
+@pytest.mark.process
 def test_a_distance_that_cannot_be_computed_is_said_and_the_model_kept(home: Path, commands: dict[str, dict]) -> None:
     answer = commands["spoiled"]
     assert "not computed after" in answer["out"] and "after: generated: not all pixels are finite" in answer["out"]
@@ -208,6 +209,7 @@ def test_a_distance_that_cannot_be_computed_is_said_and_the_model_kept(home: Pat
     assert (home / "spoiled" / "model_index.json").is_file()
 
 
+@pytest.mark.process
 def test_a_dry_run_checks_and_plans_it(home: Path, commands: dict[str, dict]) -> None:
     assert "FID: 128 generated against 40 real images, of 8 retained classes" in commands["dry"]["out"]
     plan = json.loads((home / "plan.json").read_text())

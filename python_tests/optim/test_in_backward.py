@@ -239,6 +239,7 @@ def test_small_gradients_share_a_call(monkeypatch) -> None:
     assert_same(*found)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_passed_twice() -> None:
     """Where norms are measured first; a program that was compiled for one pass is told."""
     settings = {"rule": "momentum", "lr": 0.02, "momentum": 0.9, "iterations": 3, "gamma": 0.9}

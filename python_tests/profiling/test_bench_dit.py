@@ -27,7 +27,10 @@ FIELDS = {
     "stage", "implementation", "p20_ms", "p50_ms", "p80_ms", "per_second", "speedup_of_ours", "peak_bytes",
     "first_call_s",
 }  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention has no batching rule
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # attention has no batching rule
+]
 
 
 # --- Networks -----------------------------------------------------------------------------------------------
@@ -66,7 +69,6 @@ def measured() -> Measured:
     return measure(replace(QUICK, implementations=IMPLEMENTATIONS))
 
 
-@pytest.mark.slow
 def test_every_stage_has_its_ways(measured: Measured) -> None:
     rows = measured.rows()
     found: dict[str, list[str]] = {stage: [] for stage in STAGES}
@@ -113,7 +115,6 @@ def test_the_document_says_what_was_measured(measured: Measured) -> None:
     assert {bar["holds"] for bar in document["bars"]} <= {True, False}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -129,7 +130,6 @@ def test_other_settings(options: dict[str, Any]) -> None:
     assert all(list(ways) == ["ours", "plain", "tuned"] for ways in found.seconds.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "method", "stage"),
     [
@@ -147,7 +147,6 @@ def test_a_rival_that_computes_something_else_is_caught(way, method, stage, monk
         measure(settings)
 
 
-@pytest.mark.slow
 def test_a_rivals_mask_is_checked(monkeypatch) -> None:
     settings = replace(QUICK, repeats=1, implementations=("tuned",), stages=("mask",))
     monkeypatch.setattr(measuring, "peaks", lambda way, batches: {})
@@ -238,7 +237,6 @@ def run_script(monkeypatch, *arguments: object) -> int:
     return script.main("how fast?")
 
 
-@pytest.mark.slow
 def test_the_script_writes_rows_and_says_which_bars_hold(tmp_path, monkeypatch, capsys) -> None:
     tiny = ["--depth=1", "--width=16", "--heads=2", "--samples=1", "--repeats=1", "--layout=paper"]
     options = ["--implementations", "plain", "ours_per_sample", "--stages", "fisher", "--json", tmp_path / "x.json"]

@@ -246,6 +246,7 @@ def test_another_task_is_refused(tmp_path) -> None:
         again.run(**data, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2")
 
 
+@pytest.mark.process
 def test_kill_and_resume(tmp_path) -> None:
     """A killed process leaves whole checkpoints only, and the run continues from the newest."""
     command = [sys.executable, str(KILLED), str(tmp_path)]
