@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Options for this session are none for the sessions that tests start.
-os.environ.pop("PYTEST_ADDOPTS", None)
 # Set before torch makes its pool: on networks as small as the tests' a second thread costs more than it brings, and
 # where sessions run side by side (pytest-xdist) threads wait for each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -79,6 +77,8 @@ LONGEST += ("test_diffusion_demo", "test_diffusion_pretraining")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from helpers.backends import is_tested
 
+    # Options for this session are none for the sessions that tests start; xdist's workers have read them by now.
+    os.environ.pop("PYTEST_ADDOPTS", None)
     backend = backend_of(config)
     if backend != "native":
         chosen = [x for x in items if is_tested(backend, x.path, TESTS) and not x.get_closest_marker("native_only")]
