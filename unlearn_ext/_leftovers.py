@@ -17,7 +17,9 @@ __all__ = ["LOCK", "is_leftover", "partial_name", "partial_pattern", "sweep"]
 _MARK = ".unlearn_ext-"
 _NAME = re.compile(re.escape(_MARK) + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}-.*", re.DOTALL | re.ASCII)
 # As versions before called them.
-_OLDER = re.compile(r"\.((probe|folder|folder-old)-[a-z0-9_]{8}|checkpoint-\d+(-old)?-[a-z0-9_]{8})", re.ASCII)
+_OLDER = re.compile(
+    r"\.(probe|folder(-old)?|checkpoint-\d+(-old)?|fisher-forget\.safetensors)-[a-z0-9_]{8}(\.safetensors)?", re.ASCII
+)
 LOCK = ".unlearn_ext.lock"
 
 

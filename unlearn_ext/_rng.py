@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.quasirandom import SobolEngine
 
 from ._sources import Sources, epoch_of
 from .errors import InputError
 
 __all__ = ["capture", "check", "kept", "restore"]
 
+_OF_SOBOL = ("sobolstate", "shift", "quasi", "_first_point", "num_generated")
 
-def capture(roots: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """States of torch (CPU and CUDA), Python and NumPy, and of all that is found below ``roots``."""
-    sources = Sources(roots or {})
+
+def capture(roots: Mapping[str, Any] | None = None, sources: Sources | None = None) -> dict[str, Any]:
+    """States of torch (CPU and CUDA), Python and NumPy, and of all that is found below ``roots``; ``sources``: that,
+    where the caller has looked already."""
+    sources = Sources(roots or {}) if sources is None else sources
     return {
         "torch": _encode(torch.get_rng_state()),
         "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
@@ -105,6 +109,10 @@ def _kind(generator: Any) -> str:
         return f"torch.{generator.device}"
     if isinstance(generator, random.Random):
         return "random"
+    if isinstance(generator, SobolEngine):
+        return f"SobolEngine.{generator.dimension}"
+    if isinstance(generator, np.random.BitGenerator):
+        return f"numpy.BitGenerator.{type(generator).__name__}"
     bits = generator._bit_generator if isinstance(generator, np.random.RandomState) else generator.bit_generator
     return f"numpy.{type(generator).__name__}.{type(bits).__name__}"
 
@@ -114,9 +122,11 @@ def _state(generator: Any) -> Any:
         return _encode(generator.get_state())
     if isinstance(generator, random.Random):
         return generator.getstate()
+    if isinstance(generator, SobolEngine):
+        return _to_json({name: np.asarray(getattr(generator, name)) for name in _OF_SOBOL})
     if isinstance(generator, np.random.RandomState):
         return _to_json(generator.get_state(legacy=False))
-    return _to_json(generator.bit_generator.state)
+    return _to_json(getattr(generator, "bit_generator", generator).state)
 
 
 def _set_state(generator: Any, state: Any) -> None:
@@ -125,10 +135,13 @@ def _set_state(generator: Any, state: Any) -> None:
     elif isinstance(generator, random.Random):
         version, keys, gauss = state
         generator.setstate((version, tuple(keys), gauss))
+    elif isinstance(generator, SobolEngine):
+        for name, value in _from_json(state).items():
+            setattr(generator, name, torch.from_numpy(value) if value.ndim else value.item())
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(_from_json(state))
     else:
-        generator.bit_generator.state = _from_json(state)
+        getattr(generator, "bit_generator", generator).state = _from_json(state)
 
 
 def _class(owner: Any) -> str:
@@ -154,9 +167,13 @@ def _make(entry: Mapping[str, Any], sources: Sources) -> Any:
         generator: Any = torch.Generator(kind)
     elif library == "random":
         generator = random.Random()
+    elif library == "SobolEngine":
+        generator = SobolEngine(int(kind))
     else:
         name, _, bits = kind.partition(".")
-        generator = getattr(np.random, name)(getattr(np.random, bits)())
+        generator = getattr(np.random, bits)()
+        if name != "BitGenerator":
+            generator = getattr(np.random, name)(generator)
     for path in paths:
         owner, _, name = path.rpartition(".")
         setattr(sources.objects[owner], name, generator)

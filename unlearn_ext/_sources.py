@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.quasirandom import SobolEngine
 from torch.utils.data import Sampler
 
 __all__ = ["Sources", "epoch_of"]
 
-_NUMPY = (np.random.Generator, np.random.RandomState)
+_OTHERS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, SobolEngine)
 _PLAIN = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 _PLAIN += (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, Path)
 _LIBRARIES = {"abc", "accelerate", "builtins", "collections", "diffusers", "functools", "numpy", "torch", "torchvision"}
@@ -33,7 +34,7 @@ _NO_STATE = {"_iterator", "multiprocessing_context"}  # of a loader: the workers
 def is_generator(value: Any) -> bool:
     """Whether its state can be saved; random.SystemRandom has none."""
     numbers = isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
-    return numbers or isinstance(value, (torch.Generator, *_NUMPY))
+    return numbers or isinstance(value, (torch.Generator, *_OTHERS))
 
 
 def epoch_of(value: Any) -> int | None:
@@ -56,7 +57,8 @@ class Sources:
     Attributes:
         generators: with all paths that lead to each.
         epochs: objects with ``set_epoch``, outer ones first.
-        counters: samplers, whose numbers (an epoch, a seed, a position) decide the order too.
+        counters: samplers, and the task and what it holds where they are the user's: their numbers (an epoch, a seed,
+            a position, a step of an annealed loss) decide what comes too.
         objects: everything that was looked at.
     """
 
@@ -89,7 +91,8 @@ class Sources:
         self.objects[path] = value
         if callable(getattr(type(value), "set_epoch", None)):
             self.epochs[path] = value
-        if isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler"):
+        of_task = path.partition(".")[0] == "task" and _is_users(type(value).__module__)
+        if of_task or isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler"):
             self.counters[path] = value
         return True
 

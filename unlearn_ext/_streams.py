@@ -91,12 +91,12 @@ def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
 
 
 @contextlib.contextmanager
-def _as_first(data: Iterable[Any], ranks: Ranks) -> Iterator[dict[str, Any]]:
+def _as_first(data: Iterable[Any], ranks: Ranks, sources: Sources | None = None) -> Iterator[dict[str, Any]]:
     """A pass that starts in the block is the first rank's: its shuffling too, which may draw from the global generator.
-    Gives the state of all generators at that start."""
+    Gives the state of all generators at that start; ``sources``: the data's, where they are known."""
     roots = {"data": data}
     own = None if ranks.first else _rng.capture()
-    state = ranks.from_first(_rng.capture(roots))
+    state = ranks.from_first(_rng.capture(roots, sources))
     if own is not None:
         _rng.restore(state, roots)
     try:
@@ -152,9 +152,9 @@ class BatchStream:
                 self._taken += 1
                 self._check_whole(ended=False)
                 return batch
-        self._next_epoch()
+        sources = self._next_epoch()
         # A sampler may draw its seed at iter() or at the first batch: the two stand together, here and in seek().
-        with _as_first(self.data, self.ranks) as self._start_state:
+        with _as_first(self.data, self.ranks, sources) as self._start_state:
             self._iterator = iter(self.data)
             try:
                 batch = next(self._iterator)
@@ -164,13 +164,16 @@ class BatchStream:
         self._taken, self._shared = 1, False
         return batch
 
-    def _next_epoch(self) -> None:
+    def _next_epoch(self) -> Sources | None:
+        """What the data draw from; None where an epoch was set, since that may make generators anew."""
         before = {} if self._start_state is None else self._start_state["epochs"]
-        for path, owner in Sources({"data": self.data}).epochs.items():
+        sources = Sources({"data": self.data})
+        for path, owner in sources.epochs.items():
             if epoch_of(owner) is None:
                 owner.set_epoch(self._passes)
             elif before.get(path) is not None:
                 owner.set_epoch(before[path] + 1)
+        return None if sources.epochs else sources
 
     def share(self) -> None:
         """An evaluation has been called: it may have iterated the same loader."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,9 +26,9 @@ from ._loop import Loop, Progress
 from ._modes import PRECISIONS
 from ._module_state import check_storable
 from ._names import trainable
-from ._plain import plain_numbers
 from ._process import in_run_modes, run_modes
 from ._ranks import ALONE, Ranks
+from ._settings import of_task
 from ._shards import is_sharded
 from ._signals import stop_on_signals
 from ._streams import BatchStream, keeps_workers, length, with_own_workers
@@ -107,14 +106,6 @@ class Result:
     def __repr__(self) -> str:
         """What a notebook's last line shows: a summary of a few lines."""
         return summary(self)
-
-
-def _made_with(task: Task) -> dict[str, Any]:
-    """The arguments that a task was made with and keeps under their names, as far as they are numbers and words."""
-    names = inspect.signature(type(task).__init__).parameters
-    kept = {name: plain_numbers(value) for name, value in vars(task).items() if name in names}
-    plain = {f"task.{name}": value for name, value in kept.items() if isinstance(value, (bool, int, float, str))}
-    return {"task": type(task).__name__, **plain}
 
 
 class Unlearner:
@@ -214,6 +205,7 @@ class Unlearner:
         """What of the model a run depends on. Every run reads it anew: layers may have been replaced since, frozen or
         moved."""
         check_weights(self.model)
+        self._of_task = of_task(self.task)  # now: a run may change what its functions enclose
         method, named = self.method, list(trainable(self.model).items())
         if not named:
             raise InputError("the model has no trainable weights: set requires_grad on those that may be moved")
@@ -464,7 +456,7 @@ class Unlearner:
         method = {"method": type(self.method).__name__, **self.method.settings()}
         return {
             **method,
-            **_made_with(self.task),
+            **self._of_task,
             "mixed_precision": self.mixed_precision,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "ema_decay": self.ema_decay,

@@ -109,6 +109,21 @@ def by_keyword(count: int, *, numbers: random.Random) -> Tensor:
     return torch.tensor([numbers.gauss(0.0, 1.0) for _ in range(count)])
 
 
+def sobol() -> DataLoader:
+    engine = torch.quasirandom.SobolEngine(4, scramble=True)
+    return loader(Noisy(dataset(), lambda count: engine.draw()[0]))
+
+
+class Raw:
+    """Draws from a bit generator that no Generator holds for long."""
+
+    def __init__(self, bits: np.random.BitGenerator):
+        self.bits = bits
+
+    def __call__(self, count: int) -> Tensor:
+        return torch.from_numpy(np.random.Generator(self.bits).standard_normal(count)).float()
+
+
 class Epochs(Dataset):
     """Draws by its epoch, as data sets with ``set_epoch`` do."""
 
@@ -184,6 +199,9 @@ LOADERS = {
     "numpy RandomState": lambda: loader(sampler=Permuting(lambda: np.random.RandomState(3), late=True)),
     "random.Random": lambda: batched(Permuting(lambda: random.Random(3), late=True)),
     "a counter": lambda: loader(sampler=Counting(1)),
+    "numpy PCG64 alone": lambda: loader(Noisy(dataset(), Raw(np.random.PCG64(3)))),
+    "numpy MT19937 alone": lambda: loader(Noisy(dataset(), Raw(np.random.MT19937(3)))),
+    "a Sobol engine": sobol,
     "nested data sets": nested,
     "a collate function": collating,
     "a closure": lambda: loader(Noisy(dataset(), enclosed())),

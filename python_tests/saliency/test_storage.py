@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unlearn_ext import FisherDiagonal, InputError, SaliencyMask, Unlearner, _loop
+from unlearn_ext._leftovers import sweep
 from unlearn_ext.diffusion._trial import _LiveBytes
 from unlearn_ext.methods import SFRon
 from unlearn_ext.saliency import storage as storage_module
@@ -142,7 +143,8 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".fisher-forget.safetensors-abc.safetensors").write_bytes(b"half")
+    (tmp_path / ".fisher-forget.safetensors-abc_12ef.safetensors").write_bytes(b"half")
+    sweep(tmp_path, held=True)  # as the run's lock does
     (tmp_path / "fisher-forget.safetensors").write_bytes(b"whole")
     with stored({"a": torch.ones(3)}, "disk", tmp_path) as found:
         assert [path.name for path in tmp_path.iterdir()] == ["fisher-forget.safetensors"]

@@ -70,8 +70,6 @@ def stored(sums: dict[str, Tensor], storage: str, directory: Path | None) -> Ite
         yield StoredSums(names, device, kept.__getitem__)
         return
     path = directory / _FILE
-    for left in directory.glob(f".{_FILE}-*"):  # by a run that was killed in this very place
-        left.unlink(missing_ok=True)
     likes = {name: torch.empty_like(total, device="meta") for name, total in sums.items()}
     try:
         with atomic_path(path) as partial:
