@@ -60,6 +60,7 @@ def save(
     history: list[dict[str, Any]],
     state: dict[str, Any],
     ranks: Ranks = ALONE,
+    written: Collection[str] = (),
 ) -> Path:
     """Writes ``directory/checkpoint-<iteration>``. All ranks call it.
 
@@ -68,6 +69,7 @@ def save(
         models: ``model``, and ``teacher`` where there is one whose weights the run needs.
         averages: may be empty.
         state: what else it takes to go on; JSON.
+        written: non-persistent buffers of the model that the run has written to.
 
     Raises:
         WriteError: the disk is full, the folder is gone.
@@ -77,7 +79,7 @@ def save(
     tensors, packed = {}, {}
     for part, model in models.items():
         tensors |= {f"{part}.{name}": value for name, value in plain_tensors(model).items()}
-        packed[part] = pack_module(model, packer)
+        packed[part] = pack_module(model, packer, written if part == "model" else ())
     tensors |= {f"ema.{name}": value for name, value in averages.items()}
     tensors |= {f"extra.{key}": value for key, value in packer.tensors.items()}
     numbers = {}

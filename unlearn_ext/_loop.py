@@ -20,6 +20,7 @@ from ._averages import Averages
 from ._calibrating import Calibrating
 from ._history import History
 from ._modes import evaluating, keeping_statistics, set_training
+from ._module_state import unsaved_sums
 from ._names import buffers_of
 from ._packing import copy_of, put
 from ._parts import own_part, without_inference
@@ -88,7 +89,8 @@ class Loop:
         self.streams = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
-        self.buffers = [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
+        self.buffers: list[tuple[nn.Module, str, Tensor, int]] = []  # as the first step of this process meets them
+        self.unsaved, self.written = unsaved_sums(self.model), set()
         # Buffers, by module and name, and what they held before the step at hand.
         self.before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self.history = History(directory if self.ranks.first else None, result.history)
@@ -160,7 +162,7 @@ class Loop:
             stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
         _checkpoint.restore(checkpoint, self._models(), self.optimizer, averages)
-        self.run_id = document["run"]
+        self.run_id, self.written = document["run"], set(document["packed"]["model"].get("buffers", ()))
         self.method.load_state(document["method"])
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
@@ -189,6 +191,7 @@ class Loop:
 
     def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
+        self.buffers = [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
         self.saves = self.directory is not None and (checkpointing_steps is not None or self.iteration > 0)
         limit = checkpoints_total_limit
         modes = [(module, module.training) for module in self.model.modules()]
@@ -307,10 +310,7 @@ class Loop:
             if self.averages is not None:
                 self.averages.update()
         except NonFiniteError as error:
-            for module, name, buffer, before in self.before:
-                put(buffer, before)
-                if getattr(module, name) is not buffer:  # the module has put another in its place
-                    setattr(module, name, buffer)
+            self._put_buffers_back()
             made = "; its forget step had been made" if self.forgot else ""
             raise NonFiniteError(f"iteration {t}: {error}{made}") from None
         if self.forgot:
@@ -366,6 +366,13 @@ class Loop:
             and (first or buffer is not at_start or buffer._version != version or name.startswith("running_"))
         ]
 
+    def _put_buffers_back(self) -> None:
+        """As they were before the step at hand."""
+        for module, name, buffer, before in self.before:
+            put(buffer, before)
+            if getattr(module, name) is not buffer:  # the module has put another in its place
+                setattr(module, name, buffer)
+
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
         method, steps = self.method, self.unlearner.gradient_accumulation_steps
         sides = [("retain", method.retain_loss, method.retain_teacher)]
@@ -406,6 +413,7 @@ class Loop:
         if not self.begun:
             with _rng.kept(self._roots()):
                 unlearner.task.begin(self.model, batch)
+            self._put_buffers_back()  # the run made that forward pass before it was stopped
             self.begun = True
         prepared = without_inference(unlearner.task.prepare(batch, unlearner.device))
         count = unlearner.task.size(batch)
@@ -554,9 +562,16 @@ class Loop:
                 "rng": self.ranks.gather_objects(_rng.capture(self._roots())),
             },
             self.ranks,
+            self.ranks.from_first(self._written()),
         )
         if limit is not None and self.ranks.first:
             _checkpoint.keep_newest(self.directory, limit, self.run_id, self.iteration)
+
+    def _written(self) -> list[str]:
+        """Non-persistent buffers that the run has written to: not the tables and masks that it only reads."""
+        now = unsaved_sums(self.model)
+        self.written |= {name for name, value in now.items() if value != self.unsaved.get(name)}
+        return sorted(self.written & now.keys())
 
     def _models(self) -> dict[str, nn.Module]:
         """With the one whose weights the run started with, where they are needed: a model that resumes has moved on."""

@@ -1,17 +1,19 @@
-"""What a model holds besides ordinary tensors: buffers of other kinds, and what ``get_extra_state`` gives."""
+"""What a model holds besides ordinary tensors: other and non-persistent buffers, and what ``get_extra_state`` gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._names import own_names, unwrapped
 from ._packing import Packer, is_plain, put, unpack
+from ._signs import bit_sums
 from .errors import InputError
 
 __all__ = ["all_tensors", "check_storable", "forms", "pack_module", "plain_tensors", "unpack_module"]
+__all__ += ["unsaved_sums"]
 
 _EXTRA = "_extra_state"  # torch's own suffix
 
@@ -48,8 +50,32 @@ def check_storable(model: nn.Module) -> None:
     _ = pack_module(model, Packer())
 
 
-def pack_module(model: nn.Module, packer: Packer) -> dict[str, Any]:
-    """JSON, and tensors in ``packer``: of buffers that are not plain, and of extra state by the module's name."""
+def unsaved_sums(model: nn.Module) -> dict[str, Any]:
+    """By plain name, of buffers that no ``state_dict`` has: what changes when one is written to. Only of those that
+    are plain tensors, or None."""
+    buffers = {name: module._buffers[key] for name, (module, key) in _unsaved(model).items()}
+    plain = {name: value for name, value in buffers.items() if value is not None and is_plain(value)}
+    forms = {
+        name: [_form(value), sums]
+        for (name, value), sums in zip(plain.items(), bit_sums([*plain.values()]), strict=True)
+    }
+    return {name: forms.get(name) for name, value in buffers.items() if value is None or name in forms}
+
+
+def _unsaved(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Places of buffers that no ``state_dict`` has, by plain name."""
+    return own_names(
+        (f"{path}.{name}".lstrip("."), (module, name))
+        for path, module in unwrapped(model).named_modules()
+        for name in sorted(module._non_persistent_buffers_set & module._buffers.keys())
+    )
+
+
+def pack_module(model: nn.Module, packer: Packer, written: Collection[str] = ()) -> dict[str, Any]:
+    """JSON, and tensors in ``packer``: of buffers that are not plain, of extra state by the module's name, and of those
+    non-persistent buffers that are ``written`` to."""
+    places = _unsaved(model)
+    buffers = {name: places[name][0]._buffers[places[name][1]] for name in written}
     odd = {name: value for name, value in all_tensors(model).items() if not is_plain(value)}
     return {
         "tensors": {name: packer.pack(value, f"{name} of the model") for name, value in odd.items()},
@@ -58,6 +84,7 @@ def pack_module(model: nn.Module, packer: Packer) -> dict[str, Any]:
             name: packer.pack(module.get_extra_state(), f"what get_extra_state of {name or 'the model'} returns")
             for name, module in _with_extra_state(model).items()
         },
+        "buffers": {name: packer.pack(value, f"{name} of the model") for name, value in buffers.items()},
     }
 
 
@@ -69,6 +96,16 @@ def unpack_module(model: nn.Module, document: Mapping[str, Any], tensors: Callab
     modules = _with_extra_state(model)
     for name, packed in document["extra"].items():
         modules[name].set_extra_state(unpack(packed, tensors))
+    places = _unsaved(model)
+    for name, packed in document.get("buffers", {}).items():
+        if name not in places:
+            continue
+        (module, key), value = places[name], unpack(packed, tensors)
+        now = module._buffers[key]
+        if now is not None and value is not None and _form(now) == _form(value):
+            put(now, value)
+        else:  # a cache that has grown, or is not there yet
+            module._buffers[key] = value
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,11 +16,11 @@ from ._shards import local
 from ._warn import warn
 
 __all__ = ["IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "growth", "hidden", "missed"]
-__all__ += ["unmet", "unmoved", "unseen_classes"]
+__all__ += ["drawing", "unmet", "unmoved", "unseen_classes"]
 
 # Keys of the warnings that say that what was asked did not happen; the others are about settings and data.
 MISSED = ("target", "unmoved", "retain", "batch_norm")
-KEYS = (*MISSED, "momentum", "unseen")
+KEYS = (*MISSED, "momentum", "unseen", "workers")
 
 _GROWN = 3.0  # times its start: retain loss that tells of damage
 _FLOOR = 0.3  # nats that a cross-entropy has to rise by as well: below that nearly all predictions stay
@@ -52,6 +52,19 @@ IDLE_MOMENTUM = (
     "rule='momentum' with momentum=0 is plain gradient descent, whose steps add up to about a tenth of those with 0.9: "
     "leave momentum out (it is 0.9 then), or set rule='sgd' if that is meant"
 )
+
+
+def drawing(names: Sequence[str], resumed: bool) -> str:
+    """Of loaders whose workers live on from pass to pass."""
+    when = (
+        "was not restored: where it draws any, the run is another than without a stop"
+        if resumed
+        else ("is not restored when the run resumes")
+    )
+    return (
+        f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw (augmentation) "
+        f"{when}; with persistent_workers=False it is"
+    )
 
 
 def unseen_classes(labels: Mapping[str, set[int]], whole: bool = True) -> str | None:

@@ -83,7 +83,8 @@ class Result:
             an :class:`~unlearn_ext.UnlearningWarning`. Keys: ``target`` (a calibration's was not met), ``unmoved`` (no
             weight has moved, or forgetting moved nothing), ``retain`` (the retain loss is several times what it was),
             ``batch_norm`` (a forget batch that seems forgotten in train mode is known in eval mode), ``momentum``
-            (``rule="momentum"`` with 0) and ``unseen`` (unseen data hold a class that is to be forgotten).
+            (``rule="momentum"`` with 0), ``unseen`` (unseen data hold a class that is to be forgotten) and ``workers``
+            (what the persistent workers of a loader draw is not restored where the run resumes).
         forget_eval: of a model with batch normalisation in train mode, the last forget batch in eval mode after the
             run: ``samples``, mean ``loss`` as in the history's ``forget_loss``, and ``accuracy`` (None where the task
             has none). None for other models, and where a calibration has looked or there are several ranks.
@@ -317,8 +318,6 @@ class Unlearner:
         with self.ranks.together():
             directory = None if output_dir is None else writable_directory(output_dir)
             self._check_loaders(*sets.values())
-        if checkpointing_steps is not None or resume_from_checkpoint is not None:
-            self._warn_of_workers(sets)
         counts = {name: length(data) for name, data in sets.items()}
         lengths = self.ranks.gather_objects([counts[name] for name in sets if name != "unseen"])
         if any(other != lengths[0] for other in lengths):
@@ -340,7 +339,10 @@ class Unlearner:
         said = set() if self.ranks.first else set(_signs.KEYS)
         if self.method.has_idle_momentum:
             result.warnings["momentum"] = _signs.IDLE_MOMENTUM
-            _signs.announce(result.warnings, said)
+        living = [name for name, data in sets.items() if keeps_workers(data)]
+        if living and (checkpointing_steps is not None or resume_from_checkpoint is not None):
+            result.warnings["workers"] = _signs.drawing(living, resumed=resume_from_checkpoint is not None)
+        _signs.announce(result.warnings, said)
         with (
             self.ranks.watched(),
             keeping_graphs(self.optimizer_in_backward),
@@ -474,15 +476,6 @@ class Unlearner:
                     f"{name}: a checkpoint cannot hold {value!r}, of type {type(value).__name__}: give a number, a "
                     "text, or lists and dicts of them, or leave checkpointing_steps out"
                 ) from None
-
-    @staticmethod
-    def _warn_of_workers(sets: dict[str, Iterable[Any]]) -> None:
-        names = [name for name, data in sets.items() if keeps_workers(data)]
-        if names:
-            warn(
-                f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw "
-                "(augmentation) is not restored when the run resumes: set persistent_workers=False where it draws any"
-            )
 
     @property
     def _calibrated(self) -> bool:

@@ -207,7 +207,15 @@ def test_a_finished_run_says_why_it_is_not_continued(home, tmp_path, capsys, kee
         assert "holds a finished run already: choose an empty folder, or, to forget further" in capsys.readouterr().err
         assert run(home, "dit", out, *again, "--resume-from-checkpoint", "latest") == 1
         error = capsys.readouterr().err
-        assert "is finished, and more steps would not continue it" in error and "--pretrained-model-name" in error
+        words = (
+            "its model is there: use it; or, " if again is STEPS else "another --max-train-steps would not continue it"
+        )
+        assert f"is finished, and {words}" in error and "--pretrained-model-name" in error
+        assert error.count(str(out)) == 1
+    assert (
+        run(home, "dit", out, *STEPS, "--forget-class", "5", "--seed", "1", "--resume-from-checkpoint", "latest") == 1
+    )
+    assert "is finished, and it had --forget-class " in capsys.readouterr().err
     if keep:  # into another folder
         choice = ("--resume-from-checkpoint", str(work(out) / "checkpoint-2"))
         assert run(home, "dit", tmp_path / "new", *STEPS, *more, *choice) == 1

@@ -276,3 +276,47 @@ def test_modules_of_compiled_blocks_go_by_their_own_names() -> None:
     other.head = torch.compile(other.head)
     unpack_module(other, packed, packer.tensors.__getitem__)
     assert other.head._orig_mod.calls == 3 and list(pack_module(other, Packer())["extra"]) == ["head"]
+
+
+# --- Buffers that no state_dict has ---------------------------------------------------------------------------
+
+
+class Remembering(nn.Linear):
+    """Counts in a buffer that is replaced, averages in one that is written to, and keeps a cache that grows."""
+
+    def __init__(self, inputs: int = 6, outputs: int = 4):
+        super().__init__(inputs, outputs)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.register_buffer("average", torch.zeros(inputs), persistent=False)
+        self.register_buffer("cache", None, persistent=False)
+        self.register_buffer("table", torch.ones(1000, 1000).triu(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        self.cache = x.detach().sum(1, keepdim=True) if self.cache is None else self.cache[: len(x)] + 0.5
+        return super().forward(x - self.average) * (1 + 0.01 * self.count) + self.cache.mean()
+
+
+def remembering() -> nn.Module:
+    model = make()
+    model.head = Remembering()
+    with torch.no_grad():
+        model.head.weight.fill_(0.1)
+        model.head.bias.zero_()
+    return model
+
+
+def test_buffers_that_are_not_persistent_are_restored_where_the_run_writes_them(tmp_path: Path) -> None:
+    whole, resumed = remembering(), remembering()
+    run(whole, output_dir=tmp_path, checkpointing_steps=3)
+    run(resumed, output_dir=tmp_path, checkpointing_steps=3, resume_from_checkpoint=tmp_path / "checkpoint-3")
+    again = remembering()
+    run(again, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-9")  # of the resumed run
+    for model in (resumed, again):
+        assert identical(dict(whole.named_buffers()), dict(model.named_buffers()))
+        assert identical(weights(whole), weights(model))
+    for folder in tmp_path.glob("checkpoint-*"):
+        packed = json.loads((folder / "state.json").read_text())["packed"]["model"]["buffers"]
+        assert sorted(packed) == ["head.average", "head.cache", "head.count"], "tables that are only read stay out"

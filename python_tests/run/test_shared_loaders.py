@@ -30,9 +30,9 @@ def test_workers_that_live_on(tmp_path) -> None:
     with pytest.warns(UserWarning, match="workers of the retain loader live on .* persistent_workers=False"):
         found, _ = trained(retain, evaluate=look, evaluate_every=4, output_dir=tmp_path, checkpointing_steps=9)
     assert identical(expected, found) and set(counts) == {PASS}
-    with pytest.warns(UserWarning, match="live on"):
-        again, _ = trained(retain, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-9")
-    assert identical(expected, again)
+    with pytest.warns(UserWarning, match="live on .* was not restored"):
+        again, result = trained(retain, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-9")
+    assert identical(expected, again) and "was not restored" in result.warnings["workers"]
 
 
 @pytest.mark.slow

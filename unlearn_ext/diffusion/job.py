@@ -74,7 +74,8 @@ class ForgetJob:
         self.seconds: dict[str, float] = {}
         self._resume = options.resume_from_checkpoint is not None
         self.work = WorkFolder(options.output_dir, options.work_dir)
-        check_claim(options.output_dir, options.pretrained_model_name_or_path, resume=self._resume)
+        source = options.pretrained_model_name_or_path
+        check_claim(options.output_dir, source, resume=self._resume, options=options.settings())
         if not is_waiting(options.output_dir):
             self.work.check(options.pretrained_model_name_or_path, resume=self._resume)
         self.pretrained: Pretrained = open_pretrained(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,15 +23,19 @@ __all__ += ["write_output"]
 
 RESULT = "result.json"  # in OWN_FOLDER
 _WHOLE = "folder"  # in OWN_FOLDER: a whole result, or what of it has not been moved to its place yet
+# Options that another run of the same may have.
+_MAY_DIFFER = ("resume_from_checkpoint", "output_dir", "work_dir", "keep_work", "checkpointing_steps", "device")
+_MAY_DIFFER += ("checkpoints_total_limit", "parallel")
 _PRIVATE = ("checkpoint-*", "latents")  # what must not stand in a folder that is published
 
 
-def check_claim(output: Path, source: Path, *, resume: bool) -> None:
+def check_claim(output: Path, source: Path, *, resume: bool, options: Mapping[str, Any] | None = None) -> None:
     """Whether a run may take the folder; nothing is written.
 
     Args:
         source: the folder of the model that is read.
         resume: whether the run goes on from a checkpoint.
+        options: the run's, as results hold them.
 
     Raises:
         InputError: it lies in the source, or holds anything else than what an unfinished run leaves.
@@ -44,7 +51,7 @@ def check_claim(output: Path, source: Path, *, resume: bool) -> None:
     except OSError as error:
         raise InputError(f"--output-dir: {output} cannot be read ({error.strerror}): choose another") from None
     if others and (own / RESULT).exists():
-        raise InputError(_finished(output, resume))
+        raise InputError(_finished(output, resume, options or {}))
     if others:
         raise InputError(f"--output-dir: {output} holds {others[0]} already: choose an empty folder")
     if private:
@@ -54,14 +61,29 @@ def check_claim(output: Path, source: Path, *, resume: bool) -> None:
         )
 
 
-def _finished(output: Path, resume: bool) -> str:
-    further = f"to forget further, give it as --pretrained-model-name-or-path and another --output-dir (it is {output})"
+def _finished(output: Path, resume: bool, options: Mapping[str, Any]) -> str:
+    further = "to forget further, give it as --pretrained-model-name-or-path and another --output-dir"
     if not resume:
         return f"--output-dir: {output} holds a finished run already: choose an empty folder, or, {further}"
+    finished, then = f"--resume-from-checkpoint: the run of {output} is finished", {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        then = dict(json.loads((output / OWN_FOLDER / RESULT).read_text(encoding="utf-8"))["options"])
+    other = [name for name in options if name in then and name not in _MAY_DIFFER and options[name] != then[name]]
+    for name in other:
+        if name != "max_train_steps":
+            before, now = (_option(name, value[name]) for value in (then, options))
+            return f"{finished}, and it had {before} where this one has {now}: {further}"
+    if not other:
+        return f"{finished}, and its model is there: use it; or, {further}"
     return (
-        f"--resume-from-checkpoint: the run of {output} is finished, and more steps would not continue it, because its "
-        f"batches and its schedule were made for the --max-train-steps it had: {further}"
+        f"{finished}, and another --max-train-steps would not continue it, because its batches and its schedule were "
+        f"made for those it had: {further}"
     )
+
+
+def _option(name: str, value: Any) -> str:
+    option = f"--{name.replace('_', '-')}"
+    return f"no {option}" if value in (None, False) else option if value is True else f"{option} {value}"
 
 
 def claim_output(output: Path, source: Path, *, resume: bool) -> Path:
