@@ -67,7 +67,8 @@ def _unsaved(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return own_names(
         (f"{path}.{name}".lstrip("."), (module, name))
         for path, module in unwrapped(model).named_modules()
-        for name in sorted(module._non_persistent_buffers_set & module._buffers.keys())
+        for name in sorted(module._non_persistent_buffers_set)
+        if name in module._buffers
     )
 
 

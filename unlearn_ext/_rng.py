@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,6 +39,7 @@ def capture(roots: Mapping[str, Any] | None = None, sources: Sources | None = No
         ],
         "epochs": {path: epoch_of(owner) for path, owner in sources.epochs.items()},
         "counters": {path: _counters(owner) for path, owner in sources.counters.items()},
+        "states": {path: text for path, owner in sources.stateful.items() if (text := _json_of(owner)) is not None},
     }
 
 
@@ -91,6 +93,9 @@ def restore(state: Mapping[str, Any], roots: Mapping[str, Any] | None = None) ->
         owner = sources.epochs.get(path)
         if owner is not None and epoch is not None and epoch_of(owner) != epoch:
             owner.set_epoch(epoch)
+    for path, text in state.get("states", {}).items():
+        if path in sources.stateful and _json_of(sources.stateful[path]) != text:
+            sources.stateful[path].load_state_dict(json.loads(text))
     for path, counters in state["counters"].items():
         if path in sources.counters:
             _set_counters(sources.counters[path], counters)
@@ -190,6 +195,16 @@ def _counters(owner: Any) -> dict[str, Any]:
         for name, value in getattr(owner, "__dict__", {}).items()
         if value is None or isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating))
     }
+
+
+def _json_of(owner: Any) -> str | None:
+    """What ``state_dict`` gives; None where JSON would not give it back."""
+    try:
+        state = owner.state_dict()
+        text = json.dumps(state)
+        return text if json.loads(text) == state else None
+    except Exception:  # of the user's; tensors, too
+        return None
 
 
 def _set_counters(owner: Any, counters: Mapping[str, Any]) -> None:

@@ -59,6 +59,7 @@ class Sources:
         epochs: objects with ``set_epoch``, outer ones first.
         counters: samplers, and the task and what it holds where they are the user's: their numbers (an epoch, a seed,
             a position, a step of an annealed loss) decide what comes too.
+        stateful: objects of the users' with ``state_dict`` and ``load_state_dict``, as torchdata asks for them.
         objects: everything that was looked at.
     """
 
@@ -66,6 +67,7 @@ class Sources:
         self.generators: list[tuple[list[str], Any]] = []
         self.epochs: dict[str, Any] = {}
         self.counters: dict[str, Any] = {}
+        self.stateful: dict[str, Any] = {}
         self.objects: dict[str, Any] = {}
         self._seen: dict[int, list[str] | None] = {}  # of a generator, its paths
         self._classes: set[type] = set()
@@ -91,6 +93,9 @@ class Sources:
         self.objects[path] = value
         if callable(getattr(type(value), "set_epoch", None)):
             self.epochs[path] = value
+        users = _is_users(type(value).__module__) and not isinstance(value, nn.Module)
+        if users and all(callable(getattr(type(value), name, None)) for name in ("state_dict", "load_state_dict")):
+            self.stateful[path] = value
         of_task = path.partition(".")[0] == "task" and _is_users(type(value).__module__)
         if of_task or isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler"):
             self.counters[path] = value

@@ -92,6 +92,35 @@ def test_streamed_data(tmp_path) -> None:
     assert identical(whole, again)
 
 
+class Ongoing(IterableDataset):
+    """Goes on, at each pass, where the last one stopped."""
+
+    def __init__(self):
+        self._place = [0]
+
+    def __iter__(self):
+        for _ in range(10):
+            self._place[0] += 1
+            yield dataset()[self._place[0] % COUNT]
+
+    def state_dict(self):
+        return {"place": self._place[0]}
+
+    def load_state_dict(self, state):
+        self._place = [state["place"]]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_data_set_with_a_state_of_its_own(used, tmp_path) -> None:
+    make = lambda: DataLoader(Ongoing(), batch_size=2)  # noqa: E731
+    whole, _ = trained(make(), output_dir=tmp_path, checkpointing_steps=4)
+    retain = make()
+    if used:
+        list(retain)
+    again, _ = trained(retain, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-8")
+    assert identical(whole, again)
+
+
 class Shaking(nn.Module):
     """Noise from a generator of the model's own."""
 
