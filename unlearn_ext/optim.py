@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._arguments import check_count, check_number, shown
+from ._arguments import check_count, check_number, describe
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
 from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, python_number, read_by
 from ._in_backward import as_scalar, clip_factor, measuring, stepping
@@ -59,7 +59,7 @@ class StepConfig:
     def __post_init__(self) -> None:
         for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
             if value not in ops.RULES:
-                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {shown(value)}")
+                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {describe(value)}")
         if self.forget_rule is not None and not self.dual_state:
             raise InputError("forget_rule needs a state of its own: set dual_state=True")
         if self.mask_scope not in ops.MASK_SCOPES:
