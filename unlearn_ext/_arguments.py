@@ -25,7 +25,6 @@ __all__ = [
     "check_seed",
     "describe",
     "nearest",
-    "shown",
 ]
 
 LARGEST_COUNT = 2**63 - 1  # what an int64 holds
@@ -57,9 +56,9 @@ def check_count(name: str, value: Any) -> int:
     """
     number = as_number(value)
     if not isinstance(number, int) or number < 1:
-        raise InputError(f"{name}: expected an integer from 1, got {_shown(value, number)}")
+        raise InputError(f"{name}: expected an integer from 1, got {_got(value, number)}")
     if number > LARGEST_COUNT:
-        raise InputError(f"{name}: expected an integer from 1 to 2^63 - 1, got {_shown(value, number)}")
+        raise InputError(f"{name}: expected an integer from 1 to 2^63 - 1, got {_got(value, number)}")
     return number
 
 
@@ -77,7 +76,7 @@ def check_number(name: str, value: Any, expected: str, fits: Callable[[float], b
     except RuntimeError:  # a complex tensor, or one without values
         good = False
     if not good:
-        raise InputError(f"{name}: expected {expected}, got {_shown(value, number)}")
+        raise InputError(f"{name}: expected {expected}, got {_got(value, number)}")
     return number
 
 
@@ -90,36 +89,27 @@ def check_seed(name: str, value: Any) -> int:
     """An integer that ``torch.manual_seed`` takes, as Python's int."""
     number = as_number(value)
     if not isinstance(number, int) or not -(2**63) <= number < 2**64:
-        raise InputError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {_shown(value, number)}")
+        raise InputError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {_got(value, number)}")
     return number
 
 
-def _shown(value: Any, number: int | float | None) -> str:
-    if isinstance(number, int) and number.bit_length() > 128:  # Python prints no integer of thousands of digits
-        return f"an integer of {number.bit_length()} bits"
-    return describe(value) if number is None else str(number)
+def _got(value: Any, number: int | float | None) -> str:
+    """A value that does not fit: as a number where it is one."""
+    return describe(value if number is None else number)
 
 
 # --- Objects ------------------------------------------------------------------------------------------------
 
 
-def shown(value: Any) -> str:
-    """A value as Python writes it, cut to what a sentence can hold; Python writes no integer of 4,300 digits."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"{type(value).__name__} of very many digits" if isinstance(value, int) else type(value).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
 def describe(value: Any) -> str:
     """What an argument is, for the end of a sentence: its type, and what else tells one mistake from another."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return _shown(value, int(value))
+        bits = int(value).bit_length()
+        return str(int(value)) if bits <= 128 else f"an integer of {bits} bits"  # Python prints no thousands of digits
     if value is None or isinstance(value, (bool, numbers.Number)):
         return repr(value)
     if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
+        return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 3] + "...")
     if isinstance(value, os.PathLike):
         return f"the path {os.fspath(value)!r}"
     if isinstance(value, type):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._arguments import describe
 from .errors import InputError
 
 __all__ = ["FLOATING", "check_gradient", "check_layers", "check_parameters", "fits"]
@@ -35,13 +37,15 @@ def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def fits(gradient: Tensor) -> bool:
-    """Whether it is dense and of a dtype that the kernels read."""
-    return gradient.layout is torch.strided and gradient.dtype in FLOATING
+def fits(gradient: Any) -> bool:
+    """Whether it is a dense tensor of a dtype that the kernels read."""
+    return isinstance(gradient, Tensor) and gradient.layout is torch.strided and gradient.dtype in FLOATING
 
 
-def check_gradient(op: str, name: str, gradient: Tensor) -> None:
+def check_gradient(op: str, name: str, gradient: Any) -> None:
     """Raises InputError, which names operation and parameter, for what :func:`fits` refuses."""
+    if not isinstance(gradient, Tensor):
+        raise InputError(f"{op}: the gradient of {name} is {describe(gradient)}: expected a tensor, or None for none")
     if gradient.layout is not torch.strided:
         raise _sparse(op, name)
     if gradient.dtype not in FLOATING:

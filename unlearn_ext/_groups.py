@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._arguments import check_finite, check_number, shown
+from ._arguments import check_finite, check_number, describe
 from .errors import InputError
 
 __all__ = ["NOTES", "PER_GROUP", "as_betas", "check_group", "check_rates", "loaded_group", "python_number", "read_by"]
@@ -33,7 +33,7 @@ def as_betas(value: Any) -> tuple[float, float]:
     listed = value.tolist() if isinstance(value, Tensor) else value
     sequence = hasattr(listed, "__getitem__") and not isinstance(listed, (str, bytes, dict))
     if not sequence or not hasattr(listed, "__len__") or len(listed) != 2:
-        raise InputError(f"betas: expected two numbers in [0, 1), got {shown(value)}")
+        raise InputError(f"betas: expected two numbers in [0, 1), got {describe(value)}")
     for beta in listed:
         check_number("betas", beta, "two numbers in [0, 1)", _is_decay)
     return float(listed[0]), float(listed[1])

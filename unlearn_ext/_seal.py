@@ -68,14 +68,9 @@ def damage(directory: Path, label: str | None = None) -> str | None:
         try:
             found = file_hash(directory / path)
         except FileNotFoundError:
-            return f"its {_shown(name)} is missing"
+            return f"its {name if name.isprintable() else repr(name)} is missing"  # a damaged list holds any name
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
         if found != expected:
             return f"its {name} is not as it was written"
     return None
-
-
-def _shown(name: str) -> str:
-    """On one line: a damaged list may hold any name."""
-    return name if name.isprintable() else repr(name)

@@ -17,13 +17,16 @@ Contracts that hold for all of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native, _python_checks, _python_ops
+from ._arguments import check_count, check_number, describe
+from .errors import InputError
 
 __all__ = [
     "RULES",
@@ -238,11 +241,26 @@ def _refuse_followed(op: str, **lists: Sequence[Tensor]) -> None:
         return
     for argument, tensors in lists.items():
         for i, t in enumerate(tensors):
-            if t.requires_grad:
+            if getattr(t, "requires_grad", False):  # the dispatcher refuses what is no tensor
                 raise RuntimeError(
                     f"{op}: {argument}[{i}]: expected a tensor that autograd does not follow, got one that "
                     "requires grad while gradients are recorded; call it under torch.no_grad()"
                 )
+
+
+def _listed(op: str, **arguments: Any) -> list[list[Tensor]]:
+    """Lists of what may be any iterable. A tensor alone would pass for its rows, and a dict for its keys."""
+    for argument, tensors in arguments.items():
+        if isinstance(tensors, (Tensor, Mapping, str)) or not isinstance(tensors, Iterable):
+            raise InputError(f"{op}: {argument}: expected a list of tensors, got {describe(tensors)}")
+    return [list(tensors) for tensors in arguments.values()]
+
+
+def _number(op: str, argument: str, value: Any, expected: str = "a finite number") -> float:
+    # Compiled graphs take any number. Else a plain one is looked at here: steps are many.
+    if torch.compiler.is_compiling() or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return check_number(f"{op}: {argument}", value, expected, math.isfinite)
 
 
 def _bump_versions(*lists: Sequence[Tensor]) -> None:
@@ -295,9 +313,12 @@ def scalars(
         slow_rate: how far the slow weights move towards the fast ones.
         inverse_scale: 1 / loss scale, a factor of both gradients.
         skip: true when a gradient is not finite; the step then writes nothing.
+
+    Raises:
+        InputError: a number that is not finite, a tensor of several elements, or a ``step`` below 1.
     """
-    if step < 1:
-        raise ValueError(f"scalars: step: expected a count from 1, got {step}")
+    if not isinstance(step, int) or step < 1:
+        step = check_count("scalars: step", step)
     values = {
         "lr": lr,
         "forget_weight": forget_weight,
@@ -310,12 +331,19 @@ def scalars(
         "eps": eps,
         "weight_decay": weight_decay,
         "step": step,
-        "bias_correction1": 1.0 - beta1**step,
-        "bias_correction2": 1.0 - beta2**step,
+        "bias_correction1": 0.0,
+        "bias_correction2": 0.0,
         "slow_rate": slow_rate,
         "inverse_scale": inverse_scale,
         "skip": skip,
     }
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise InputError(f"scalars: {name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
+        elif not isinstance(value, bool):
+            values[name] = _number("scalars", name, value, "a finite number or a 0-d tensor")
+    values["bias_correction1"], values["bias_correction2"] = 1.0 - beta1**step, 1.0 - beta2**step
     ordered = [values[name] for name in SCALARS]
     numbers = [0.0 if isinstance(v, Tensor) else float(v) for v in ordered]
     result = torch.tensor(numbers, dtype=torch.float64, device="cpu")
@@ -383,19 +411,25 @@ def step_(
     if rule not in RULES:
         raise ValueError(f"step_: rule: expected one of {', '.join(RULES)}, got {rule!r}")
     mask_retain = _mask_retain("step_", mask_scope)
-    if rounding_seed is not None and not 0 <= rounding_seed < 2**63:
-        raise ValueError(f"step_: rounding_seed: expected 0 to 2**63 - 1, got {rounding_seed}")
+    if rounding_seed is not None and not (isinstance(rounding_seed, int) and 0 <= rounding_seed < 2**63):
+        raise InputError(f"step_: rounding_seed: expected 0 to 2**63 - 1, got {describe(rounding_seed)}")
+    weights, slow, first_moments, second_moments, forget_grads, retain_grads, bits = _listed(
+        "step_", weights=weights, slow=slow, first_moments=first_moments, second_moments=second_moments,
+        forget_grads=forget_grads, retain_grads=retain_grads, bits=bits,
+    )  # fmt: skip
+    if not isinstance(scalars, Tensor):
+        raise InputError(f"step_: scalars: expected what ops.scalars() gives, got {describe(scalars)}")
     if not weights:
         return
     _refuse_followed("step_", weights=weights, slow=slow, first_moments=first_moments, second_moments=second_moments)
     torch.ops.unlearn_ext.step_(
-        list(weights),
-        list(slow),
-        list(first_moments),
-        list(second_moments),
-        list(forget_grads),
-        list(retain_grads),
-        list(bits),
+        weights,
+        slow,
+        first_moments,
+        second_moments,
+        forget_grads,
+        retain_grads,
+        bits,
         scalars,
         RULES.index(rule),
         mask_retain,
@@ -418,9 +452,12 @@ def gradient_products(
         counts nowhere. Sums are in double, in a fixed order. With one list absent its sums are 0.
     """
     mask_retain = _mask_retain("gradient_products", mask_scope)
+    forget_grads, retain_grads, bits = _listed(
+        "gradient_products", forget_grads=forget_grads, retain_grads=retain_grads, bits=bits
+    )
     if not forget_grads and not retain_grads:
         raise ValueError("gradient_products: forget_grads, retain_grads: expected at least one list, got none")
-    return torch.ops.unlearn_ext.gradient_products(list(forget_grads), list(retain_grads), list(bits), mask_retain)
+    return torch.ops.unlearn_ext.gradient_products(forget_grads, retain_grads, bits, mask_retain)
 
 
 def accumulate_fisher_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
@@ -431,12 +468,13 @@ def accumulate_fisher_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight
         grads: one gradient of equal shape for each, of any floating dtype.
         weight: factor of the squares.
     """
+    fisher, grads = _listed("accumulate_fisher_", fisher=fisher, grads=grads)
     if not fisher and not grads:
         return
     if not fisher:
         raise ValueError(f"accumulate_fisher_: grads: expected no tensors (one for each of fisher), got {len(grads)}")
     _refuse_followed("accumulate_fisher_", fisher=fisher)
-    torch.ops.unlearn_ext.accumulate_fisher_(list(fisher), list(grads), weight)
+    torch.ops.unlearn_ext.accumulate_fisher_(fisher, grads, _number("accumulate_fisher_", "weight", weight))
     _bump_versions(fisher)
 
 
@@ -463,12 +501,14 @@ def ratio_bits(
 
     Source: arXiv 2409.19732.
     """
+    forget_fisher, retain_fisher = _listed("ratio_bits", forget_fisher=forget_fisher, retain_fisher=retain_fisher)
     if not forget_fisher and not retain_fisher:
         return [], torch.zeros(0, dtype=torch.int64, device="cpu")
+    numbers = {"gamma": gamma, "eps": eps, "forget_scale": forget_scale, "retain_scale": retain_scale}
     if not forget_fisher:
         raise ValueError(f"ratio_bits: retain_fisher: expected no tensors, got {len(retain_fisher)}")
     bits, counts = torch.ops.unlearn_ext.ratio_bits(
-        list(forget_fisher), list(retain_fisher), gamma, eps, forget_scale, retain_scale
+        forget_fisher, retain_fisher, *(_number("ratio_bits", name, value) for name, value in numbers.items())
     )
     return bits, counts
 
@@ -506,34 +546,38 @@ def top_bits(
     """
     if score not in SCORES:
         raise ValueError(f"top_bits: score: expected one of {', '.join(SCORES)}, got {score!r}")
+    scores, other = _listed("top_bits", scores=scores, other=other)
+    numbers = {"eps": eps, "forget_scale": forget_scale, "retain_scale": retain_scale}
     if not scores:
         if other or k:
             got = f"{len(other)} tensors" if other else str(k)
             argument, expected = ("other", "no tensors (one for each of scores)") if other else ("k", "0 of no weights")
             raise ValueError(f"top_bits: {argument}: expected {expected}, got {got}")
         return [], torch.zeros(0, dtype=torch.int64, device="cpu")
-    return torch.ops.unlearn_ext.top_bits(
-        list(scores), list(other), k, SCORES.index(score), eps, forget_scale, retain_scale
-    )
+    rates = (_number("top_bits", name, value) for name, value in numbers.items())
+    return torch.ops.unlearn_ext.top_bits(scores, other, k, SCORES.index(score), *rates)
 
 
 def pack_bits(masks: Sequence[Tensor]) -> list[Tensor]:
     """Bool tensors to int32 words of ⌈n/32⌉ each, in each tensor's memory order; the tail bits are zero."""
-    return torch.ops.unlearn_ext.pack_bits(list(masks)) if masks else []
+    (masks,) = _listed("pack_bits", masks=masks)
+    return torch.ops.unlearn_ext.pack_bits(masks) if masks else []
 
 
 def unpack_bits(bits: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of :func:`pack_bits`: bool tensors with the shapes and the memory order of ``like``."""
+    bits, like = _listed("unpack_bits", bits=bits, like=like)
     if not bits and not like:
         return []
     if not like:
         raise ValueError(f"unpack_bits: bits: expected no tensors (one for each of like), got {len(bits)}")
-    return torch.ops.unlearn_ext.unpack_bits(list(bits), list(like))
+    return torch.ops.unlearn_ext.unpack_bits(bits, like)
 
 
 def count_bits(bits: Sequence[Tensor]) -> Tensor:
     """How many bits are set in each tensor of words: int64 tensor of len(bits)."""
-    return torch.ops.unlearn_ext.count_bits(list(bits)) if bits else torch.zeros(0, dtype=torch.int64, device="cpu")
+    (bits,) = _listed("count_bits", bits=bits)
+    return torch.ops.unlearn_ext.count_bits(bits) if bits else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def update(
@@ -590,21 +634,22 @@ def update(
     Source: csrc/math/update.h.
     """
     mask_retain = _mask_retain("update", mask_scope)
-    values = {
-        "lr": lr,
-        "forget_weight": forget_weight,
-        "retain_weight": retain_weight,
-        "forget_clip": forget_clip,
-        "retain_clip": retain_clip,
-        "weight_decay": weight_decay,
-        "slow_rate": slow_rate,
-    }
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"update: {name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
+    weights, slow, forget_grads, retain_grads, bits = _listed(
+        "update", weights=weights, slow=slow, forget_grads=forget_grads, retain_grads=retain_grads, bits=bits
+    )
     if not weights:
         return []
-    packed = scalars(**values, device=weights[0].device)
-    return torch.ops.unlearn_ext.update(
-        list(weights), list(slow), list(forget_grads), list(retain_grads), list(bits), packed, mask_retain
-    )
+    try:
+        packed = scalars(
+            lr=lr,
+            forget_weight=forget_weight,
+            retain_weight=retain_weight,
+            forget_clip=forget_clip,
+            retain_clip=retain_clip,
+            weight_decay=weight_decay,
+            slow_rate=slow_rate,
+            device=getattr(weights[0], "device", None),
+        )
+    except InputError as error:
+        raise InputError(str(error).replace("scalars:", "update:", 1)) from None
+    return torch.ops.unlearn_ext.update(weights, slow, forget_grads, retain_grads, bits, packed, mask_retain)

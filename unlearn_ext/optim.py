@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter, eq, is_
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from ._arguments import check_count, check_number, shown
+from ._arguments import as_number, check_count, check_instance, check_number, describe
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
 from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, python_number, read_by
 from ._in_backward import as_scalar, clip_factor, measuring, stepping
@@ -59,12 +60,15 @@ class StepConfig:
     def __post_init__(self) -> None:
         for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
             if value not in ops.RULES:
-                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {shown(value)}")
+                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {describe(value)}")
         if self.forget_rule is not None and not self.dual_state:
             raise InputError("forget_rule needs a state of its own: set dual_state=True")
         if self.mask_scope not in ops.MASK_SCOPES:
             raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
         check_count("slow_freq", self.slow_freq)
+        for name in ("protect", "dual_state", "stochastic_rounding", "project"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"{name}: expected True or False, got {describe(value)}")
         for name in ("max_norm", "retain_max_norm"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, "more than 0, or None for no clipping", lambda x: x > 0.0)
@@ -200,7 +204,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             stochastic_rounding=stochastic_rounding,
             project=project,
         )
-        if protect and mask is None:
+        if mask is not None:
+            check_instance("mask", mask, SaliencyMask, "SaliencyMask.load(path)")
+        elif protect:
             raise InputError("protect=True needs a mask that says what to protect")
         self.rule, self.forget_rule = rule, forget_rule or rule
         self.max_norm, self.retain_max_norm = python_number(max_norm), python_number(retain_max_norm)
@@ -279,6 +285,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         return names
 
     def _aligned(self, op: str, grads: Sequence[Tensor | None] | None, parameters: list[Tensor]) -> list[Tensor | None]:
+        if isinstance(grads, (str, Mapping)) or not isinstance(grads, (Iterable, NoneType)):
+            raise InputError(f"{op}: expected a list of gradients in the parameters' order, got {describe(grads)}")
         aligned = [p.grad for p in parameters] if grads is None else list(grads)
         if len(aligned) != len(parameters):
             raise InputError(f"{op}: expected {len(parameters)} gradients, one for each parameter, got {len(aligned)}")
@@ -670,27 +678,41 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         """Whether a state fits, before anything is loaded.
 
         Raises:
-            InputError: it is of other settings, another rule, or weights of other shapes.
+            InputError: it is no optimizer's, or of other settings, another rule, or weights of other shapes.
         """
-        for name, value in state_dict.get("settings", {}).items():
+        try:
+            groups, states = state_dict["param_groups"], state_dict["state"]
+            settings = dict(state_dict.get("settings", {}))
+            saved = [list(group["params"]) for group in groups]
+            states = {index: dict(state) for index, state in states.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise InputError("expected what an optimizer's state_dict() gives, got something of another form") from None
+        for name, value in settings.items():
             if value != (own := getattr(self, name, None)):
                 raise InputError(
                     f"the state was saved with {name}={value!r} and the optimizer has {own!r}: build it with the same"
                 )
-        saved = [group["params"] for group in state_dict["param_groups"]]
         sizes, own = [len(group) for group in saved], [len(group["params"]) for group in self.param_groups]
         if sizes != own:
             raise InputError(
                 f"the state is of groups of {sizes} parameters and the optimizer has {own}: build the same"
             )
+        for group, current in zip(groups, self.param_groups, strict=True):
+            values = {name: group.get(name, current.get(name, getattr(StepConfig, name))) for name in PER_GROUP}
+            check_rates(self.rule, self.forget_rule, **values)
         known = {"step", "slow", *_MOMENTS[self.rule]}
         if self.dual_state:
             known |= {f"forget_{name}" for name in ("step", *_MOMENTS[self.forget_rule])}
         for index, name, p in zip(itertools.chain(*saved), self._names(), self._parameters(), strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
+            for key, value in states.get(index, {}).items():
                 if key not in known:
                     raise InputError(f"the state of {name} holds {key}, and the optimizer keeps none: load its own")
-                if isinstance(value, Tensor) and value.shape != p.shape and not (key in _COUNTS and value.numel() == 1):
+                one = value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+                if key in _COUNTS and as_number(one) is not None:
+                    continue
+                if not isinstance(value, Tensor):
+                    raise InputError(f"the state {key} of {name} is {describe(value)}: load what state_dict() gave")
+                if value.shape != p.shape:
                     raise InputError(
                         f"the state {key} of {name} has shape {list(value.shape)} and the parameter {list(p.shape)}: "
                         "load the state of the same model"
@@ -725,6 +747,8 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             self.broken = None
             self.measured.clear()
 
+        if not isinstance(state_dict, Mapping):
+            raise InputError(f"expected what an optimizer's state_dict() gives, got {describe(state_dict)}")
         handles = self.register_load_state_dict_pre_hook(before), self.register_load_state_dict_post_hook(after, True)
         try:
             super().load_state_dict(state_dict)
@@ -743,7 +767,7 @@ def _of_rule(group: dict[str, Any], rule: str) -> dict[str, Any]:
         return {}
     if rule == "momentum":
         return {"momentum": group["momentum"]}
-    beta1, beta2 = map(float, group["betas"])  # a schedule or a user may have put any sequence there
+    beta1, beta2 = as_betas(group["betas"])  # a schedule or a user may have put anything there
     return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
 

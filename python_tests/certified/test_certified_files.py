@@ -48,6 +48,21 @@ def test_any_flipped_bit_of_the_secret_is_noticed(data, learner, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "certificate.json", "SHA256SUMS"])
+def test_somebody_elses_file_is_not_overwritten(name: str, learner, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"of a dataset")
+    with pytest.raises(InputError, match=f"its {name} is of no publication and would be overwritten: choose another"):
+        learner.publish().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"of a dataset"
+
+
+def test_hashes_of_other_files_are_kept_beside_any_weights(learner, tmp_path: Path) -> None:
+    learner.publish().save(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text("# unlearn_ext checkpoint, 0 files\n")
+    with pytest.raises(InputError, match="its SHA256SUMS is of no publication"):
+        learner.publish().save(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "certificate.json", "SHA256SUMS"])
 def test_any_flipped_bit_of_a_publication_is_noticed(name: str, learner, tmp_path: Path) -> None:
     publication = learner.publish()
     publication.save(tmp_path)

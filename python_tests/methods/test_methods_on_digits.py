@@ -29,6 +29,8 @@ def forget_three(digits: Digits, name: str, **changes):
 
 
 # The changed settings, the largest accuracy left on the forgotten digits, and what the retained test digits may lose.
+# Bad Teacher's were chosen on networks and splits of seeds 1 to 3, which gave 0.00 to 0.01 and 0.005 to 0.044 (at its
+# own rule, 0.00 to 0.54: momentum leaves it half-way); chance is 0.10.
 CLASS = {
     "gradient_ascent": ({"iterations": 18}, 0.30, 0.25),
     "negative_gradient_plus": ({"lr": 0.005}, 0.05, 0.10),
@@ -36,7 +38,7 @@ CLASS = {
     "random_label": ({}, 0.05, 0.10),
     "salun": ({}, 0.05, 0.10),
     "scrub": ({"epochs": 2, "msteps": 2}, 0.05, 0.10),
-    "bad_teacher": ({"lr": 0.05, "iterations": 250}, 0.50, 0.25),
+    "bad_teacher": ({"rule": "adam", "momentum": 0.0, "lr": 0.02, "iterations": 120}, 0.10, 0.10),
     "sfron": ({"forget_alpha": 1000.0, "adaptive_eps": 1e-2, "max_norm": 2.0, "forget_freq": 5}, 0.05, 0.10),
 }
 

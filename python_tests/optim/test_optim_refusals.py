@@ -49,6 +49,10 @@ from unlearn_ext.saliency import SaliencyMask
         ({"betas": (0.9, "b")}, "betas: expected two numbers"),
         ({"max_norm": "a"}, "max_norm: expected more than 0, or None for no clipping, got 'a'"),
         ({"protect": True}, "protect=True needs a mask"),
+        ({"protect": 1}, "protect: expected True or False, got 1"),
+        ({"project": "no"}, "project: expected True or False, got 'no'"),
+        ({"stochastic_rounding": None}, "stochastic_rounding: expected True or False, got None"),
+        ({"mask": "mask.safetensors"}, "mask: expected a SaliencyMask, such as SaliencyMask.load"),
         ({"momentum": 0.9}, "momentum=0.9 does nothing under rule='sgd': set rule='momentum'"),
         ({"rule": "adam", "momentum": 0.9, "dual_state": True, "forget_rule": "sgd"}, "momentum=0.9 does nothing"),
     ],
@@ -117,6 +121,38 @@ def test_a_gradient_of_the_wrong_shape_writes_nothing(rng: torch.Generator) -> N
         with pytest.raises((InputError, RuntimeError), match="shape"):
             step(grads)
         assert_same_bits(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize(
+    "grads, message",
+    [
+        (5, "expected a list of gradients in the parameters' order, got 5"),
+        ({"layer0.weight": None}, "expected a list of gradients in the parameters' order, got a dict of layer0.weight"),
+        ([None, 1.0, None, None], "the gradient of layer1.weight is 1.0: expected a tensor, or None"),
+        ([torch.ones(5, 3).numpy()] * 4, "the gradient of layer0.weight is a numpy.ndarray of float32 and shape"),
+    ],
+    ids=("number", "dict", "number in it", "array"),
+)
+@pytest.mark.parametrize("step", ("forget_step", "retain_step", "joint_step"))
+def test_what_is_no_list_of_gradients(step: str, grads: Any, message: str) -> None:
+    parameters = named(torch.float32)
+    optimizer = UnlearnOptimizer(parameters, rule="adam", lr=0.1)
+    with pytest.raises(InputError, match=f"^{step}: {message}"):
+        getattr(optimizer, step)(grads)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "key, value", [("lr", "a"), ("lr", None), ("lr", math.nan), ("betas", 0.5), ("betas", (0.9, 1.0)), ("eps", [1])]
+)
+def test_settings_edited_to_what_no_step_can_use(key: str, value: Any) -> None:
+    """Before anything is written: a schedule that gives NaN would wreck the model in silence."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = UnlearnOptimizer([p], rule="adam", lr=0.1)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(InputError, match=f"{key}: expected"):
+        optimizer.retain_step([torch.ones(3)])
+    assert torch.equal(p.detach(), torch.ones(3))
 
 
 def test_sparse_gradients_are_refused() -> None:

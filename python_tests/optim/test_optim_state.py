@@ -118,6 +118,37 @@ def test_a_state_that_does_not_fit_loads_nothing(rng: torch.Generator) -> None:
         assert optimizer.param_groups[0]["lr"] == HYPER["lr"] and not optimizer.state
 
 
+FORM = "expected what an optimizer's state_dict\\(\\) gives"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (None, f"{FORM}, got None"),
+        ({"param_groups": None}, f"{FORM}, got something of another form"),
+        ({"param_groups": [{"lr": 0.1}]}, f"{FORM}, got something"),
+        ({"state": {0: 5}}, f"{FORM}, got something"),
+        ({"settings": 5}, f"{FORM}, got something"),
+        ({"state": {0: {"exp_avg": None}}}, "the state exp_avg of layer0.weight is None: load what state_dict"),
+        ({"state": {0: {"step": "a"}}}, "the state step of layer0.weight is 'a': load what state_dict"),
+        (
+            {"param_groups": [{"params": [0, 1, 2, 3], "lr": float("nan")}]},
+            "lr: expected a finite number from 0, got nan",
+        ),
+        ({"param_groups": [{"params": [0, 1, 2, 3], "betas": "ab"}]}, "betas: expected two numbers"),
+    ],
+)
+def test_what_is_no_state_loads_nothing(changes: Any, message: str, rng: torch.Generator) -> None:
+    parameters = named()
+    optimizer = UnlearnOptimizer(parameters, rule="adam", lr=0.3)
+    optimizer.retain_step(gradients(rng, parameters))
+    saved, before = optimizer.state_dict(), snapshot(optimizer)
+    with pytest.raises(InputError, match=f"^{message}"):
+        optimizer.load_state_dict(None if changes is None else saved | changes)
+    assert_same_bits(snapshot(optimizer), before)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
 def test_a_group_added_later_joins_the_round_under_way() -> None:
     a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
     optimizer = UnlearnOptimizer([a], rule="sgd", lr=1.0, slow_rate=0.5, slow_freq=2)

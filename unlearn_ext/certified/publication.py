@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._files import atomic_path, user_path, writable_directory, writing
 from .._hashing import raw_bytes
-from .._seal import SEAL, damage, seal
+from .._seal import SEAL, damage, label_of, seal
 from ..errors import InputError
 
 __all__ = ["CERTIFICATE", "WEIGHTS", "Publication", "tensors_sha256"]
@@ -52,10 +52,22 @@ class Publication:
         return features.to(torch.float64) @ self.weights
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``weights.safetensors``, ``certificate.json``, and the hashes of both as ``SHA256SUMS``."""
+        """Writes ``weights.safetensors``, ``certificate.json``, and the hashes of both as ``SHA256SUMS``.
+
+        An earlier publication in the directory is replaced.
+
+        Raises:
+            InputError: the directory cannot be written, or holds a file of one of these names that belongs to something
+                else. Nothing is written then.
+        """
         from safetensors.torch import save_file
 
         directory = writable_directory(directory)
+        there = [name for name in (SEAL, WEIGHTS, CERTIFICATE) if (directory / name).exists()]
+        if there and label_of(directory) != _LABEL:
+            raise InputError(
+                f"{directory}: its {there[0]} is of no publication and would be overwritten: choose another directory"
+            )
         with atomic_path(directory / WEIGHTS) as partial:
             save_file({"weights": self.weights.contiguous()}, partial, metadata={"format": "pt"})
         with atomic_path(directory / CERTIFICATE) as partial:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, nearest, shown
+from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, describe, nearest
 from .._plain import plain_numbers
 from ..errors import InputError
 from ..optim import StepConfig
@@ -249,7 +249,7 @@ class Method(StepConfig, ABC):
             known = ", ".join(cls.presets) or "none"
             near = nearest(name, cls.presets.keys()) if isinstance(name, str) else None
             hint = f", perhaps {near} is meant" if near else ""
-            raise InputError(f"{cls.__name__} has no preset {shown(name)}{hint}: choose from {known}")
+            raise InputError(f"{cls.__name__} has no preset {describe(name)}{hint}: choose from {known}")
         preset = dict(cls.presets[name])
         if any(overrides.get(source) is not None for source in MASK_SOURCES):
             preset = {key: value for key, value in preset.items() if key not in MASK_SOURCES}

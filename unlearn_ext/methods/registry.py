@@ -6,7 +6,7 @@ import functools
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
-from .._arguments import nearest, shown
+from .._arguments import describe, nearest
 from ..errors import InputError, first_line
 from .bad_teacher import BadTeacher
 from .base import Method, Row
@@ -75,7 +75,7 @@ def find(name: str) -> type[Method]:
     classes = {method.__name__: key for key, method in METHODS.items()}  # the name of a class is tried, too
     near = nearest(name, {**classes, **{own: own for own in known}})
     hint = f", perhaps {near} is meant" if near else ""
-    raise InputError(f"there is no method {shown(name)}{hint}: choose from {', '.join(known)}")
+    raise InputError(f"there is no method {describe(name)}{hint}: choose from {', '.join(known)}")
 
 
 def available() -> tuple[dict[str, type[Method]], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .._arguments import check_instance, describe, shown
+from .._arguments import check_instance, describe
 from ..errors import InputError
 from .base import Method
 from .registry import find
@@ -69,13 +69,13 @@ def split_spec(spec: str) -> tuple[str, str, str]:
     head, colon, rest = spec.strip().partition(":")
     name, at, preset = (part.strip() for part in head.partition("@"))
     if not name:
-        raise InputError(f"a method is name, name@preset or name:key=value,key=value; got {shown(spec)}")
+        raise InputError(f"a method is name, name@preset or name:key=value,key=value; got {describe(spec)}")
     for text, sign, follows, missing in (
         (head.strip(), at, preset, "a preset"),
         (spec.strip(), colon, rest.strip(), "settings"),
     ):
         if sign and not follows:
-            raise InputError(f"{shown(text)} ends where {missing} should follow: leave {sign} out")
+            raise InputError(f"{describe(text)} ends where {missing} should follow: leave {sign} out")
     return name, preset, rest.strip()
 
 
@@ -86,7 +86,7 @@ def read_settings(name: str, kind: type, text: str) -> dict[str, Any]:
     for part in split_commas(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
-            raise InputError(f"{name}: expected key=value between commas, got {shown(part.strip())}")
+            raise InputError(f"{name}: expected key=value between commas, got {describe(part.strip())}")
         if key in given:
             raise InputError(f"{name}: {key} is given twice")
         given[key] = _value(name, key, value, kinds)
@@ -115,7 +115,7 @@ def _value(name: str, key: str, text: str, kinds: Mapping[str, Any]) -> Any:
     if key not in kinds:
         near = difflib.get_close_matches(key[:80], kinds, n=1)
         hint = f"perhaps {near[0]} is meant" if near else f"its settings are {', '.join(kinds)}"
-        raise InputError(f"{name} has no setting {shown(key)}: {hint}")
+        raise InputError(f"{name} has no setting {describe(key)}: {hint}")
     if text.lower() in _WORDS:
         value = _WORDS[text.lower()]
     else:
@@ -126,7 +126,7 @@ def _value(name: str, key: str, text: str, kinds: Mapping[str, Any]) -> Any:
     if not _fits(value, kinds[key]):
         words = _in_words(kinds[key])
         raise InputError(
-            f"{name}: {key} is {words}, got {shown(text)}"
+            f"{name}: {key} is {words}, got {describe(text)}"
             if words
             else f"{name}: {key} cannot be given as text: set it in Python"
         )

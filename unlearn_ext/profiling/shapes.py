@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .._arguments import shown
+from .._arguments import describe
 from ..errors import InputError
 
 __all__ = ["LAYOUTS", "SHAPES", "count", "cut", "named", "of_safetensors"]
@@ -152,8 +152,8 @@ def named(name: str) -> list[Shape]:
     if name.endswith(".safetensors"):
         return of_safetensors(Path(name))
     raise InputError(
-        f"shapes {shown(name)} are not known: choose from {', '.join(SHAPES)}, tensors of one size as in 300x1000, or "
-        "a .safetensors file"
+        f"shapes {describe(name)} are not known: choose from {', '.join(SHAPES)}, tensors of one size as in 300x1000, "
+        "or a .safetensors file"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import shown
+from .._arguments import describe
 from .._files import atomic_path, user_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
@@ -480,7 +480,7 @@ def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
 
 def check_fraction(name: str, fraction: float) -> None:
     if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-        raise InputError(f"{name}: expected a number from 0 to 1, got {shown(fraction)}")
+        raise InputError(f"{name}: expected a number from 0 to 1, got {describe(fraction)}")
 
 
 def _part_of(total: int, fraction: float) -> int:
