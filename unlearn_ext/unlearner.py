@@ -348,7 +348,9 @@ class Unlearner:
         said = set() if self.ranks.first else set(_signs.KEYS)
         if self.method.has_idle_momentum:
             result.warnings["momentum"] = _signs.IDLE_MOMENTUM
-            _signs.announce(result.warnings, said)
+        if self.method.has_idle_forgetting:
+            result.warnings["strength"] = _signs.IDLE_FORGETTING
+        _signs.announce(result.warnings, said)
         with (
             self.ranks.watched(),
             keeping_graphs(self.optimizer_in_backward),

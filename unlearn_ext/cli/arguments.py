@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from .._files import user_path
+from ..data.labels import decoded
 from ..errors import InputError
 
 __all__ = ["OnceCommand", "checked", "hyphens"]
@@ -57,10 +58,16 @@ def checked(function: Callable[..., int]) -> Callable[..., int]:
 
 def _checked(name: str, value: Any) -> Any:
     option = "--" + name.removesuffix("_file").replace("_", "-")
+    if name == "json_file" and str(value) == "-":
+        return Path("/dev/stdout")
     if isinstance(value, Path):  # as in --option=~/folder, where the shell leaves it
         return user_path(value)
     if isinstance(value, str) and name in _PATHS_OR_NAMES:
         return str(user_path(value))
+    if isinstance(value, list):
+        return [_checked(name, one) for one in value]
+    if type(value) is str:  # and not an Enum's
+        return decoded(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{option}: expected a finite number, got {value}")
     if isinstance(value, int) and name not in _LARGER and abs(value) > _LARGEST:
