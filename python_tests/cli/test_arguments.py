@@ -228,7 +228,7 @@ def test_a_reader_that_leaves_ends_nothing(monkeypatch) -> None:
     os.close(reading)
     done = []
     for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, io.TextIOWrapper(open(os.dup(writing), "wb"), encoding="utf-8"))
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.FileIO(os.dup(writing), "w"), encoding="utf-8"))
 
     def work() -> int:
         for stderr in (False, True):

@@ -321,9 +321,8 @@ def test_the_strength_is_the_presets_and_decays(home: Path, forgotten: Forgotten
 @pytest.mark.parametrize("value", ["0", "0.0", "-0.0", "-1", "nan"])
 def test_a_run_that_could_forget_nothing_is_refused(tmp_path: Path, capsys, option: str, value: str) -> None:
     """Before anything is opened: the model is not there."""
-    error = refusal(
-        capsys, tmp_path, "none", tmp_path / "out", "--forget-class", "3", option, value, "--dry-run", data=""
-    )
+    options = ("--forget-class", "3", option, value, "--dry-run")
+    error = refusal(capsys, tmp_path, "none", tmp_path / "out", *options, data="")
     assert error.startswith(f"error: {option}: expected a finite number")
 
 

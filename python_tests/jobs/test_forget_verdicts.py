@@ -81,9 +81,7 @@ def judge_says(monkeypatch, *rounds: int) -> None:
 
 
 @pytest.mark.parametrize(("rounds", "code"), [((3, 3), 3), ((3, 4), 0), ((4, 3), 3), ((4, 4), 3)])
-def test_a_class_that_is_still_drawn_or_was_never_seen_ends_with_code_3(
-    home, tmp_path, monkeypatch, capsys, rounds, code
-) -> None:
+def test_a_class_still_drawn_or_never_seen_ends_with_code_3(home, tmp_path, monkeypatch, capsys, rounds, code) -> None:
     judge_says(monkeypatch, *rounds)
     options = ("--forget-class", "3", "--classifier", str(home / "judge"), "--samples", "1")
     assert run(home, "ddpm", tmp_path / "out", *options) == code

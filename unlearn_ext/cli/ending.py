@@ -21,14 +21,14 @@ _UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "not_seen_before", "r
 _said: set[str] = set()  # sentences that this process has printed
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
-    "was asked for did not happen or cannot be told (the last lines on stderr and the result's warnings say what), 130, "
-    "143 and 129 ended by Ctrl-C, SIGTERM and SIGHUP."
+    "was asked for did not happen or cannot be told (the last lines on stderr and the result's warnings say what), "
+    "130, 143 and 129 ended by Ctrl-C, SIGTERM and SIGHUP."
 )
 
 
 def end(found: Mapping[str, str]) -> int:
-    """The exit code of a command whose result has these warnings; its reasons, if it is 3, are the last lines on stderr,
-    whether they were printed before or not."""
+    """The exit code of a command whose result has these warnings. Where it is 3, its reasons are the last lines on
+    stderr, whether they were printed before or not."""
     reasons = [sentence for key, sentence in found.items() if _is_unmet(key)]
     for sentence in reasons:
         plain_console(stderr=True).print(f"exit code {UNMET}: {sentence}", soft_wrap=True)

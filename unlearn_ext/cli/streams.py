@@ -49,9 +49,8 @@ def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.backslashreplace_errors(error)
     error.end = error.start + 1
     spelled = _SPELLED.get(error.object[error.start])
-    word = (
-        re.split(r"\s", error.object[: error.start])[-1] + re.split(r"\s", error.object[error.start :], maxsplit=1)[0]
-    )
+    before, after = error.object[max(0, error.start - 99) : error.start], error.object[error.start :][:99]
+    word = re.split(r"\s", before)[-1] + re.split(r"\s", after)[0]
     if spelled is None or "/" in word or (spelled == "e" and "Fréchet" not in word):
         return codecs.backslashreplace_errors(error)
     return spelled, error.end

@@ -25,7 +25,7 @@ def decoded(text: str) -> str:
 
 
 def composed(text: str) -> str:
-    """The decoded text in Unicode's normal form C: keyboards give an é as one character, and some file systems as two."""
+    """Decoded, in Unicode's normal form C: keyboards give an é as one character, and some file systems as two."""
     return unicodedata.normalize("NFC", decoded(text))
 
 
