@@ -46,6 +46,14 @@ def test_an_option_given_twice_is_refused(command, option, flag, opposite, capsy
             assert code == 2 and "more than once" in error and option in error
 
 
+@pytest.mark.parametrize("given", [["--output-dir", ""], ["--output_dir="], ["--json", ""], ["--device="]])
+def test_an_empty_value_is_refused(given, capsys, monkeypatch, tmp_path) -> None:
+    """As of a shell's variable that is not set: an empty path would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *given]) == 2
+    assert "expected a value, got an empty text" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_all_commands_are_looked_at() -> None:
     assert set(COMMANDS) == {"demo", "forget", "compare", "profile"} and len(OPTIONS) > 60
 

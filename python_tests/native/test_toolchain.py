@@ -107,9 +107,7 @@ def test_a_host_compiler_that_is_none_is_found_before_nvcc_is_started(monkeypatc
 @needs_compiler
 def test_a_refused_flag_is_the_flags_fault(csrc, monkeypatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-no-such-flag")
-    with pytest.raises(
-        _native.BuildError, match="(?s)-no-such-flag.*environment.* UNLEARN_EXT_CXXFLAGS='-no-such-flag'"
-    ):
+    with pytest.raises(_native.BuildError, match=r"environment.* UNLEARN_EXT_CXXFLAGS='-no-such-flag'"):
         _native.cpu_recipe(csrc)
 
 

@@ -32,11 +32,15 @@ def hyphens(arguments: Sequence[str]) -> list[str]:
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses an option given twice unless it takes several values; click would drop the first one."""
+    """A command that refuses empty values, and an option given twice unless it takes several; click drops the first."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))  # a copy: the parser takes it apart
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))  # a copy: the parser takes it apart
         for parameter in order:
+            if (
+                values.get(parameter.name) == ""
+            ):  # as of a shell's variable that is not set; a path would be the folder .
+                raise typer.BadParameter("expected a value, got an empty text", ctx, parameter)
             if order.count(parameter) > 1 and not getattr(parameter, "multiple", False):
                 hint = "/".join([*parameter.opts, *parameter.secondary_opts])
                 raise typer.BadParameter("given more than once, and it takes one value: give it once", ctx, None, hint)
