@@ -37,9 +37,7 @@ class OnceCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))  # a copy: the parser takes it apart
         for parameter in order:
-            if (
-                values.get(parameter.name) == ""
-            ):  # as of a shell's variable that is not set; a path would be the folder .
+            if values.get(parameter.name) == "":  # a shell's variable that is not set; as a path it would be "."
                 raise typer.BadParameter("expected a value, got an empty text", ctx, parameter)
             if order.count(parameter) > 1 and not getattr(parameter, "multiple", False):
                 hint = "/".join([*parameter.opts, *parameter.secondary_opts])
