@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,8 +174,11 @@ def check_model(model: Any, name: str = "model") -> None:
     raise InputError(f"{name}: expected a torch.nn.Module, got {got}: {remedy}")
 
 
-def check_device(device: Any, name: str = "device") -> torch.device:
+def check_device(device: Any, name: str = "device", kinds: Sequence[str] | None = None) -> torch.device:
     """The device, which is there and can hold a model.
+
+    Args:
+        kinds: those that will do; all that hold numbers unless given.
 
     Raises:
         InputError: there is none of that name, or this torch cannot use it.
@@ -183,7 +186,9 @@ def check_device(device: Any, name: str = "device") -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        raise InputError(f"{name}: expected one such as 'cpu', 'cuda' or 'cuda:0', got {describe(device)}") from None
+        found = None
+    if found is None or (kinds is not None and found.type not in kinds):
+        raise InputError(f"{name}: expected one such as 'cpu', 'cuda' or 'cuda:0', got {describe(device)}")
     if found.type == "meta":
         raise InputError(f"{name}: 'meta' holds no numbers: choose cpu, cuda or another device that does")
     if found.type == "cuda" and not torch.cuda.is_available():

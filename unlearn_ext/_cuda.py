@@ -93,7 +93,8 @@ def cuda_recipe(csrc: Path | None = None) -> Recipe:
         BuildError: this torch has no CUDA.
     """
     if torch.version.cuda is None:
-        raise BuildError(f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch")
+        advice = "install a CUDA build of torch, or leave UNLEARN_EXT_CUDA unset"
+        raise BuildError(f"torch {torch.__version__} is built without CUDA: {advice}")
     csrc = csrc or _find_csrc()
     kernels = sorted((csrc / "cuda").glob("*.cu"), key=lambda path: path.name != Path(_LARGEST_SOURCE).name)
     shared = sorted(path for room in ("operators", "tensors") for path in (csrc / room).glob("*.cpp"))

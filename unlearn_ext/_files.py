@@ -155,7 +155,8 @@ def _write_through(source: Path, path: Path) -> None:
         handle = _open_pipe(path)
     else:
         handle = os.open(path, os.O_WRONLY)
-    with open(handle, "wb") as target, open(source, "rb") as content:
+    # A reader that has left wants no more, which is no reason to lose what the run has made.
+    with contextlib.suppress(BrokenPipeError), open(handle, "wb") as target, open(source, "rb") as content:
         shutil.copyfileobj(content, target)
 
 

@@ -149,7 +149,8 @@ def _find_or_build_cuda() -> Path | None:
         return _build_cached(cuda_recipe(), None)
     except ToolchainError as error:
         if forced == "native" or os.environ.get("UNLEARN_EXT_CUDA") == "1":
-            raise ToolchainError(f"the CUDA kernels were asked for, but {error}") from None
+            variable = "UNLEARN_EXT_BACKEND=native" if forced == "native" else "UNLEARN_EXT_CUDA=1"
+            raise ToolchainError(f"{variable} asks for the CUDA kernels, but {error}") from None
         warnings.warn(
             f"unlearn_ext runs its slower pure-PyTorch operators on CUDA tensors, because {error}. "
             "UNLEARN_EXT_BACKEND=python chooses them without this warning.",
@@ -555,7 +556,8 @@ def _run_ninja(ninja: list[str], recipe: Recipe, work: Path, log: Path) -> None:
         raise BuildError(f"{recipe.compiler[0]} was ended after {limit:g} s without a library: {advice}; log: {log}")
     if status != 0:
         errors = _toolchain.errors_in(log.read_text(encoding="utf-8", errors="replace"))
-        raise BuildError(f"the native library does not compile:\n{errors}\nfull log: {log}")
+        said = f"{errors}\nfull log: {log}{_toolchain.variables_in_play()}"
+        raise BuildError(f"the native library does not compile:\n{said}")
     if not (work / recipe.file_name).is_file():
         raise BuildError(f"{recipe.compiler[0]} says that it has built the library, and has not; full log: {log}")
 

@@ -15,12 +15,12 @@ from ._hashing import as_integers
 from ._shards import local
 from ._warn import warn
 
-__all__ = ["IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "growth", "hidden", "missed"]
-__all__ += ["drawing", "unmet", "unmoved", "unseen_classes"]
+__all__ = ["IDLE_FORGETTING", "IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "drawing", "growth"]
+__all__ += ["hidden", "missed", "unmet", "unmoved", "unseen_classes"]
 
 # Keys of the warnings that say that what was asked did not happen; the others are about settings and data.
 MISSED = ("target", "unmoved", "retain", "batch_norm")
-KEYS = (*MISSED, "momentum", "unseen", "workers")
+KEYS = (*MISSED, "momentum", "strength", "unseen", "workers")
 
 _GROWN = 3.0  # times its start: retain loss that tells of damage
 _FLOOR = 0.3  # nats that a cross-entropy has to rise by as well: below that nearly all predictions stay
@@ -51,6 +51,12 @@ def announce(found: Mapping[str, str], said: set[str]) -> None:
 IDLE_MOMENTUM = (
     "rule='momentum' with momentum=0 is plain gradient descent, whose steps add up to about a tenth of those with 0.9: "
     "leave momentum out (it is 0.9 then), or set rule='sgd' if that is meant"
+)
+
+
+IDLE_FORGETTING = (
+    "forget_alpha, forget_lr or forget_weight is 0, so no step forgets and the run only trains on what is kept: set it "
+    "above 0, or take the method finetune if that is meant"
 )
 
 

@@ -101,7 +101,7 @@ def macros(compiler: tuple[str, ...], flags: list[str]) -> str:
         raise
     except BuildError as error:
         if flags and _defines_cplusplus(_answer_or_nothing([*compiler, *question])):
-            raise
+            raise BuildError(f"{error}{variables_in_play()}") from None
         said = str(error).splitlines()[0]
     if said:
         named = f"CXX is {shlex.join(compiler)!r}, which" if os.environ.get("CXX") else f"{shlex.join(compiler)!r}"
@@ -185,6 +185,17 @@ def _children(pid: int) -> list[int]:
 
 
 # --- Settings -----------------------------------------------------------------------------------------------
+
+
+_VARIABLES = ("CXX", "UNLEARN_EXT_CXXFLAGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
+# What g++, clang and nvcc read by themselves.
+_VARIABLES += ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+
+
+def variables_in_play() -> str:
+    """A line on the variables of the environment that reach a compiler; empty where none is set."""
+    present = [f"{name}={os.environ[name]!r}" for name in _VARIABLES if os.environ.get(name)]
+    return f"\nset in the environment, and part of this: {', '.join(present)}" if present else ""
 
 
 def build_timeout() -> float:

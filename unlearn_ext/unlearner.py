@@ -339,6 +339,8 @@ class Unlearner:
         said = set() if self.ranks.first else set(_signs.KEYS)
         if self.method.has_idle_momentum:
             result.warnings["momentum"] = _signs.IDLE_MOMENTUM
+        if self.method.has_idle_forgetting:
+            result.warnings["strength"] = _signs.IDLE_FORGETTING
         living = [name for name, data in sets.items() if keeps_workers(data)]
         if living and (checkpointing_steps is not None or resume_from_checkpoint is not None):
             result.warnings["workers"] = _signs.drawing(living, resumed=resume_from_checkpoint is not None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import runpy
 import sys
 import warnings
@@ -14,8 +16,9 @@ import torch
 import typer
 
 from unlearn_ext import cli
+from unlearn_ext._files import write_json
 from unlearn_ext.cli import main
-from unlearn_ext.cli.ending import exit_code
+from unlearn_ext.cli.ending import demo_warnings, end, show_warnings
 from unlearn_ext.cli.report import plain_console
 from unlearn_ext.cli.streams import escape_unprintable
 from unlearn_ext.errors import InputError, UnlearningWarning
@@ -43,6 +46,14 @@ def test_an_option_given_twice_is_refused(command, option, flag, opposite, capsy
             assert code == 2 and "more than once" in error and option in error
 
 
+@pytest.mark.parametrize("given", [["--output-dir", ""], ["--output_dir="], ["--json", ""], ["--device="]])
+def test_an_empty_value_is_refused(given, capsys, monkeypatch, tmp_path) -> None:
+    """As of a shell's variable that is not set: an empty path would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *given]) == 2
+    assert "expected a value, got an empty text" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_all_commands_are_looked_at() -> None:
     assert set(COMMANDS) == {"demo", "forget", "compare", "profile"} and len(OPTIONS) > 60
 
@@ -59,6 +70,36 @@ def test_a_home_folder_is_followed(form, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("unlearn_ext.cli.demo.demo", look)
     assert main(["demo", *form]) == 0
     assert seen == [tmp_path / "x"]
+
+
+def test_texts_are_decoded_as_in_a_utf_8_locale() -> None:
+    from unlearn_ext.cli.arguments import checked
+
+    raw, seen = "é".encode().decode("ascii", "surrogateescape"), {}
+    look = checked(lambda **arguments: seen.update(arguments) or 0)
+    look(forget_class=[raw, "3"], replace_prompt=raw, shapes=raw, data=Path(raw))  # paths are as the system has them
+    assert seen == {"forget_class": ["é", "3"], "replace_prompt": "é", "shapes": raw, "data": Path(raw)}
+
+
+def test_a_hyphen_is_stdout() -> None:
+    from unlearn_ext.cli.arguments import checked
+
+    seen = {}
+    checked(lambda **arguments: seen.update(arguments) or 0)(json_file=Path("-"), data=Path("-"))
+    assert seen == {"json_file": Path("/dev/stdout"), "data": Path("-")}
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_every_option_can_be_read_in_the_help(command, columns, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main([*filter(None, [command]), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= int(columns) and "list[" not in text
+    options = [option for option in COMMANDS[command].params if option.opts[0][0] == "-"] if command else []
+    for option in options:
+        for name in (*option.opts, *option.secondary_opts):
+            assert re.search(rf"{name}( |$)", text, re.MULTILINE)
 
 
 def test_a_checkpoint_may_lie_in_the_home_folder(tmp_path, monkeypatch) -> None:
@@ -149,6 +190,24 @@ def test_any_text_can_be_printed(encoding, monkeypatch) -> None:
     )
 
 
+def test_names_of_the_users_are_escaped_and_not_spelled(monkeypatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with escape_unprintable():
+        plain_console().print("Fréchet 2 ± 1 in a/café or café, /tmp/α×2 of −α", soft_wrap=True)
+        sys.stdout.flush()
+    assert raw.getvalue() == b"Frechet 2 +- 1 in a/caf\\xe9 or caf\\xe9, /tmp/\\u03b1\\xd72 of -alpha\n"
+
+
+def test_an_ascii_locale_passes_file_names_on_and_spells_symbols(monkeypatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="surrogateescape"))
+    with escape_unprintable():
+        plain_console().print("caf\udcc3\udca9: 2 ×")
+        sys.stdout.flush()
+    assert raw.getvalue() == "café: 2 x\n".encode() and sys.stdout.errors == "surrogateescape"
+
+
 def test_helps_and_progress_can_be_printed_in_ascii(monkeypatch) -> None:
     from unlearn_ext.cli.progress import stages
 
@@ -171,6 +230,30 @@ def test_the_table_of_methods_can_be_printed_in_ascii(monkeypatch) -> None:
     assert b"-alpha mean loss" in raw.getvalue() and b"\\u" not in raw.getvalue()
 
 
+def test_a_reader_that_leaves_ends_nothing(monkeypatch) -> None:
+    """As ``unlearn-ext demo | head``: what is printed then goes nowhere."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = []
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.FileIO(os.dup(writing), "w"), encoding="utf-8"))
+
+    def work() -> int:
+        for stderr in (False, True):
+            plain_console(stderr=stderr).print("x" * 100_000)
+        print("said")
+        write_json("/proc/self/fd/" + str(writing), {"result": 1})  # as --json /dev/stdout
+        done.append(True)
+        return 3
+
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: work())
+    before = sys.stdout
+    assert main(["demo"]) == 3 and done == [True]
+    assert sys.stdout is before
+    sys.stdout.write("later"), sys.stdout.close(), sys.stderr.close()  # the interpreter's end
+    os.close(writing)
+
+
 def test_a_runs_warning_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:
     def warn() -> int:
         for _ in range(2):
@@ -182,10 +265,39 @@ def test_a_runs_warning_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "warning: the target was not met\n"
 
 
-def test_codes_of_warnings() -> None:
-    assert exit_code({}) == exit_code({"momentum": "...", "not_seen_before": "..."}) == 0
-    for key in ("still_drawn", "retained_lost", "not_judged", "still_known", "target", "unmoved"):
-        assert exit_code({key: "..."}) == 3
+UNMET = ("still_drawn", "retained_lost", "not_judged", "not_seen_before", "still_known", "target", "unmoved")
+
+
+def test_codes_of_warnings(capsys) -> None:
+    """Code 3 has its reasons in the last lines, whatever was printed when they arose."""
+    assert end({}) == end({"momentum": "...", "strength": "..."}) == 0
+    assert capsys.readouterr() == ("", "")
+    for key in UNMET:
+        assert end({"momentum": "a", key: "b " * 100}) == 3
+        assert capsys.readouterr() == ("", f"exit code 3: {'b ' * 100}\n")
+
+
+def test_a_reason_is_said_when_it_arises_and_at_the_end(monkeypatch, capsys) -> None:
+    found = {"unmoved": "nothing moved", "unseen": "a hint"}
+
+    def work() -> int:
+        for sentence in found.values():
+            warnings.warn(sentence, UnlearningWarning, stacklevel=1)
+        plain_console().print("model: out")
+        show_warnings(found | {"retain": "lost", "momentum": "late"}, plain_console())
+        return end(found)
+
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: work())
+    assert main(["demo"]) == 3
+    output = capsys.readouterr()
+    assert output.err.splitlines() == ["warning: nothing moved", "warning: a hint", "exit code 3: nothing moved"]
+    assert output.out.splitlines() == ["model: out", "warning: late"]
+
+
+def test_a_demo_that_knew_nothing_before_says_nothing_of_forgetting() -> None:
+    assert demo_warnings("the digit 3", 0.1, 0.0, {}).keys() == {"not_seen_before"}
+    assert demo_warnings("the digit 3", 0.9, 0.6, {}).keys() == {"still_known"}
+    assert demo_warnings("the digit 3", 0.9, 0.0, {"a": "b"}) == demo_warnings(None, 0.0, 0.0, {"a": "b"}) == {"a": "b"}
 
 
 def test_what_a_command_returns_is_the_exit_code(monkeypatch) -> None:

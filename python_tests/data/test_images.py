@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from unlearn_ext.data import _folders as module
 from unlearn_ext.data import label_names, open_data, parse_classes, read_class_map
+from unlearn_ext.data.labels import composed
 from unlearn_ext.errors import InputError
 
 pytest.importorskip("mlxtend")
@@ -443,7 +444,7 @@ def test_classes_by_index_and_by_text():
         ("tensh", "no class 'tensh': did you mean 'tench'"),
         ("zzz", "it knows 'tench, tinca tinca', 'tench', 'tinca tinca', 'crane', 'crane, machine' and 2 more"),
         ("4", "class 4 is no class of images"),
-        ("5", r"class 5 is outside the model's 4 classes \(0 to 3\)"),
+        ("5", r"class 5 is outside the model's 4 classes, 0 to 3"),
         ("-1", "class -1 is outside"),
         ("", "no class to forget was named"),
         (" , ", "no class to forget was named"),
@@ -454,8 +455,30 @@ def test_classes_by_index_and_by_text():
         parse_classes("tench", 4, {})
 
 
-def test_folder_names_are_texts_unless_they_are_numbers(kept, tmp_path):
-    assert label_names(None, {"cat": 1, "7": 3}) == {"cat": [1]}
+def test_a_number_that_is_an_index_and_another_classs_text_is_refused():
+    names = label_names({0: "5", 1: "1", 2: "12", 3: "0"}, {"cat": 1, "2": 3})
+    for text in ("0", "2", "1, 2"):
+        with pytest.raises(InputError, match=r"say 'index (0|2)' or 'label (0|2)'"):
+            parse_classes(text, 4, names)
+    assert parse_classes("index 0, label 0", 4, names) == [0, 3]
+    assert parse_classes("1, 3, 5, 12", 4, names) == [1, 3, 0, 2]  # one meaning each
+    assert parse_classes([0, 2], 4, names) == [0, 2]  # no text
+    assert parse_classes("label 3", 4, {"label 3": [1]}) == [1]
+    with pytest.raises(InputError, match="class 5 is outside"):
+        parse_classes("index 5", 4, names)
+    with pytest.raises(InputError, match="no class '3'"):
+        parse_classes("label 3", 4, names)
+
+
+def test_texts_are_those_of_a_utf_8_locale():
+    """As Python has them of a command line or a folder in an ASCII locale."""
+    undecoded = "café".encode().decode("ascii", "surrogateescape")
+    assert parse_classes(undecoded, 4, {"café": [2]}) == [2]
+    assert label_names(None, {undecoded: 2}) == {"café": [2]}
+    assert composed("caf\udce9") == "caf\udce9"  # Latin-1's
+
+
+def test_folder_names_are_texts(kept, tmp_path):
     for digit in (0, 1):
         shutil.copytree(kept / str(digit), tmp_path / f"n0{digit}x")
     data = open_data(tmp_path, size=16, channels=1, classes=2, class_map="sorted")

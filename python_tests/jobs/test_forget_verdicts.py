@@ -80,14 +80,16 @@ def judge_says(monkeypatch, *rounds: int) -> None:
     monkeypatch.setattr(Judge, "probabilities", probabilities)
 
 
-@pytest.mark.parametrize(("rounds", "code"), [((3, 3), 3), ((3, 4), 0), ((4, 3), 3)])
-def test_a_class_that_is_still_drawn_ends_with_code_3(home, tmp_path, monkeypatch, capsys, rounds, code) -> None:
+@pytest.mark.parametrize(("rounds", "code"), [((3, 3), 3), ((3, 4), 0), ((4, 3), 3), ((4, 4), 3)])
+def test_a_class_still_drawn_or_never_seen_ends_with_code_3(home, tmp_path, monkeypatch, capsys, rounds, code) -> None:
     judge_says(monkeypatch, *rounds)
     options = ("--forget-class", "3", "--classifier", str(home / "judge"), "--samples", "1")
     assert run(home, "ddpm", tmp_path / "out", *options) == code
     warnings = result(tmp_path / "out")["warnings"]
-    assert ("still_drawn" in warnings) == (code == 3)
-    assert ("warning: not forgotten: the classifier still sees 3" in capsys.readouterr().out) == (code == 3)
+    assert ("still_drawn" in warnings) == (rounds[1] == 3) and ("not_seen_before" in warnings) == (rounds == (4, 4))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("exit code 3: ") == (code == 3)
+    assert ("not forgotten: the classifier still sees 3" in last) == (rounds[1] == 3)
     assert (tmp_path / "out" / "model_index.json").exists()
 
 

@@ -525,5 +525,5 @@ def test_cuda_tensors_without_nvcc_take_the_slower_path_and_say_what_to_install(
     with pytest.warns(RuntimeWarning, match=r'slower pure-PyTorch .*pip install "cuda-toolkit\[nvcc,cccl\]==13\.0'):
         assert _native._find_or_build_cuda() is None
     monkeypatch.setenv("UNLEARN_EXT_CUDA", "1")
-    with pytest.raises(_native.ToolchainError, match="the CUDA kernels were asked for, but nvcc was not found"):
+    with pytest.raises(_native.ToolchainError, match="asks for the CUDA kernels, but nvcc was not found"):
         _native._find_or_build_cuda()

@@ -107,8 +107,18 @@ def test_a_host_compiler_that_is_none_is_found_before_nvcc_is_started(monkeypatc
 @needs_compiler
 def test_a_refused_flag_is_the_flags_fault(csrc, monkeypatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-no-such-flag")
-    with pytest.raises(_native.BuildError, match="-no-such-flag"):
+    with pytest.raises(_native.BuildError, match=r"environment.* UNLEARN_EXT_CXXFLAGS='-no-such-flag'"):
         _native.cpu_recipe(csrc)
+
+
+def test_a_failing_compile_names_the_variables_that_reach_it(script, csrc, tmp_path, monkeypatch) -> None:
+    compiler = script('echo "x.cpp:1: error: the cause" >&2; exit 1')
+    monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-DA=1 -w")
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(_native.BuildError) as caught:
+        _native._build_cached(tiny(compiler, csrc), tmp_path / "cache")
+    last = str(caught.value).splitlines()[-1]
+    assert f"CXX={compiler!r}, UNLEARN_EXT_CXXFLAGS='-DA=1 -w'" in last
 
 
 @needs_compiler

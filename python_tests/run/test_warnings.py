@@ -41,6 +41,13 @@ def test_a_run_as_any_other_has_nothing_to_say() -> None:
 # --- Settings and data ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("setting", ["forget_alpha", "forget_lr", "forget_weight"])
+def test_a_setting_that_forgets_nothing_is_said(setting: str) -> None:
+    sentence = go(f"{QUIET},{setting}=0").warnings["strength"]
+    assert setting in sentence and "no step forgets" in sentence
+    assert "strength" not in go(f"{QUIET},{setting}=0.5").warnings
+
+
 def test_rule_momentum_without_momentum() -> None:
     (sentence,) = go(f"{QUIET},rule=momentum,momentum=0").warnings.items()
     assert sentence[0] == "momentum" and "rule='momentum' with momentum=0 is plain gradient descent" in sentence[1]

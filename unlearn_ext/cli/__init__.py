@@ -21,9 +21,9 @@ def _version(asked: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
-    from .streams import escape_unprintable
+    from .streams import escape_unprintable, outlive_readers
 
-    with escape_unprintable():
+    with outlive_readers(), escape_unprintable():
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)
         except KeyboardInterrupt:  # before a command has begun
@@ -72,6 +72,7 @@ def _app():
 
     app = typer.Typer(
         add_completion=False,
+        rich_markup_mode=None,  # rich cuts long option names at 80 columns
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         help="Make trained PyTorch networks forget, fast and verifiably.",

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from .._files import user_path
+from ..data.labels import decoded
 from ..errors import InputError
 
 __all__ = ["OnceCommand", "checked", "hyphens"]
@@ -31,11 +32,13 @@ def hyphens(arguments: Sequence[str]) -> list[str]:
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses an option given twice unless it takes several values; click would drop the first one."""
+    """A command that refuses empty values, and an option given twice unless it takes several; click drops the first."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))  # a copy: the parser takes it apart
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))  # a copy: the parser takes it apart
         for parameter in order:
+            if values.get(parameter.name) == "":  # a shell's variable that is not set; as a path it would be "."
+                raise typer.BadParameter("expected a value, got an empty text", ctx, parameter)
             if order.count(parameter) > 1 and not getattr(parameter, "multiple", False):
                 hint = "/".join([*parameter.opts, *parameter.secondary_opts])
                 raise typer.BadParameter("given more than once, and it takes one value: give it once", ctx, None, hint)
@@ -57,10 +60,16 @@ def checked(function: Callable[..., int]) -> Callable[..., int]:
 
 def _checked(name: str, value: Any) -> Any:
     option = "--" + name.removesuffix("_file").replace("_", "-")
+    if name == "json_file" and str(value) == "-":
+        return Path("/dev/stdout")
     if isinstance(value, Path):  # as in --option=~/folder, where the shell leaves it
         return user_path(value)
     if isinstance(value, str) and name in _PATHS_OR_NAMES:
         return str(user_path(value))
+    if isinstance(value, list):
+        return [_checked(name, one) for one in value]
+    if type(value) is str:  # and not an Enum's
+        return decoded(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{option}: expected a finite number, got {value}")
     if isinstance(value, int) and name not in _LARGER and abs(value) > _LARGEST:

@@ -11,7 +11,7 @@ import typer
 
 from .demo import Scenario
 from .device import checked_device
-from .ending import UNMET
+from .ending import end
 from .report import check_file, plain_console, write_report
 
 __all__ = ["compare"]
@@ -109,7 +109,13 @@ def compare(
     console = plain_console(json_file=json_file)
     show(report, console)
     console.print(f"all numbers: {output_dir / 'result.json'}", style="dim", soft_wrap=True)
-    return UNMET if any(len(row["failed"]) == seeds for row in report["methods"].values()) else 0
+    return end(
+        {
+            f"failed {name}": f"{name} failed on every seed: {next(iter(row['failed'].values()))}"
+            for name, row in report["methods"].items()
+            if len(row["failed"]) == seeds
+        }
+    )
 
 
 def _outcome(record: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .device import Precision, checked_device
-from .ending import demo_warnings, exit_code, show_warnings
+from .ending import demo_warnings, end, show_warnings
 from .report import check_file, plain_console, write_report
 
 __all__ = ["demo"]
@@ -125,7 +125,7 @@ def demo(
     found["warnings"] = demo_warnings(what, before, after, found["warnings"])
     run.save(output_dir)
     _show(write_report(found, output_dir / "result.json", json_file), output_dir, plain_console(json_file=json_file))
-    return exit_code(found["warnings"])
+    return end(found["warnings"])
 
 
 _OF_THE_CLASSIFIER = ("scenario", "forget_fraction", "train_size", "update", "allow_duplicates")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from .ending import demo_warnings, exit_code, show_warnings
+from .ending import demo_warnings, end, show_warnings
 from .report import check_file, plain_console, write_report
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
     found["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, found["warnings"])
     demo.save(output_dir)
     _show(write_report(found, output_dir / "result.json", json_file), output_dir, plain_console(json_file=json_file))
-    return exit_code(found["warnings"])
+    return end(found["warnings"])
 
 
 def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and an interrupt that says how to go on."""
+"""How a command ends: warnings, exit codes and their reasons."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._signs import missed
+from .report import plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["EXIT_CODES", "UNMET", "demo_warnings", "exit_code", "plain_warnings", "show_warnings"]
+__all__ = ["EXIT_CODES", "UNMET", "demo_warnings", "end", "plain_warnings", "show_warnings"]
 
 UNMET = 3
 # Keys of a command's own warnings that mean that what was asked did not happen, beside those of Result.warnings.
-_UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "retained_lost", "not_judged"})
+_UNMET_WARNINGS = frozenset({"still_drawn", "still_known", "not_seen_before", "retained_lost", "not_judged", "failed"})
 _said: set[str] = set()  # sentences that this process has printed
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an error (one sentence on stderr), 2 an option that does not exist or fit, 3 done but what "
-    "was asked for did not happen (the result's warnings say what), 130, 143 and 129 ended by Ctrl-C, SIGTERM and "
-    "SIGHUP."
+    "was asked for did not happen or cannot be told (the last lines on stderr and the result's warnings say what), "
+    "130, 143 and 129 ended by Ctrl-C, SIGTERM and SIGHUP."
 )
 
 
-def exit_code(found: Mapping[str, str]) -> int:
-    """Of a command whose result has these warnings."""
-    return UNMET if missed(found) or _UNMET_WARNINGS & found.keys() else 0
+def end(found: Mapping[str, str]) -> int:
+    """The exit code of a command whose result has these warnings. Where it is 3, its reasons are the last lines on
+    stderr, whether they were printed before or not."""
+    reasons = [sentence for key, sentence in found.items() if _is_unmet(key)]
+    for sentence in reasons:
+        plain_console(stderr=True).print(f"exit code {UNMET}: {sentence}", soft_wrap=True)
+    return UNMET if reasons else 0
+
+
+def _is_unmet(key: str) -> bool:
+    return missed([key]) or key.partition(" ")[0] in _UNMET_WARNINGS
 
 
 def demo_warnings(what: str | None, before: float, after: float, of_run: Mapping[str, str]) -> dict[str, str]:
@@ -40,17 +49,19 @@ def demo_warnings(what: str | None, before: float, after: float, of_run: Mapping
     """
     from ..diffusion.unmet import still_drawn
 
-    found = dict(of_run)
-    if what is not None and still_drawn(before, after, 1 / 10):
+    found, chance = dict(of_run), 1 / 10
+    if what is not None and still_drawn(before, after, chance):
         found["still_known"] = f"{what} was not forgotten: {100 * before:.1f} % before and {100 * after:.1f} % after"
+    elif what is not None and before <= chance:
+        found["not_seen_before"] = f"nothing can be said of forgetting: {what} was not known before"
     return found
 
 
 def show_warnings(found: Mapping[str, str], console: Console) -> None:
-    """A sentence a line, without those that were printed when they arose."""
-    for sentence in found.values():
-        if sentence not in _said:
-            console.print(f"warning: {sentence}")
+    """A sentence a line, without those that were printed when they arose or that :func:`end` prints."""
+    for key, sentence in found.items():
+        if sentence not in _said and not _is_unmet(key):
+            console.print(f"warning: {sentence}", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,9 @@ def forget(
     forget_class: Annotated[
         list[str] | None,
         typer.Option(
-            help="Index or label text, for models that are told classes; several with commas, or the option again."
+            metavar="<str>",
+            help="Index or label text, for models that are told classes; several with commas, or the option again. A "
+            "number is an index; one that is also another class's text is refused: say 'index 7' or 'label 7'.",
         ),
     ] = None,
     class_map: Annotated[
@@ -66,7 +68,8 @@ def forget(
         ),
     ] = None,
     forget_prompt: Annotated[
-        list[str] | None, typer.Option(help="What to forget, for text models; may be given again for more.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="What to forget, for text models; may be given again for more."),
     ] = None,
     replace_prompt: Annotated[str | None, typer.Option(help="What to show in its place, for all of them.")] = None,
     preset: Annotated[str | None, typer.Option(help="ddpm-cifar10, dit-xl-2-256 or sd-nudity; by the model.")] = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .ending import exit_code, show_warnings
+from .ending import end, show_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,12 +22,13 @@ __all__ = ["planned", "show_estimate", "show_plan", "show_result"]
 def show_plan(job: ForgetJob, console: Console) -> None:
     """Which folder is which class, and what will be used of it, before anything starts."""
     table = Table(title="What is forgotten and what is kept")
-    for name, justify in (("", "left"), ("class", "right"), ("label", "left"), ("folder", "left"), ("images", "right")):
-        table.add_column(name, justify=justify, overflow="fold")
+    numbered = job.concepts is None  # a text model has prompts and no classes
+    for name in ("", *(["class"] if numbered else []), "label" if numbered else "prompt", "folder", "images"):
+        table.add_column(name, justify="right" if name in ("class", "images") else "left", overflow="fold")
     for row in sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes):
         label = job.concepts.prompts[row.index] if job.concepts else row.text or ""
         what = "forget" if row.index in job.forget_classes else "keep"
-        table.add_row(what, str(row.index), label, row.folder or "", str(row.count))
+        table.add_row(what, *([str(row.index)] if numbered else []), label, row.folder or "", str(row.count))
     console.print(table)
     if job.data.ignored:
         console.print(f"{job.data.ignored} other files are ignored")
@@ -106,16 +107,13 @@ def show_result(job: ForgetJob, report: dict[str, Any], console: Console) -> int
     _show_verdict(report, console)
     if report["fid"] is not None:
         _show_fid(report["fid"], console)
-    warnings = dict(report["warnings"])
-    if isinstance(report["verdict"], str):  # which is printed already
-        warnings.pop("not_judged", None)
-    show_warnings(warnings, console)
+    show_warnings(report["warnings"], console)
     output = job.options.output_dir
     if job.work.path.exists():
         console.print(f"checkpoints and latents, not to be published: {job.work.path}", style="dim", soft_wrap=True)
     pictures = output / OWN_FOLDER / "before-after.png"
     console.print(f"model: {output}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
-    return exit_code(report["warnings"])
+    return end(report["warnings"])
 
 
 def _show_verdict(report: dict[str, Any], console: Console) -> None:

@@ -11,14 +11,22 @@ from .._files import user_path
 from .._json import parse_json, read_text
 from ..errors import InputError
 
-__all__ = ["composed", "fold", "label_names", "parse_classes", "printable", "read_class_map", "whole_number"]
+__all__ = ["composed", "decoded", "fold", "label_names", "parse_classes", "printable", "read_class_map", "whole_number"]
 
 _MOST_DIGITS = 18  # of a class: it fits into 64 bits
 
 
+def decoded(text: str) -> str:
+    """What was typed, or a file's name, as in a UTF-8 locale: Python leaves such bytes undecoded in an ASCII one."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:  # other bytes
+        return text
+
+
 def composed(text: str) -> str:
-    """The text in Unicode's normal form C: keyboards give an é as one character, and some file systems as two."""
-    return unicodedata.normalize("NFC", text)
+    """Decoded, in Unicode's normal form C: keyboards give an é as one character, and some file systems as two."""
+    return unicodedata.normalize("NFC", decoded(text))
 
 
 def fold(text: str) -> str:
@@ -45,7 +53,7 @@ def label_names(id2label: Mapping[int, str] | None, folders: Mapping[str, int] |
 
     Args:
         id2label: class -> text; commas separate synonyms, as in ``DiTPipeline.labels``.
-        folders: folder -> class; names that are integers are no texts.
+        folders: folder -> class.
     """
     named: dict[str, set[int]] = {}
     for index, text in (id2label or {}).items():
@@ -53,15 +61,15 @@ def label_names(id2label: Mapping[int, str] | None, folders: Mapping[str, int] |
             if synonym.strip():
                 named.setdefault(fold(synonym), set()).add(int(index))
     for folder, index in (folders or {}).items():
-        if not folder.isdecimal():
-            named.setdefault(fold(folder), set()).add(index)
+        named.setdefault(fold(folder), set()).add(index)
     return {text: sorted(indices) for text, indices in named.items()}
 
 
 def parse_classes(text: str | int | Iterable[str | int], classes: int, names: Mapping[str, list[int]]) -> list[int]:
     """The classes that ``"3, tench"`` names, each once, in the order given.
 
-    A text that holds a comma itself ("tench, Tinca tinca") is found whole too. An integer is always an index.
+    A text that holds a comma itself ("tench, Tinca tinca") is found whole too. A number is an index; where it is also
+    the text of another class, ``"index 7"`` and ``"label 7"`` say which is meant, and ``7`` alone, as text, is refused.
 
     Args:
         text: indices and label texts separated by commas, or a list of them.
@@ -84,14 +92,24 @@ def parse_classes(text: str | int | Iterable[str | int], classes: int, names: Ma
 
 def _class_of(part: str | int, classes: int, names: Mapping[str, list[int]]) -> int:
     word = str(part).strip()
-    if word.removeprefix("-").isdecimal():
+    found, kind = names.get(fold(word), []), "" if isinstance(part, str) else "index"
+    if not found and word.startswith(("index ", "label ")):
+        kind, word = word.split(maxsplit=1)
+        found = names.get(fold(word), [])
+    if kind != "label" and word.removeprefix("-").isdecimal():
         index = whole_number(word)
-        if index == classes:
-            raise InputError(f"class {index} is no class of images: the model's classes are 0 to {classes - 1}")
-        if index is None or not 0 <= index < classes:
-            raise InputError(f"class {_short(word)} is outside the model's {classes} classes (0 to {classes - 1})")
-        return index
-    found = names.get(fold(word), [])
+        there = index is not None and 0 <= index < classes
+        if there and not kind and found not in ([], [index]):
+            raise InputError(
+                f"{word!r} is the index of one class and the label text or folder of class "
+                f"{' and '.join(map(str, found))}: say 'index {word}' or 'label {word}'"
+            )
+        if there:
+            return index
+        if kind or not found:
+            no_image = "is no class of images: the model's classes are"
+            outside = f"is outside the model's {classes} classes,"
+            raise InputError(f"class {_short(word)} {no_image if index == classes else outside} 0 to {classes - 1}")
     if len(found) == 1:
         return found[0]
     if found:

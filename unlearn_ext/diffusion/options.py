@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,10 @@ class ForgetOptions:
                 check_count(_option(name), getattr(self, name))
         for name in ("gradient_accumulation_steps", "num_inference_steps"):
             check_count(_option(name), getattr(self, name))
-        for name in ("learning_rate", "forget_alpha", "gamma", "guidance_scale"):
+        for name in ("learning_rate", "forget_alpha"):  # with 0 nothing would be forgotten
+            if (value := getattr(self, name)) is not None:
+                check_number(_option(name), value, "a finite number above 0", lambda x: 0.0 < x < math.inf)
+        for name in ("gamma", "guidance_scale"):
             if getattr(self, name) is not None:
                 check_finite(_option(name), getattr(self, name))
         if self.samples is not None and self.samples > _MOST_SAMPLES:

@@ -41,8 +41,8 @@ def judged_warnings(verdict: dict[str, Any] | str, classes: int) -> dict[str, st
     unseen = {label: pair for label, pair in forgotten.items() if label not in drawn and pair[0] <= chance}
     if unseen:
         found["not_seen_before"] = (
-            f"the verdict says little: the classifier did not see {_listed(unseen)}: give a classifier that knows it, "
-            "or more --samples"
+            f"nothing can be said of forgetting: the classifier did not see {_listed(unseen)}: give a classifier that "
+            "knows it, or more --samples"
         )
     if retained:
         before, after = (sum(pair[i] for pair in retained.values()) / len(retained) for i in (0, 1))

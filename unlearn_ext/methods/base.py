@@ -200,6 +200,12 @@ class Method(StepConfig, ABC):
         somewhere = self.momentum or any(settings.get("momentum") for settings in groups)
         return "momentum" in self._given_rules and not somewhere
 
+    @property
+    def has_idle_forgetting(self) -> bool:
+        """Whether a setting of 0 takes every forget step away, so that the run only trains on what is kept."""
+        settings = (getattr(self, name, None) for name in ("forget_alpha", "forget_lr", "forget_weight"))
+        return self.forgets and any(setting == 0 for setting in settings)
+
     def _check_sides(self) -> None:
         if self.forgets and self.retains:
             return
