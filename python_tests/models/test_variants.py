@@ -11,8 +11,9 @@ from helpers import pipelines
 from safetensors.torch import load_file
 
 from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained, write_result
+from unlearn_ext.diffusion.pretrained import open_pretrained
 from unlearn_ext.diffusion.variants import DIFFUSERS, Weights, find_weights
+from unlearn_ext.diffusion.written import write_result
 from unlearn_ext.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")

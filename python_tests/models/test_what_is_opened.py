@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import unlearn_ext
 from unlearn_ext.diffusion.conditioning import check_denoiser, check_scheduler
 from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained, write_result
+from unlearn_ext.diffusion.pretrained import open_pretrained
+from unlearn_ext.diffusion.written import write_result
 from unlearn_ext.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")

@@ -38,13 +38,14 @@ from .options import ForgetOptions, each_of
 from .output import RESULT, check_claim, claim_output, is_in_result, is_waiting, unfinished_bytes
 from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
-from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
+from .pretrained import Pretrained, open_pretrained
 from .prompts import Concepts, WithReplacements, read_prompts
 from .publishing import finish_earlier, publish
 from .sampling import check_steps
 from .space import Need, Room, check_room, room_for
 from .weights import select_trained, tie_embeddings, untie_embeddings
 from .work import WorkFolder
+from .written import OWN_FOLDER, Plan, plan_result
 
 __all__ = ["ForgetJob"]
 
@@ -279,6 +280,12 @@ class ForgetJob:
             fisher_storage=options.fisher_storage,
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What was taken otherwise than it stands in the folders that were opened, each in a sentence."""
+        judge = self.pictures.judge
+        return [*self.pretrained.notes, *([judge.note] if judge is not None and judge.note else [])]
+
     def left_out(self) -> dict[str, str]:
         """Files of the source that the written folder has not, and why."""
         output = self.options.output_dir
@@ -465,7 +472,7 @@ class ForgetJob:
         self._take_pictures("after")
         if result.mask is not None:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
-            result.mask.metadata.update(self._identity())
+            result.mask.metadata.update(self._identity(), seed=str(options.seed))
         weights = gather_weights(self.model)
         if not self.first:
             return {}

@@ -119,6 +119,7 @@ def _report(
         "method": {"name": job.method.name, "batch_size": job.batch_size, **job.method.settings()},
         "task": job.task_settings,
         "left_out": job.left_out(),
+        "notes": job.notes,
         "sampling": job.pictures.protocol,
         "mask_density": mask.density if mask else None,
         "protection": result.protection,
