@@ -91,6 +91,69 @@ def test_parts_that_would_not_be_used(copy, part):
     assert open_pretrained(source).kind == "text"
 
 
+PIPELINES = {  # of the parts -> pipelines of diffusers that are made of other ones
+    "text": ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "StableDiffusionUpscalePipeline", "DDPMPipeline",
+             "StableDiffusionDepth2ImgPipeline", "LatentConsistencyModelPipeline", "DiTPipeline"],
+    "ddpm": ["StableDiffusionPipeline", "KarrasVePipeline", "UNet2DModel"],
+    "dit": ["PixArtAlphaPipeline", "FluxPipeline", "DDPMPipeline"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, pipeline", [(kind, name) for kind, names in PIPELINES.items() for name in names])
+def test_pipelines_of_other_parts(copy, kind, pipeline):
+    source = copy(kind)
+    edit(source / "model_index.json", _class_name=pipeline)
+    for folder in (source, source / ("transformer" if kind == "dit" else "unet")):  # and the part by itself
+        refused(f"is a {pipeline} by its model_index.json, which is not supported with a .*; correct", open_pretrained,
+                folder)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("StableDiffusionImg2ImgPipeline", None),
+        ("MyPipeline", "names the pipeline MyPipeline, which diffusers does not have: its parts are taken for those"),
+        (["my_pipeline", "StableDiffusionPipeline"], "names the pipeline StableDiffusionPipeline, which"),
+        (None, "model_index.json names no pipeline: its parts are taken for those of a StableDiffusionPipeline"),
+        ({"a": 1}, "names no pipeline"),
+    ],
+)
+def test_pipelines_that_are_opened(copy, name, told):
+    source = copy("text")
+    edit(source / "model_index.json", _class_name=name)
+    notes = open_pretrained(source).notes
+    assert notes == () if told is None else len(notes) == 1 and told in notes[0]
+
+
+@pytest.mark.parametrize(
+    "part, library, name",
+    [
+        ("vae", "diffusers", "AutoencoderTiny"),
+        ("vae", "my_code", "AutoencoderKL"),
+        ("text_encoder", "transformers", "CLIPTextModelWithProjection"),
+        ("text_encoder", "transformers", "T5EncoderModel"),
+        ("scheduler", "my_code", "DDIMScheduler"),
+        ("tokenizer", "my_code", "CLIPTokenizer"),
+    ],
+)
+def test_parts_of_other_classes(copy, part, library, name):
+    source = copy("text")
+    edit(source / "model_index.json", **{part: [library, name]})
+    refused(f"has a {part} that is a {name} of {library} by its model_index.json", open_pretrained, source)
+
+
+@pytest.mark.parametrize("place, name, what", [("unet", WEIGHTS, "denoiser"), ("vae", WEIGHTS, "VAE"),
+                                               ("text_encoder", "model.safetensors", "text encoder")])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers(copy, place, name, what, value):
+    source = copy("text")
+    state = load_file(source / place / name)
+    key = max(state)
+    state[key].view(-1)[-1] = value
+    save_file(state, source / place / name, {"format": "pt"})
+    refused(f"the weights of the {what} in .* hold NaN or inf .*{key.split('.')[-2]}", open_pretrained, source)
+
+
 def test_prompts_of_a_transformer_are_not_dropped(copy):
     source = copy("dit")
     edit(source / "model_index.json", text_encoder=["transformers", "T5EncoderModel"])

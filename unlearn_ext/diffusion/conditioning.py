@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .layout import INDEX
-from .reading import import_diffusers
+from .layout import INDEX, named_part, part_names
+from .reading import import_diffusers, named_class
 
 __all__ = ["check_components", "check_denoiser", "check_pipeline", "check_scheduler", "check_vae"]
 
@@ -81,22 +81,21 @@ def check_components(folder: Path, index: Mapping[str, Any], kind: str) -> None:
     Raises:
         InputError: with the part and its class.
     """
-    for key, value in index.items():
-        if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str):
-            continue
+    for key in part_names(index):
+        library, name = named_part(index, key)
         if key in _USED[kind]:
-            library, name = _CLASSES.get(key, (value[0], None))
-            if value[0] != library or name not in (None, value[1]):
+            right, expected = _CLASSES.get(key, (library, None))
+            if library != right or expected not in (None, name):
                 raise InputError(
-                    f"{folder} has a {key} that is a {value[1]} of {value[0]} by its {INDEX}, which is not supported: "
-                    f"expected {name or 'one'} of {library}"
+                    f"{folder} has a {key} that is a {name} of {library} by its {INDEX}, which is not supported: "
+                    f"expected {expected or 'one'} of {right}"
                 )
             continue
         why = ""
         if key in ("vqvae", "movq"):
             why = "its denoiser works on the VQ-VAE's latents, and would be trained on pixels; "
         raise InputError(
-            f"{folder} is a {index.get('_class_name', 'pipeline')} with a {key} ({value[1]}), which is not supported: "
+            f"{folder} is a {named_class(index) or 'pipeline'} with a {key} ({name}), which is not supported: "
             f"{why}{_SUPPORTED}"
         )
 

@@ -30,7 +30,7 @@ def part_names(index: Mapping[str, Any]) -> list[str]:
 
 def named_part(index: Mapping[str, Any], key: str) -> tuple[str | None, str | None]:
     """Library and class of a part; None for both where there is none."""
-    value = index.get(key)
+    value = None if key.startswith("_") else index.get(key)  # _class_name may be a pair, of own code
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
         return None, None
     return value[0], value[1]
