@@ -277,7 +277,12 @@ def test_paths_that_are_refused(tmp_path):
     refused("checkpoint in pickle form, which may run code", open_pretrained, tmp_path / "model.ckpt")
     refused("holds model.ckpt, a checkpoint in pickle form", open_pretrained, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    refused("is a file, and a folder .* is needed", open_pretrained, tmp_path / "model.safetensors")
+    refused("is a file, and a folder .* is needed: convert it", open_pretrained, tmp_path / "model.safetensors")
+    (tmp_path / "model.ckpt").unlink()
+    refused("neither .* nor .*; if model.safetensors is a whole model, convert it", open_pretrained, tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    refused("is needed: give the one that holds it", open_pretrained, tmp_path / "model_index.json")
+    refused("there is no folder", open_pretrained, "x" * 5000)
 
 
 # --- Results ------------------------------------------------------------------------------------------------
@@ -457,6 +462,9 @@ def test_outputs_that_are_refused(built, tmp_path):
     before = contents(tmp_path)
     refused("full holds x already: choose an empty", write_result, built["bare"], opened, tmp_path / "full")
     refused("is a file", write_result, built["bare"], opened, tmp_path / "file")
+    refused("cannot be read .File name too long", write_result, built["bare"], opened, tmp_path / ("x" * 256))
+    (tmp_path / "link").symlink_to("absent")
+    refused("is a link to nothing", write_result, built["bare"], opened, tmp_path / "link")
     for output in (built["bare"] / "output", built["bare"], Path(os.path.relpath(built["bare"])) / "x" / ".."):
         refused("lies in the model's own folder", write_result, built["bare"], opened, output)
     for name in ("config.json", "../x", "/x", WEIGHTS, "scheduler/x", "scheduler_config.json"):

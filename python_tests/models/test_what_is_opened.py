@@ -209,6 +209,18 @@ def test_sizes_that_are_none(size):
     refused("sample_size", check_denoiser, Path("x"), "UNet2DModel", {"sample_size": size})
 
 
+def test_the_sample_size_of_a_dit_is_one_number():
+    refused("a DiT's is one whole number", check_denoiser, Path("x"), "DiTTransformer2DModel", {"sample_size": [8, 8]})
+    check_denoiser(Path("x"), "UNet2DModel", {"sample_size": [8, 16]})
+
+
+@pytest.mark.parametrize("place", ["unet", "vae", "text_encoder"])
+def test_quantised_weights(copy, place):
+    source = copy("text")
+    edit(source / place / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    refused(f"{place}/config.json is of quantised weights .quantization_config.", open_pretrained, source)
+
+
 @pytest.mark.parametrize("key, value", [("shift_factor", 0.1), ("latents_mean", [0.5] * 4), ("scaling_factor", "1")])
 def test_vaes_whose_latents_are_moved(copy, key, value):
     source = copy("dit")

@@ -151,6 +151,8 @@ def check_denoiser(home: Path, name: str, config: Mapping[str, Any]) -> None:
     sides = size if isinstance(size, (list, tuple)) else [size, size]
     if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
         raise InputError(f"the denoiser in {home} has the sample_size {size!r}: expected one whole number or two")
+    if name == "DiTTransformer2DModel" and isinstance(size, (list, tuple)):
+        raise InputError(f"the denoiser in {home} has the sample_size {size!r}: a DiT's is one whole number")
 
 
 def check_vae(home: Path, config: Mapping[str, Any]) -> None:

@@ -114,8 +114,8 @@ class ForgetJob:
         self.trained_count = sum(p.numel() for p in trainable(self.model).values())  # tied copies once
         self.in_bfloat16 = options.weights_dtype == "bfloat16"
         self.mixed_precision = "bf16" if self.in_bfloat16 else options.mixed_precision
+        _ = self._plan  # of the sizes that are written; and what cannot be copied is found here
         if self.in_bfloat16:
-            _ = self._plan  # of the sizes that are written
             self._cast(torch.bfloat16)
         if options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()

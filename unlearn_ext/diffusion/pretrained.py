@@ -215,9 +215,11 @@ def open_pretrained(
 
 def _find(path: str | Path) -> Path:
     folder = user_path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # which, unlike pathlib, takes names of any length
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder) and not is_weights(PurePosixPath(folder)):
+        raise InputError(f"{folder} is a file, and a folder in diffusers' layout is needed: give the one that holds it")
+    if os.path.isfile(folder):
         what = "a checkpoint in pickle form, which may run code" if folder.suffix.lower() in PICKLES else "a file"
         raise InputError(f"{folder} is {what}, and a folder in diffusers' layout is needed: {how_to_convert(folder)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -283,7 +285,9 @@ def _denoiser_of_folder(folder: Path) -> tuple[str, str]:
             f"{folder} holds {pickled[0].name}, a checkpoint in pickle form, which may run code: "
             f"{how_to_convert(pickled[0])}"
         )
-    raise InputError(f"{folder} is no diffusers folder: it has neither {INDEX} nor a model's config.json")
+    single = next((entry for entry in sorted(folder.iterdir()) if entry.suffix.lower() == ".safetensors"), None)
+    how = "" if single is None else f"; if {single.name} is a whole model, {how_to_convert(single)}"
+    raise InputError(f"{folder} is no diffusers folder: it has neither {INDEX} nor a model's config.json{how}")
 
 
 def _component(folder: Path, index: Mapping[str, Any] | None, key: str, *, needed: bool) -> Path | None:

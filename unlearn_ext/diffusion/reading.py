@@ -92,11 +92,13 @@ def check_id2label(path: Path, value: Any, count: int, null_label: int | None) -
 
 
 def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
-    """Whether a network of these sizes can be built at all: an absurd one would be built for hours first.
+    """Whether a network can be built of a configuration at all: one of absurd sizes would be built for hours first.
 
     Raises:
-        InputError: a number of layers above 1,000, or any whole number above 16 million.
+        InputError: a number of layers above 1,000, or any number above 16 million; the weights are quantised.
     """
+    if config.get("quantization_config"):
+        raise InputError(f"{path} is of quantised weights (quantization_config): give the model as it was before")
     for key, value in config.items():
         most = _MOST_LAYERS if "layers" in key else _LARGEST
         for number in _numbers(value):

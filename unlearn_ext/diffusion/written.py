@@ -127,17 +127,18 @@ def foreign_entries(output: Path, source: Path) -> list[str]:
     Raises:
         InputError: no result can be written there: it lies in the source, is a file, or is closed to this user.
     """
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise InputError(f"{output} lies in the model's own folder: choose another output folder")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file: choose another output folder")
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {there}: choose another output folder")
+    another = "choose another output folder"
     try:
+        if source.resolve() in (output.resolve(), *output.resolve().parents):
+            raise InputError(f"{output} lies in the model's own folder: {another}")
+        if os.path.lexists(output) and not output.is_dir():
+            raise InputError(f"{output} is a {'link to nothing' if output.is_symlink() else 'file'}: {another}")
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write to {there}: {another}")
         return sorted(path.name for path in output.iterdir() if not is_leftover(path)) if output.exists() else []
     except OSError as error:
-        raise InputError(f"{output} cannot be read ({error.strerror}): choose another output folder") from None
+        raise InputError(f"{output} cannot be read ({error.strerror}): {another}") from None
 
 
 def write_result(
