@@ -472,7 +472,9 @@ class ForgetJob:
         self._take_pictures("after")
         if result.mask is not None:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
-            result.mask.metadata.update(self._identity(), seed=str(options.seed))
+            result.mask.metadata.update(self._identity())
+            if self.method.mask is None:  # else it is an earlier run's
+                result.mask.metadata["seed"] = str(options.seed)
         weights = gather_weights(self.model)
         if not self.first:
             return {}
