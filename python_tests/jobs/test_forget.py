@@ -20,6 +20,7 @@ from helpers.pipelines import (
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.saliency import SaliencyMask
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,19 @@ def test_files_that_are_left_out_are_named(home: Path, tmp_path: Path, capsys) -
     assert set(result(tmp_path / "out")["left_out"]) == {"all.ckpt", "unet/diffusion_pytorch_model.bin"}
     assert run(home, "ddpm", tmp_path / "none", "--forget-class", "3") == 0
     assert "left out" not in capsys.readouterr().out and not result(tmp_path / "none")["left_out"]
+
+
+def test_what_is_taken_otherwise_is_told(home: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(home / "ddpm", tmp_path / "ddpm")
+    index = tmp_path / "ddpm" / "model_index.json"
+    index.write_text(index.read_text().replace("DDPMPipeline", "MyPipeline"))
+    arguments = ("--forget-class", "3", "--seed", "5")
+    assert run(tmp_path, "ddpm", tmp_path / "out", *arguments, data=str(home / "digits")) == 0
+    (note,) = result(tmp_path / "out")["notes"]
+    assert note.startswith("model_index.json names the pipeline MyPipeline, which diffusers does not have")
+    assert note in capsys.readouterr().out.splitlines()
+    mask = SaliencyMask.load(tmp_path / "out" / "unlearning" / "mask.safetensors")
+    assert mask.metadata["seed"] == "5"
 
 
 @pytest.mark.slow

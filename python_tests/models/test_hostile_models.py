@@ -115,12 +115,56 @@ def test_values_of_the_wrong_kind(copy, name, changes):
     refused(open_pretrained, copy)
 
 
-def test_label_texts_of_the_wrong_kind(tmp_path):
-    folder = pipelines.save_dit_pipeline(tmp_path / "dit")
-    edit(folder / "model_index.json", id2label={"0": "zero", "1" * 5000: "x", "-1": "y", "3": ["three"], "9": "nine"})
-    assert open_pretrained(folder).id2label == {0: "zero", 9: "nine"}
-    edit(folder / "model_index.json", id2label=["zero"])
-    assert open_pretrained(folder).id2label == {}
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    return pipelines.save_dit_pipeline(tmp_path_factory.mktemp("dit") / "model")
+
+
+def test_label_texts_as_they_can_be_used(dit, tmp_path):
+    source = Path(shutil.copytree(dit, tmp_path / "source"))
+
+    def opened(value):
+        edit(source / "model_index.json", id2label=value)
+        found = open_pretrained(source)
+        return found.id2label, found.notes
+
+    texts = dict(enumerate(pipelines.NAMES))
+    assert opened(list(pipelines.NAMES)) == opened({str(i): texts[i] for i in reversed(range(10))}) == (texts, ())
+    assert opened(None) == opened({}) == opened([]) == ({}, ())
+    assert opened([*pipelines.NAMES, "none of them"]) == (texts, ())  # of the null class
+    found, (note,) = opened({"9": "nine", "0": "zero", "4": " "})
+    assert list(found.items()) == [(0, "zero"), (9, "nine")]
+    assert note == "id2label has texts for 2 of 10 classes: 1 and others without one go by their number"
+    assert opened(list(pipelines.NAMES[:9]))[1] == ("id2label has no text for class 9: it goes by its number",)
+
+
+@pytest.mark.parametrize(
+    "value, match",
+    [
+        ({"1" * 5000: "x"}, "has the key '1{100}', which is none of the classes 0 to 9: correct id2label there"),
+        ({"-1": "y"}, "has the key '-1', which is none"),
+        ({"11": "y"}, "has the key '11', which is none"),
+        ({"03": "three"}, "has the key '03', which is none"),
+        ({"three": 3}, "has the key 'three', which is none"),
+        ({"3": ["three"]}, "of class 3, which is no text"),
+        ({"labels": {"3": "three"}}, "has the key 'labels'"),
+        ([["3", "three"]], "of class 0, which is no text"),
+        ([str(i) for i in range(12)], "has the key '11'"),
+        ("zero, one", "id2label is 'zero, one', expected an object"),
+        (7, "id2label is '7', expected"),
+    ],
+)
+def test_label_texts_of_the_wrong_kind(dit, tmp_path, value, match):
+    source = Path(shutil.copytree(dit, tmp_path / "source"))
+    edit(source / "model_index.json", id2label=value)
+    refused(open_pretrained, source, match=match)
+
+
+def test_a_key_that_stands_there_twice(dit, tmp_path):
+    source = Path(shutil.copytree(dit, tmp_path / "source"))
+    index = source / "model_index.json"
+    index.write_text(index.read_text().replace('"4": "four"', '"3": "four"'))
+    refused(open_pretrained, source, match="model_index.json cannot be read .it has the key '3' twice.")
 
 
 def header(content: bytes) -> bytes:

@@ -11,8 +11,9 @@ from helpers import pipelines
 from safetensors.torch import load_file, save_file
 
 from unlearn_ext.data import open_data
-from unlearn_ext.diffusion import pretrained as module
-from unlearn_ext.diffusion.pretrained import check_output, open_pretrained, plan_result, write_result
+from unlearn_ext.diffusion import written as module
+from unlearn_ext.diffusion.pretrained import open_pretrained
+from unlearn_ext.diffusion.written import plan_result, write_result
 from unlearn_ext.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")
@@ -276,7 +277,12 @@ def test_paths_that_are_refused(tmp_path):
     refused("checkpoint in pickle form, which may run code", open_pretrained, tmp_path / "model.ckpt")
     refused("holds model.ckpt, a checkpoint in pickle form", open_pretrained, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    refused("is a file, and a folder .* is needed", open_pretrained, tmp_path / "model.safetensors")
+    refused("is a file, and a folder .* is needed: convert it", open_pretrained, tmp_path / "model.safetensors")
+    (tmp_path / "model.ckpt").unlink()
+    refused("neither .* nor .*; if model.safetensors is a whole model, convert it", open_pretrained, tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    refused("is needed: give the one that holds it", open_pretrained, tmp_path / "model_index.json")
+    refused("there is no folder", open_pretrained, "x" * 5000)
 
 
 # --- Results ------------------------------------------------------------------------------------------------
@@ -408,7 +414,7 @@ def test_whatever_may_hold_the_old_weights_is_left_out(copy):
         path.write_bytes(b"old")
     opened = open_pretrained(source)
     plan = plan_result(source, opened)
-    assert plan.left_out.keys() == {*stale, f"unet/{WEIGHTS}"}
+    assert plan.left_out.keys() == {*stale, f"unet/{WEIGHTS}", ".git", ".cache"}
     assert plan.left_out["unet/diffusion_pytorch_model.bin"] == "the denoiser's weights as they were"
     output = source.parent / "output"
     write_result(source, opened, output)
@@ -454,15 +460,17 @@ def test_outputs_that_are_refused(built, tmp_path):
     (tmp_path / "full" / "x").write_text("mine")
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    refused("is not empty", write_result, built["bare"], opened, tmp_path / "full")
+    refused("full holds x already: choose an empty", write_result, built["bare"], opened, tmp_path / "full")
     refused("is a file", write_result, built["bare"], opened, tmp_path / "file")
-    refused("lies in the folder of the model", check_output, built["bare"] / "output", built["bare"])
-    refused("lies in the folder of the model", check_output, built["bare"], built["bare"])
+    refused("cannot be read .File name too long", write_result, built["bare"], opened, tmp_path / ("x" * 256))
+    (tmp_path / "link").symlink_to("absent")
+    refused("is a link to nothing", write_result, built["bare"], opened, tmp_path / "link")
+    for output in (built["bare"] / "output", built["bare"], Path(os.path.relpath(built["bare"])) / "x" / ".."):
+        refused("lies in the model's own folder", write_result, built["bare"], opened, output)
     for name in ("config.json", "../x", "/x", WEIGHTS, "scheduler/x", "scheduler_config.json"):
         refused("would stand in place", write_result, built["bare"], opened, tmp_path / "o", extra_files={name: b""})
     assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()
-    assert check_output(tmp_path / "empty", built["bare"]) == tmp_path / "empty"
     write_result(built["bare"], opened, tmp_path / "empty")
     assert same(open_pretrained(tmp_path / "empty").denoiser, opened.denoiser)
 

@@ -11,8 +11,9 @@ from helpers import pipelines
 from safetensors.torch import load_file
 
 from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained, write_result
+from unlearn_ext.diffusion.pretrained import open_pretrained
 from unlearn_ext.diffusion.variants import DIFFUSERS, Weights, find_weights
+from unlearn_ext.diffusion.written import write_result
 from unlearn_ext.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")
@@ -91,6 +92,11 @@ def test_text_encoders_and_vaes_in_every_form(pipeline, tmp_path, variant, shard
     rewrite(source / "vae", vae, variant=variant, max_shard_size=shards, safe_serialization=safe)
     opened = open_pretrained(source)
     assert opened.variant is None and same(opened.text_encoder, encoder) and same(opened.vae, vae)
+    assert safe or opened.notes == (
+        "weights of the VAE and the text encoder are pickles (.bin), read by torch as tensors alone, without their "
+        "code; from_pretrained and save_pretrained make safetensors of them",
+    )
+    assert not safe or opened.notes == ()
     write_result(source, opened, tmp_path / "output")
     again = open_pretrained(tmp_path / "output")
     assert same(again.text_encoder, encoder) and same(again.vae, vae)
@@ -104,7 +110,7 @@ def test_classifiers_in_every_form(tmp_path, variant, shards, safe):
     else:
         as_transformers_wrote_them(tmp_path, variant, shards != "10GB")
     judge = Judge(tmp_path, dict(enumerate(pipelines.NAMES)), (3, 16, 16))
-    assert same(judge.model, model)
+    assert same(judge.model, model) and (judge.note is None) == safe
 
 
 def test_a_whole_pipeline_in_one_variant(pipeline, tmp_path):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import unlearn_ext
 from unlearn_ext.diffusion.conditioning import check_denoiser, check_scheduler
 from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained, write_result
+from unlearn_ext.diffusion.pretrained import open_pretrained
+from unlearn_ext.diffusion.written import write_result
 from unlearn_ext.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")
@@ -90,6 +91,69 @@ def test_parts_that_would_not_be_used(copy, part):
     assert open_pretrained(source).kind == "text"
 
 
+PIPELINES = {  # of the parts -> pipelines of diffusers that are made of other ones
+    "text": ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "StableDiffusionUpscalePipeline", "DDPMPipeline",
+             "StableDiffusionDepth2ImgPipeline", "LatentConsistencyModelPipeline", "DiTPipeline"],
+    "ddpm": ["StableDiffusionPipeline", "KarrasVePipeline", "UNet2DModel"],
+    "dit": ["PixArtAlphaPipeline", "FluxPipeline", "DDPMPipeline"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, pipeline", [(kind, name) for kind, names in PIPELINES.items() for name in names])
+def test_pipelines_of_other_parts(copy, kind, pipeline):
+    source = copy(kind)
+    edit(source / "model_index.json", _class_name=pipeline)
+    for folder in (source, source / ("transformer" if kind == "dit" else "unet")):  # and the part by itself
+        refused(f"is a {pipeline} by its model_index.json, which is not supported with a .*; correct", open_pretrained,
+                folder)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("StableDiffusionImg2ImgPipeline", None),
+        ("MyPipeline", "names the pipeline MyPipeline, which diffusers does not have: its parts are taken for those"),
+        (["my_pipeline", "StableDiffusionPipeline"], "names the pipeline StableDiffusionPipeline, which"),
+        (None, "model_index.json names no pipeline: its parts are taken for those of a StableDiffusionPipeline"),
+        ({"a": 1}, "names no pipeline"),
+    ],
+)
+def test_pipelines_that_are_opened(copy, name, told):
+    source = copy("text")
+    edit(source / "model_index.json", _class_name=name)
+    notes = open_pretrained(source).notes
+    assert notes == () if told is None else len(notes) == 1 and told in notes[0]
+
+
+@pytest.mark.parametrize(
+    "part, library, name",
+    [
+        ("vae", "diffusers", "AutoencoderTiny"),
+        ("vae", "my_code", "AutoencoderKL"),
+        ("text_encoder", "transformers", "CLIPTextModelWithProjection"),
+        ("text_encoder", "transformers", "T5EncoderModel"),
+        ("scheduler", "my_code", "DDIMScheduler"),
+        ("tokenizer", "my_code", "CLIPTokenizer"),
+    ],
+)
+def test_parts_of_other_classes(copy, part, library, name):
+    source = copy("text")
+    edit(source / "model_index.json", **{part: [library, name]})
+    refused(f"has a {part} that is a {name} of {library} by its model_index.json", open_pretrained, source)
+
+
+@pytest.mark.parametrize("place, name, what", [("unet", WEIGHTS, "denoiser"), ("vae", WEIGHTS, "VAE"),
+                                               ("text_encoder", "model.safetensors", "text encoder")])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers(copy, place, name, what, value):
+    source = copy("text")
+    state = load_file(source / place / name)
+    key = max(state)
+    state[key].view(-1)[-1] = value
+    save_file(state, source / place / name, {"format": "pt"})
+    refused(f"the weights of the {what} in .* hold NaN or inf .*{key.split('.')[-2]}", open_pretrained, source)
+
+
 def test_prompts_of_a_transformer_are_not_dropped(copy):
     source = copy("dit")
     edit(source / "model_index.json", text_encoder=["transformers", "T5EncoderModel"])
@@ -143,6 +207,18 @@ def test_configurations_as_the_classes_make_them(name):
 @pytest.mark.parametrize("size", ["8", 0, -8, 8.5, [8], [8, 8, 8], True, {"a": 1}])
 def test_sizes_that_are_none(size):
     refused("sample_size", check_denoiser, Path("x"), "UNet2DModel", {"sample_size": size})
+
+
+def test_the_sample_size_of_a_dit_is_one_number():
+    refused("a DiT's is one whole number", check_denoiser, Path("x"), "DiTTransformer2DModel", {"sample_size": [8, 8]})
+    check_denoiser(Path("x"), "UNet2DModel", {"sample_size": [8, 16]})
+
+
+@pytest.mark.parametrize("place", ["unet", "vae", "text_encoder"])
+def test_quantised_weights(copy, place):
+    source = copy("text")
+    edit(source / place / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    refused(f"{place}/config.json is of quantised weights .quantization_config.", open_pretrained, source)
 
 
 @pytest.mark.parametrize("key, value", [("shift_factor", 0.1), ("latents_mean", [0.5] * 4), ("scaling_factor", "1")])

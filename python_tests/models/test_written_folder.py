@@ -11,7 +11,8 @@ import pytest
 from helpers.pipelines import save_ddpm_pipeline, save_dit_pipeline
 
 from unlearn_ext import InputError
-from unlearn_ext.diffusion.pretrained import open_pretrained, plan_result, write_result
+from unlearn_ext.diffusion.pretrained import open_pretrained
+from unlearn_ext.diffusion.written import plan_result, write_result
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,49 @@ def test_links_that_leave_the_folder_are_not_followed(dit: Path, tmp_path: Path)
     assert not any("secret" in path.read_text(errors="ignore") for path in (tmp_path / "out").rglob("*.*"))
     assert not (tmp_path / "out" / "LICENSE").exists() and not (tmp_path / "out" / "docs").exists()
     open_pretrained(tmp_path / "out")
+
+
+def test_everything_of_the_source_is_copied_or_named(dit: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(dit, tmp_path / "source")
+    kept = ["README.md", "LICENSE", ".gitattributes", "docs/unlearning/a.txt", "feature_extractor/x.json", "a b/ü.txt"]
+    for name in (*kept, ".git/config", "docs/.cache/x", "unlearning/result.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (source / "safety_checker").symlink_to("feature_extractor")
+    (source / "vae" / "again").symlink_to("../docs")
+    (source / "docs" / "current").symlink_to("..")
+    plan = write_result(source, open_pretrained(source), tmp_path / "out")
+    assert plan.left_out == {
+        ".git": "what a clone or a download leaves",
+        "docs/.cache": "what a clone or a download leaves",
+        "vae/again/.cache": "what a clone or a download leaves",
+        "unlearning": "the record of the run that wrote the source",
+        "docs/current": "a link to a folder that it is in",
+        "vae/again/current": "a link to a folder that it is in",
+        "transformer/diffusion_pytorch_model.safetensors": "the denoiser's weights as they were",
+    }
+    for name in (*kept, "safety_checker/x.json", "vae/again/unlearning/a.txt"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {*plan.copied, "transformer/diffusion_pytorch_model.safetensors"}
+
+
+def test_files_that_cannot_be_read_are_found_before_the_run(dit: Path, tmp_path: Path, monkeypatch) -> None:
+    source = shutil.copytree(dit, tmp_path / "source")
+    opened, access, folders = open_pretrained(source), os.access, Path.iterdir
+    with monkeypatch.context() as patch:  # a superuser may read everything
+        patch.setattr(os, "access", lambda path, mode: Path(path).name != "model_index.json" and access(path, mode))
+        with pytest.raises(InputError, match=r"model_index\.json cannot be read, and is to be copied into the result"):
+            plan_result(source, opened)
+
+    def closed(path: Path):
+        if path.name == "vae":
+            raise PermissionError(13, "Permission denied")
+        return folders(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(InputError, match=r"vae cannot be read \(Permission denied\): it is to be copied"):
+        plan_result(source, opened)
 
 
 @pytest.mark.parametrize("name", ["vae", "vae/config.json", "model_index.json"])

@@ -165,9 +165,9 @@ def forget(
     from ..diffusion.options import ForgetOptions
     from ..diffusion.output import RESULT
     from ..diffusion.parallel import start_ranks
-    from ..diffusion.pretrained import OWN_FOLDER
     from ..diffusion.publishing import how_to_go_on
     from ..diffusion.space import check_room
+    from ..diffusion.written import OWN_FOLDER
     from ..errors import InputError, Terminated
     from .backend import load_backend
     from .progress import stages

@@ -30,6 +30,8 @@ def show_plan(job: ForgetJob, console: Console) -> None:
         what = "forget" if row.index in job.forget_classes else "keep"
         table.add_row(what, *([str(row.index)] if numbered else []), label, row.folder or "", str(row.count))
     console.print(table)
+    for note in job.notes:
+        console.print(note, soft_wrap=True)
     if job.data.ignored:
         console.print(f"{job.data.ignored} other files are ignored")
     if job.concepts is not None:
@@ -94,7 +96,7 @@ def show_estimate(found: Estimate, rooms: Sequence[Room], console: Console) -> N
 
 def show_result(job: ForgetJob, report: dict[str, Any], console: Console) -> int:
     """What became of the run, and the exit code that says so."""
-    from ..diffusion.pretrained import OWN_FOLDER
+    from ..diffusion.written import OWN_FOLDER
 
     if report["left_out"]:
         console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)

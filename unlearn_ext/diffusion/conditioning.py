@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .reading import import_diffusers
+from .layout import INDEX, named_part, part_names
+from .reading import import_diffusers, named_class
 
-__all__ = ["check_components", "check_denoiser", "check_scheduler", "check_vae"]
+__all__ = ["check_components", "check_denoiser", "check_pipeline", "check_scheduler", "check_vae"]
 
 # Parts of a pipeline that are used, or that only its owner's code uses, by the kind of its denoiser.
 _USED = {
@@ -30,6 +31,23 @@ _USED = {
     },
 }
 _SUPPORTED = "expected a DiTPipeline, a StableDiffusionPipeline, or a DDPMPipeline with a class-conditional UNet2DModel"
+# Library and class of the parts that are opened; None where each class has its own check.
+_CLASSES = {
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "scheduler": ("diffusers", None),
+    "tokenizer": ("transformers", None),
+}
+_PIPELINES = {  # the denoiser -> pipelines that are made of it and the parts that are opened with it
+    "DiTTransformer2DModel": ("DiTPipeline",),
+    "UNet2DModel": ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"),
+    "UNet2DConditionModel": (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionPipelineSafe",
+    ),
+}
 # A setting of the denoiser -> what it is conditioned on where that is not None or one of these.
 _CONDITIONS: dict[str, dict[str, tuple[str, tuple[Any, ...]]]] = {
     "UNet2DConditionModel": {
@@ -53,7 +71,8 @@ _DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler")
 
 
 def check_components(folder: Path, index: Mapping[str, Any], kind: str) -> None:
-    """Refuses a pipeline with parts that a run would not use, such as a VQ-VAE, a ControlNet or a second text encoder.
+    """Refuses a pipeline with parts that a run would not use, such as a VQ-VAE, a ControlNet or a second text encoder,
+    or with parts of other classes than those that are opened.
 
     Args:
         index: of ``model_index.json``.
@@ -62,16 +81,46 @@ def check_components(folder: Path, index: Mapping[str, Any], kind: str) -> None:
     Raises:
         InputError: with the part and its class.
     """
-    for key, value in index.items():
-        if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str) or key in _USED[kind]:
+    for key in part_names(index):
+        library, name = named_part(index, key)
+        if key in _USED[kind]:
+            right, expected = _CLASSES.get(key, (library, None))
+            if library != right or expected not in (None, name):
+                raise InputError(
+                    f"{folder} has a {key} that is a {name} of {library} by its {INDEX}, which is not supported: "
+                    f"expected {expected or 'one'} of {right}"
+                )
             continue
         why = ""
         if key in ("vqvae", "movq"):
             why = "its denoiser works on the VQ-VAE's latents, and would be trained on pixels; "
         raise InputError(
-            f"{folder} is a {index.get('_class_name', 'pipeline')} with a {key} ({value[1]}), which is not supported: "
+            f"{folder} is a {named_class(index) or 'pipeline'} with a {key} ({name}), which is not supported: "
             f"{why}{_SUPPORTED}"
         )
+
+
+def check_pipeline(folder: Path, index: Mapping[str, Any], denoiser: str) -> str | None:
+    """Refuses a pipeline of diffusers that is not made of this denoiser and what is opened with it, such as an SDXL
+    pipeline over the parts of Stable Diffusion.
+
+    Returns:
+        A sentence on a pipeline that diffusers does not have, whose own code may do other things with the same parts.
+
+    Raises:
+        InputError: with its class and those that can be.
+    """
+    value, expected = index.get("_class_name"), _PIPELINES[denoiser]
+    name = value[-1] if isinstance(value, list) and value else value  # of own code: its module and its class
+    if name in expected and name is value:
+        return None
+    if isinstance(value, str) and value in dir(import_diffusers()):
+        raise InputError(
+            f"{folder} is a {value} by its {INDEX}, which is not supported with a {denoiser}: expected "
+            f"{' or '.join(expected)}; correct _class_name if its parts are of such a pipeline"
+        )
+    which = "no pipeline" if not isinstance(name, str) else f"the pipeline {name[:100]}, which diffusers does not have"
+    return f"{INDEX} names {which}: its parts are taken for those of a {expected[0]}"
 
 
 def check_denoiser(home: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -102,6 +151,8 @@ def check_denoiser(home: Path, name: str, config: Mapping[str, Any]) -> None:
     sides = size if isinstance(size, (list, tuple)) else [size, size]
     if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
         raise InputError(f"the denoiser in {home} has the sample_size {size!r}: expected one whole number or two")
+    if name == "DiTTransformer2DModel" and isinstance(size, (list, tuple)):
+        raise InputError(f"the denoiser in {home} has the sample_size {size!r}: a DiT's is one whole number")
 
 
 def check_vae(home: Path, config: Mapping[str, Any]) -> None:

@@ -38,13 +38,14 @@ from .options import ForgetOptions, each_of
 from .output import RESULT, check_claim, claim_output, is_in_result, is_waiting, unfinished_bytes
 from .parallel import gather_weights, world_size, wrap
 from .pictures import Pictures, spread
-from .pretrained import OWN_FOLDER, Plan, Pretrained, open_pretrained, plan_result
+from .pretrained import Pretrained, open_pretrained
 from .prompts import Concepts, WithReplacements, read_prompts
 from .publishing import finish_earlier, publish
 from .sampling import check_steps
 from .space import Need, Room, check_room, room_for
 from .weights import select_trained, tie_embeddings, untie_embeddings
 from .work import WorkFolder
+from .written import OWN_FOLDER, Plan, plan_result
 
 __all__ = ["ForgetJob"]
 
@@ -114,8 +115,8 @@ class ForgetJob:
         self.trained_count = sum(p.numel() for p in trainable(self.model).values())  # tied copies once
         self.in_bfloat16 = options.weights_dtype == "bfloat16"
         self.mixed_precision = "bf16" if self.in_bfloat16 else options.mixed_precision
+        _ = self._plan  # of the sizes that are written; and what cannot be copied is found here
         if self.in_bfloat16:
-            _ = self._plan  # of the sizes that are written
             self._cast(torch.bfloat16)
         if options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -135,7 +136,7 @@ class ForgetJob:
         if self.method.mask is not None:
             check_mask(self.method.mask, options.mask, self._identity(), trainable(self.model))
         self.unlearner = self._make_unlearner(whole)
-        if options.resume_from_checkpoint is not None:
+        if self._resume and not is_waiting(options.output_dir):  # of which the checkpoints may have gone
             check_resumed(self.unlearner, self.work.path, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:
@@ -279,6 +280,12 @@ class ForgetJob:
             optimizer_in_backward=options.optimizer_in_backward,
             fisher_storage=options.fisher_storage,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What was taken otherwise than it stands in the folders that were opened, each in a sentence."""
+        judge = self.pictures.judge
+        return [*self.pretrained.notes, *([judge.note] if judge is not None and judge.note else [])]
 
     def left_out(self) -> dict[str, str]:
         """Files of the source that the written folder has not, and why."""
@@ -467,6 +474,8 @@ class ForgetJob:
         if result.mask is not None:
             result.mask.metadata.pop("forget_hash", None)  # of the batches drawn, which another run may draw otherwise
             result.mask.metadata.update(self._identity())
+            if self.method.mask is None:  # else it is an earlier run's
+                result.mask.metadata["seed"] = str(options.seed)
         weights = gather_weights(self.model)
         if not self.first:
             return {}

@@ -15,7 +15,7 @@ from ..data.labels import fold
 from ..errors import InputError, first_line
 from .adapters import check_adapter_files
 from .reading import check_loaded, check_sizes, read_config
-from .variants import TRANSFORMERS, find_weights
+from .variants import TRANSFORMERS, find_weights, note_pickles
 
 __all__ = ["JUDGED_AT_ONCE", "Judge"]
 
@@ -73,6 +73,7 @@ class Judge:
     def _open_model(self, folder: Path, kind: Any) -> None:
         try:
             weights = find_weights(folder, "classifier", TRANSFORMERS)
+            self.note = note_pickles([("classifier", folder, TRANSFORMERS)])
             check_adapter_files(folder)  # transformers would open what it names in place of this model
             check_sizes(folder / "config.json", read_config(folder / "config.json"))
             self.model, loaded = kind.from_pretrained(

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from .._files import writable_directory, writing
-from .._leftovers import is_leftover, partial_pattern, sweep
+from .._leftovers import partial_pattern, sweep
 from ..errors import InputError
-from .pretrained import OWN_FOLDER, Pretrained, write_result
+from .pretrained import Pretrained
 from .work import size_of
+from .written import OWN_FOLDER, foreign_entries, write_result
 
 __all__ = ["RESULT", "check_claim", "claim_output", "is_in_result", "is_waiting", "move_output", "unfinished_bytes"]
 __all__ += ["write_output"]
@@ -40,16 +41,11 @@ def check_claim(output: Path, source: Path, *, resume: bool, options: Mapping[st
     Raises:
         InputError: it lies in the source, or holds anything else than what an unfinished run leaves.
     """
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise InputError(f"--output-dir: {output} lies in the model's own folder: choose another")
-    own = output / OWN_FOLDER
-    try:
-        if not output.exists() or is_waiting(output):  # the latter is moved to its place first
-            return
-        others = sorted(path.name for path in output.iterdir() if path.name != OWN_FOLDER and not is_leftover(path))
-        private = sorted(path.name for pattern in _PRIVATE for path in own.glob(pattern))
-    except OSError as error:
-        raise InputError(f"--output-dir: {output} cannot be read ({error.strerror}): choose another") from None
+    entries, own = foreign_entries(output, source), output / OWN_FOLDER
+    if is_waiting(output):  # it is moved to its place first
+        return
+    others = [name for name in entries if name != OWN_FOLDER]
+    private = sorted(path.name for pattern in _PRIVATE for path in own.glob(pattern))
     if others and (own / RESULT).exists():
         raise InputError(_finished(output, resume, options or {}))
     if others:
@@ -131,6 +127,7 @@ def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Ten
 
 def move_output(output: Path) -> None:
     """Moves what :func:`write_output` has made to its place, entry by entry, the index last."""
+    sweep(output / OWN_FOLDER, held=True)
     with writing(output):
         _move(output / OWN_FOLDER / _WHOLE, output)
 

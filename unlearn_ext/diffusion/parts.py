@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import InputError
 from .adapters import check_adapter_files
 from .conditioning import check_scheduler, check_vae
-from .reading import as_input_error, check_loaded, check_sizes, import_diffusers, named_class, read_config
+from .reading import as_input_error, check_finite, check_loaded, check_sizes, import_diffusers, named_class, read_config
 from .variants import DIFFUSERS, TRANSFORMERS, Weights, find_weights
 
 __all__ = ["open_denoiser", "open_scheduler", "open_text_encoder", "open_tokenizer", "open_vae"]
@@ -53,6 +53,7 @@ def _open_model(name: str, home: Path, what: str, dtype: torch.dtype) -> tuple[n
             output_loading_info=True,
         )
     check_loaded(home, what, info)
+    check_finite(home, what, model)
     return model, weights, info
 
 
@@ -78,6 +79,7 @@ def open_text_encoder(home: Path, dtype: torch.dtype) -> nn.Module:
             output_loading_info=True,
         )
     check_loaded(home, "text encoder", info)
+    check_finite(home, "text encoder", model)
     return model
 
 

@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._json import read_json
+from torch import nn
+
+from .._json import parse_json, read_text
+from ..data.labels import whole_number
 from ..errors import InputError, UnlearnError, first_line
 from .adapters import check_adapter_tensors
 
-__all__ = ["as_input_error", "check_loaded", "check_sizes", "import_diffusers", "named_class", "read_config"]
+__all__ = ["as_input_error", "check_finite", "check_id2label", "check_loaded", "check_sizes", "import_diffusers"]
+__all__ += ["named_class", "read_config"]
 
 _LARGEST = 1 << 24  # of a size in a configuration
 _MOST_LAYERS = 1000
@@ -33,10 +37,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or damaged, or has a key twice.
     """
     try:
-        content = read_json(path)
+        content = parse_json(read_text(path), object_pairs_hook=_without_repeats)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path} cannot be read ({reason}): it is missing or damaged") from None
@@ -45,12 +49,56 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
-    """Whether a network of these sizes can be built at all: an absurd one would be built for hours first.
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} twice")
+    return content
+
+
+def check_id2label(path: Path, value: Any, count: int, null_label: int | None) -> tuple[dict[int, str], str | None]:
+    """The texts of classes in a pipeline's index, an object or a list, as class -> text; and a sentence on those that
+    are missing.
 
     Raises:
-        InputError: a number of layers above 1,000, or any whole number above 16 million.
+        InputError: a key is no class, or a text is none.
     """
+    if value is None or value in ({}, []):
+        return {}, None
+    how = "correct id2label there, or remove it"
+    if not isinstance(value, (dict, list)):
+        raise InputError(f"{path}: id2label is {str(value)[:100]!r}, expected an object of classes and texts: {how}")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    labels: dict[int, str] = {}
+    for key, text in pairs:
+        index = whole_number(str(key))
+        if index is None or str(index) != str(key) or not (0 <= index < count or index == null_label):
+            raise InputError(
+                f"{path}: id2label has the key {str(key)[:100]!r}, which is none of the classes 0 to {count - 1}: {how}"
+            )
+        if not isinstance(text, str):
+            raise InputError(f"{path}: id2label says {str(text)[:100]} of class {index}, which is no text: {how}")
+        if index < count and text.strip():
+            labels[index] = text
+    if len(labels) == count:
+        return labels, None
+    first = next(index for index in range(count) if index not in labels)
+    return dict(sorted(labels.items())), (
+        f"id2label has texts for {len(labels)} of {count} classes: {first} and others without one go by their number"
+        if count - len(labels) > 1
+        else f"id2label has no text for class {first}: it goes by its number"
+    )
+
+
+def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
+    """Whether a network can be built of a configuration at all: one of absurd sizes would be built for hours first.
+
+    Raises:
+        InputError: a number of layers above 1,000, or any number above 16 million; the weights are quantised.
+    """
+    if config.get("quantization_config"):
+        raise InputError(f"{path} is of quantised weights (quantization_config): give the model as it was before")
     for key, value in config.items():
         most = _MOST_LAYERS if "layers" in key else _LARGEST
         for number in _numbers(value):
@@ -95,3 +143,14 @@ def check_loaded(home: Path, what: str, info: Mapping[str, Any]) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"the weights of the {what} in {home} {problem} {names[0]}{more}: get the whole file")
+
+
+def check_finite(home: Path, what: str, model: nn.Module) -> None:
+    """Weights with NaN or inf: a run would find out after all that comes before its first step.
+
+    Raises:
+        InputError: with the first of them.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"the weights of the {what} in {home} hold NaN or inf ({name}): get others")

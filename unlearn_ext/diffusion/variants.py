@@ -14,13 +14,14 @@ Older releases of diffusers wrote ``S.E.V.index.json`` of ``S-00001-of-00002.V.E
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
 from .reading import read_config
 
-__all__ = ["DIFFUSERS", "TRANSFORMERS", "Weights", "find_weights"]
+__all__ = ["DIFFUSERS", "TRANSFORMERS", "Weights", "find_weights", "note_pickles"]
 
 DIFFUSERS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}  # ending -> stem
 TRANSFORMERS = {"safetensors": "model", "bin": "pytorch_model"}
@@ -75,6 +76,17 @@ def find_weights(home: Path, what: str, stems: dict[str, str]) -> Weights:
     if shard is not None:
         raise InputError(f"the {what} in {home} has {shard} and no {stem}.safetensors.index.json: get the missing file")
     raise InputError(f"the {what} in {home} has no weights: expected {stem}.safetensors")
+
+
+def note_pickles(models: Iterable[tuple[str, Path, dict[str, str]]]) -> str | None:
+    """A sentence on those of the models, given as :func:`find_weights` takes them, that are read from pickles."""
+    pickled = [what for what, home, stems in models if not find_weights(home, what, stems).safetensors]
+    if not pickled:
+        return None
+    return (
+        f"weights of the {' and the '.join(pickled)} are pickles (.bin), read by torch as tensors alone, without their "
+        "code; from_pretrained and save_pretrained make safetensors of them"
+    )
 
 
 def _candidates(files: set[str], stem: str, ending: str) -> list[tuple[str | None, str | None]]:

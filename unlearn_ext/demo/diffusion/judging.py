@@ -20,9 +20,9 @@ from ...diffusion.grid import write_grid
 from ...diffusion.sampling import draw_noise, sample_classes, sample_prompts
 from ...evaluation.generated import class_scores, frechet_distance, pairwise_distance
 from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, sampling_scheduler
-from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained
+from .pretraining import TEST_SIZE, TRAIN_SIZE
 
-__all__ = ["GUIDANCE", "STEPS", "comparison_samples", "judge_samples", "sample"]
+__all__ = ["GUIDANCE", "STEPS", "judge_samples", "sample"]
 
 STEPS = 25
 GUIDANCE = {"ddpm": 2.0, "dit": 3.0, "text": 2.0}
@@ -90,14 +90,6 @@ def judge_samples(judge: Judge, images: Tensor, labels: Tensor, without: int | N
     if len(kept) > kept.shape[1]:
         report["frechet"] = frechet_distance(real_features[split.test_labels != none], kept)
     return report
-
-
-def comparison_samples(trained: Trained, per_digit: int = 32, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What ``weights.save_samples`` takes: pictures of a trained denoiser, as the package ships them of one that never
-    saw a digit. That digit's label is asked for as well."""
-    labels = torch.arange(CLASSES).repeat(per_digit)
-    sampling = {"sampler": "DDIM", "steps": STEPS, "guidance": GUIDANCE[trained.name], "seed": seed}
-    return sample(trained.network, labels, seed=seed), labels, {**trained.metadata, "sampling": sampling}
 
 
 def _main() -> None:
