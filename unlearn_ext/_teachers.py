@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +52,8 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
             "DistributedDataParallel, or one process"
         )
     random_model = getattr(method, "random_model", None)
+    if "original" in asked or (asked and random_model is None):
+        _check_forward(model)
     if "random" in asked and random_model is not None:
         check_weights(random_model)
         # A hash of all weights, in vain where there is nobody to compare it with.
@@ -72,6 +75,18 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
                     f"{method.name} compares with a network of random weights, and {name or 'the model itself'} (a "
                     f"{type(module).__name__}) has no reset_parameters to draw them: {remedy}"
                 )
+
+
+def _check_forward(model: nn.Module) -> None:
+    """Raises InputError for a function in the place of a module's forward: Python does not copy functions, so that of
+    the copy would compute with the weights of the model."""
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(vars(module).get("forward"), FunctionType):
+            raise InputError(
+                f"the method keeps a frozen copy of the model, and the forward of {name or 'the model'} was replaced "
+                "by a function, which in the copy would use the model's weights: compile with model.compile(), or bind "
+                "a function of (self, ...) with types.MethodType(function, module)"
+            )
 
 
 def _is_computed(module: nn.Module) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+import types
 
 import pytest
 import torch
@@ -100,6 +102,43 @@ def test_random_weights_that_would_not_be_drawn_are_refused(change) -> None:
         Unlearner(model, Classification(), BadTeacher())
     untrained = copy.deepcopy(flat(lambda model: None))
     Unlearner(model, Classification(), BadTeacher(random_model=untrained, iterations=2)).run(**DATA)
+
+
+def closure(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda x: before(x)
+
+
+def compiled(module: nn.Module) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+@pytest.mark.parametrize("change", [closure, compiled])
+def test_a_forward_that_a_copy_would_share_is_refused(change) -> None:
+    model = flat(lambda model: change(model[4]))
+    for method in (Scrub(), BadTeacher(random_model=flat(lambda model: None)), BadTeacher()):
+        with pytest.raises(InputError, match=r"the forward of 4 was replaced by a function.*model\.compile\(\)"):
+            Unlearner(model, Classification(), method)
+    model = flat(change)
+    with pytest.raises(InputError, match="the forward of the model was replaced"):
+        Unlearner(model, Classification(), Scrub())
+
+
+def test_a_forward_that_belongs_to_its_module_is_copied() -> None:
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * type(self).forward(self, x)
+
+    model, x = flat(lambda model: None), DATA["forget"][0][0]
+    model[1].forward = types.MethodType(doubled, model[1])
+    model[4].forward = functools.partial(doubled, model[4])  # as accelerate's hooks have it
+    model.eval()
+    Unlearner(model, Classification(), Scrub())
+    expected = model(x).detach()
+    (teacher,) = make_teachers(model, Scrub()).values()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
 
 
 def run_with(model: nn.Module, method: BadTeacher) -> None:
