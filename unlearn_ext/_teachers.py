@@ -52,8 +52,6 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
             "DistributedDataParallel, or one process"
         )
     random_model = getattr(method, "random_model", None)
-    if "original" in asked or (asked and random_model is None):
-        _check_forward(model)
     if "random" in asked and random_model is not None:
         check_weights(random_model)
         # A hash of all weights, in vain where there is nobody to compare it with.
@@ -77,18 +75,6 @@ def check_teachers(model: nn.Module, method: Method, ranks: Ranks) -> None:
                 )
 
 
-def _check_forward(model: nn.Module) -> None:
-    """Raises InputError for a function in the place of a module's forward: Python does not copy functions, so that of
-    the copy would compute with the weights of the model."""
-    for name, module in unwrapped(model).named_modules():
-        if isinstance(vars(module).get("forward"), FunctionType):
-            raise InputError(
-                f"the method keeps a frozen copy of the model, and the forward of {name or 'the model'} was replaced "
-                "by a function, which in the copy would use the model's weights: compile with model.compile(), or bind "
-                "a function of (self, ...) with types.MethodType(function, module)"
-            )
-
-
 def _is_computed(module: nn.Module) -> bool:
     """Whether one of its weights is no parameter of its own but a function of some: of ``weight_g`` and ``weight_v``,
     ``weight_orig``, as torch.nn.utils' norms and pruning have it, or under a parametrization."""
@@ -103,7 +89,7 @@ def _frozen(model: nn.Module) -> nn.Module:
         p.grad = None  # else they would be copied
     try:
         with _CopyingValues():
-            return copy.deepcopy(model).requires_grad_(False).eval()
+            frozen = copy.deepcopy(model)
     except TypeError as error:
         raise InputError(
             f"the method keeps a frozen copy of the model, and Python cannot copy it ({first_line(error)}): take what "
@@ -112,6 +98,23 @@ def _frozen(model: nn.Module) -> nn.Module:
     finally:
         for p, gradient in gradients:
             p.grad = gradient
+    _check_forward(model, frozen)
+    for p in frozen.parameters():  # one by one, and copies of scripted ones are no leaves
+        p.detach_()
+    return frozen.eval()
+
+
+def _check_forward(model: nn.Module, copied: nn.Module) -> None:
+    """Raises InputError for a function in the place of a module's forward: Python does not copy functions, so that of
+    the copy would compute with the weights of the model."""
+    for (name, module), other in zip(model.named_modules(), copied.modules(), strict=False):
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType) and vars(other).get("forward") is forward:
+            raise InputError(
+                f"the method keeps a frozen copy of the model, and the forward of {name or 'the model'} was replaced "
+                "by a function, which in the copy would use the model's weights: compile with model.compile(), or bind "
+                "a function of (self, ...) with types.MethodType(function, module)"
+            )
 
 
 class _CopyingValues(TorchFunctionMode):

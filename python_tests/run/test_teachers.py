@@ -114,14 +114,37 @@ def compiled(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [closure, compiled])
-def test_a_forward_that_a_copy_would_share_is_refused(change) -> None:
-    model = flat(lambda model: change(model[4]))
-    for method in (Scrub(), BadTeacher(random_model=flat(lambda model: None)), BadTeacher()):
-        with pytest.raises(InputError, match=r"the forward of 4 was replaced by a function.*model\.compile\(\)"):
-            Unlearner(model, Classification(), method)
-    model = flat(change)
-    with pytest.raises(InputError, match="the forward of the model was replaced"):
-        Unlearner(model, Classification(), Scrub())
+@pytest.mark.parametrize("kind", [Scrub, BadTeacher])
+def test_a_forward_that_a_copy_would_share_is_refused(change, kind) -> None:
+    for place in ("4", "the model"):
+        model = flat(lambda model, place=place: change(model[4] if place == "4" else model))
+        before = weights(model)
+        with pytest.raises(InputError, match=rf"the forward of {place} was replaced by a function.*model\.compile\(\)"):
+            Unlearner(model, Classification(), kind(epochs=1, **({"msteps": 1} if kind is Scrub else {}))).run(**DATA)
+        assert identical(weights(model), before)
+
+
+def with_a_compiled_block(model: nn.Module) -> nn.Module:
+    model[4] = torch.compile(model[4], backend="eager")
+    return model
+
+
+def compiled_as_a_whole(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [with_a_compiled_block, compiled_as_a_whole, torch.jit.script])
+def test_compiled_and_scripted_models_have_teachers(wrap) -> None:
+    model, x = wrap(flat(lambda model: None)).eval(), DATA["forget"][0][0]
+    expected = model(x).detach()
+    (teacher,) = make_teachers(model, Scrub()).values()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_forward_that_belongs_to_its_module_is_copied() -> None:

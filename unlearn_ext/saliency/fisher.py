@@ -37,7 +37,7 @@ class FisherDiagonal:
     As released with SFR-on, :math:`F = \frac{1}{B} \sum_b (\nabla \bar l_b)^2` over B batches, with
     :math:`\bar l_b` the batch-mean loss; with ``per_sample=True`` the exact diagonal
     :math:`F = \frac{1}{N} \sum_i (\nabla l_i)^2` over samples, through ``torch.func``. The model is in eval mode
-    while it is measured.
+    while it is measured: weights that take no part there (loralib's adapters, unless ``merge_weights=False``) count 0.
 
     Args:
         model: whose trainable parameters are measured.
