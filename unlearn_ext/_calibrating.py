@@ -77,14 +77,18 @@ class Calibrating:
         except NonFiniteError as error:
             raise NonFiniteError(f"after iteration {iteration - 1}: {error}") from None
 
-    def rescue(self, error: NonFiniteError) -> NonFiniteError:
-        """Gives the model the best weights met, as far as there are any, and tells in the error which."""
+    def rescue(self, error: Exception) -> Exception:
+        """Gives the model the best weights met, as far as there are any, and tells in the error which: a new one in the
+        place of a NonFiniteError, and a note on any other."""
         if self.best is None:  # nothing has been changed yet
             return error
         self._go_back()
-        return NonFiniteError(
-            f"{error}; the model has gone back to its weights after {self.best['iteration']} iterations"
-        )
+        sentence = f"the model has gone back to its weights after {self.best['iteration']} iterations"
+        if isinstance(error, NonFiniteError):
+            return NonFiniteError(f"{error}; {sentence}")
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(sentence)
+        return error
 
     def _take(self, iteration: int, forget: Tensor, unseen: Tensor) -> dict[str, Any]:
         found = self.calibration.look(iteration, forget, unseen)

@@ -63,7 +63,7 @@ def candidates(output_dir: Path | None, choice: str | Path) -> list[Path]:
             + ("'latest'" if choice else "None to start anew")
         )
     if str(choice) != "latest":
-        path = user_path(choice)
+        path = user_path(choice).absolute()
         if not is_checkpoint(path):
             raise InputError(f"there is no checkpoint at {path}")
         return [path]

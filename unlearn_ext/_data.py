@@ -14,11 +14,23 @@ from ._small_batches import SmallBatches
 from ._streams import empty_set
 from .errors import InputError
 from .tasks import Task
+from .tasks._batches import holds_integers
 from .tasks.classification import are_indices
 
 __all__ = ["DataCheck"]
 
 _MOST_KINDS = 8  # of a set's batches that are tried: a forward pass each
+
+
+def _extremes(inputs: Tensor | Mapping[str, Tensor], name: str = "") -> dict[tuple[str, str], int]:
+    """How long texts are, and the largest and smallest integers (as its negative): sizes of a model's tables."""
+    if isinstance(inputs, Mapping):
+        return {key: x for name, tensor in inputs.items() for key, x in _extremes(tensor, name).items()}
+    if not holds_integers(inputs):
+        return {}
+    low, high = (int(x) for x in inputs.aminmax())
+    length = inputs.shape[1] if inputs.dim() == 2 else 0
+    return {(name, "length"): length, (name, "largest"): high, (name, "smallest"): -low}
 
 
 def _kind(inputs: Tensor | Mapping[str, Tensor]) -> Any:
@@ -52,6 +64,7 @@ class DataCheck:
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
         self._kinds: dict[str, list[Any]] = {}  # of batches, by set
+        self._extremes: dict[str, dict[tuple[str, str], int]] = {}  # the largest so far, by set
         self._error: InputError | None = None  # the first that was found
         self.labels: dict[str, set[int]] = {}  # of each set, where there are unseen data and the task has class labels
 
@@ -71,13 +84,17 @@ class DataCheck:
             self._raise()
 
     def _try_other_kind(self, name: str, batch: Any, inputs: Tensor | Mapping[str, Tensor]) -> None:
-        """Shows the task a batch of another shape or dtype than those before, which the model may not take; ranks with
-        samples of their own would wait for each other in its forward pass."""
+        """Shows the task a batch of another shape or dtype than those before, of longer texts or of integers further
+        from zero, which the model may not take; ranks with samples of their own would wait for each other in its
+        forward pass."""
         kinds, kind = self._kinds.setdefault(name, []), _kind(inputs)
-        if kind in kinds or len(kinds) == _MOST_KINDS:
-            return
-        kinds.append(kind)
-        if len(kinds) > 1 and self.ranks.size == 1:  # the first has been shown
+        first, other = not kinds, kind not in kinds and len(kinds) < _MOST_KINDS
+        if other:
+            kinds.append(kind)
+        known, extremes = self._extremes.setdefault(name, {}), _extremes(inputs)
+        beyond = {key: x for key, x in extremes.items() if key not in known or x > known[key]}
+        known.update(beyond)
+        if (other or beyond) and not first and self.ranks.size == 1:  # the first has been shown
             with _rng.kept({"task": self.task.generators()}):
                 self.task.begin(self.model, batch)
 

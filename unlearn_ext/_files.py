@@ -235,8 +235,8 @@ def follow_umask(directory: Path) -> None:
 
 def writable_directory(path: str | Path) -> Path:
     """Makes the directory if need be, proves that files can be written there, and removes what killed processes were
-    writing."""
-    path = user_path(path)
+    writing. The path returned is absolute: whoever keeps it stays there when the working directory changes."""
+    path = user_path(path).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path, prefix=".probe-"):  # without a name, where the file system can

@@ -63,6 +63,8 @@ def _pass(
     if "unseen" in sets:  # before those that must not hold any of it
         check.scan("unseen", sets["unseen"])
     if method.measures is None:
+        if method.mask is not None and not method.mask.kept:
+            raise InputError("the mask keeps no weight, so nothing would be forgotten: pass one that keeps some")
         check.scan_rest(sets)
         _note_unseen(result, check)
         method.take_sizes(check.sizes())

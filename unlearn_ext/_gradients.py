@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._arguments import describe
 from .errors import InputError
 
-__all__ = ["FLOATING", "check_gradient", "check_layers", "check_parameters", "fits"]
+__all__ = ["FLOATING", "check_gradient", "check_layers", "check_parameters", "fits", "no_gradient"]
 
 FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
@@ -35,6 +35,14 @@ def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"the parameter {name} was made in inference mode, which no step can change afterwards: make the model "
                 "outside of torch.inference_mode()"
             )
+
+
+def no_gradient(name: str) -> InputError:
+    """No gradient arrives at any weight from the losses of a set."""
+    return InputError(
+        f"the {name} loss does not depend on the trained weights: train those that it uses, take no_grad, detach and "
+        "argmax out of the model and the task, and checkpoint activations with use_reentrant=False"
+    )
 
 
 def fits(gradient: Any) -> bool:

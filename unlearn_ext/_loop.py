@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from . import _checkpoint, _rng
 from ._averages import Averages
 from ._calibrating import Calibrating
+from ._gradients import no_gradient
 from ._history import History
-from ._modes import evaluating, keeping_statistics, set_training
+from ._modes import evaluating, keeping_statistics, put_modes, set_training
 from ._module_state import unsaved_sums
 from ._names import buffers_of
 from ._packing import copy_of, put
@@ -231,12 +232,14 @@ class Loop:
             if self.calibrating is not None:
                 result.calibration = self.calibrating.finish()
             self.watching.finish()
-        except NonFiniteError as error:
-            raise (error if self.calibrating is None else self.calibrating.rescue(error)) from None
+        except Exception as error:  # NaN may come as an error of the model's or of torch's anomaly mode
+            rescued = error if self.calibrating is None else self.calibrating.rescue(error)
+            if rescued is error:
+                raise
+            raise rescued from None
         finally:
             self.stop.waits = False
-            for module, training in modes:
-                module.training = training
+            put_modes(modes)
             self._clear()
         check_same(self.model, self.parameters)
         self._finish()
@@ -491,7 +494,7 @@ class Loop:
                 "forget_alpha"
             )
         if not loss.requires_grad:
-            raise InputError(f"every gradient is None: no trainable weight takes part in the {side} loss")
+            raise no_gradient(side)
         side = "forget" if side == "forget" else "retain"  # of the steps
         own, optimizer = self.unlearner.optimizer_in_backward, self.optimizer
         if own and (optimizer.max_norm if side == "forget" else optimizer.retain_max_norm) is not None:
@@ -499,6 +502,8 @@ class Loop:
                 loss.backward(retain_graph=True)
         with optimizer.step_in_backward(side) if own else contextlib.nullcontext():
             (self.scalers[side].scale(loss) if self.scalers else loss).backward()
+        if not own and all(p.grad is None for p in self.parameters):
+            raise no_gradient(side)
 
     def _step(self, side: str, entry: dict[str, Any]) -> None:
         """A forget or retain step on ``.grad``; a GradScaler leaves it out when a scaled gradient overflowed."""

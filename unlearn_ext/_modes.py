@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from ._names import unwrapped
 from .errors import InputError
 
 __all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "has_batch_norm", "keeping_modes", "keeping_statistics"]
-__all__ += ["recording", "set_training"]
+__all__ += ["put_modes", "recording", "set_training"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -41,8 +41,18 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        put_modes(before)
+
+
+def put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Puts modules, in the order of ``model.modules()``, into the modes given. A class with a ``train`` of its own may
+    do more there than set the flag, such as merge adapters into weights in eval mode, and take them out again."""
+    modes = list(modes)
+    for module, training in modes:
+        if module.training != training and type(module).train is not nn.Module.train:
+            module.train(training)
+    for module, training in modes:
+        module.training = training
 
 
 def set_training(model: nn.Module, freeze_norms: bool) -> None:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler
 
 from . import _rng
-from ._modes import keeping_modes, set_training
+from ._modes import keeping_modes, put_modes, set_training
 from ._names import unwrapped
 from ._parts import cut
 from ._ranks import Ranks
@@ -91,8 +91,7 @@ class SmallBatches:
         device = next(model.parameters()).device
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         with _rng.kept({"task": self.task.generators()}), keeping_modes(self.model):
-            for module, training in self._modes:
-                module.training = training
+            put_modes(self._modes)
             try:
                 prepared = cut(self.task.prepare(batch, device), slice(0, 1))
                 self.task.losses(model, prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,7 +89,7 @@ def _frozen(model: nn.Module) -> nn.Module:
         p.grad = None  # else they would be copied
     try:
         with _CopyingValues():
-            return copy.deepcopy(model).requires_grad_(False).eval()
+            frozen = copy.deepcopy(model)
     except TypeError as error:
         raise InputError(
             f"the method keeps a frozen copy of the model, and Python cannot copy it ({first_line(error)}): take what "
@@ -97,6 +98,23 @@ def _frozen(model: nn.Module) -> nn.Module:
     finally:
         for p, gradient in gradients:
             p.grad = gradient
+    _check_forward(model, frozen)
+    for p in frozen.parameters():  # one by one, and copies of scripted ones are no leaves
+        p.detach_()
+    return frozen.eval()
+
+
+def _check_forward(model: nn.Module, copied: nn.Module) -> None:
+    """Raises InputError for a function in the place of a module's forward: Python does not copy functions, so that of
+    the copy would compute with the weights of the model."""
+    for (name, module), other in zip(model.named_modules(), copied.modules(), strict=False):
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType) and vars(other).get("forward") is forward:
+            raise InputError(
+                f"the method keeps a frozen copy of the model, and the forward of {name or 'the model'} was replaced "
+                "by a function, which in the copy would use the model's weights: compile with model.compile(), or bind "
+                "a function of (self, ...) with types.MethodType(function, module)"
+            )
 
 
 class _CopyingValues(TorchFunctionMode):

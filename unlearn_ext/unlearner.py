@@ -284,7 +284,8 @@ class Unlearner:
             NonFiniteError: a loss or gradient is not finite; the step in question changed nothing. In the sequential
                 update the forget step of the same iteration may have been made before, and the message says so. With
                 ``optimizer_in_backward`` and no clip, a part of the step may have been made, and the message says that.
-                A calibrated run gives the model the best weights that it met, and the message says which.
+                A calibrated run that ends in this or another error gives the model the best weights that it met, and
+                the message, or a note on it, says which.
             ProtectionError: a weight that every step protects has changed.
             LostRankError: another process of the run has ended.
             WriteError: a history entry or a checkpoint cannot be written: the disk is full, the folder is gone.

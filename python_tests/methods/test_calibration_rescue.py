@@ -74,6 +74,30 @@ def test_a_loss_that_is_nan(kind, after) -> None:
     assert same(model, {0: start, **kept}[at])
 
 
+class Raising(Poisoned):
+    """A model that looks at its outputs itself, as torch.autograd.set_detect_anomaly looks at gradients."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        if not bool(torch.isfinite(output).all()):
+            raise ValueError("NaN in the output")
+        return output
+
+
+def test_nan_that_comes_as_another_error() -> None:
+    model, kept = Raising(7), {}
+    start = copy.deepcopy(model.state_dict())
+    method = SFRon(**SHORT)
+    method.calibration = Unmet(1, 16)
+    with pytest.raises(ValueError, match="NaN in the output") as got:
+        run(method, **states(model, kept))
+    best = min(method.calibration.path, key=lambda look: (not look["met"], look["score"], -look["iteration"]))
+    at = best["iteration"]
+    assert max(kept) > at and same(model, {0: start, **kept}[at])
+    if hasattr(got.value, "add_note"):
+        assert got.value.__notes__ == [f"the model has gone back to its weights after {at} iterations"]
+
+
 def test_a_gradient_that_is_not_finite() -> None:
     model = make()
     start = copy.deepcopy(model.state_dict())

@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers.models import ConvNet, batches, make
 from helpers.runs import identical, method, run, weights
+from torch.utils.checkpoint import checkpoint
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner, UnlearnOptimizer
 from unlearn_ext._loop import Loop
+from unlearn_ext.methods import SSD
 from unlearn_ext.tasks import Classification
 
 
@@ -159,7 +161,23 @@ def test_models_without_trainable_weights_or_gradients() -> None:
         def forward(self, x):
             return super().forward(x).detach().requires_grad_()
 
-    with pytest.raises(InputError, match="no trainable weight received a gradient"):
-        run(make(Detached))
-    with pytest.raises(InputError, match="every gradient is None"):
-        run(make(Detached), changes={"gamma": None})
+    class Blind(ConvNet):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    class Reentrant(ConvNet):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    words = "the forget loss does not depend on the trained weights: .* use_reentrant=False"
+    for kind in (Detached, Blind, Reentrant):
+        model = make(kind)
+        for changes in ({}, {"gamma": None}):
+            with pytest.raises(InputError, match=words):
+                run(model, changes=changes)
+        sets = batches(3, 6, seed=1), batches(5, 6, seed=2)
+        for per_sample in (False, True) if kind is Blind else (False,):  # torch.func refuses the others itself
+            with pytest.raises(InputError, match=words):
+                SSD(per_sample=per_sample).run(model, Classification(), *sets)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), make().parameters(), strict=True))

@@ -14,6 +14,7 @@ from helpers.models import make
 from helpers.runs import identical, run, weights
 
 from unlearn_ext import InputError, _lock
+from unlearn_ext._checkpoint_folder import candidates
 from unlearn_ext._leftovers import partial_name
 from unlearn_ext._lock import hold
 from unlearn_ext.errors import UnlearnError
@@ -40,6 +41,22 @@ def test_another_programs_checkpoint_with_files_of_our_names(name: str, tmp_path
     with pytest.raises(InputError, match="checkpoint-500, which is no checkpoint of this package"):
         run_into(tmp_path)
     assert files(tmp_path) == {f"checkpoint-500/{name}": b"{}"}
+
+
+def test_the_working_directory_may_change(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def move(model, done) -> None:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    run_into(Path("out"), evaluate=move, evaluate_every=3)
+    assert {"checkpoint-6/state.json", "checkpoint-12/state.json", "history.jsonl"} <= files(tmp_path / "out").keys()
+    assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 12
+    assert not files(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    (path,) = candidates(None, Path("out", "checkpoint-6"))
+    assert path == tmp_path / "out" / "checkpoint-6"
 
 
 def test_what_is_no_path(tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_a_fraction_survives_a_checkpoint(tmp_path) -> None:
             run(make(), changes=other, output_dir=tmp_path, resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize("scope", ["forget", "all"])
+def test_a_ready_mask_that_keeps_no_weight(scope) -> None:
+    model = make()
+    empty = SaliencyMask.from_dict({n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()})
+    with pytest.raises(InputError, match="the mask keeps no weight, so nothing would be forgotten: pass one that"):
+        run(model, changes={"mask": empty, "mask_scope": scope})
+    assert identical(weights(model), weights(make()))
+
+
 def test_a_method_takes_one_source_of_its_mask() -> None:
     ready = SaliencyMask.from_dict({"w": torch.tensor(True)})
     for given, message in (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+import types
 
 import pytest
 import torch
@@ -100,6 +102,66 @@ def test_random_weights_that_would_not_be_drawn_are_refused(change) -> None:
         Unlearner(model, Classification(), BadTeacher())
     untrained = copy.deepcopy(flat(lambda model: None))
     Unlearner(model, Classification(), BadTeacher(random_model=untrained, iterations=2)).run(**DATA)
+
+
+def closure(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda x: before(x)
+
+
+def compiled(module: nn.Module) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+@pytest.mark.parametrize("change", [closure, compiled])
+@pytest.mark.parametrize("kind", [Scrub, BadTeacher])
+def test_a_forward_that_a_copy_would_share_is_refused(change, kind) -> None:
+    for place in ("4", "the model"):
+        model = flat(lambda model, place=place: change(model[4] if place == "4" else model))
+        before = weights(model)
+        with pytest.raises(InputError, match=rf"the forward of {place} was replaced by a function.*model\.compile\(\)"):
+            Unlearner(model, Classification(), kind(epochs=1, **({"msteps": 1} if kind is Scrub else {}))).run(**DATA)
+        assert identical(weights(model), before)
+
+
+def with_a_compiled_block(model: nn.Module) -> nn.Module:
+    model[4] = torch.compile(model[4], backend="eager")
+    return model
+
+
+def compiled_as_a_whole(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [with_a_compiled_block, compiled_as_a_whole, torch.jit.script])
+def test_compiled_and_scripted_models_have_teachers(wrap) -> None:
+    model, x = wrap(flat(lambda model: None)).eval(), DATA["forget"][0][0]
+    expected = model(x).detach()
+    (teacher,) = make_teachers(model, Scrub()).values()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_forward_that_belongs_to_its_module_is_copied() -> None:
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * type(self).forward(self, x)
+
+    model, x = flat(lambda model: None), DATA["forget"][0][0]
+    model[1].forward = types.MethodType(doubled, model[1])
+    model[4].forward = functools.partial(doubled, model[4])  # as accelerate's hooks have it
+    model.eval()
+    Unlearner(model, Classification(), Scrub())
+    expected = model(x).detach()
+    (teacher,) = make_teachers(model, Scrub()).values()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
 
 
 def run_with(model: nn.Module, method: BadTeacher) -> None:

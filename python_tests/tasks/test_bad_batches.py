@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from helpers.models import batches, make
+import torch
+from helpers.models import ConvNet, batches, make
 from helpers.runs import identical, run, weights
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from unlearn_ext import FisherDiagonal, InputError, Unlearner, evaluation
+from unlearn_ext._data import DataCheck
 from unlearn_ext.methods import SSD, parse
 from unlearn_ext.tasks import Classification
 
@@ -155,3 +157,96 @@ def test_images_without_channels_before_batch_normalisation() -> None:
     for look in (lambda: run(model, {"forget": data, "retain": data}), lambda: evaluation.predict(model, data)):
         with pytest.raises(InputError, match=r"Sequential does not take inputs of shape \[6, 5, 5\]"):
             look()
+
+
+# --- Numbers and lengths beyond a model's tables --------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """A text classifier of 30 tokens and 8 positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(30, 6), nn.Embedding(8, 6), nn.Linear(6, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        places = torch.arange(input_ids.shape[1])
+        return self.head((self.tokens(input_ids) + self.places(places)).mean(1))
+
+
+class Strict(ConvNet):
+    """Checks its inputs as vision transformers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] % 5 == 0, f"height ({x.shape[2]}) does not fit the model"
+        return super().forward(x)
+
+
+def tokens(seed: int, length: int = 6, **changes: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 20, (4, length), generator=torch.Generator().manual_seed(seed))
+    ids[2, 1] = changes.get("token", 5)
+    return {"input_ids": ids, "labels": torch.arange(4)}
+
+
+BEYOND = {
+    "a token": (tokens(9, token=30), r"Reader does not take input_ids of shape \[4, 6\], from \d to 30 \(index out of"),
+    "a negative": (tokens(9, token=-1), r"Reader does not take input_ids of shape \[4, 6\], from -1 to \d+ "),
+    "a length": (tokens(9, length=9), r"Reader does not take input_ids of shape \[4, 9\], from .*with truncation"),
+    "floats": (
+        {**tokens(9), "input_ids": torch.ones(4, 6)},
+        r"Reader, whose weights are torch.float32, does not take input_ids of torch.float32 \(Expected .*Long",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize(
+    ("spec", "where"),
+    [
+        ("sfron:iterations=3,lr=0.1", "retain"),
+        ("negative_gradient_plus:iterations=3,lr=0.1", "forget"),
+        ("scrub:epochs=1,msteps=1,lr=0.1", "forget"),
+        ("finetune:iterations=3,lr=0.1", "retain"),
+    ],
+)
+def test_beyond_a_table_is_refused_before_the_first_step(name, spec, where) -> None:
+    bad, words = BEYOND[name]
+    model, sets = make(Reader), {"forget": [tokens(i) for i in range(3)], "retain": [tokens(9 + i) for i in range(4)]}
+    sets[where].append(bad)
+    with pytest.raises(InputError, match=words):
+        Unlearner(model, Classification(), parse(spec)).run(**sets)
+    assert identical(weights(model), weights(make(Reader)))
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_beyond_a_table_wherever_batches_are_taken(name) -> None:
+    bad, words = BEYOND[name]
+    with pytest.raises(InputError, match=words):
+        evaluation.predict(make(Reader), [tokens(1), bad])
+    with pytest.raises(InputError, match=words):
+        SSD().run(make(Reader), Classification(), [tokens(1), bad], [tokens(2)])
+
+
+def test_an_assertion_of_the_model() -> None:
+    model, x = make(Strict), X.repeat(1, 1, 2, 1)[:, :, :6]
+    with pytest.raises(InputError, match=r"Strict does not take inputs of shape \[6, 2, 6, 5\] \(height \(6\)"):
+        run(model, {"forget": batches(2, 6, seed=1), "retain": [*batches(2, 6, seed=2), (x, Y)]})
+    assert identical(weights(model), weights(make()))
+
+
+def test_only_batches_beyond_those_before_are_tried() -> None:
+    class Counted(Reader):
+        passes = 0
+
+        def forward(self, input_ids):
+            self.passes += 1
+            return super().forward(input_ids)
+
+    model, lengths = make(Counted), [3, 5, 4, 5, 2, 7, 6]
+    data = [{"input_ids": torch.full((4, n), i), "labels": torch.arange(4)} for i, n in enumerate(lengths)]
+    for batch in data:
+        batch["input_ids"][0] = 0
+        batch["input_ids"][1] = 20
+    check = DataCheck(model, Classification(), True)
+    check.scan("retain", data)
+    assert model.passes == 3  # of 3, 5 and 7 tokens

@@ -242,7 +242,7 @@ def open_data(
     Raises:
         InputError: no such data, or data that do not fit the model.
     """
-    path = user_path(path)
+    path = user_path(path).absolute()  # pictures are read when they are used
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
     if path.is_dir():

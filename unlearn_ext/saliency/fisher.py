@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._arguments import check_count, check_model, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
-from .._gradients import check_gradient, check_layers, check_parameters
+from .._gradients import check_gradient, check_layers, check_parameters, no_gradient
 from .._in_backward import clip_factor
 from .._modes import evaluating, recording
 from .._names import trainable, unwrapped
@@ -37,7 +37,7 @@ class FisherDiagonal:
     As released with SFR-on, :math:`F = \frac{1}{B} \sum_b (\nabla \bar l_b)^2` over B batches, with
     :math:`\bar l_b` the batch-mean loss; with ``per_sample=True`` the exact diagonal
     :math:`F = \frac{1}{N} \sum_i (\nabla l_i)^2` over samples, through ``torch.func``. The model is in eval mode
-    while it is measured.
+    while it is measured: weights that take no part there (loralib's adapters, unless ``merge_weights=False``) count 0.
 
     Args:
         model: whose trainable parameters are measured.
@@ -119,7 +119,7 @@ class FisherDiagonal:
             InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
-        before = self.count
+        before, empty = self.count, True
         if self.per_sample and not self.ranks.first:  # what was measured before is added up with the rest, once
             for total in self.sums.values():
                 total.zero_()
@@ -129,6 +129,7 @@ class FisherDiagonal:
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
+                empty = False
                 if number == 0:
                     self.task.begin(self.model, batch)
                 if watch is not None:
@@ -140,9 +141,9 @@ class FisherDiagonal:
             # torch.func gives zeros where autograd gives None.
             self.seen |= {name for name, total in self.sums.items() if bool((total > 0).any())}
         if self.count == before:
-            raise empty_set(name, data)
+            raise empty_set(name, data) if empty else no_gradient(name)
         if not self.seen:
-            raise InputError(f"no trainable weight received a gradient from the {name} set: check the loss")
+            raise no_gradient(name)
         if self._products(self.sums)[1] > 0:
             raise NonFiniteError(
                 f"{self._NAME} of the {name} set: {self._NUMBER} is not finite; check loss and precision"

@@ -15,10 +15,12 @@ from .._arguments import describe
 from .._names import unwrapped
 from ..errors import InputError, first_line, is_out_of_memory
 
-__all__ = ["LABEL_KEYS", "REPLACEMENT", "Inputs", "by_name", "check_values", "label_key", "refusing", "split"]
+__all__ = ["INTEGERS", "LABEL_KEYS", "REPLACEMENT", "Inputs", "by_name", "check_values", "holds_integers", "label_key"]
+__all__ += ["refusing", "split"]
 
 Inputs = Tensor | dict[str, Tensor]  # one for the model's first argument, or keyword arguments by name
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LABEL_KEYS = ("labels", "label")
 REPLACEMENT = "replace_labels"
 _FORM = "a batch is (inputs, labels) or a dict of the model's arguments, such as pixel_values and labels, all tensors"
@@ -145,7 +147,7 @@ def refusing(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Around a forward pass: inputs that do not fit the model become an InputError that says what they are."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if (sentence := _refusal(model, inputs, error)) is None:
             raise
         raise InputError(sentence) from error
@@ -164,14 +166,36 @@ def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
             f"{kind} cannot be called with {given} ({first_line(error)}): give batches as dicts of the arguments that "
             "its forward takes, and labels"
         )
+    if isinstance(error, IndexError):  # an embedding's, whose input is too large a number or too long a text
+        given = " and ".join(f"{name} of shape {list(tensor.shape)}{_range(tensor)}" for name, tensor in named.items())
+        return (
+            f"{kind} does not take {given} ({first_line(error)}): give numbers and lengths below the sizes of its "
+            "tables, such as a tokenizer's of the same vocabulary, with truncation"
+        )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    other = [f"{name} of {tensor.dtype}" for name, tensor in named.items() if tensor.dtype != dtype]
+    indexes = "'indices'" in str(error)  # of an embedding, which takes no floats, though weights are
+    other = [
+        f"{name} of {tensor.dtype}"
+        for name, tensor in named.items()
+        if (tensor.is_floating_point() if indexes else tensor.dtype != dtype)
+    ]
     if dtype is not None and other and re.search(r"type|not implemented for '", str(error)):
         return (
             f"{kind}, whose weights are {dtype}, does not take {' and '.join(other)} ({first_line(error)}): convert "
             "the inputs to what it was trained on"
         )
-    if is_out_of_memory(error) or not re.search(r"shape|size|dimension|channels|\dD input", str(error)):
+    of_shape = isinstance(error, AssertionError) or re.search(r"shape|size|dimension|channels|\dD input", str(error))
+    if is_out_of_memory(error) or not of_shape:
         return None
     given = " and ".join(f"{name} of shape {list(tensor.shape)}" for name, tensor in named.items())
     return f"{kind} does not take {given} ({first_line(error)}): give the inputs the shape that it was trained on"
+
+
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether it is dense, and has numbers that may be places in a model's tables."""
+    known = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta and tensor.numel() > 0
+    return known and tensor.dtype in INTEGERS
+
+
+def _range(tensor: Tensor) -> str:
+    return f", from {int(tensor.min())} to {int(tensor.max())}" if holds_integers(tensor) else ""

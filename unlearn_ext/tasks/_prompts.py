@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._modes import evaluating
 from ..errors import InputError
+from ._batches import refusing
 
 __all__ = ["PromptEncoder"]
 
@@ -48,5 +49,5 @@ class PromptEncoder:
         arguments = {"attention_mask": None}
         if getattr(config, "use_attention_mask", False):
             arguments["attention_mask"] = tokens.attention_mask.to(device)
-        with evaluating(encoder), torch.no_grad():
+        with evaluating(encoder), torch.no_grad(), refusing(encoder, {"input_ids": tokens.input_ids}):
             return encoder(tokens.input_ids.to(device), **arguments)[0].cpu()

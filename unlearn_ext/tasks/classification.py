@@ -15,12 +15,10 @@ from .._hashing import sample_numbers
 from .._modes import evaluating
 from .._parts import map_tensors
 from ..errors import InputError, NonFiniteError
-from ._batches import LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
+from ._batches import INTEGERS, LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
 from .base import Task
 
 __all__ = ["Classification"]
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Classification(Task):
@@ -223,12 +221,12 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def are_indices(labels: Tensor) -> bool:
-    return labels.dtype in _INTEGERS and labels.dim() == 1
+    return labels.dtype in INTEGERS and labels.dim() == 1
 
 
 def _label_remedy(labels: Tensor) -> str:
     if labels.dim() == 2 and labels.shape[1] == 1:
-        return ": use labels.squeeze(1)" + (".long()" if labels.dtype not in _INTEGERS else "")
+        return ": use labels.squeeze(1)" + (".long()" if labels.dtype not in INTEGERS else "")
     if labels.dim() == 2:
         return ": use labels.argmax(1) of one-hot labels, or give Classification a loss that takes them"
     return ": use labels.long()" if labels.dim() == 1 else ""

@@ -1,0 +1,79 @@
+"""Modules whose train() does more than set a flag, as loralib's layers, which hold merged weights in eval mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.models import batches, make
+from torch import Tensor, nn
+
+from unlearn_ext import Unlearner, evaluation
+from unlearn_ext._modes import keeping_modes
+from unlearn_ext.methods import parse
+from unlearn_ext.tasks import Classification
+
+
+class Adapted(nn.Linear):
+    """In eval mode the adapter stands in the weights, and none of it is trained."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.zeros(outputs, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Adapted:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = 0 if self.merged else x @ self.down.T @ self.up.T
+        return super().forward(x) + adapter
+
+
+class Block(nn.Sequential):
+    """Its train() reaches its layers."""
+
+    def train(self, mode: bool = True) -> Block:
+        return super().train(mode)
+
+
+def network() -> nn.Module:
+    return Block(nn.Flatten(), Adapted(50, 6), nn.ReLU(), nn.Dropout(0.1), Adapted(6, 4))
+
+
+SETS = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_are_trained(training) -> None:
+    model = make(network).train(training)
+    seen = []
+
+    def look(net: nn.Module, done: int) -> None:
+        seen.append(net[1].merged)
+
+    method = parse("negative_gradient_plus:iterations=4,lr=0.1")
+    Unlearner(model, Classification(), method).run(**SETS, evaluate=look, evaluate_every=1)
+    assert seen == [True] * 4
+    assert all(bool(model[i].up.any()) for i in (1, 4))
+    assert all(module.training == training for module in model.modules())
+    assert all(model[i].merged != training for i in (1, 4))
+
+
+def test_what_was_frozen_in_eval_mode_is_so_again() -> None:
+    model = make(network).train()
+    model[1].eval()
+    model[3].eval()
+    model[4].up.data += 1.0
+    before = model[4].weight.clone()
+    evaluation.predict(model, SETS["forget"])
+    with keeping_modes(model):
+        model.eval()
+        assert model[4].merged
+    assert [module.training for module in model] == [True, False, True, False, True]
+    assert [model[1].merged, model[4].merged] == [True, False]
+    assert torch.allclose(model[4].weight, before, atol=1e-6)
