@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import hashes, run
+from helpers.forgetting import hashes, run, work
 
 from unlearn_ext._lock import hold
 from unlearn_ext.diffusion.output import claim_output, is_waiting, move_output
@@ -28,6 +28,7 @@ def test_every_moment_of_the_end(home: Path, tmp_path: Path, monkeypatch, capsys
     """What is on the disk before and after each change of a name is what a kill there leaves."""
     out, moments = tmp_path / "out", tmp_path / "moments"
     seen: dict[str, Path] = {}
+    finished_with_work: list[str] = []
 
     noted = []
 
@@ -37,6 +38,8 @@ def test_every_moment_of_the_end(home: Path, tmp_path: Path, monkeypatch, capsys
             state = json.dumps(sorted(str(path.relative_to(out)) for path in out.rglob("*")))
             if state not in seen:
                 seen[state] = shutil.copytree(out, moments / str(len(seen)))
+                if "model_index.json" in json.loads(state) and not is_waiting(out) and work(out).exists():
+                    finished_with_work.append(state)  # which no later run would remove
             noted.clear()
 
     def noting(function):
@@ -53,7 +56,7 @@ def test_every_moment_of_the_end(home: Path, tmp_path: Path, monkeypatch, capsys
             patch.setattr(os, name, noting(getattr(os, name)))
         assert run(home, "ddpm", out, *STEPS) == 0
     whole, source = hashes(out), home / "ddpm"
-    assert len(seen) > 20
+    assert len(seen) > 20 and not finished_with_work
     finished = 0
     for folder in seen.values():
         model, own = (folder / "model_index.json").exists(), folder / "unlearning"
@@ -70,8 +73,9 @@ def test_every_moment_of_the_end(home: Path, tmp_path: Path, monkeypatch, capsys
                 assert there == whole and (own / "result.json").exists(), folder
             else:
                 assert not model
-                left = {path.name for path in folder.rglob(".*")} - {".unlearn_ext.lock"}  # which the run lets go
-                assert not left, (folder, left)
+            left = {path.name for path in folder.rglob(".*")} - {".unlearn_ext.lock"}  # which the run lets go
+            assert not left, (folder, left)
+            assert (own / "before-after.png").exists() or not (folder / "model_index.json").exists()
     assert 3 < finished < len(seen)
 
 

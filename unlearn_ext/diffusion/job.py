@@ -135,7 +135,7 @@ class ForgetJob:
         if self.method.mask is not None:
             check_mask(self.method.mask, options.mask, self._identity(), trainable(self.model))
         self.unlearner = self._make_unlearner(whole)
-        if options.resume_from_checkpoint is not None:
+        if self._resume and not is_waiting(options.output_dir):  # of which the checkpoints may have gone
             check_resumed(self.unlearner, self.work.path, options.resume_from_checkpoint)
 
     def _check_ranks(self) -> None:

@@ -105,6 +105,7 @@ def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Ten
 
 def move_output(output: Path) -> None:
     """Moves what :func:`write_output` has made to its place, entry by entry, the index last."""
+    sweep(output / OWN_FOLDER, held=True)
     with writing(output):
         _move(output / OWN_FOLDER / _WHOLE, output)
 

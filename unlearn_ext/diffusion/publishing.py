@@ -34,7 +34,7 @@ def publish(
 ) -> dict[str, Any]:
     """Writes everything and returns the result.
 
-    The first record comes before the model is whole, so that no whole model lacks one.
+    The first record and the pictures come before the model is whole, so that no whole model lacks them.
 
     Args:
         own: the folder in the output folder for all that is not the model.
@@ -48,25 +48,28 @@ def publish(
             shutil.copyfile(job.work.path / "history.jsonl", partial)
     output = job.options.output_dir
     record(_report(job, result, _NOT_YET, None), False)
-    write_output(job.pretrained, output, weights)
     try:
-        job.pictures.write_grid(own / "before-after.png")
+        try:
+            job.pictures.write_grid(own / "before-after.png")
+        finally:  # whatever goes wrong with the pictures, the model is whole
+            write_output(job.pretrained, output, weights)
         with timed(job.seconds, "judging") if job.pictures.judge else contextlib.nullcontext():
             verdict = job.pictures.verdict()
         with timed(job.seconds, "FID") if job.pictures.fid else contextlib.nullcontext():
             fid = job.pictures.distances(lambda when, done, total: job.progress(f"FID {when}", done, total))
         report = _report(job, result, verdict, fid)
         record(report, True)
-    finally:  # whatever goes wrong with the pictures, the model is whole
-        _finish(job)
+    finally:
+        if is_waiting(output):
+            _finish(job)
     return report
 
 
 def _finish(job: ForgetJob) -> None:
-    """Moves a whole result to its place; what nobody should publish goes."""
-    move_output(job.options.output_dir)
+    """Moves a whole result to its place; what nobody should publish goes first, for after it no run would remove it."""
     if not job.options.keep_work:
         job.work.clear()
+    move_output(job.options.output_dir)
 
 
 def finish_earlier(job: ForgetJob) -> None:
