@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from ._averages import Averages
 from ._calibrating import Calibrating
 from ._history import History
 from ._modes import evaluating, keeping_statistics, set_training
-from ._names import buffers_of
+from ._names import buffers_of, reshard
 from ._packing import copy_of, put
 from ._parts import own_part, without_inference
 from ._plain import plain
@@ -78,6 +78,7 @@ class Loop:
         directory: Path | None,
         progress: Progress,
         stop: Stop,
+        retained: Sequence[Any],
     ):
         self.run_id = ""  # of the run that a resumed one goes on with
         self.stop, self.saves = stop, False
@@ -88,7 +89,7 @@ class Loop:
         self.streams = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
-        self.buffers = [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
+        self.buffers = self._versions()
         # Buffers, by module and name, and what they held before the step at hand.
         self.before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self.history = History(directory if self.ranks.first else None, result.history)
@@ -114,7 +115,7 @@ class Loop:
         decay = unlearner.ema_decay
         self.averages = None if decay is None else Averages(unlearner._named, decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.watching = Watching(self)
+        self.watching = Watching(self, retained)
 
     def _roots(self) -> dict[str, Any]:
         """Where generators, epochs and counters are looked for, beside the global generators."""
@@ -194,6 +195,7 @@ class Loop:
         modes = [(module, module.training) for module in self.model.modules()]
         set_training(self.model, method.freeze_batch_norm)
         try:
+            self.watching.begin()
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
                 self.stop.waits = True
@@ -307,10 +309,7 @@ class Loop:
             if self.averages is not None:
                 self.averages.update()
         except NonFiniteError as error:
-            for module, name, buffer, before in self.before:
-                put(buffer, before)
-                if getattr(module, name) is not buffer:  # the module has put another in its place
-                    setattr(module, name, buffer)
+            self._restore_buffers()
             made = "; its forget step had been made" if self.forgot else ""
             raise NonFiniteError(f"iteration {t}: {error}{made}") from None
         if self.forgot:
@@ -365,6 +364,15 @@ class Loop:
             if (buffer := getattr(module, name)) is not None
             and (first or buffer is not at_start or buffer._version != version or name.startswith("running_"))
         ]
+
+    def _restore_buffers(self) -> None:
+        for module, name, buffer, before in self.before:
+            put(buffer, before)
+            if getattr(module, name) is not buffer:  # the module has put another in its place
+                setattr(module, name, buffer)
+
+    def _versions(self) -> list[tuple[nn.Module, str, Tensor, int]]:
+        return [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
         method, steps = self.method, self.unlearner.gradient_accumulation_steps
@@ -455,6 +463,22 @@ class Loop:
         if not bool(torch.isfinite(losses).all()):
             raise NonFiniteError(f"a loss on {what} data is not finite: check that data, lower lr or forget_alpha")
         return losses
+
+    def look_in_steps(self, batches: Iterable[Any]) -> list[Tensor]:
+        """Mean losses of batches as a retain step takes them. Buffers and random numbers go on as if there had been no
+        look."""
+        means = []
+        self._remember_buffers()
+        # One process records as a step does: a compiled model then has the graph already that its steps use.
+        with _rng.kept(self._roots()), torch.set_grad_enabled(self.ranks.size == 1):
+            for batch in batches:
+                prepared, count = self._prepared(batch)
+                losses = self.unlearner.losses(prepared)
+                means.append(self._over_ranks(ForgetLoss(losses.detach().mean()), losses, count).mean)
+        reshard(self.model)
+        self._restore_buffers()
+        self.before, self.buffers = [], self._versions()
+        return means
 
     def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:
         """What this rank has of a batch, from what its own samples give.

@@ -82,7 +82,7 @@ class Result:
             weights of the last iteration. Both are those of an earlier one where a calibration went back to it.
         warnings: one sentence for each thing that was asked and did not happen, or that makes that likely; each is also
             an :class:`~unlearn_ext.UnlearningWarning`. Keys: ``target`` (a calibration's was not met), ``unmoved`` (no
-            weight has moved, or forgetting moved nothing), ``retain`` (the retain loss is several times what it was),
+            weight has moved, or forgetting moved nothing), ``retain`` (the retain loss is several times what it was before the first step),
             ``batch_norm`` (a forget batch that seems forgotten in train mode is known in eval mode), ``momentum``
             (``rule="momentum"`` with 0) and ``unseen`` (unseen data hold a class that is to be forgotten).
         forget_eval: of a model with batch normalisation in train mode, the last forget batch in eval mode after the
@@ -355,12 +355,12 @@ class Unlearner:
             stop_on_signals(self.ranks) as stop,
             hold_on_first(directory, self.ranks),
         ):
-            checkpoint = self._prepare_folder(directory, resume_from_checkpoint, checkpointing_steps)
+            checkpoint, retained = self._prepare_folder(directory, resume_from_checkpoint, checkpointing_steps), []
             if checkpoint is None:
                 if self.method.mask is not None:
                     self.method.mask.check_model(self._named)
                 with contextlib.ExitStack() as kept:
-                    result.mask = first_pass(
+                    result.mask, retained = first_pass(
                         self,
                         sets,
                         result,
@@ -374,7 +374,7 @@ class Unlearner:
             optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
             for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
                 group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-            loop = Loop(self, optimizer, streams, result, directory, progress, stop)
+            loop = Loop(self, optimizer, streams, result, directory, progress, stop, retained)
             loop.start(checkpoint)
             loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         _signs.announce(result.warnings, said)

@@ -34,8 +34,8 @@ def test_one_eval_pass_first_and_then_fresh_passes() -> None:
     forget, retain = Counting(batches(3, 6, seed=1)), Counting(batches(5, 6, seed=2))
     run(make(Watching), {"forget": forget, "retain": retain})
     # Each first pass begins with one forward pass more, which tells the number of classes.
-    assert modes[:10] == [False] * 10 and all(modes[10:28])
-    assert modes[28:] == [False] * 2  # the last forget batch's loss and accuracy, for the batch normalisation
+    assert modes[:10] == [False] * 10 and all(modes[10:30])  # two of them before the first step
+    assert modes[30:] == [False] * 2  # the last forget batch's loss and accuracy, for the batch normalisation
     assert forget.passes == 1 + 2 and retain.passes == 1 + 3  # 6 of 3, 12 of 5
 
 
