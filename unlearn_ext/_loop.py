@@ -29,7 +29,7 @@ from ._signals import Stop
 from ._streams import BatchStream, length
 from ._teachers import make_teachers
 from ._watching import Watching
-from ._weights import check_same
+from ._weights import check_same, forms
 from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
@@ -89,6 +89,7 @@ class Loop:
         self.streams = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
+        self.forms = forms(self.model)
         self.buffers = self._versions()
         # Buffers, by module and name, and what they held before the step at hand.
         self.before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
@@ -237,7 +238,7 @@ class Loop:
             for module, training in modes:
                 module.training = training
             self._clear()
-        check_same(self.model, self.parameters)
+        check_same(self.model, self.forms)
         self._finish()
 
     def _iterate_or_end(self) -> dict[str, Any]:
@@ -269,7 +270,7 @@ class Loop:
         with _rng.kept(self._roots()), evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
         self._clear()
-        check_same(self.model, self.parameters)
+        check_same(self.model, self.forms)
         for stream in self.streams.values():
             stream.share()
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives

@@ -143,3 +143,14 @@ def test_no_function(name: str) -> None:
     with pytest.raises(InputError, match=f"{name}: expected a function, got True"):
         run(model, **{name: True}, evaluate_every=1)
     assert identical(weights(model), before)
+
+
+@pytest.mark.parametrize("identity", ["abc", ["a"], 3])
+def test_no_identity(identity) -> None:
+    with pytest.raises(InputError, match="identity: expected a dict of names and texts, got"):
+        Unlearner(make(), Classification(), "sfron", identity=identity)
+
+
+def test_no_interval_of_the_log() -> None:
+    with pytest.raises(InputError, match="log_every: expected an integer from 1, got None"):
+        Unlearner(make(), Classification(), "finetune").run(retain=[], log_every=None)

@@ -95,8 +95,9 @@ def test_the_first_pass_over_the_data_only_checks_it() -> None:
     task = Counting()
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
     Unlearner(make(), task, method(gamma=None, iterations=2)).run(**data)
-    # To learn the classes, once a set; one forget and two retain batches; the last forget batch in eval mode, twice.
-    assert task.prepared == 2 + 3 + 2
+    # To learn the classes, once a set; two retain batches before the first step; one forget and two retain batches; the
+    # last forget batch in eval mode, twice.
+    assert task.prepared == 2 + 2 + 3 + 2
 
 
 def test_batches_of_the_wrong_form() -> None:
