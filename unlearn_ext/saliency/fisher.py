@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -113,6 +114,9 @@ class FisherDiagonal:
     ) -> FisherDiagonal:
         """Adds one pass over ``data``, in its own order, and leaves ``.grad`` empty.
 
+        Forward passes follow ``torch.autocast`` in bfloat16; in float16 unscaled gradients underflow, so there it is
+        off.
+
         ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
@@ -125,7 +129,7 @@ class FisherDiagonal:
                 total.zero_()
             self.count = 0
         graphs = keeping_graphs(self.in_backward and self.max_norm is not None)
-        with recording(), evaluating(self.model), graphs:
+        with recording(), evaluating(self.model), graphs, self._no_float16():
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
@@ -148,6 +152,11 @@ class FisherDiagonal:
                 f"{self._NAME} of the {name} set: {self._NUMBER} is not finite; check loss and precision"
             )
         return self
+
+    def _no_float16(self) -> contextlib.AbstractContextManager:
+        kind = self._device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return torch.autocast(kind, enabled=False) if half else contextlib.nullcontext()
 
     def _update(self, batch: Any, where: str) -> None:
         prepared = without_inference(self.task.prepare(batch, self._device))
