@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._arguments import check_count, check_number, shown
+from ._arguments import check_count, check_number, describe, shown
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
 from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, python_number, read_by
 from ._in_backward import as_scalar, clip_factor, measuring, stepping
@@ -672,6 +672,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: it is of other settings, another rule, or weights of other shapes.
         """
+        _check_form(state_dict, "state", "param_groups")
         for name, value in state_dict.get("settings", {}).items():
             if value != (own := getattr(self, name, None)):
                 raise InputError(
@@ -702,6 +703,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
         torch.optim casts state to the weight's dtype, which would round float32 moments of bfloat16 weights; here
         every tensor keeps its dtype and takes its weight's device and memory order.
         """
+        _check_form(state_dict)
         entries: list[dict[str, Any]] = []  # of each parameter, in their order
 
         def before(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -735,6 +737,15 @@ class UnlearnOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch adds here, and no rule reads
+
+
+def _check_form(state_dict: Any, *keys: str) -> None:
+    """Hooks may add keys."""
+    if not isinstance(state_dict, dict) or not all(key in state_dict for key in keys):
+        raise InputError(
+            "state_dict: expected what state_dict() gives, a dict of state and param_groups, got "
+            f"{describe(state_dict)}"
+        )
 
 
 def _of_rule(group: dict[str, Any], rule: str) -> dict[str, Any]:
