@@ -169,7 +169,7 @@ class Unlearner:
         check_model(model)
         check_task(task)
         method = find_method(method)
-        if mixed_precision not in PRECISIONS:
+        if mixed_precision not in list(PRECISIONS):  # whatever it is, hashable or not
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")

@@ -154,3 +154,9 @@ def test_no_identity(identity) -> None:
 def test_no_interval_of_the_log() -> None:
     with pytest.raises(InputError, match="log_every: expected an integer from 1, got None"):
         Unlearner(make(), Classification(), "finetune").run(retain=[], log_every=None)
+
+
+@pytest.mark.parametrize("precision", [None, [], {}, 16, torch.bfloat16])
+def test_no_precision(precision) -> None:
+    with pytest.raises(InputError, match="mixed_precision: expected one of no, bf16, fp16, got"):
+        Unlearner(make(), Classification(), "sfron", mixed_precision=precision)

@@ -125,6 +125,12 @@ class Complex(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_data_that_are_none(kind: str) -> None:
+    with pytest.raises(InputError, match="data: expected an iterable of batches, such as a DataLoader, got None"):
+        measured(kind, make(), None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sparse_gradients_are_refused_by_name(kind: str) -> None:
     data = [(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))]
     model = make(Words, sparse=True)

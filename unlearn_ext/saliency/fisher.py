@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_model, check_number
+from .._arguments import check_count, check_model, check_number, describe
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._gradients import check_gradient, check_layers, check_parameters
 from .._in_backward import clip_factor
@@ -123,6 +123,8 @@ class FisherDiagonal:
             InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
+        if not hasattr(data, "__iter__"):
+            raise InputError(f"data: expected an iterable of batches, such as a DataLoader, got {describe(data)}")
         before = self.count
         if self.per_sample and not self.ranks.first:  # what was measured before is added up with the rest, once
             for total in self.sums.values():
