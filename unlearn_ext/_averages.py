@@ -29,7 +29,8 @@ class Averages:
     def update(self) -> None:
         for name, p in self.named:
             average = local(self.tensors[name])
-            weight = local(p).detach().to(average.dtype)
-            moved = torch.lerp(average, weight, 1.0 - self.decay)
+            moved = local(p).detach().to(average.dtype, copy=True)
+            same = average == moved
+            torch.lerp(average, moved, 1.0 - self.decay, out=moved)
             # What has not moved keeps its bits: a + s (w - a) makes 0 of -0, and NaN of infinity.
-            average.copy_(torch.where(average == weight, average, moved))
+            torch.where(same, average, moved, out=average)

@@ -46,7 +46,8 @@ class DataCheck:
     trained on is not unseen. An unseen set is to be looked at first, and the forget set before the others.
 
     Also, where ``replaces``, forget batches that do not say what shall stand in their place; and those that
-    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples.
+    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples. Keeps the first ``looks`` retain
+    batches.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class DataCheck:
         replaces: bool = False,
         ranks: Ranks = ALONE,
         small_batches: SmallBatches | None = None,
+        looks: int = 0,
     ):
         self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
-        self.ranks, self.small_batches = ranks, small_batches
+        self.ranks, self.small_batches, self.looks = ranks, small_batches, looks
+        self.retained: list[Any] = []  # the first retain batches
         self._finished: set[str] = set()
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
@@ -79,6 +82,8 @@ class DataCheck:
             self._error = self._error or self.small_batches.find(name, batch, size)
         if name == "forget" or not self.allow_duplicates:
             self._compare(name, inputs)
+        if name == "retain" and len(self.retained) < self.looks:
+            self.retained.append(batch)
         self._seen[name] += size
         if self.ranks.size == 1:
             self._raise()

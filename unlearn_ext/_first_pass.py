@@ -12,7 +12,7 @@ import torch
 from ._data import DataCheck
 from ._hashing import weights_hash
 from ._ranks import ALONE
-from ._signs import unseen_classes
+from ._signs import looks, unseen_classes
 from ._small_batches import SmallBatches
 from ._streams import empty_set, in_step, is_spent, length
 from ._warn import warn
@@ -34,32 +34,41 @@ def first_pass(
     allow_duplicates: bool,
     progress: Progress,
     keep: Callable[[Any], Any],
-) -> SaliencyMask | None:
+) -> tuple[SaliencyMask | None, list[Any]]:
     """Looks at all samples of ``sets``, and gives the mask: a ready one, or measured as the method
-    does. ``keep`` takes Fisher sums that are not needed for a while."""
+    does; and a few retain batches, for a look at the weights before the first step. ``keep`` takes Fisher sums that are
+    not needed for a while."""
     for name, data in sets.items():
         if length(data) == 0:  # before anything is measured
             raise empty_set(name, data)
-    mask = _pass(unlearner, sets, result, allow_duplicates, progress, keep)
+    method, split = unlearner.method, unlearner.split_batches
+    small = SmallBatches(unlearner.model, unlearner.task, method, sets, unlearner.ranks, split)
+    check = DataCheck(
+        unlearner.model,
+        unlearner.task,
+        allow_duplicates,
+        method.replaces,
+        ALONE if split else unlearner.ranks,
+        small,
+        looks(unlearner.task) if method.retains else 0,
+    )
+    mask = _pass(unlearner, sets, result, check, progress, keep)
     with unlearner.ranks.together():
         for name, data in sets.items():
             if is_spent(data):
                 raise empty_set(name, data, again=True)
-    return mask
+    return mask, check.retained
 
 
 def _pass(
     unlearner: Unlearner,
     sets: dict[str, Iterable[Any]],
     result: Result,
-    allow_duplicates: bool,
+    check: DataCheck,
     progress: Progress,
     keep: Callable[[Any], Any],
 ) -> SaliencyMask | None:
     method = unlearner.method
-    ranks = ALONE if unlearner.split_batches else unlearner.ranks
-    small = SmallBatches(unlearner.model, unlearner.task, method, sets, unlearner.ranks, unlearner.split_batches)
-    check = DataCheck(unlearner.model, unlearner.task, allow_duplicates, method.replaces, ranks, small)
     if "unseen" in sets:  # before those that must not hold any of it
         check.scan("unseen", sets["unseen"])
     if method.measures is None:

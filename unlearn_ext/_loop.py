@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from ._gradients import no_gradient
 from ._history import History
 from ._modes import evaluating, keeping_statistics, put_modes, set_training
 from ._module_state import unsaved_sums
-from ._names import buffers_of
+from ._names import buffers_of, reshard
 from ._packing import copy_of, put
 from ._parts import own_part, without_inference
 from ._plain import plain
@@ -31,7 +31,7 @@ from ._signals import Stop
 from ._streams import BatchStream, length
 from ._teachers import make_teachers
 from ._watching import Watching
-from ._weights import check_same
+from ._weights import check_same, forms
 from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError
 from .methods.base import ForgetLoss
 from .optim import UnlearnOptimizer
@@ -80,6 +80,7 @@ class Loop:
         directory: Path | None,
         progress: Progress,
         stop: Stop,
+        retained: Sequence[Any],
     ):
         self.run_id = ""  # of the run that a resumed one goes on with
         self.stop, self.saves = stop, False
@@ -90,7 +91,8 @@ class Loop:
         self.streams = streams
         self.named = optimizer.named_parameters()
         self.parameters = [p for _, p in self.named]
-        self.buffers: list[tuple[nn.Module, str, Tensor, int]] = []  # as the first step of this process meets them
+        self.forms = forms(self.model)
+        self.buffers = self._versions()
         self.unsaved, self.written = unsaved_sums(self.model), set()
         # Buffers, by module and name, and what they held before the step at hand.
         self.before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
@@ -117,7 +119,7 @@ class Loop:
         decay = unlearner.ema_decay
         self.averages = None if decay is None else Averages(unlearner._named, decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.watching = Watching(self)
+        self.watching = Watching(self, retained)
 
     def _roots(self) -> dict[str, Any]:
         """Where generators, epochs and counters are looked for, beside the global generators."""
@@ -192,12 +194,13 @@ class Loop:
 
     def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
-        self.buffers = [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
+        self.buffers = self._versions()  # as the first step of this process meets them
         self.saves = self.directory is not None and (checkpointing_steps is not None or self.iteration > 0)
         limit = checkpoints_total_limit
         modes = [(module, module.training) for module in self.model.modules()]
         set_training(self.model, method.freeze_batch_norm)
         try:
+            self.watching.begin()
             while result.stopped_at is None and self.iteration < method.iterations:
                 started = time.perf_counter()
                 self.stop.waits = True
@@ -241,7 +244,7 @@ class Loop:
             self.stop.waits = False
             put_modes(modes)
             self._clear()
-        check_same(self.model, self.parameters)
+        check_same(self.model, self.forms)
         self._finish()
 
     def _iterate_or_end(self) -> dict[str, Any]:
@@ -273,7 +276,7 @@ class Loop:
         with _rng.kept(self._roots()), evaluating(self.model):
             verdict = evaluate(self.model, self.iteration)
         self._clear()
-        check_same(self.model, self.parameters)
+        check_same(self.model, self.forms)
         for stream in self.streams.values():
             stream.share()
         if getattr(verdict, "ndim", None) == 0:  # a NumPy or PyTorch scalar, as a comparison gives
@@ -313,7 +316,7 @@ class Loop:
             if self.averages is not None:
                 self.averages.update()
         except NonFiniteError as error:
-            self._put_buffers_back()
+            self._restore_buffers()
             made = "; its forget step had been made" if self.forgot else ""
             raise NonFiniteError(f"iteration {t}: {error}{made}") from None
         if self.forgot:
@@ -369,12 +372,15 @@ class Loop:
             and (first or buffer is not at_start or buffer._version != version or name.startswith("running_"))
         ]
 
-    def _put_buffers_back(self) -> None:
+    def _restore_buffers(self) -> None:
         """As they were before the step at hand."""
         for module, name, buffer, before in self.before:
             put(buffer, before)
             if getattr(module, name) is not buffer:  # the module has put another in its place
                 setattr(module, name, buffer)
+
+    def _versions(self) -> list[tuple[nn.Module, str, Tensor, int]]:
+        return [(*place, buffer, buffer._version) for place, buffer in buffers_of(self.model)]
 
     def _retain(self, t: int, entry: dict[str, Any], forget_grads: list[Tensor | None] | None) -> None:
         method, steps = self.method, self.unlearner.gradient_accumulation_steps
@@ -416,7 +422,7 @@ class Loop:
         if not self.begun:
             with _rng.kept(self._roots()):
                 unlearner.task.begin(self.model, batch)
-            self._put_buffers_back()  # the run made that forward pass before it was stopped
+            self._restore_buffers()  # the run made that forward pass before it was stopped
             self.begun = True
         prepared = without_inference(unlearner.task.prepare(batch, unlearner.device))
         count = unlearner.task.size(batch)
@@ -466,6 +472,22 @@ class Loop:
         if not bool(torch.isfinite(losses).all()):
             raise NonFiniteError(f"a loss on {what} data is not finite: check that data, lower lr or forget_alpha")
         return losses
+
+    def look_in_steps(self, batches: Iterable[Any]) -> list[Tensor]:
+        """Mean losses of batches as a retain step takes them. Buffers and random numbers go on as if there had been no
+        look."""
+        means = []
+        self._remember_buffers()
+        # One process records as a step does: a compiled model then has the graph already that its steps use.
+        with _rng.kept(self._roots()), torch.set_grad_enabled(self.ranks.size == 1):
+            for batch in batches:
+                prepared, count = self._prepared(batch)
+                losses = self.unlearner.losses(prepared)
+                means.append(self._over_ranks(ForgetLoss(losses.detach().mean()), losses, count).mean)
+        reshard(self.model)
+        self._restore_buffers()
+        self.before, self.buffers = [], self._versions()
+        return means
 
     def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:
         """What this rank has of a batch, from what its own samples give.

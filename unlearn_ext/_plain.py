@@ -52,7 +52,7 @@ def plain(value: Any, depth: int = 0) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if isinstance(value, Mapping):
-            return {_key(key): plain(item, depth + 1) for key, item in value.items()}
+            return _with_text_keys(value, depth)
         if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
             return [plain(item, depth + 1) for item in value]
         if isinstance(value, Set):
@@ -60,6 +60,17 @@ def plain(value: Any, depth: int = 0) -> Any:
         if (items := _items(value)) is not None:
             return plain(items, depth + 1)
     return str(value)
+
+
+def _with_text_keys(values: Mapping, depth: int) -> dict[str, Any]:
+    """Keys of one text, such as 1 and "1", stay apart: the second has its type with it."""
+    found: dict[str, Any] = {}
+    for key, item in values.items():
+        text = _key(key)
+        while text in found:
+            text += f" ({type(key).__name__})"
+        found[text] = plain(item, depth + 1)
+    return found
 
 
 def _key(key: Any) -> str:

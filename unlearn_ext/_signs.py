@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from ._hashing import as_integers
 from ._shards import local
 from ._warn import warn
 
+if TYPE_CHECKING:
+    from .tasks import Task
+
 __all__ = ["IDLE_FORGETTING", "IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "drawing", "growth"]
-__all__ += ["hidden", "missed", "unmet", "unmoved", "unseen_classes"]
+__all__ += ["hidden", "in_nats", "looks", "missed", "unmet", "unmoved", "unseen_classes"]
 
 # Keys of the warnings that say that what was asked did not happen; the others are about settings and data.
 MISSED = ("target", "unmoved", "retain", "batch_norm")
@@ -24,7 +27,7 @@ KEYS = (*MISSED, "momentum", "strength", "unseen", "workers")
 
 _GROWN = 3.0  # times its start: retain loss that tells of damage
 _FLOOR = 0.3  # nats that a cross-entropy has to rise by as well: below that nearly all predictions stay
-_FIRST = {True: 2, False: 5}  # losses that the start is the largest of; squared errors of noise vary more
+_LOOKS = {True: 2, False: 5}  # losses that the start is the largest of; squared errors of noise vary more
 _LAST = 5  # of which the end is the median
 _NO_TERM = "the forget term was 0 in every step, so choose a method whose term is not 0 for such a task and such data"
 _APART = 3.0  # times: two losses of the same batch
@@ -97,25 +100,22 @@ def unseen_classes(labels: Mapping[str, set[int]], whole: bool = True) -> str | 
 
 
 class Losses:
-    """The first and the last few of a run's losses, and whether all are equal, as tensors that nobody waits for."""
+    """The last few of a run's losses, and whether all are equal, as tensors that nobody waits for."""
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
         saved = saved or {}
-        self.first: list[Tensor | float] = list(saved.get("first", ()))
         self.last: deque[Tensor | float] = deque(saved.get("last", ()), maxlen=_LAST)
         self.bounds: list[Tensor | float] = list(saved.get("bounds", ()))
         self.count: int = saved.get("count", 0)
 
     def add(self, loss: Tensor) -> None:
-        if len(self.first) < max(_FIRST.values()):
-            self.first.append(loss)
         self.last.append(loss)
         low, high = self.bounds or (loss, loss)
         self.bounds = [torch.clamp(loss, max=low), torch.clamp(loss, min=high)]
         self.count += 1
 
     def state(self) -> dict[str, Any]:
-        named = {"first": self.first, "last": self.last, "bounds": self.bounds}
+        named = {"last": self.last, "bounds": self.bounds}
         return {**{name: [float(x) for x in losses] for name, losses in named.items()}, "count": self.count}
 
     def end(self, part: int = _LAST) -> float:
@@ -129,14 +129,27 @@ class Losses:
         return self.count > 1 and float(self.bounds[0]) == float(self.bounds[1])
 
 
-def growth(losses: Losses, nats: bool) -> str | None:
-    """Of the retain loss. ``nats``: it is a cross-entropy."""
-    least = 2 if nats else 2 * _FIRST[nats]
-    if losses.count < least:
+def in_nats(task: Task) -> bool:
+    """Whether its losses are cross-entropies."""
+    return task.kind == "classification" and getattr(task, "loss", None) is None
+
+
+def looks(task: Task) -> int:
+    """Retain batches that tell the loss of the starting weights."""
+    return _LOOKS[in_nats(task)]
+
+
+def growth(before: Sequence[Tensor | float], losses: Losses, nats: bool) -> str | None:
+    """Of the retain loss.
+
+    Args:
+        before: losses of the starting weights, on as many batches as :func:`looks` says.
+        losses: of the steps.
+        nats: they are cross-entropies.
+    """
+    if not before or losses.count < (1 if nats else 2 * _LOOKS[nats]):
         return None
-    part = max(1, losses.count // 3)
-    start = max(map(float, losses.first[: min(_FIRST[nats], part)]))
-    end = losses.end(part)
+    start, end = max(map(float, before)), losses.end(max(1, losses.count // 3))
     if not end > _GROWN * start + 1e-12 or (nats and end - start < _FLOOR):
         return None
     return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +22,17 @@ __all__ = ["Watching"]
 
 class Watching:
     """Follows one run: a few losses, the weights' bits at the start, and one forget batch where there is batch
-    normalisation. Nothing here waits for the device before the end."""
+    normalisation. Nothing here waits for the device before the end.
 
-    def __init__(self, loop: Loop):
+    Args:
+        retained: retain batches to look at before the first step; the history's losses come after it.
+    """
+
+    def __init__(self, loop: Loop, retained: Sequence[Any]):
         self.loop = weakref.proxy(loop)  # in a circle, moments and gradients would outlive the run until a collection
         self.retain, self.forget = _signs.Losses(), _signs.Losses()
+        self._retained = retained
+        self.before: list[Tensor | float] = []  # retain losses of the starting weights
         self.bits: list[list[int]] | None = None  # at the start; None: not known
         self.pull: Tensor | float | None = None  # the largest value of the forget term so far
         self.batch: Any = None  # the last forget batch, as its loader gave it
@@ -38,16 +46,24 @@ class Watching:
         """Of a checkpoint, which may be older than this."""
         if saved:
             self.retain, self.forget = (_signs.Losses(saved[name]) for name in ("retain", "forget"))
-            self.bits, self.pull = saved["bits"], saved["pull"]
+            self.bits, self.pull, self.before = saved["bits"], saved["pull"], saved.get("before", [])
 
     def state(self) -> dict[str, Any]:
         alone = self.loop.ranks.size == 1  # else each rank has bits of its own
         return {
             "retain": self.retain.state(),
             "forget": self.forget.state(),
+            "before": [float(loss) for loss in self.before],
             "bits": self.bits if alone else None,
             "pull": None if self.pull is None else float(self.pull),
         }
+
+    def begin(self) -> None:
+        """Before the first step, in the modes of the steps."""
+        if self._retained and self.loop.method.retains:
+            looks = _signs.looks(self.loop.unlearner.task)
+            self.before = self.loop.look_in_steps(itertools.islice(itertools.cycle(self._retained), looks))
+        self._retained = ()
 
     def see(self, entry: dict[str, Any]) -> None:
         """An iteration's losses."""
@@ -93,7 +109,7 @@ class Watching:
     def sentences(self) -> dict[str, str]:
         """By key, of what went wrong."""
         loop, method, result = self.loop, self.loop.method, self.loop.result
-        task, found = loop.unlearner.task, {}
+        found = {}
         if result.calibration is not None:
             target = getattr(method.calibration, "target", None)
             found["target"] = _signs.unmet(result.calibration, target)
@@ -101,8 +117,7 @@ class Watching:
         if (
             result.calibration is None or not result.calibration["went_back"]
         ):  # else these losses are of given up weights
-            nats = task.kind == "classification" and getattr(task, "loss", None) is None
-            found["retain"] = _signs.growth(self.retain, nats)
+            found["retain"] = _signs.growth(self.before, self.retain, _signs.in_nats(loop.unlearner.task))
         if self.look is not None:
             found["batch_norm"] = _signs.hidden(
                 float(self.forget.last[-1]),

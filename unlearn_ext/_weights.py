@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ._names import trainable, unwrapped
+from ._names import own_names, reshard, unwrapped
 from .errors import InputError
 
-__all__ = ["check_same", "check_weights"]
+__all__ = ["check_same", "check_weights", "forms"]
 
 
 def check_weights(model: nn.Module) -> None:
@@ -29,14 +30,46 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} was made in torch.inference_mode() and cannot be trained: build or load the model outside of "
                 "it"
             )
+    for path, module in own.named_modules():
+        for name, value in vars(module).items() if not module._forward_pre_hooks else ():  # which make weights anew
+            if isinstance(value, Tensor) and value.requires_grad and name in ("weight", "bias"):
+                raise InputError(
+                    f"{path + '.' if path else ''}{name} is a plain tensor that requires grad, and no parameter, so "
+                    "it would be neither trained nor saved: set it to nn.Parameter(tensor.detach())"
+                )
 
 
-def check_same(model: nn.Module, parameters: Sequence[Tensor]) -> None:
-    """Raises InputError where the model does not hold the weights that a run trains any more."""
-    trained = {id(p) for p in parameters}
-    unfrozen = any(id(p) not in trained for p in trainable(model).values())  # of a sharded model the parts come first
-    if unfrozen or not trained <= {id(p) for p in unwrapped(model).parameters()}:
+def forms(model: nn.Module) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Each parameter, of a sharded model its part, and what a run counts on."""
+    reshard(model)
+    return {
+        name: (
+            p,
+            {
+                "requires_grad": p.requires_grad,
+                "dtype": p.dtype,
+                "device": p.device,
+                "shape": list(p.shape),
+                "strides": p.stride() if p.layout == torch.strided else None,
+            },
+        )
+        for name, p in own_names(unwrapped(model).named_parameters()).items()
+    }
+
+
+def check_same(model: nn.Module, before: dict[str, tuple[Tensor, dict[str, Any]]]) -> None:
+    """Raises InputError where the parameters are not those that :func:`forms` gave any more, or not as they were."""
+    now = forms(model)
+    for name in before | now:
+        (parameter, form), (other, changed) = before.get(name, (None, {})), now.get(name, (None, {}))
+        if parameter is not other:
+            what = "was replaced, added or removed"
+        elif form != changed:
+            key = next(key for key in form if form[key] != changed[key])
+            what = f"has {key}={changed[key]} where it had {form[key]}"
+        else:
+            continue
         raise InputError(
-            "the model's weights were replaced, or others were unfrozen, while the run was under way: change the model "
-            "before run(), or copy values into its weights (load_state_dict without assign=True)"
+            f"{name} {what} while the run was under way: change the model before run(), let evaluate() undo what it "
+            "changes, or copy values into the weights (load_state_dict without assign=True)"
         )

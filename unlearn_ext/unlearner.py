@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from . import _checkpoint, _signs, ops
-from ._arguments import check_count, check_device, check_model, check_number
+from ._arguments import check_count, check_device, check_model, check_number, describe
 from ._arriving import keeping_graphs
 from ._checkpoint_folder import candidates, check_folder
 from ._files import writable_directory
@@ -81,10 +81,11 @@ class Result:
             weights of the last iteration. Both are those of an earlier one where a calibration went back to it.
         warnings: one sentence for each thing that was asked and did not happen, or that makes that likely; each is also
             an :class:`~unlearn_ext.UnlearningWarning`. Keys: ``target`` (a calibration's was not met), ``unmoved`` (no
-            weight has moved, or forgetting moved nothing), ``retain`` (the retain loss is several times what it was),
-            ``batch_norm`` (a forget batch that seems forgotten in train mode is known in eval mode), ``momentum``
-            (``rule="momentum"`` with 0), ``unseen`` (unseen data hold a class that is to be forgotten) and ``workers``
-            (what the persistent workers of a loader draw is not restored where the run resumes).
+            weight has moved, or forgetting moved nothing), ``retain`` (the retain loss is several times that of the
+            starting weights), ``batch_norm`` (a forget batch that seems forgotten in train mode is known in eval mode),
+            ``momentum`` (``rule="momentum"`` with 0), ``strength`` (a forget strength of 0), ``unseen`` (unseen data
+            hold a class that is to be forgotten) and ``workers`` (what the persistent workers of a loader draw is not
+            restored where the run resumes).
         forget_eval: of a model with batch normalisation in train mode, the last forget batch in eval mode after the
             run: ``samples``, mean ``loss`` as in the history's ``forget_loss``, and ``accuracy`` (None where the task
             has none). None for other models, and where a calibration has looked or there are several ranks.
@@ -160,7 +161,7 @@ class Unlearner:
         check_model(model)
         check_task(task)
         method = find_method(method)
-        if mixed_precision not in PRECISIONS:
+        if mixed_precision not in list(PRECISIONS):  # whatever it is, hashable or not
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")
@@ -172,6 +173,8 @@ class Unlearner:
         self.optimizer_in_backward = optimizer_in_backward
         check_storage("fisher_storage", fisher_storage, gamma=method.needs_fisher and method.mask_fraction is None)
         self.fisher_storage = fisher_storage
+        if not (identity is None or isinstance(identity, Mapping)):
+            raise InputError(f"identity: expected a dict of names and texts, got {describe(identity)}")
         self.identity = dict(identity or {})
         self.gradient_accumulation_steps, self.ema_decay = gradient_accumulation_steps, ema_decay
         method.check_task(task)
@@ -271,8 +274,9 @@ class Unlearner:
                 so far.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
-                but a bool or None is kept in the history. It does not disturb the run's random numbers, and
-                gradients that it leaves are dropped.
+                but a bool or None is kept in the history (of keys such as 1 and "1", the second as "1 (str)"). It does
+                not disturb the run's random numbers, and gradients that it leaves are dropped. Weights that it
+                replaces, freezes, unfreezes, converts or moves end the run with an InputError.
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device. An entry whose
                 iteration did not forget shows the last forget step since the entry before.
@@ -308,7 +312,7 @@ class Unlearner:
             ("evaluate_every", evaluate_every),
             ("log_every", log_every),
         ):
-            if count is not None:
+            if count is not None or name == "log_every":
                 check_count(name, count)
         if evaluate is not None and evaluate_every is None:
             raise InputError("evaluate needs evaluate_every, the iterations between two calls")
@@ -352,12 +356,12 @@ class Unlearner:
             stop_on_signals(self.ranks) as stop,
             hold_on_first(directory, self.ranks),
         ):
-            checkpoint = self._prepare_folder(directory, resume_from_checkpoint, checkpointing_steps)
+            checkpoint, retained = self._prepare_folder(directory, resume_from_checkpoint, checkpointing_steps), []
             if checkpoint is None:
                 if self.method.mask is not None:
                     self.method.mask.check_model(self._named)
                 with contextlib.ExitStack() as kept:
-                    result.mask = first_pass(
+                    result.mask, retained = first_pass(
                         self,
                         sets,
                         result,
@@ -371,7 +375,7 @@ class Unlearner:
             optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
             for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
                 group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-            loop = Loop(self, optimizer, streams, result, directory, progress, stop)
+            loop = Loop(self, optimizer, streams, result, directory, progress, stop, retained)
             loop.start(checkpoint)
             loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         _signs.announce(result.warnings, said)

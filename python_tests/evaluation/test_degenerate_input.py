@@ -177,3 +177,14 @@ def test_pictures(pictures, tmp_path) -> None:
         check_file(str(tmp_path / "inception.pth"))
     with pytest.raises(InputError, match=r"^weights: expected the path of"):
         InceptionFID(None)
+
+
+@pytest.mark.parametrize("keys", [[[]], [None], [1]])
+def test_keys_of_a_gap(keys) -> None:
+    with pytest.raises(InputError, match="keys: expected a list of metrics"):
+        average_gap({"FA": 1.0}, {"FA": 1.0}, keys=keys)
+
+
+def test_features_of_inception_that_are_no_number() -> None:
+    with pytest.raises(InputError, match="features: expected 64, 192, 768 or 2048, got a torch"):
+        InceptionFID("x", torch.zeros(3))

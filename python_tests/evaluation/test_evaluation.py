@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from unlearn_ext.errors import InputError
 from unlearn_ext.evaluation import (
     Parts,
     accuracy,
@@ -242,6 +243,26 @@ def test_predict_refuses_empty_batches_and_odd_outputs():
         predict(Linear(), [])
     with pytest.raises(ValueError, match=r"expected logits of shape \[4, classes\].*got a .*\[8\]"):
         predict(nn.Flatten(0), [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))])
+
+
+@pytest.mark.parametrize("batches", [None, 3, object()])
+def test_predict_refuses_what_is_no_iterable(batches):
+    with pytest.raises(InputError, match="batches: expected an iterable of batches, such as a DataLoader, got"):
+        predict(Linear(), batches)
+
+
+def test_predict_follows_autocast_and_sees_the_weights_as_they_are():
+    """Half copies of weights live as long as the autocast, and a step between two calls makes them stale."""
+    model, x = Linear().eval(), torch.randn(4, 2)
+    batches = [(x, torch.zeros(4, dtype=torch.int64))]
+    plain = predict(model, batches)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = predict(model, batches)[0]
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.bias.zero_()
+        assert not predict(model, batches)[0].any()
+    assert half.dtype == torch.float32 and torch.equal(half, half.bfloat16().float()) and not torch.equal(half, plain)
 
 
 # ------------------------------------------------------------------------------------------------- the verdict

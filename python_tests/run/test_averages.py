@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.models import batches, make
@@ -51,3 +53,16 @@ def test_the_others_follow_the_formula() -> None:
         expected = 0.9 * expected + 0.1 * p.detach().double()
     torch.testing.assert_close(averages.tensors["p"].double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(averages.tensors["p"][1::2], p.detach()[1::2])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_weight_that_is_infinite_or_zero_and_stays(layout) -> None:
+    values = torch.tensor([-0.0, 0.0, math.inf, -math.inf, 1.5, -2.5]).repeat(8).view(2, 3, 2, 4)
+    p = nn.Parameter(values.clone(memory_format=layout))
+    averages = Averages([("p", p)], 0.75)
+    with torch.no_grad():
+        p[values == 1.5] = 4.0
+    averages.update()
+    expected = torch.where(values == 1.5, torch.tensor(2.125), values)
+    assert torch.equal(bits(averages.tensors["p"]), bits(expected))
+    assert averages.tensors["p"].stride() == p.stride()

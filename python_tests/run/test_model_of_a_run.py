@@ -7,6 +7,7 @@ import torch
 from helpers.models import batches, make
 from helpers.runs import identical, method, run, weights
 from torch import nn
+from torch.nn.utils import prune
 
 from unlearn_ext import InputError, Unlearner
 from unlearn_ext.tasks import Classification
@@ -126,14 +127,58 @@ def thawed(model: nn.Module) -> None:
     model.conv.requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [replaced, assigned, thawed])
-def test_weights_that_an_evaluation_replaces_are_refused(change) -> None:
-    model = make()
-    model.conv.requires_grad_(change is not thawed)
-    with pytest.raises(InputError, match="the model's weights were replaced, or others were unfrozen"):
-        run(model, DATA, SHORT, evaluate=lambda model, step: change(model), evaluate_every=1)
+def new_frozen_layer(model: nn.Module) -> None:
+    model.conv = nn.Conv2d(2, 6, 3, padding=1).requires_grad_(False)
 
 
-def test_an_evaluation_may_freeze_weights() -> None:
+def undone(model: nn.Module) -> None:
+    model.double().requires_grad_(False).eval()
+    model.float()
+    model.norm.requires_grad_(True)
+    model.head.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (replaced, r"head\.weight was replaced, added or removed"),
+        (assigned, r"conv\.weight was replaced"),
+        (new_frozen_layer, r"conv\.weight was replaced"),
+        (lambda model: model.register_parameter("more", nn.Parameter(torch.ones(2))), "more was replaced, added"),
+        (thawed, r"conv\.weight has requires_grad=True where it had False"),
+        (lambda model: model.requires_grad_(False), r"norm\.weight has requires_grad=False where it had True"),
+        (lambda model: model.double(), r"conv\.weight has dtype=torch\.float64 where it had torch\.float32"),
+        (lambda model: model.head.bfloat16(), r"head\.weight has dtype=torch\.bfloat16"),
+        (lambda model: model.to(memory_format=torch.channels_last), r"conv\.weight has strides="),
+        (undone, None),
+    ],
+)
+def test_an_evaluation_leaves_the_weights_what_they_are(change, says) -> None:
     model = make()
-    run(model, DATA, SHORT, evaluate=lambda model, step: frozen(model), evaluate_every=2)
+    model.conv.requires_grad_(False)
+
+    def evaluated() -> None:
+        run(model, DATA, SHORT, evaluate=lambda model, step: change(model) and None, evaluate_every=1)
+
+    if says is None:
+        evaluated()
+        return
+    with pytest.raises(InputError, match=f"^{says}.* while the run was under way: change the model before run"):
+        evaluated()
+
+
+@pytest.mark.parametrize("of_a_graph", [True, False])
+def test_weights_that_are_no_parameters_are_refused(of_a_graph: bool) -> None:
+    model = make()
+    weight = model.head.weight
+    del model.head.weight
+    model.head.weight = weight * 1 if of_a_graph else weight.detach().requires_grad_()
+    with pytest.raises(InputError, match=r"^head\.weight is a plain tensor that requires grad, and no parameter"):
+        unlearner(model)
+
+
+def test_weights_that_hooks_make_are_not() -> None:
+    model = make()
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    nn.utils.weight_norm(model.conv)
+    run(model, DATA, SHORT)

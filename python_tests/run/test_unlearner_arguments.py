@@ -143,3 +143,20 @@ def test_no_function(name: str) -> None:
     with pytest.raises(InputError, match=f"{name}: expected a function, got True"):
         run(model, **{name: True}, evaluate_every=1)
     assert identical(weights(model), before)
+
+
+@pytest.mark.parametrize("identity", ["abc", ["a"], 3])
+def test_no_identity(identity) -> None:
+    with pytest.raises(InputError, match="identity: expected a dict of names and texts, got"):
+        Unlearner(make(), Classification(), "sfron", identity=identity)
+
+
+def test_no_interval_of_the_log() -> None:
+    with pytest.raises(InputError, match="log_every: expected an integer from 1, got None"):
+        Unlearner(make(), Classification(), "finetune").run(retain=[], log_every=None)
+
+
+@pytest.mark.parametrize("precision", [None, [], {}, 16, torch.bfloat16])
+def test_no_precision(precision) -> None:
+    with pytest.raises(InputError, match="mixed_precision: expected one of no, bf16, fp16, got"):
+        Unlearner(make(), Classification(), "sfron", mixed_precision=precision)

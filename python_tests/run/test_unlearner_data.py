@@ -34,8 +34,8 @@ def test_one_eval_pass_first_and_then_fresh_passes() -> None:
     forget, retain = Counting(batches(3, 6, seed=1)), Counting(batches(5, 6, seed=2))
     run(make(Watching), {"forget": forget, "retain": retain})
     # Each first pass begins with one forward pass more, which tells the number of classes.
-    assert modes[:10] == [False] * 10 and all(modes[10:28])
-    assert modes[28:] == [False] * 2  # the last forget batch's loss and accuracy, for the batch normalisation
+    assert modes[:10] == [False] * 10 and all(modes[10:30])  # two of them before the first step
+    assert modes[30:] == [False] * 2  # the last forget batch's loss and accuracy, for the batch normalisation
     assert forget.passes == 1 + 2 and retain.passes == 1 + 3  # 6 of 3, 12 of 5
 
 
@@ -94,8 +94,9 @@ def test_the_first_pass_over_the_data_only_checks_it() -> None:
 
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
     Unlearner(make(), Counting(), method(gamma=None, iterations=2)).run(**data)
-    # To learn the classes, once a set; one forget and two retain batches; the last forget batch in eval mode, twice.
-    assert len(prepared) == 2 + 3 + 2
+    # To learn the classes, once a set; two retain batches before the first step; one forget and two retain batches; the
+    # last forget batch in eval mode, twice.
+    assert len(prepared) == 2 + 2 + 3 + 2
 
 
 def test_batches_of_the_wrong_form() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Callable
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from helpers.models import batches, make, samples
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import SaliencyMask, Unlearner, UnlearningWarning, errors
 from unlearn_ext._signs import KEYS, Losses, bit_sums, growth, hidden, missed, unmet, unmoved, unseen_classes
+from unlearn_ext._watching import Watching
 from unlearn_ext.methods import parse
 from unlearn_ext.tasks import Classification, Task
 
@@ -237,23 +241,25 @@ def losses(*values: float) -> Losses:
 
 
 @pytest.mark.parametrize(
-    ("values", "nats", "warned"),
+    ("before", "values", "nats", "warned"),
     [
-        ([0.005, 0.01, 0.3, 1.0, 2.0, 2.2, 2.2, 2.2, 2.2], True, True),
-        ([0.005, 0.006, 0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.1], True, False),  # twenty times, and still right
-        ([0.5, 0.6, 1.0, 0.9, 1.0, 1.1, 1.0, 1.2, 1.1], True, False),  # twice
-        ([0.005, 2.0, 3.0, 1.0, 0.1, 0.01, 0.01, 0.01, 0.01], True, False),  # which retain steps have mended
-        ([0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 9.0], True, False),  # a single batch
-        ([2.3, 2.3, 2.3, 2.3, 2.3], True, False),
-        ([0.01, 5.0], True, True),
-        ([5.0], True, False),
-        ([0.02, 0.05, 0.01, 0.03, 0.02, 0.3, 0.4, 0.3, 0.5, 0.2, 0.3], False, True),
-        ([0.002, 0.2, 0.01, 0.003, 0.02, 0.3, 0.01, 0.3, 0.2, 0.2, 0.3], False, False),  # noise of single samples
-        ([0.02, 0.9, 0.9], False, False),  # too few to tell
+        ([0.005, 0.01], [0.3, 1.0, 2.0, 2.2, 2.2, 2.2, 2.2], True, True),
+        ([0.005, 0.006], [0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.1], True, False),  # twenty times, and still right
+        ([0.5, 0.6], [1.0, 0.9, 1.0, 1.1, 1.0, 1.2, 1.1], True, False),  # twice
+        ([0.005, 0.005], [2.0, 3.0, 1.0, 0.1, 0.01, 0.01, 0.01], True, False),  # which retain steps have mended
+        ([0.005, 0.01], [0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 9.0], True, False),  # a single batch
+        ([2.3, 2.3], [2.3, 2.3, 2.3], True, False),
+        ([0.01, 0.02], [5.0, 5.1, 5.0, 4.9], True, True),  # wrecked by the first step
+        ([0.01, 0.02], [5.0], True, True),
+        ([], [0.01, 5.0, 5.0], True, False),  # of a method without retain steps, or an older checkpoint
+        ([0.01, 0.02], [], True, False),
+        ([0.02, 0.05, 0.01, 0.03, 0.02], [0.3, 0.4, 0.3, 0.5, 0.2, 0.3, 0.3, 0.3, 0.4, 0.3], False, True),
+        ([0.002, 0.2, 0.01, 0.003, 0.02], [0.3, 0.01, 0.3, 0.2, 0.2, 0.3, 0.3, 0.1, 0.4, 0.3], False, False),  # noise
+        ([0.02, 0.02, 0.02, 0.02, 0.02], [0.9, 0.9], False, False),  # too few to tell
     ],
 )
-def test_when_a_retain_loss_has_multiplied(values: list[float], nats: bool, warned: bool) -> None:
-    found = growth(losses(*values), nats)
+def test_when_a_retain_loss_has_multiplied(before: list, values: list, nats: bool, warned: bool) -> None:
+    found = growth(before, losses(*values), nats)
     assert (found is not None) == warned
     if warned:
         assert "the retain loss went from" in found
@@ -289,6 +295,78 @@ def test_a_run_that_destroys_what_was_to_be_kept() -> None:
     found = go("sfron:gamma=none,lr=0.05,iterations=30,max_norm=1", data, model)
     right = (model(x[~chosen]).argmax(1) == y[~chosen]).double().mean()
     assert found.warnings == {} and right > 0.95
+
+
+def net() -> nn.Module:
+    """Dropout draws and batch normalisation counts in train mode, and a forward pass writes a table."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            self.table.add_(1)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Net(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 4))
+    model.register_buffer("table", torch.zeros(()))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "iterations"),
+    [
+        ("sfron:gamma=none", 4),
+        ("sfron:gamma=1", 4),
+        ("negative_gradient_plus", 4),
+        ("sfron:gamma=none,update=joint", 4),
+    ],
+)
+def test_a_run_that_its_first_step_wrecks(method: str, iterations: int) -> None:
+    """All recorded losses are as large as the first, which is taken after that step."""
+    x, y = clusters(120)
+    chosen = y == 3
+    data = {"forget": [(x[chosen], y[chosen])], "retain": [(x[~chosen], y[~chosen])]}
+    method += f"{',' if ':' in method else ':'}iterations={iterations}"
+    sentence = go(f"{method},lr=30", data, trained(net(), x, y)).warnings["retain"]
+    start, end = re.match(r"the retain loss went from (\S+) to (\S+),", sentence).groups()
+    assert float(start) < 0.5 and float(end) > 100
+    assert "retain" not in go(f"{method},lr=1e-4", data, trained(net(), x, y)).warnings
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_look_before_the_first_step_changes_nothing(mode: bool, shuffle: bool, monkeypatch) -> None:
+    """Not a bit of weights, statistics, batches or generators."""
+    begin, before, ends = Watching.begin, [], []
+    for looks in (True, False):
+        model = net().train(mode)
+        data = {
+            name: DataLoader(TensorDataset(*clusters(count, seed=count)), batch_size=8, shuffle=shuffle)
+            for name, count in (("forget", 16), ("retain", 48))
+        }
+
+        def watched(self: Watching, looks: bool = looks) -> None:
+            if looks:
+                begin(self)
+            before.append(self.before)
+
+        monkeypatch.setattr(Watching, "begin", watched)
+        found = go(f"{QUIET},momentum=0.9", data, model)
+        ends.append((found.history, {**model.state_dict(), "generator": torch.get_rng_state()}))
+    assert [len(losses) for losses in before] == [2, 0] and ends[0][0] == ends[1][0]
+    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
+
+
+def test_what_is_looked_at_are_the_first_retain_batches_in_train_mode(monkeypatch) -> None:
+    model, before = normed().eval(), []
+    expected = [nn.functional.cross_entropy(copy.deepcopy(model).train()(x), y) for x, y in cluster_batches()]
+    begin = Watching.begin
+    monkeypatch.setattr(Watching, "begin", lambda self: (begin(self), before.extend(self.before)))
+    go(f"{QUIET}", {"forget": [clusters(8)], "retain": cluster_batches()}, model)
+    assert [float(loss) for loss in before] == pytest.approx([loss.item() for loss in expected], rel=1e-6)
+
+
+def cluster_batches() -> list:
+    return [clusters(8, seed=2), clusters(12, seed=3)]
 
 
 # --- Batch normalisation ----------------------------------------------------------------------------------------

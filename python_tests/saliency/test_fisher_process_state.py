@@ -86,6 +86,21 @@ def test_an_autocast_around_it_is_of_the_forward_pass(kind: str) -> None:
     assert Identity.seen is False
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_around_it_makes_no_squares_of_zero(kind: str) -> None:
+    """Bfloat16 is followed, as in a run."""
+    data = batches(1, 4, seed=1)
+    expected = measured(kind, make(), data)
+    with torch.autocast("cpu", torch.float16):
+        found = measured(kind, make(), data)
+    assert_same(expected, found)
+    if kind == "per sample":  # torch.func has no batch normalisation under autocast
+        return
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = measured(kind, make(), data)
+    assert not all(torch.equal(rounded[name], expected[name]) for name in expected)
+
+
 # --- Gradients and parameters that are refused ----------------------------------------------------------------
 
 
@@ -107,6 +122,12 @@ class Complex(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x) * self.phase.abs()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_that_are_none(kind: str) -> None:
+    with pytest.raises(InputError, match="data: expected an iterable of batches, such as a DataLoader, got None"):
+        measured(kind, make(), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,8 +67,8 @@ class InceptionFID:
     """
 
     def __init__(self, weights: str | Path, features: int = 2048, device: torch.device | str = "cpu"):
-        if features not in (64, 192, 768, 2048):
-            raise InputError(f"features: expected 64, 192, 768 or 2048, got {features!r}")
+        if not isinstance(features, int) or features not in (64, 192, 768, 2048):
+            raise InputError(f"features: expected 64, 192, 768 or 2048, got {describe(features)}")
         if not isinstance(weights, (str, Path)):
             raise InputError(f"weights: expected the path of {INCEPTION_FILE}, got {describe(weights)}")
         path = user_path(weights)

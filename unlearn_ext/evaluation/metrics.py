@@ -76,7 +76,7 @@ def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], ke
     Raises:
         InputError: when ``keys`` is empty, or a metric is missing or not a finite number.
     """
-    if isinstance(keys, str) or not isinstance(keys, Sequence):
+    if isinstance(keys, str) or not isinstance(keys, Sequence) or not all(isinstance(key, str) for key in keys):
         raise InputError(f"keys: expected a list of metrics, got {keys!r}")
     if not keys:
         raise InputError("keys: expected at least one metric to average over, got none")
@@ -93,6 +93,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Run ``model`` over ``batches`` in eval mode and collect its logits.
 
+    Within ``torch.autocast`` the model runs in its precision, as it does when it is called there.
+
     Args:
         model: returns logits ``[B, K]``, or an object or dict that has them as ``logits``.
         batches: an iterable of ``(inputs, labels)``, or of dicts of the model's keyword arguments with ``labels`` or
@@ -108,6 +110,8 @@ def predict(
         InputError: when there are no batches, or a batch or the model's output has not the form above.
     """
     check_model(model)
+    if not hasattr(batches, "__iter__"):
+        raise InputError(f"batches: expected an iterable of batches, such as a DataLoader, got {describe(batches)}")
     if device is None:
         first = next(model.parameters(), None)
         device = first.device if first is not None else torch.device("cpu")
@@ -115,6 +119,7 @@ def predict(
         device = check_device(device)
     task = Classification(label_key=label_key)
     logits, labels = [], []
+    torch.clear_autocast_cache()  # an autocast around several calls keeps half copies of what the weights once were
     with evaluating(model), torch.no_grad():
         for batch in batches:
             inputs, targets = task.prepare(batch, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_model, check_number
+from .._arguments import check_count, check_model, check_number, describe
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._gradients import check_gradient, check_layers, check_parameters, no_gradient
 from .._in_backward import clip_factor
@@ -113,19 +114,24 @@ class FisherDiagonal:
     ) -> FisherDiagonal:
         """Adds one pass over ``data``, in its own order, and leaves ``.grad`` empty.
 
+        Forward passes follow ``torch.autocast`` in bfloat16; in float16 unscaled gradients underflow, so there it is
+        off.
+
         ``watch`` is called with every batch first, also with those that ``batches`` leaves out.
 
         Raises:
             InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
+        if not hasattr(data, "__iter__"):
+            raise InputError(f"data: expected an iterable of batches, such as a DataLoader, got {describe(data)}")
         before, empty = self.count, True
         if self.per_sample and not self.ranks.first:  # what was measured before is added up with the rest, once
             for total in self.sums.values():
                 total.zero_()
             self.count = 0
         graphs = keeping_graphs(self.in_backward and self.max_norm is not None)
-        with recording(), evaluating(self.model), graphs:
+        with recording(), evaluating(self.model), graphs, self._no_float16():
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
@@ -149,6 +155,11 @@ class FisherDiagonal:
                 f"{self._NAME} of the {name} set: {self._NUMBER} is not finite; check loss and precision"
             )
         return self
+
+    def _no_float16(self) -> contextlib.AbstractContextManager:
+        kind = self._device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return torch.autocast(kind, enabled=False) if half else contextlib.nullcontext()
 
     def _update(self, batch: Any, where: str) -> None:
         prepared = without_inference(self.task.prepare(batch, self._device))
