@@ -686,7 +686,9 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             saved = [list(group["params"]) for group in groups]
             states = {index: dict(state) for index, state in states.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise InputError("expected what an optimizer's state_dict() gives, got something of another form") from None
+            raise InputError(
+                "state_dict: expected what an optimizer's state_dict() gives, got something of another form"
+            ) from None
         for name, value in settings.items():
             if value != (own := getattr(self, name, None)):
                 raise InputError(
@@ -748,7 +750,7 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             self.measured.clear()
 
         if not isinstance(state_dict, Mapping):
-            raise InputError(f"expected what an optimizer's state_dict() gives, got {describe(state_dict)}")
+            raise InputError(f"state_dict: expected what an optimizer's state_dict() gives, got {describe(state_dict)}")
         handles = self.register_load_state_dict_pre_hook(before), self.register_load_state_dict_post_hook(after, True)
         try:
             super().load_state_dict(state_dict)

@@ -118,7 +118,7 @@ def test_a_run_that_broke_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatc
     straight = make(Failing)
     unlearner(straight).run(**data)
     failing = make(Failing)
-    failing.fails_at = 10  # two passes an iteration: the retain pass of iteration 4
+    failing.fails_at = 12  # two looks, then two passes an iteration: the retain pass of iteration 4
     with pytest.raises(NonFiniteError, match=r"^iteration 4: retain_step: the gradient of head.weight is not finite"):
         unlearner(failing).run(**data, output_dir=tmp_path, checkpointing_steps=2)
     resumed = make(Failing)

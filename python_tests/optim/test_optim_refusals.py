@@ -194,5 +194,5 @@ def test_the_config_is_checked_where_it_is_made() -> None:
 @pytest.mark.parametrize("state", [None, {}, "abc", [1], {"state": {}}, {"param_groups": []}])
 def test_a_state_that_is_none(state: Any) -> None:
     optimizer = UnlearnOptimizer([("w", nn.Parameter(torch.ones(2)))], lr=0.1, rule="sgd")
-    with pytest.raises(InputError, match="state_dict: expected what state_dict"):
+    with pytest.raises(InputError, match="state_dict: expected what an optimizer's state_dict"):
         optimizer.load_state_dict(state)
