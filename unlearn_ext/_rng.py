@@ -189,8 +189,8 @@ def _make(entry: Mapping[str, Any], sources: Sources) -> Any:
 
 
 def _counters(owner: Any) -> dict[str, Any]:
-    """Numbers that a sampler keeps, and None where it may keep something later. A module's mode is no such number: looks
-    are made in eval mode."""
+    """Numbers that a sampler keeps, and None where it may keep something later. A module's mode is no such number:
+    looks are made in eval mode."""
     return {
         name: value if value is None else (value.item() if isinstance(value, np.generic) else value)
         for name, value in getattr(owner, "__dict__", {}).items()

@@ -118,7 +118,7 @@ def test_a_state_that_does_not_fit_loads_nothing(rng: torch.Generator) -> None:
         assert optimizer.param_groups[0]["lr"] == HYPER["lr"] and not optimizer.state
 
 
-FORM = "expected what an optimizer's state_dict\\(\\) gives"
+FORM = "state_dict: expected what an optimizer's state_dict\\(\\) gives"
 
 
 @pytest.mark.parametrize(
