@@ -405,8 +405,8 @@ class Loop:
             self.watching.take(batch)
         prepared, count = self._prepared(batch)
         if teacher is not None:
-            return self.unlearner.losses_and_distances(prepared, self.teachers[teacher], name), count
-        return (self.unlearner.losses(prepared, name == "forget" and self.method.replaces),), count
+            return self.unlearner.losses_and_distances(prepared, count, self.teachers[teacher], name), count
+        return (self.unlearner.losses(prepared, count, name == "forget" and self.method.replaces),), count
 
     def _prepared(self, batch: Any) -> tuple[Any, int]:
         unlearner = self.unlearner
@@ -454,11 +454,11 @@ class Loop:
         with _rng.kept(roots), evaluating(self.model):
             if state is not None:
                 _rng.restore(state, roots)
-            prepared = (self._prepared(batch)[0] for batch in batches)
+            prepared = (self._prepared(batch) for batch in batches)
             if hits:
-                measured = [self.unlearner.hits(batch) for batch in prepared]
+                measured = [self.unlearner.hits(*batch) for batch in prepared]
             else:
-                measured = [self.unlearner.losses(batch, replacement) for batch in prepared]
+                measured = [self.unlearner.losses(*batch, replacement) for batch in prepared]
             losses = torch.cat([part.double().cpu() for part in measured])
         if not bool(torch.isfinite(losses).all()):
             raise NonFiniteError(f"a loss on {what} data is not finite: check that data, lower lr or forget_alpha")

@@ -40,7 +40,7 @@ from .errors import DamagedError, InputError
 from .methods import Method, find_method
 from .saliency import SaliencyMask
 from .saliency.storage import check_storage, stored
-from .tasks import Task, check_task
+from .tasks import Task, check_per_sample, check_task
 
 __all__ = ["Result", "Unlearner"]
 
@@ -494,18 +494,26 @@ class Unlearner:
             yield
         torch.clear_autocast_cache()
 
-    def losses(self, batch: Any, replacement: bool = False) -> Tensor:
+    def losses(self, batch: Any, count: int, replacement: bool = False) -> Tensor:
+        """Of a prepared batch of ``count`` samples; 0: of one, that counts nothing."""
         with self.autocast():
-            return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
+            losses = (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
+        check_per_sample(losses, max(count, 1))
+        return losses
 
-    def hits(self, batch: Any) -> Tensor:
+    def hits(self, batch: Any, count: int) -> Tensor:
         with self.autocast():
-            return self.task.hits(self.model, batch)
+            hits = self.task.hits(self.model, batch)
+        check_per_sample(hits, count, "hits")
+        return hits
 
-    def losses_and_distances(self, batch: Any, teacher: nn.Module, side: str) -> tuple[Tensor, Tensor]:
+    def losses_and_distances(self, batch: Any, count: int, teacher: nn.Module, side: str) -> tuple[Tensor, Tensor]:
         with self.autocast():
             settings = self.method.distance_settings(side)
-            return self.task.losses_and_distances(self.model, teacher, batch, **settings)
+            losses, distances = self.task.losses_and_distances(self.model, teacher, batch, **settings)
+        check_per_sample(losses, max(count, 1))
+        check_per_sample(distances, max(count, 1), "distance")
+        return losses, distances
 
     def _sets(self, **given: Iterable[Any] | None) -> dict[str, Iterable[Any]]:
         """Those that were given, which have to be those that the method takes."""

@@ -22,7 +22,7 @@ from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
 from .._streams import empty_set, in_step
 from ..errors import InputError, NonFiniteError
-from ..tasks import check_task
+from ..tasks import check_per_sample, check_task
 from ._parts import in_parts
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ class FisherDiagonal:
     def _add_batch(self, batch: Any, count: int, where: str) -> None:
         for p in self._parameters.values():
             p.grad = None
-        loss = self.task.fisher_losses(self.model, batch).mean()
+        losses = self.task.fisher_losses(self.model, batch)
+        check_per_sample(losses, max(count, 1))  # a rank without samples takes one
+        loss = losses.mean()
         torch.clear_autocast_cache()  # an autocast around the whole pass would keep half copies of all weights
         mean = loss.detach()
         if self.ranks.size > 1:
@@ -236,8 +238,9 @@ class FisherDiagonal:
             def model(*args, **kwargs):
                 return torch.func.functional_call(own, parameters, args, kwargs)
 
-            loss = self.task.fisher_losses(model, map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
-            return loss, loss
+            losses = self.task.fisher_losses(model, map_tensors(sample, lambda t: t.unsqueeze(0)))
+            check_per_sample(losses, 1)
+            return losses[0], losses[0]
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):
