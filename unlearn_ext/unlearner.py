@@ -276,7 +276,8 @@ class Unlearner:
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device. An entry whose
                 iteration did not forget shows the last forget step since the entry before.
-            allow_duplicates: do not refuse samples that stand in both sets, and do not look for them.
+            allow_duplicates: do not refuse samples that stand in both sets, and do not look for them. All batches are
+                checked in other ways all the same, also beyond a method's ``fisher_batches``.
             progress: called with a stage's name, what is done and what there is in all (None if unknown).
 
         Raises:
