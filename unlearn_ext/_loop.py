@@ -23,7 +23,7 @@ from ._modes import evaluating, keeping_statistics, set_training
 from ._module_state import unsaved_sums
 from ._names import buffers_of
 from ._packing import copy_of, put
-from ._parts import own_part, without_inference
+from ._parts import cloned, own_part, without_inference
 from ._plain import plain
 from ._shards import local
 from ._signals import Stop
@@ -430,7 +430,7 @@ class Loop:
         count = 0
         with _rng.kept(self._roots()):
             for batch in stream.data:
-                found.append(batch)
+                found.append(cloned(batch))
                 count += self.unlearner.task.size(batch)
                 if count >= limit:
                     break

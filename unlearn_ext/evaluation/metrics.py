@@ -125,9 +125,10 @@ def predict(
                     f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
                     f"got {describe(output)}"
                 )
-            # Copying to the host waits for the device, but logits of a large set need not pile up there.
-            logits.append(output.to("cpu", torch.float32))
-            labels.append(targets.to("cpu", torch.int64))
+            # Copying to the host waits for the device, but logits of a large set need not pile up there. Loaders and
+            # models may fill the same tensors anew for each batch.
+            logits.append(output.to("cpu", torch.float32, copy=True))
+            labels.append(targets.to("cpu", torch.int64, copy=True))
     if not logits:
         raise InputError("batches: expected at least one batch, got none" + no_batches(batches))
     return torch.cat(logits), torch.cat(labels)
