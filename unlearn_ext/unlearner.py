@@ -160,7 +160,7 @@ class Unlearner:
         check_model(model)
         check_task(task)
         method = find_method(method)
-        if mixed_precision not in PRECISIONS:
+        if mixed_precision not in [*PRECISIONS]:  # a list has no hash
             raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")

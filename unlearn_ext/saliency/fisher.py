@@ -20,7 +20,8 @@ from .._names import trainable, unwrapped
 from .._parts import cut, map_tensors, own_part, without_inference
 from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
-from .._streams import empty_set, in_step
+from .._streams import check_iterable, empty_set, in_step
+from .._weights import check_weights
 from ..errors import InputError, NonFiniteError
 from ..tasks import check_per_sample, check_task
 from ._parts import in_parts
@@ -78,6 +79,7 @@ class FisherDiagonal:
     ):
         check_model(model)
         check_task(task)
+        check_weights(model)
         if in_backward and per_sample:
             raise InputError("in_backward is for batch gradients, and per_sample has no backward pass: leave one out")
         if batches is not None:
@@ -119,6 +121,8 @@ class FisherDiagonal:
             InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
+        check_iterable(name, data)
+        check_weights(self.model)
         before = self.count
         if self.per_sample and not self.ranks.first:  # what was measured before is added up with the rest, once
             for total in self.sums.values():
