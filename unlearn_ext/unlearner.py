@@ -268,7 +268,9 @@ class Unlearner:
                 evaluation stopped the run is its end: resumed from there it returns at once, with the same result. From
                 an earlier one it goes on, and it is for ``evaluate`` to stop it again. The method may have other
                 ``iterations``: a run that is over goes on for more, unless a schedule would have taken another course
-                so far.
+                so far. Numbers that samplers, loaders, streamed data sets and the task count in attributes are
+                restored, as they are after ``evaluate``; those of indexed data sets and of modules, and the order of a
+                list that shuffles itself, are not.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history. It does not disturb the run's random numbers, and
