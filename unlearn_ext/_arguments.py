@@ -24,6 +24,7 @@ __all__ = [
     "check_number",
     "check_seed",
     "describe",
+    "is_dense",
     "nearest",
 ]
 
@@ -115,8 +116,10 @@ def describe(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested {value.dtype} tensor"
         layout = "" if value.layout == torch.strided else f" of layout {value.layout}"
-        return f"a {value.dtype} tensor of shape {list(value.shape)}{layout}"
+        return f"a {value.dtype} tensor of shape {list(value.shape)}{layout}{' on the meta device' * value.is_meta}"
     if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if not value.ndim:
             return repr(value)
@@ -129,6 +132,11 @@ def describe(value: Any) -> str:
         return f"a {kind} of {len(value)} {' and '.join(kinds[:3])}" if value else f"an empty {kind}"
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def is_dense(value: Any) -> bool:
+    """Whether it is a tensor that has a value in every place."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta)
 
 
 def _listed(names: Iterable[Any], limit: int = 8) -> str:

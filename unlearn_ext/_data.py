@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import _rng
 from ._hashing import sample_hashes, samples_hash
+from ._parts import cloned
 from ._ranks import ALONE, Ranks
 from ._small_batches import SmallBatches
 from ._streams import empty_set
@@ -83,7 +84,7 @@ class DataCheck:
         if name == "forget" or not self.allow_duplicates:
             self._compare(name, inputs)
         if name == "retain" and len(self.retained) < self.looks:
-            self.retained.append(batch)
+            self.retained.append(cloned(batch))  # some loaders refill one buffer
         self._seen[name] += size
         if self.ranks.size == 1:
             self._raise()

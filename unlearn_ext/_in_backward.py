@@ -69,7 +69,7 @@ class _Pass:
     """What both passes know of a side, one parameter at a time, in whatever order gradients appear."""
 
     def __init__(self, optimizer: UnlearnOptimizer, side: str):
-        if side not in _LIMITS:
+        if side not in [*_LIMITS]:
             raise InputError(f"side: expected forget or retain, got {side!r}")
         optimizer.check_whole()
         self.optimizer, self.side, self.op = optimizer, side, f"{side}_step"

@@ -24,7 +24,7 @@ from ._modes import evaluating, keeping_statistics, put_modes, set_training
 from ._module_state import unsaved_sums
 from ._names import buffers_of, reshard
 from ._packing import copy_of, put
-from ._parts import own_part, without_inference
+from ._parts import cloned, own_part, without_inference
 from ._plain import plain
 from ._shards import local
 from ._signals import Stop
@@ -414,8 +414,8 @@ class Loop:
             self.watching.take(batch)
         prepared, count = self._prepared(batch)
         if teacher is not None:
-            return self.unlearner.losses_and_distances(prepared, self.teachers[teacher], name), count
-        return (self.unlearner.losses(prepared, name == "forget" and self.method.replaces),), count
+            return self.unlearner.losses_and_distances(prepared, count, self.teachers[teacher], name), count
+        return (self.unlearner.losses(prepared, count, name == "forget" and self.method.replaces),), count
 
     def _prepared(self, batch: Any) -> tuple[Any, int]:
         unlearner = self.unlearner
@@ -439,7 +439,7 @@ class Loop:
         count = 0
         with _rng.kept(self._roots()):
             for batch in stream.data:
-                found.append(batch)
+                found.append(cloned(batch))
                 count += self.unlearner.task.size(batch)
                 if count >= limit:
                     break
@@ -463,11 +463,11 @@ class Loop:
         with _rng.kept(roots), evaluating(self.model):
             if state is not None:
                 _rng.restore(state, roots)
-            prepared = (self._prepared(batch)[0] for batch in batches)
+            prepared = (self._prepared(batch) for batch in batches)
             if hits:
-                measured = [self.unlearner.hits(batch) for batch in prepared]
+                measured = [self.unlearner.hits(*batch) for batch in prepared]
             else:
-                measured = [self.unlearner.losses(batch, replacement) for batch in prepared]
+                measured = [self.unlearner.losses(*batch, replacement) for batch in prepared]
             losses = torch.cat([part.double().cpu() for part in measured])
         if not bool(torch.isfinite(losses).all()):
             raise NonFiniteError(f"a loss on {what} data is not finite: check that data, lower lr or forget_alpha")
@@ -482,7 +482,7 @@ class Loop:
         with _rng.kept(self._roots()), torch.set_grad_enabled(self.ranks.size == 1):
             for batch in batches:
                 prepared, count = self._prepared(batch)
-                losses = self.unlearner.losses(prepared)
+                losses = self.unlearner.losses(prepared, count)
                 means.append(self._over_ranks(ForgetLoss(losses.detach().mean()), losses, count).mean)
         reshard(self.model)
         self._restore_buffers()

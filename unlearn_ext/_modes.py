@@ -23,7 +23,12 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block. Modules that were frozen in eval mode before stay so afterwards."""
     with keeping_modes(model):
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:  # torch.export's
+            raise InputError(
+                f"the model, or a part of it, has no eval mode ({error}): pass the one that it was exported from"
+            ) from None
         yield
 
 

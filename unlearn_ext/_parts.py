@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
 
 from ._ranks import Ranks
 
-__all__ = ["cut", "map_tensors", "own_part", "without_inference"]
+__all__ = ["cloned", "cut", "map_tensors", "own_part", "without_inference"]
 
 
 def own_part(batch: Any, size: int, ranks: Ranks) -> tuple[Any, int]:
@@ -40,6 +41,26 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
         parts = [map_tensors(value, function) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes each
     return batch
+
+
+def cloned(batch: Any) -> Any:
+    """A raw batch to be held while others are taken: some loaders fill the same tensors anew for each. Of the same
+    types; what cannot be copied stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if type(batch) in (list, tuple) or hasattr(batch, "_fields"):
+        parts = map(cloned, batch)
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    try:
+        result = copy.copy(batch)
+    except Exception:  # of the user's class
+        return batch
+    attributes = getattr(result, "__dict__", {})
+    for parts in (result, attributes) if isinstance(result, MutableMapping) else (attributes,):
+        for name, part in list(parts.items()):
+            if isinstance(part, (Tensor, list, tuple, dict)) or type(part).__module__ == "numpy":
+                parts[name] = cloned(part)
+    return result
 
 
 def without_inference(batch: Any) -> Any:

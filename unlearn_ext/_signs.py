@@ -76,15 +76,14 @@ def drawing(names: Sequence[str], resumed: bool) -> str:
     )
 
 
-def unseen_classes(labels: Mapping[str, set[int]], whole: bool = True) -> str | None:
+def unseen_classes(labels: Mapping[str, set[int]]) -> str | None:
     """Of classes that are forgotten as a whole: no retained sample is of them.
 
     Args:
-        labels: of the forget, retain and unseen samples.
-        whole: of all of them.
+        labels: of all forget, retain and unseen samples.
     """
     forgotten, retained = labels.get("forget", set()), labels.get("retain", set())
-    if forgotten & retained or (len(forgotten) > 1 and not (retained and whole)):
+    if forgotten & retained or (len(forgotten) > 1 and not retained):
         return None
     both = sorted(forgotten & labels.get("unseen", set()))
     if not both:

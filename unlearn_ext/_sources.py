@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.quasirandom import SobolEngine
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, IterDataPipe, Sampler
 
 __all__ = ["Sources", "epoch_of"]
 
@@ -28,6 +28,7 @@ _ITEMS = 1000  # of a list or dict that are looked at: a generator stands among 
 _OBJECTS = 20_000  # that are looked at below each root
 _OF_MODULES = set(vars(nn.Module())) - {"_modules", "_forward_hooks", "_forward_pre_hooks"}
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_DATA = {"data", "forget", "retain", "learn", "unseen"}  # roots
 _NO_STATE = {"_iterator", "multiprocessing_context"}  # of a loader: the workers of its last pass
 
 
@@ -57,8 +58,10 @@ class Sources:
     Attributes:
         generators: with all paths that lead to each.
         epochs: objects with ``set_epoch``, outer ones first.
-        counters: samplers, and the task and what it holds where they are the user's: their numbers (an epoch, a seed,
-            a position, a step of an annealed loss) decide what comes too.
+        counters: samplers, and of the user's classes what data are iterated through (loaders, streamed data sets), the
+            task and what it holds: their numbers (an epoch, a seed, a position, a step of an annealed loss) decide what
+            comes too. Not data sets that are indexed: a number there may say which part is in a cache, and would not
+            fit it any more.
         stateful: objects of the users' with ``state_dict`` and ``load_state_dict``, as torchdata asks for them.
         objects: everything that was looked at.
     """
@@ -97,7 +100,10 @@ class Sources:
         if users and all(callable(getattr(type(value), name, None)) for name in ("state_dict", "load_state_dict")):
             self.stateful[path] = value
         of_task = path.partition(".")[0] == "task" and _is_users(type(value).__module__)
-        if of_task or isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler"):
+        below = path.partition(".")[0].partition("[")[0] in _DATA
+        iterated = users and below and (path in _DATA or _is_iterated(type(value)))
+        samples = isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler")
+        if of_task or iterated or samples:
             self.counters[path] = value
         return True
 
@@ -137,6 +143,12 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _is_users(module: str | None) -> bool:
     return (module or "").partition(".")[0] not in _LIBRARIES
+
+
+def _is_iterated(kind: type) -> bool:
+    """Whether objects give a pass for each ``iter()``. Torch's pipes count which of their iterators is valid."""
+    indexed = hasattr(kind, "__getitem__") and not issubclass(kind, IterableDataset)
+    return hasattr(kind, "__iter__") and not indexed and not issubclass(kind, (Iterator, IterDataPipe))
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

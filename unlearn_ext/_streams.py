@@ -12,19 +12,25 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from . import _rng
+from ._arguments import describe
 from ._ranks import ALONE, Ranks
 from ._sources import Sources, epoch_of
 from .errors import InputError
 
-__all__ = ["BatchStream", "empty_set", "in_step", "is_spent", "keeps_workers", "length", "no_batches"]
+__all__ = ["BatchStream", "check_iterable", "empty_set", "in_step", "is_spent", "keeps_workers", "length", "no_batches"]
 __all__ += ["with_own_workers"]
 
 
 def length(data: Any) -> int | None:
     try:
         return len(data)
-    except TypeError:  # no length, or a DataLoader of an IterableDataset without one
+    except (TypeError, NotImplementedError):  # no length, or a DataLoader of an IterableDataset without one
         return None
+
+
+def check_iterable(name: str, data: Any) -> None:
+    if not hasattr(data, "__iter__"):
+        raise InputError(f"the {name} set is no iterable of batches but {describe(data)}: pass a DataLoader")
 
 
 def empty_set(name: str, data: Iterable[Any], again: bool = False) -> InputError:
@@ -129,8 +135,7 @@ class BatchStream:
     """
 
     def __init__(self, name: str, data: Iterable[Any], ranks: Ranks = ALONE):
-        if not hasattr(data, "__iter__"):
-            raise InputError(f"the {name} set is no iterable of batches but a {type(data).__name__}: pass a DataLoader")
+        check_iterable(name, data)
         if isinstance(data, Iterator):
             raise InputError(
                 f"the {name} set is a one-shot iterator, and several passes are needed: pass a list or a DataLoader"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _signs
 from ._modes import has_batch_norm
+from ._parts import cloned
 from .errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Watching:
             loop = self.loop
             self._looks = loop.ranks.size == 1 and loop.calibrating is None and has_batch_norm(loop.model)
         if self._looks:
-            self.batch = batch
+            self.batch = cloned(batch)
 
     def finish(self) -> None:
         """The last forget batch once more, in eval mode."""

@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._names import own_names, reshard, unwrapped
 from .errors import InputError
 
-__all__ = ["check_same", "check_weights", "forms"]
+__all__ = ["check_loaded", "check_same", "check_weights", "forms"]
 
 
 def check_weights(model: nn.Module) -> None:
     """Raises InputError for weights and buffers without values, and such as no gradient can pass."""
     own = unwrapped(model)
+    if parametrize._cache_enabled and any(map(parametrize.is_parametrized, own.modules())):
+        raise InputError(
+            "torch.nn.utils.parametrize.cached() keeps what weights were before a step: train and measure outside of it"
+        )
     for name, tensor in itertools.chain(own.named_parameters(), own.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{name} has no shape yet: pass a batch through the model before it is trained")
@@ -37,6 +42,13 @@ def check_weights(model: nn.Module) -> None:
                     f"{path + '.' if path else ''}{name} is a plain tensor that requires grad, and no parameter, so "
                     "it would be neither trained nor saved: set it to nn.Parameter(tensor.detach())"
                 )
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises InputError for weights without values, where no hook of accelerate's brings them for each call."""
+    for name, p in unwrapped(model).named_parameters():
+        if p.is_meta and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise InputError(f"{name} is on the meta device and has no values: load the model's weights first")
 
 
 def forms(model: nn.Module) -> dict[str, tuple[Tensor, dict[str, Any]]]:

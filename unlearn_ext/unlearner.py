@@ -40,7 +40,7 @@ from .errors import DamagedError, InputError
 from .methods import Method, find_method
 from .saliency import SaliencyMask
 from .saliency.storage import check_storage, stored
-from .tasks import Task, check_task
+from .tasks import Task, check_per_sample, check_task
 
 __all__ = ["Result", "Unlearner"]
 
@@ -271,7 +271,9 @@ class Unlearner:
                 evaluation stopped the run is its end: resumed from there it returns at once, with the same result. From
                 an earlier one it goes on, and it is for ``evaluate`` to stop it again. The method may have other
                 ``iterations``: a run that is over goes on for more, unless a schedule would have taken another course
-                so far.
+                so far. Numbers that samplers, loaders, streamed data sets and the task count in attributes are
+                restored, as they are after ``evaluate``; those of indexed data sets and of modules, and the order of a
+                list that shuffles itself, are not.
             evaluate: called on every rank, of which the first one's word counts, as
                 ``evaluate(model, iterations_done)`` in eval mode; True stops the run, anything
                 but a bool or None is kept in the history (of keys such as 1 and "1", the second as "1 (str)"). It does
@@ -280,7 +282,8 @@ class Unlearner:
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device. An entry whose
                 iteration did not forget shows the last forget step since the entry before.
-            allow_duplicates: do not refuse samples that stand in both sets, and do not look for them.
+            allow_duplicates: do not refuse samples that stand in both sets, and do not look for them. All batches are
+                checked in other ways all the same, also beyond a method's ``fisher_batches``.
             progress: called with a stage's name, what is done and what there is in all (None if unknown).
 
         Raises:
@@ -501,18 +504,26 @@ class Unlearner:
             yield
         torch.clear_autocast_cache()
 
-    def losses(self, batch: Any, replacement: bool = False) -> Tensor:
+    def losses(self, batch: Any, count: int, replacement: bool = False) -> Tensor:
+        """Of a prepared batch of ``count`` samples; 0: of one, that counts nothing."""
         with self.autocast():
-            return (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
+            losses = (self.task.replacement_losses if replacement else self.task.losses)(self.model, batch)
+        check_per_sample(losses, max(count, 1))
+        return losses
 
-    def hits(self, batch: Any) -> Tensor:
+    def hits(self, batch: Any, count: int) -> Tensor:
         with self.autocast():
-            return self.task.hits(self.model, batch)
+            hits = self.task.hits(self.model, batch)
+        check_per_sample(hits, count, "hits")
+        return hits
 
-    def losses_and_distances(self, batch: Any, teacher: nn.Module, side: str) -> tuple[Tensor, Tensor]:
+    def losses_and_distances(self, batch: Any, count: int, teacher: nn.Module, side: str) -> tuple[Tensor, Tensor]:
         with self.autocast():
             settings = self.method.distance_settings(side)
-            return self.task.losses_and_distances(self.model, teacher, batch, **settings)
+            losses, distances = self.task.losses_and_distances(self.model, teacher, batch, **settings)
+        check_per_sample(losses, max(count, 1))
+        check_per_sample(distances, max(count, 1), "distance")
+        return losses, distances
 
     def _sets(self, **given: Iterable[Any] | None) -> dict[str, Iterable[Any]]:
         """Those that were given, which have to be those that the method takes."""

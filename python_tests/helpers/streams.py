@@ -15,6 +15,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
@@ -141,6 +142,47 @@ class Epochs(Dataset):
         return len(self.inner)
 
 
+class Streamed(IterableDataset):
+    """A new order at each pass, which it counts."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        data = dataset()
+        for index in np.random.default_rng(self.passes).permutation(COUNT).tolist():
+            yield data[index]
+
+
+class Chained(IterableDataset):
+    def __init__(self, inner: IterableDataset):
+        self.inner = inner
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+class OwnLoader:
+    """Batches in an order of its own at each pass, which it counts; one that is indexed as well counts as much."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.passes = inner, 0
+
+    def __len__(self) -> int:
+        return COUNT // SIZE
+
+    def __iter__(self):
+        self.passes += 1
+        batches = list(self.inner)
+        return iter([batches[(i + self.passes) % len(batches)] for i in range(len(batches))])
+
+
+class Indexed(OwnLoader):
+    def __getitem__(self, index: int):
+        return list(self.inner)[index]
+
+
 class HiddenEpochs(Epochs):
     """Does not show its epoch."""
 
@@ -199,6 +241,11 @@ LOADERS = {
     "numpy RandomState": lambda: loader(sampler=Permuting(lambda: np.random.RandomState(3), late=True)),
     "random.Random": lambda: batched(Permuting(lambda: random.Random(3), late=True)),
     "a counter": lambda: loader(sampler=Counting(1)),
+    "a counter of a streamed data set": lambda: loader(Streamed()),
+    "a counter of a streamed data set in another": lambda: loader(Chained(Streamed())),
+    "a counter of a loader": lambda: OwnLoader(loader()),
+    "a counter of a loader that is indexed": lambda: Indexed(loader()),
+    "a counter of a loader in a loader": lambda: OwnLoader(OwnLoader(loader())),
     "numpy PCG64 alone": lambda: loader(Noisy(dataset(), Raw(np.random.PCG64(3)))),
     "numpy MT19937 alone": lambda: loader(Noisy(dataset(), Raw(np.random.MT19937(3)))),
     "a Sobol engine": sobol,

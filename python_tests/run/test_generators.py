@@ -11,7 +11,7 @@ import torch
 from helpers.runs import identical
 from helpers.streams import COUNT, LOADERS, SIZE, Noisy, Permuting, Slotted, dataset, loader, trained
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from unlearn_ext import InputError
 from unlearn_ext._sources import Sources
@@ -218,3 +218,23 @@ def test_what_is_saved_is_json(tmp_path) -> None:
     document = json.loads((tmp_path / "checkpoint-15" / "state.json").read_text())
     (generator,) = document["rng"][0]["generators"]
     assert generator["kind"] == "numpy.Generator.Philox" and list(generator["paths"]) == ["retain.sampler.source"]
+
+
+def test_caches_of_indexed_data_keep_their_numbers() -> None:
+    """Put back, the number would tell of a part that is not in the cache any more."""
+
+    class InParts(Dataset):
+        part, rows = -1, None
+
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, index):
+            if index // SIZE != self.part:
+                self.part, self.rows = index // SIZE, [dataset()[index // SIZE * SIZE + i] for i in range(SIZE)]
+            return self.rows[index % SIZE]
+
+    expected, _ = trained(DataLoader(InParts(), batch_size=3))
+    retain = DataLoader(InParts(), batch_size=3)
+    found, _ = trained(retain, evaluate=lambda model, step: {"n": len(list(retain))}, evaluate_every=2)
+    assert identical(expected, found)

@@ -47,20 +47,20 @@ def test_workers_of_accelerate_that_live_on() -> None:
 
 
 class OneAtATime:
-    """A loader whose passes share a place."""
+    """A loader whose passes share a place, which is no number that would be put back."""
 
     def __init__(self, sized: bool = True):
-        self.batches, self.place = list(loader()), 0
+        self.batches, self.place = list(loader()), [0]
         self.dataset = Growing() if not sized else None
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self):
-        self.place = 0
-        while self.place < len(self.batches):
-            self.place += 1
-            yield self.batches[self.place - 1]
+        self.place[0] = 0
+        while self.place[0] < len(self.batches):
+            self.place[0] += 1
+            yield self.batches[self.place[0] - 1]
 
 
 class Growing(IterableDataset):

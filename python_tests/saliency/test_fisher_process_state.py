@@ -126,7 +126,7 @@ class Complex(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_data_that_are_none(kind: str) -> None:
-    with pytest.raises(InputError, match="data: expected an iterable of batches, such as a DataLoader, got None"):
+    with pytest.raises(InputError, match="set is no iterable of batches but None: pass a DataLoader"):
         measured(kind, make(), None)
 
 

@@ -134,3 +134,74 @@ def test_inputs_that_are_no_samples(wrong) -> None:
 def test_what_it_does_not_offer_is_refused(spec) -> None:
     with pytest.raises(InputError, match=r"Regression (has no replacement|measures no distance).*or give the task"):
         Unlearner(net(), Regression(), parse(spec))
+
+
+WRONG = {
+    "averaged": lambda losses: losses.mean(),
+    "some": lambda losses: losses[:3],
+    "a column": lambda losses: losses.unsqueeze(1),
+    "integers": lambda losses: losses.long(),
+    "a list": lambda losses: list(losses),
+}
+SPECS = ["gradient_ascent:iterations=2", "finetune:iterations=2", "sfron:gamma=0.1,iterations=2", "salun:iterations=2"]
+SPECS += ["sfron:gamma=none,forget_alpha=auto,iterations=2", "random_label:iterations=2", "scrub:epochs=3"]
+
+
+def with_distances(task: type[Task]) -> type[Task]:
+    """A task that any method takes."""
+
+    class Full(task):
+        replacement_losses = task.losses
+
+        def losses_and_distances(self, model, teacher, batch, **settings):
+            return Regression.losses(self, model, batch), self.losses(model, batch)
+
+    return Full
+
+
+@pytest.mark.parametrize("form", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("spec", SPECS)
+def test_losses_have_to_be_one_number_per_sample(spec, form) -> None:
+    class Wrong(Regression):
+        def losses(self, model, batch):
+            return form(super().losses(model, batch))
+
+    model, method = net(), parse(f"{spec},lr=0.1")
+    sets = {"forget": batches(COUNT, 1), "retain": batches(30, 2), "unseen": batches(COUNT, 3)}
+    for name, needed in (("forget", method.forgets), ("retain", method.retains), ("unseen", method.needs_unseen)):
+        if not (needed or (name == "retain" and method.measures)):
+            del sets[name]
+    what = "distance" if spec.startswith("scrub") else "loss"
+    with pytest.raises(InputError, match=f"the {what} returned .* for 6 samples: return one floating-point number per"):
+        Unlearner(model, with_distances(Wrong)(), method).run(**sets)
+    assert torch.equal(model.weight, net().weight)
+
+
+@pytest.mark.parametrize("form", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("settings", [{}, {"per_sample": True}, {"per_sample": True, "chunk": 1}])
+def test_fisher_losses_too(settings, form) -> None:
+    class Wrong(Regression):
+        def fisher_losses(self, model, batch):
+            return form(super().losses(model, batch))
+
+    if settings and form is WRONG["some"]:
+        form = WRONG["averaged"]  # of one sample there is no part
+    with pytest.raises(InputError, match=r"the loss returned .* samples?: return one floating-point number per sample"):
+        FisherDiagonal(net(), Wrong(), **settings).measure(batches(COUNT, 1))
+
+
+@pytest.mark.parametrize("form", [lambda hits: hits.double().mean(), lambda hits: hits.long()])
+def test_hits_too(form) -> None:
+    class Wrong(Classification):
+        def hits(self, model, batch):
+            return form(super().hits(model, batch))
+
+    with pytest.raises(InputError, match=r"the hits returned .* for 6 samples: return one bool per sample"):
+        trained(Wrong(), "sfron:gamma=none,forget_alpha=auto,target_accuracy=0.5", lambda raw: (raw.x, raw.y))
+
+
+@pytest.mark.parametrize("form", WRONG.values(), ids=WRONG.keys())
+def test_a_loss_of_ones_own_too(form) -> None:
+    loss = lambda logits, labels: form(nn.functional.cross_entropy(logits, labels, reduction="none"))  # noqa: E731
+    with pytest.raises(InputError, match=r"the loss returned .* for 6 samples: return one floating-point number per"):
+        trained(Classification(loss=loss), "finetune:lr_schedule=cosine", lambda raw: (raw.x, raw.y))

@@ -122,7 +122,7 @@ class ForgetOptions:
         ):
             if getattr(self, name) is not None and needed is not None:
                 raise InputError(f"{_option(name)} does nothing by itself: add {needed}, or leave it out")
-        if self.mixed_precision not in PRECISIONS:
+        if self.mixed_precision not in [*PRECISIONS]:
             raise InputError(
                 f"--mixed-precision: expected one of {', '.join(PRECISIONS)}, got {self.mixed_precision!r}"
             )

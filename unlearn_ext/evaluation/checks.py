@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._arguments import describe
+from .._arguments import describe, is_dense
 from ..errors import InputError
 
 __all__ = ["checked_features", "checked_labels", "checked_logits", "checked_value"]
@@ -17,7 +16,7 @@ __all__ = ["checked_features", "checked_labels", "checked_logits", "checked_valu
 
 def checked_logits(logits: Tensor, name: str) -> Tensor:
     """``logits`` as float64 on the CPU, refused unless it is a finite, non-empty ``[N, K]`` with K ≥ 2."""
-    if not _is_dense(logits) or logits.dim() != 2 or not logits.is_floating_point():
+    if not is_dense(logits) or logits.dim() != 2 or not logits.is_floating_point():
         raise InputError(
             f"{name}: expected a floating-point tensor of shape [samples, classes], got {describe(logits)}"
         )
@@ -35,7 +34,7 @@ def checked_logits(logits: Tensor, name: str) -> Tensor:
 
 def checked_labels(labels: Tensor, name: str, count: int, classes: int, what: str) -> Tensor:
     """``labels`` as int64 on the CPU, refused unless they are ``count`` class indices, one for each of ``what``."""
-    if not _is_dense(labels) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+    if not is_dense(labels) or labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise InputError(f"{name}: expected a 1-d tensor of integer class indices, got {describe(labels)}")
     labels = labels.detach().to("cpu", torch.int64)
     if len(labels) != count:
@@ -49,7 +48,7 @@ def checked_labels(labels: Tensor, name: str, count: int, classes: int, what: st
 def checked_features(features: Tensor, name: str, least: int = 1, flat: bool = True) -> Tensor:
     """``features`` as float64 on the CPU, refused unless it is a finite ``[N, features]``, or with ``flat=False``
     ``[N, ...]``, of ``least`` samples or more."""
-    fits = _is_dense(features) and not features.is_complex()
+    fits = is_dense(features) and not features.is_complex()
     if not fits or (features.dim() != 2 if flat else features.dim() < 2):
         raise InputError(
             f"{name}: expected a tensor of shape [N, {'features' if flat else '...'}], got {describe(features)}"
@@ -77,7 +76,3 @@ def checked_value(metrics: Mapping[str, float], name: str, key: str) -> float:
     if isinstance(value, str) or not math.isfinite(number):
         raise InputError(f"{name}: expected {key!r} to be a finite number, got {value!r}")
     return number
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._arguments import check_device, check_model, describe
 from .._modes import evaluating
 from .._streams import no_batches
+from .._weights import check_loaded
 from ..errors import InputError
 from ..tasks import Classification
 from ..tasks._batches import refusing
@@ -112,9 +113,9 @@ def predict(
     check_model(model)
     if not hasattr(batches, "__iter__"):
         raise InputError(f"batches: expected an iterable of batches, such as a DataLoader, got {describe(batches)}")
+    check_loaded(model)
     if device is None:
-        first = next(model.parameters(), None)
-        device = first.device if first is not None else torch.device("cpu")
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     else:
         device = check_device(device)
     task = Classification(label_key=label_key)
@@ -130,9 +131,15 @@ def predict(
                     f"model: expected logits of shape [{len(targets)}, classes], one row for each label, "
                     f"got {describe(output)}"
                 )
-            # Copying to the host waits for the device, but logits of a large set need not pile up there.
-            logits.append(output.to("cpu", torch.float32))
-            labels.append(targets.to("cpu", torch.int64))
+            if logits and output.shape[1] != logits[0].shape[1]:
+                raise InputError(
+                    f"model: expected logits of {logits[0].shape[1]} classes, as for the batches before, got "
+                    f"{describe(output)}"
+                )
+            # Copying to the host waits for the device, but logits of a large set need not pile up there. Loaders and
+            # models may fill the same tensors anew for each batch.
+            logits.append(output.to("cpu", torch.float32, copy=True))
+            labels.append(targets.to("cpu", torch.int64, copy=True))
     if not logits:
         raise InputError("batches: expected at least one batch, got none" + no_batches(batches))
     return torch.cat(logits), torch.cat(labels)

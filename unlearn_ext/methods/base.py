@@ -190,8 +190,8 @@ class Method(StepConfig, ABC):
             self.momentum = Default(_MOMENTUM if "momentum" in self._given_rules else 0.0)
 
     @property
-    def _given_rules(self) -> set[str | None]:
-        return {self.forget_rule} | (set() if isinstance(self.rule, DefaultWord) else {self.rule})
+    def _given_rules(self) -> list[str | None]:
+        return [self.forget_rule, *([] if isinstance(self.rule, DefaultWord) else [self.rule])]
 
     @property
     def has_idle_momentum(self) -> bool:
@@ -251,7 +251,7 @@ class Method(StepConfig, ABC):
     @classmethod
     def preset(cls: type[AnyMethod], name: str, **overrides: Any) -> AnyMethod:
         """Published settings by name; keyword arguments replace single ones, and a mask of any kind the preset's."""
-        if name not in cls.presets:
+        if name not in [*cls.presets]:  # a list has no hash
             known = ", ".join(cls.presets) or "none"
             near = nearest(name, cls.presets.keys()) if isinstance(name, str) else None
             hint = f", perhaps {near} is meant" if near else ""

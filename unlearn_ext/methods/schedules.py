@@ -17,7 +17,7 @@ SCHEDULES = {
 
 
 def check(name: str, schedule: str) -> None:
-    if schedule not in SCHEDULES:
+    if schedule not in [*SCHEDULES]:  # a list has no hash
         raise InputError(f"{name}: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 

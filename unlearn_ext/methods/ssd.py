@@ -16,7 +16,7 @@ from .._data import DataCheck
 from .._names import trainable
 from .._process import in_run_modes
 from .._shards import is_sharded
-from .._streams import length
+from .._streams import check_iterable, length
 from .._weights import check_weights
 from ..errors import InputError
 from ..saliency import FisherDiagonal, SaliencyMask
@@ -130,6 +130,8 @@ class SSD:
             raise InputError("SSD needs whole weights, and these are sharded: run it before fully_shard")
         started = time.perf_counter()
         sets = {"forget": forget, "retain": retain}
+        for name, data in sets.items():
+            check_iterable(name, data)
         fisher = self._measure(model, task, sets, DataCheck(model, task, allow_duplicates), progress)
         measured = time.perf_counter()
         factors = self._factors(fisher["forget"], fisher["retain"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_model, check_number, describe
+from .._arguments import check_count, check_model, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._gradients import check_gradient, check_layers, check_parameters, no_gradient
 from .._in_backward import clip_factor
@@ -21,9 +21,10 @@ from .._names import trainable, unwrapped
 from .._parts import cut, map_tensors, own_part, without_inference
 from .._ranks import ALONE, Ranks
 from .._shards import all_local, is_sharded, local, shard_groups, sum_over
-from .._streams import empty_set, in_step
+from .._streams import check_iterable, empty_set, in_step
+from .._weights import check_weights
 from ..errors import InputError, NonFiniteError
-from ..tasks import check_task
+from ..tasks import check_per_sample, check_task
 from ._parts import in_parts
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class FisherDiagonal:
     ):
         check_model(model)
         check_task(task)
+        check_weights(model)
         if in_backward and per_sample:
             raise InputError("in_backward is for batch gradients, and per_sample has no backward pass: leave one out")
         if batches is not None:
@@ -123,8 +125,8 @@ class FisherDiagonal:
             InputError: no batches, or no parameter received a gradient, or one received it in parts, sparse or complex.
             NonFiniteError: a loss or an accumulated square is not finite; says at which batch.
         """
-        if not hasattr(data, "__iter__"):
-            raise InputError(f"data: expected an iterable of batches, such as a DataLoader, got {describe(data)}")
+        check_iterable(name, data)
+        check_weights(self.model)
         before, empty = self.count, True
         if self.per_sample and not self.ranks.first:  # what was measured before is added up with the rest, once
             for total in self.sums.values():
@@ -182,7 +184,9 @@ class FisherDiagonal:
     def _add_batch(self, batch: Any, count: int, where: str) -> None:
         for p in self._parameters.values():
             p.grad = None
-        loss = self.task.fisher_losses(self.model, batch).mean()
+        losses = self.task.fisher_losses(self.model, batch)
+        check_per_sample(losses, max(count, 1))  # a rank without samples takes one
+        loss = losses.mean()
         torch.clear_autocast_cache()  # an autocast around the whole pass would keep half copies of all weights
         mean = loss.detach()
         if self.ranks.size > 1:
@@ -248,8 +252,9 @@ class FisherDiagonal:
             def model(*args, **kwargs):
                 return torch.func.functional_call(own, parameters, args, kwargs)
 
-            loss = self.task.fisher_losses(model, map_tensors(sample, lambda t: t.unsqueeze(0)))[0]
-            return loss, loss
+            losses = self.task.fisher_losses(model, map_tensors(sample, lambda t: t.unsqueeze(0)))
+            check_per_sample(losses, 1)
+            return losses[0], losses[0]
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import describe
+from .._arguments import describe, is_dense
 from .._files import atomic_path, user_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
@@ -60,9 +60,10 @@ class SaliencyMask:
             raise InputError("a mask of no tensors was given: pass one bool tensor per parameter name")
         named = by_plain_name(masks.items())
         for name, mask in named.items():
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise InputError(f"mask of {name}: expected a torch.bool tensor, got {got}; convert it with != 0")
+            if not is_dense(mask) or mask.dtype != torch.bool:
+                raise InputError(
+                    f"mask of {name}: expected a dense torch.bool tensor, got {describe(mask)}; convert it with != 0"
+                )
         flat = [mask.detach().cpu().contiguous() for mask in named.values()]
         bits = dict(zip(named, ops.pack_bits(flat), strict=True))
         return cls(bits, {name: tuple(mask.shape) for name, mask in named.items()}, metadata)
@@ -94,9 +95,8 @@ class SaliencyMask:
             raise InputError("scores of no tensors were given: pass one tensor per parameter name")
         named, others = by_plain_name(scores.items()), by_plain_name((other or {}).items())
         for name, value in (*named.items(), *others.items()):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise InputError(f"score of {name}: expected a tensor of a floating dtype, got {got}")
+            if not is_dense(value) or not value.is_floating_point():
+                raise InputError(f"score of {name}: expected a dense tensor of a floating dtype, got {describe(value)}")
         if score not in ops.SCORES:
             raise InputError(f"score: expected one of {', '.join(ops.SCORES)}, got {score!r}")
         if others.keys() != (named.keys() if score in ("product", "ratio") else set()):

@@ -94,15 +94,17 @@ def check_values(inputs: Inputs, labels: Tensor) -> None:
     named = inputs.items() if isinstance(inputs, dict) else [("inputs", inputs)]
     for name, tensor in [*named, ("labels", labels)]:
         if tensor.is_meta:
-            raise InputError(f"{name}: {describe(tensor)} is on the meta device and has no values")
+            raise InputError(
+                f"{name}: a {tensor.dtype} tensor of shape {list(tensor.shape)} is on the meta device and has no values"
+            )
+        if tensor.is_nested:
+            raise InputError(f"{name}: expected a dense tensor, got a nested one: call its to_padded_tensor()")
         if tensor.dim() == 0:
             raise InputError(
                 f"{name}: expected a first dimension of samples, got {describe(tensor)}: pass a loader that makes "
                 "batches (batch_size)"
             )
     for name, tensor in named:
-        if tensor.is_nested:
-            raise InputError(f"{name}: expected a dense tensor, got a nested one: call its to_padded_tensor()")
         if tensor.layout != torch.strided:
             raise InputError(f"{name}: expected a dense tensor, got one of {tensor.layout}: call its to_dense()")
         if tensor.is_complex():

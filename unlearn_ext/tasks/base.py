@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._arguments import check_instance, describe
 from ..errors import InputError
 
-__all__ = ["Task", "check_task"]
+__all__ = ["Task", "check_per_sample", "check_task"]
 
 
 class Task(ABC):
@@ -105,6 +105,20 @@ class Task(ABC):
                 f"samples, got {describe(inputs)}"
             )
         return parts[0].shape[0]
+
+
+def check_per_sample(values: Any, count: int, what: str = "loss") -> None:
+    """Raises InputError unless ``values`` are ``count`` numbers: of a floating dtype, or bools where they are ``hits``.
+    What has another shape could be averaged all the same, to something else."""
+    right = isinstance(values, Tensor) and values.shape == (count,)
+    if right and (values.dtype == torch.bool if what == "hits" else values.is_floating_point()):
+        return
+    got = f"shape {list(values.shape)} of {values.dtype}" if isinstance(values, Tensor) else describe(values)
+    samples = "1 sample" if count == 1 else f"{count} samples"
+    raise InputError(
+        f"the {what} returned {got} for {samples}: return "
+        + ("one bool per sample" if what == "hits" else 'one floating-point number per sample (reduction="none")')
+    )
 
 
 def check_task(task: Any) -> None:

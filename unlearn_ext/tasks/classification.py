@@ -16,7 +16,7 @@ from .._modes import evaluating
 from .._parts import map_tensors
 from ..errors import InputError, NonFiniteError
 from ._batches import INTEGERS, LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
-from .base import Task
+from .base import Task, check_per_sample
 
 __all__ = ["Classification"]
 
@@ -200,11 +200,7 @@ class Classification(Task):
             _check_logits(logits)
             return F.cross_entropy(_wide(logits), labels, reduction="none")
         losses = self.loss(logits, labels)
-        if losses.shape != labels.shape[:1]:
-            raise InputError(
-                f"the loss returned shape {list(losses.shape)} for {labels.shape[0]} samples: return one number per "
-                'sample (reduction="none")'
-            )
+        check_per_sample(losses, len(labels))
         return losses
 
     def _split(self, batch: Any) -> tuple[Inputs, Tensor]:
