@@ -1,6 +1,7 @@
 """Checkpoints of a run: weights, optimizer, mask, generators, history and data position, written whole or not at all.
 
-Every file's hash stands in the checkpoint's ``SHA256SUMS`` and is checked before anything is loaded.
+Every file's hash stands in the checkpoint's ``SHA256SUMS`` and is checked before anything is loaded; a checkpoint with
+any other file is refused, since another could be read in place of those.
 """
 
 from __future__ import annotations
@@ -136,10 +137,10 @@ def _shared_directory(path: Path, run: str, ranks: Ranks) -> Iterator[Path]:
 
 
 def verify(path: Path) -> None:
-    """Whether every file is as it was written; reads all of them.
+    """Whether every file is as it was written, and no other is there; reads all of them.
 
     Raises:
-        DamagedError: one is not; the message names it.
+        DamagedError: one is not, or was added; the message names it.
         InputError: it is a checkpoint of another version of this package.
     """
     if not (path / SEAL).is_file():  # older versions had none
@@ -148,7 +149,7 @@ def verify(path: Path) -> None:
             version = json.loads((path / STATE).read_text(encoding="utf-8")).get("format")
         if version not in (None, _FORMAT):
             raise _other_version(path)
-    if (what := damage(path)) is not None:
+    if (what := damage(path, alone=True)) is not None:
         raise _damaged(path, what)
 
 

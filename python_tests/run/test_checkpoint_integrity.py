@@ -94,6 +94,32 @@ def test_a_shortened_list_of_hashes_is_noticed(written: Path, tmp_path: Path) ->
         unlearner(make()).open_checkpoint(None, copy)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_weights_that_were_added_are_not_read(written: Path, tmp_path: Path) -> None:
+    """A folder of that name holds the tensors of several ranks: nothing but its hash would tell whose they are."""
+    from torch.distributed import checkpoint
+
+    copy = shutil.copytree(written / "checkpoint-12", tmp_path / "checkpoint-12")
+    model = make(seed=4)
+    before, reader = weights(model), unlearner(model)
+    for name in (".DS_Store", ".git/HEAD"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("of another program")
+    saved = reader.open_checkpoint(None, copy)
+    others = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in saved.tensors.forms.items()}
+    writer = checkpoint.HuggingFaceStorageWriter(str(tmp_path / "tensors"))
+    checkpoint.save(others, storage_writer=writer, no_dist=True)
+    for make_folder in (shutil.copytree, lambda source, target: target.symlink_to(source)):
+        make_folder(tmp_path / "tensors", copy / "tensors")
+        with pytest.raises(DamagedError, match=r"is damaged: it holds tensors.*, which is not in its SHA256SUMS; res"):
+            reader.run(**data(), resume_from_checkpoint=copy)
+        shutil.rmtree(copy / "tensors") if make_folder is shutil.copytree else (copy / "tensors").unlink()
+    (copy / ".more.safetensors").touch()
+    with pytest.raises(DamagedError, match=r"it holds \.more\.safetensors"):
+        reader.open_checkpoint(None, copy)
+    assert identical(before, weights(model))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "SHA256SUMS", "history.jsonl", "everything"])
 def test_a_damaged_latest_gives_way_to_the_one_before(name: str, written: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(written, tmp_path / "copy")
