@@ -1,6 +1,7 @@
 """Checkpoints of a run: weights, optimizer, mask, generators, history and data position, written whole or not at all.
 
-Every file's hash stands in the checkpoint's ``SHA256SUMS`` and is checked before anything is loaded.
+Every file's hash stands in the checkpoint's ``SHA256SUMS`` and is checked before anything is loaded; a checkpoint with
+any other file is refused, since another could be read in place of those.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ._checkpoint_folder import STATE, keep_newest, make_room
 from ._checkpoint_tensors import StoredTensors, described, open_tensors, write_tensors
+from ._document import EACH, NUMBER, OPTIONAL, fits
 from ._files import atomic_directory, follow_umask, writing
 from ._history import HISTORY, as_lines, read_lines
 from ._module_state import all_tensors as model_tensors
@@ -33,9 +35,32 @@ from .saliency import SaliencyMask
 __all__ = ["Checkpoint", "check", "keep_newest", "model_tensors", "read", "restore", "save", "verify"]
 
 _FORMAT = "unlearn_ext.checkpoint.7"
-_DOCUMENT = ("run", "iteration", "param_groups", "optimizer_numbers", "optimizer_settings", "settings", "masked")
-_DOCUMENT += ("seconds", "counts", "timings", "protected", "stopped_at", "scalers", "forgetting", "batches")
-_DOCUMENT += ("method", "streams", "rng", "parts", "tensors", "packed")
+_PACKED = {"tensors": dict, "forms": dict, "extra": dict, "buffers": dict}
+_LOSSES = {"first": [NUMBER], "last": [NUMBER], "bounds": [NUMBER], "count": int}
+_DOCUMENT = {
+    "run": str,
+    "iteration": int,
+    "param_groups": [{"params": [int], "param_names": [str]}],
+    "optimizer_numbers": {EACH: NUMBER},
+    "optimizer_settings": dict,
+    "settings": dict,
+    "masked": bool,
+    "seconds": NUMBER,
+    "counts": {"forget_steps": int, "retain_steps": int},
+    "timings": {EACH: NUMBER},
+    "protected": (list, OPTIONAL),
+    "stopped_at": (int, OPTIONAL),
+    "scalers": {EACH: dict},
+    "forgetting": dict,
+    "method": dict,
+    "batches": [dict],
+    "streams": [dict],
+    "rng": [dict],
+    "parts": [str],
+    "tensors": {EACH: [int]},
+    "packed": {EACH: _PACKED},
+}
+_LATER = {"watching": {"retain": _LOSSES, "forget": _LOSSES}}  # not in all of this format
 
 
 @dataclass
@@ -136,10 +161,10 @@ def _shared_directory(path: Path, run: str, ranks: Ranks) -> Iterator[Path]:
 
 
 def verify(path: Path) -> None:
-    """Whether every file is as it was written; reads all of them.
+    """Whether every file is as it was written, and no other is there; reads all of them.
 
     Raises:
-        DamagedError: one is not; the message names it.
+        DamagedError: one is not, or was added; the message names it.
         InputError: it is a checkpoint of another version of this package.
     """
     if not (path / SEAL).is_file():  # older versions had none
@@ -148,7 +173,7 @@ def verify(path: Path) -> None:
             version = json.loads((path / STATE).read_text(encoding="utf-8")).get("format")
         if version not in (None, _FORMAT):
             raise _other_version(path)
-    if (what := damage(path)) is not None:
+    if (what := damage(path, alone=True)) is not None:
         raise _damaged(path, what)
 
 
@@ -161,9 +186,13 @@ def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
         raise _damaged(path, "its state.json cannot be read") from None
     if version != _FORMAT:
         raise _other_version(path)
-    for key in _DOCUMENT:
+    for key, form in {**_DOCUMENT, **{key: form for key, form in _LATER.items() if key in document}}.items():
         if key not in document:
             raise _damaged(path, f"its state.json lacks {key}")
+        if not fits(document[key], form):
+            raise _damaged(path, f"{key} in its state.json is not what a run writes")
+    if not len(document["batches"]) == len(document["streams"]) == len(document["rng"]) > 0:
+        raise _damaged(path, "its state.json has not the same number of ranks throughout")
     if label_of(path) != f"run {document['run']}":
         raise _damaged(path, f"its {SEAL} names another run than its state.json")
     tensors = open_tensors(path, document["tensors"], document["parts"], lambda what: _damaged(path, what), ranks)

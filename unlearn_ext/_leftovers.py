@@ -16,10 +16,7 @@ __all__ = ["LOCK", "is_leftover", "partial_name", "partial_pattern", "sweep"]
 
 _MARK = ".unlearn_ext-"
 _NAME = re.compile(re.escape(_MARK) + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}-.*", re.DOTALL | re.ASCII)
-# As versions before called them.
-_OLDER = re.compile(
-    r"\.(probe|folder(-old)?|checkpoint-\d+(-old)?|fisher-forget\.safetensors)-[a-z0-9_]{8}(\.safetensors)?", re.ASCII
-)
+_PROBE = re.compile(r"\.probe-[a-z0-9_]{8}", re.ASCII)  # as versions before called an empty file
 LOCK = ".unlearn_ext.lock"
 
 
@@ -36,7 +33,12 @@ def partial_pattern(name: str) -> str:
 
 def is_leftover(path: Path) -> bool:
     """Whether a name is one that only runs make, and that means nothing once they have ended."""
-    return path.name == LOCK or bool(_NAME.fullmatch(path.name) or _OLDER.fullmatch(path.name))
+    if path.name == LOCK or _NAME.fullmatch(path.name):
+        return True
+    try:
+        return bool(_PROBE.fullmatch(path.name)) and path.is_file() and path.lstat().st_size == 0
+    except OSError:  # it has just gone
+        return True
 
 
 def sweep(directory: Path, *, held: bool = False) -> None:

@@ -159,7 +159,7 @@ class Loop:
         saved = self.ranks.rank if size == self.ranks.size else 0
         with self.ranks.together():
             for name, stream in self.streams.items():
-                stream.check(document["batches"][saved].get(name))
+                stream.check(document["batches"][saved].get(name), document["streams"][saved].get(name))
             _rng.check(document["rng"][saved], self._roots())
         for name, stream in self.streams.items():
             stream.seek(document["streams"][saved].get(name))

@@ -13,10 +13,21 @@ import torch
 from torch.quasirandom import SobolEngine
 
 from ._sources import Sources, epoch_of
-from .errors import InputError
+from .errors import DamagedError, InputError
 
-__all__ = ["capture", "check", "kept", "restore"]
+__all__ = ["capture", "check", "check_form", "kept", "restore"]
 
+_MOST = {"pos": 624, "buffer_pos": 4}  # of NumPy's states, which check no index before they read there
+_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _OF_SOBOL = ("sobolstate", "shift", "quasi", "_first_point", "num_generated")
 
 
@@ -53,6 +64,7 @@ def kept(roots: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 def check(state: Mapping[str, Any], roots: Mapping[str, Any]) -> None:
     """Whether :func:`restore` can put a saved state back; InputError if not."""
+    check_form(state, roots)
     sources = Sources(roots)
     now = {path: generator for paths, generator in sources.generators for path in paths}
     saved = {path: entry["kind"] for entry in state["generators"] for path in entry["paths"]}
@@ -74,6 +86,65 @@ def check(state: Mapping[str, Any], roots: Mapping[str, Any]) -> None:
                 f"{path} was a generator of kind {saved[path]} when the checkpoint was made and is one of "
                 f"{_kind(now[path])} now: pass the same loaders"
             )
+
+
+def check_form(state: Any, roots: Mapping[str, Any]) -> None:
+    """Whether a saved state is what :func:`capture` gives: tried on other generators, before any is changed.
+
+    Raises:
+        DamagedError: it is not.
+    """
+    now = {path: generator for paths, generator in Sources(roots).generators for path in paths}
+    try:
+        of_numpy = f"numpy.RandomState.{state['numpy']['bit_generator']}"
+        states = [("torch.cpu", state["torch"]), ("random", state["python"]), (of_numpy, state["numpy"])]
+        for entry in state["generators"]:
+            present = [now[path] for path in entry["paths"] if path in now]
+            if not present or _is_librarys(present[0]):  # else of the user's, which reads its own
+                states.append((entry["kind"], entry["state"]))
+        whole = all(_is_of(kind, saved) for kind, saved in states) and all(map(len, map(_decode, state["cuda"])))
+        whole &= all(map(_is_count, state["epochs"].values()))
+        for counters in state["counters"].values():
+            whole &= all(
+                value is None or (isinstance(value, (int, float)) and not name.startswith("__"))
+                for name, value in counters.items()
+            )
+        for text in state.get("states", {}).values():
+            json.loads(text)
+    except _ERRORS:
+        whole = False
+    if not whole:
+        raise DamagedError("the checkpoint is damaged: its random state cannot be read; resume from an earlier one")
+
+
+def _is_librarys(generator: Any) -> bool:
+    bits = getattr(generator, "bit_generator", generator)
+    return all(type(part).__module__.partition(".")[0] in ("numpy", "random", "torch") for part in (generator, bits))
+
+
+def _is_of(kind: str, state: Any) -> bool:
+    """Whether a new generator of a kind has just this state when it was set."""
+    if kind.startswith("torch.cuda") and not torch.cuda.is_available():
+        return len(_decode(state)) > 0
+    generator = _new(kind)
+    if isinstance(generator, SobolEngine):
+        fresh, saved = _from_json(_state(generator)), _from_json(state)
+        return fresh.keys() == saved.keys() and all(
+            fresh[name].shape == saved[name].shape and fresh[name].dtype.kind == saved[name].dtype.kind
+            for name in fresh
+        )
+    inner = state.get("state") if isinstance(state, dict) else None
+    for values in (state, inner) if isinstance(inner, dict) else ():
+        if any(not 0 <= values[name] <= most for name, most in _MOST.items() if name in values):
+            return False
+    if kind == "random" and not isinstance(state[2], (float, type(None))):  # which it does not look at
+        return False
+    _set_state(generator, state)
+    return json.loads(json.dumps(_state(generator))) == json.loads(json.dumps(state))
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and 0 <= value < 2**31)
 
 
 def restore(state: Mapping[str, Any], roots: Mapping[str, Any] | None = None) -> None:
@@ -167,22 +238,28 @@ def _make(entry: Mapping[str, Any], sources: Sources) -> Any:
             f"{next(iter(entry['paths']))}, a generator that the data had when the checkpoint was made, is missing: "
             "pass the same loaders"
         )
-    library, _, kind = entry["kind"].partition(".")
-    if library == "torch":
-        generator: Any = torch.Generator(kind)
-    elif library == "random":
-        generator = random.Random()
-    elif library == "SobolEngine":
-        generator = SobolEngine(int(kind))
-    else:
-        name, _, bits = kind.partition(".")
-        generator = getattr(np.random, bits)()
-        if name != "BitGenerator":
-            generator = getattr(np.random, name)(generator)
+    generator = _new(entry["kind"])
     for path in paths:
         owner, _, name = path.rpartition(".")
         setattr(sources.objects[owner], name, generator)
     return generator
+
+
+def _new(kind: str) -> Any:
+    library, _, rest = kind.partition(".")
+    if library == "torch":
+        return torch.Generator(rest)
+    if library == "random":
+        return random.Random()
+    if library == "SobolEngine":
+        return SobolEngine(int(rest))
+    name, _, bits = rest.partition(".")
+    if name not in ("BitGenerator", "Generator", "RandomState") or not issubclass(
+        getattr(np.random, bits), np.random.BitGenerator
+    ):
+        raise ValueError(f"no kind of generator: {kind}")
+    generator = getattr(np.random, bits)()
+    return generator if name == "BitGenerator" else getattr(np.random, name)(generator)
 
 
 # --- Counters -------------------------------------------------------------------------------------------------
@@ -240,5 +317,7 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if value.keys() == {"array", "dtype"}:
+        if np.dtype(value["dtype"]).kind not in "biuf":  # else an item may be as large as it says
+            raise ValueError(f"no dtype of a state: {value['dtype']}")
         return np.array(value["array"], dtype=value["dtype"])
     return {key: _from_json(item) for key, item in value.items()}

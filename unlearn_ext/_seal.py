@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -43,11 +44,13 @@ def label_of(directory: Path) -> str | None:
     return None if match is None else match[1]
 
 
-def damage(directory: Path, label: str | None = None) -> str | None:
+def damage(directory: Path, label: str | None = None, *, alone: bool = False) -> str | None:
     """What is wrong with the first file that is not as it was written, or None.
 
     Args:
         label: whose files they have to be; None where something else tells.
+        alone: no other file may be there, as where those that are there decide what is read. Names with a leading dot,
+            such as ``.DS_Store``, do no harm.
     """
     try:
         text = (directory / SEAL).read_bytes().decode("utf-8")
@@ -73,4 +76,19 @@ def damage(directory: Path, label: str | None = None) -> str | None:
             return f"its {name} cannot be read ({error.strerror})"
         if found != expected:
             return f"its {name} is not as it was written"
+    if alone and (name := _unlisted(directory, {PurePosixPath(entry[2]).as_posix() for entry in entries})) is not None:
+        return f"it holds {name if name.isprintable() else repr(name)}, which is not in its {SEAL}"
+    return None
+
+
+def _unlisted(directory: Path, names: set[str]) -> str | None:
+    """The first file that is not among ``names``, or folder that is a link."""
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in sorted([*files, *links]):
+            path = Path(folder, name).relative_to(directory)
+            hidden = name.startswith(".") and path.suffix != ".safetensors"  # those of a folder are all read
+            if not hidden and path.as_posix() not in {*names, SEAL}:
+                return path.as_posix()
     return None

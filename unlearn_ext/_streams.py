@@ -202,8 +202,16 @@ class BatchStream:
             return None
         return {"start": self._start_state, "taken": self._taken, "passes": self._passes}
 
-    def check(self, batches: int | None) -> None:
+    def check(self, batches: int | None, position: dict[str, Any] | None = None) -> None:
         """Whether the data can be those of a saved position; ``batches`` is their length then."""
+        if position is not None:
+            try:
+                start, counts = position["start"], (position["taken"], position["passes"])
+            except (KeyError, TypeError):
+                start, counts = None, ()
+            if not all(isinstance(count, int) and 0 <= count < 2**31 for count in counts):
+                start = None
+            _rng.check_form(start, {"data": self.data})
         if batches != length(self.data):
             raise InputError(
                 f"the {self.name} set had {batches} batches when the checkpoint was made and has {length(self.data)} "

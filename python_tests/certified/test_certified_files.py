@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import shutil
 import subprocess
@@ -91,6 +93,30 @@ def test_a_secret_of_an_earlier_version_is_read(data, learner, tmp_path: Path) -
     save_file(tensors, tmp_path / "old", metadata=metadata)
     again = DescentToDelete.load_secret(tmp_path / "old", *data)
     assert torch.equal(again._secret.weights, learner._secret.weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, header: header.update(publications=float("inf")), "publications: expected a whole number"),
+        (lambda tensors, header: header.update(publications=-1), "publications: expected a whole number"),
+        (lambda tensors, header: header["settings"].update(epsilon=10**400), r"is damaged"),
+        (lambda tensors, header: tensors["weights"][0].fill_(math.nan), "its weights are not finite"),
+        (lambda tensors, header: tensors["remaining"][3:5].fill_(3), "its sample numbers do not ascend"),
+        (lambda tensors, header: tensors["remaining"].sub_(1), "its sample numbers do not ascend"),
+    ],
+)
+def test_a_secret_that_nobody_wrote(data, learner, change, message, tmp_path: Path) -> None:
+    """The earlier format has no hash."""
+    path = tmp_path / "secret"
+    learner.save_secret(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("weights", "remaining")}
+        header = json.loads(file.metadata()["header"])
+    change(tensors, header)
+    save_file(tensors, path, metadata={"format": "unlearn_ext.secret_state.1", "header": json.dumps(header)})
+    with pytest.raises(InputError, match=message):
+        DescentToDelete.load_secret(path, *data)
 
 
 def test_the_home_folder(data, learner, tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The samples a run draws, and their latents, encoded once and found again."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from helpers import pipelines
 from safetensors.torch import load_file
 
+from unlearn_ext._leftovers import partial_name
 from unlearn_ext.data import _folders, draw_indices, encode_latents, latents_size, open_data, until_readable
 from unlearn_ext.data import latents as module
 from unlearn_ext.errors import InputError
@@ -217,13 +219,15 @@ def test_a_killed_run_goes_on_behind_its_last_whole_shard(data, vae, tmp_path, i
     killed = tmp_path / "killed"
     with pytest.raises(Killed):
         encode_latents(data, indices, vae, killed, **settings, progress=kill)
-    (killed / ".latents-00001.safetensors-x").write_bytes(b"half")  # as a kill in mid-writing leaves it
     there = files(killed)
+    left = partial_name("latents-00001.safetensors").replace(f"-{os.getpid()}-", "-999999999-")
+    (killed / left).write_bytes(b"half")  # as a kill in mid-writing leaves it
+    (killed / ".latents-notes").write_text("mine")
     assert len(there) == shards and all(whole[name] == there[name] for name in there)
     steps = []
     latents = encode_latents(data, indices, vae, killed, **settings, progress=lambda *step: steps.append(step))
     assert files(killed) == whole and steps[-1][1] == 14 - 4 * len(there)
-    assert not list(killed.glob(".latents*"))
+    assert [path.name for path in killed.glob(".*")] == [".latents-notes"]
     assert latents.labels.tolist() == data.labels[indices].tolist()
 
 

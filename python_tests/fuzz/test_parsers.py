@@ -22,7 +22,14 @@ PARSERS = [f"method text {i}" for i in range(5)]
 PARSERS += ["mask", "mask of torch.save", "mask of old torch.save", "Fisher of torch.save"]
 PARSERS += ["class map of JSON", "class map of a list", "class map of lines", "prompts"]
 PARSERS += ["npz", "compressed npz", "array safetensors", "png", "jpg", "webp", "bmp", "shapes to profile"]
-PARSERS += ["history", "state of a checkpoint", "secret", "certificate", "published weights"]
+PARSERS += [
+    "history",
+    "state of a checkpoint",
+    "sealed state of a checkpoint",
+    "secret",
+    "certificate",
+    "published weights",
+]
 
 pytestmark = [
     pytest.mark.slow,

@@ -67,10 +67,27 @@ def test_a_work_folder_elsewhere(home: Path, tmp_path: Path, monkeypatch) -> Non
 def test_what_somebody_else_put_into_the_work_folder_stays(home: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     run_killed_at(1, monkeypatch, home, "dit", out, *STEPS)
-    (work(out) / "notes").mkdir()
-    (work(out) / "notes" / "a.txt").write_text("mine")
+    mine = ["notes/a.txt", ".git/HEAD", "my-fisher-notes.safetensors", "checkpoint-1-best/x", "history-of-it.jsonl"]
+    for name in mine:
+        (work(out) / name).parent.mkdir(exist_ok=True)
+        (work(out) / name).write_text("mine")
     assert run(home, "dit", out, *STEPS, "--resume-from-checkpoint", "latest") == 0
-    assert names(work(out)) == {"notes"} and (work(out) / "notes" / "a.txt").read_text() == "mine"
+    left = {str(path.relative_to(work(out))): path.read_text() for path in work(out).rglob("*") if path.is_file()}
+    assert left == dict.fromkeys(mine, "mine")
+
+
+def test_the_work_folder_of_another_run_stays(tmp_path: Path) -> None:
+    """Unless a run goes on from its checkpoints: then it is that run's."""
+    first, second = (WorkFolder(tmp_path / name, tmp_path / "w") for name in "ab")
+    first.claim()
+    (tmp_path / "w" / "checkpoint-1").mkdir()
+    second.clear()
+    assert names(tmp_path / "w") == {"checkpoint-1", "work.json"}
+    second.claim()
+    first.clear()
+    assert names(tmp_path / "w") == {"checkpoint-1", "work.json"}
+    second.clear()
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +191,24 @@ def test_an_interrupt_while_pictures_are_judged_leaves_a_whole_model(home, tmp_p
     assert result(out)["verdict"] == "not verified: the run was cut off before its pictures were judged"
 
 
+@pytest.mark.parametrize(("when", "words"), [(False, "the same command moves it to its place"), (True, "is whole")])
+def test_an_interrupt_after_the_pictures_were_judged(home, tmp_path, monkeypatch, capsys, when, words) -> None:
+    out, move = tmp_path / "out", publishing.move_output
+
+    def stop(output):
+        if when:
+            move(output)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "move_output", stop)
+        assert run(home, "dit", out, *STEPS) == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert words in last and "not judged" not in last and "starts anew" not in last
+    assert run(home, "dit", out, *STEPS) == 1
+    assert names(out) == names(home / "dit") | {"unlearning"} and names(tmp_path) == {"out"}
+
+
 @pytest.mark.parametrize("when", ["write_output", "move_output"])
 def test_a_model_has_its_result_whenever_a_run_is_killed(home, tmp_path, monkeypatch, when) -> None:
     """The next run finishes it; the work folder goes then."""
@@ -193,8 +228,11 @@ def test_a_model_has_its_result_whenever_a_run_is_killed(home, tmp_path, monkeyp
         run(home, "dit", out, *STEPS)
     assert names(out) == {"unlearning"} and result(out)["forgotten"] == ["three"]
     monkeypatch.undo()
-    assert run(home, "dit", out, *STEPS) == 1
-    assert names(out) == names(home / "dit") | {"unlearning"} and names(tmp_path) == {"out"}
+    other = WorkFolder(tmp_path / "b", tmp_path / "w")
+    other.claim()
+    assert run(home, "dit", out, *STEPS, "--work-dir", str(other.path)) == 1
+    assert names(out) == names(home / "dit") | {"unlearning"} and names(tmp_path) == {"out", "w"}
+    assert names(other.path) == {"work.json"}
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from helpers.models import make
 from helpers.runs import identical, method, run, weights
 
 from unlearn_ext import InputError, Unlearner
+from unlearn_ext._seal import label_of, seal
 from unlearn_ext.errors import DamagedError, UnlearningWarning
 from unlearn_ext.tasks import Classification
 
@@ -92,6 +94,68 @@ def test_a_shortened_list_of_hashes_is_noticed(written: Path, tmp_path: Path) ->
     (copy / "SHA256SUMS").write_text("".join(lines[:-1]))
     with pytest.raises(DamagedError, match="its SHA256SUMS cannot be read"):
         unlearner(make()).open_checkpoint(None, copy)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_weights_that_were_added_are_not_read(written: Path, tmp_path: Path) -> None:
+    """A folder of that name holds the tensors of several ranks: nothing but its hash would tell whose they are."""
+    from torch.distributed import checkpoint
+
+    copy = shutil.copytree(written / "checkpoint-12", tmp_path / "checkpoint-12")
+    model = make(seed=4)
+    before, reader = weights(model), unlearner(model)
+    for name in (".DS_Store", ".git/HEAD"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("of another program")
+    saved = reader.open_checkpoint(None, copy)
+    others = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in saved.tensors.forms.items()}
+    writer = checkpoint.HuggingFaceStorageWriter(str(tmp_path / "tensors"))
+    checkpoint.save(others, storage_writer=writer, no_dist=True)
+    for make_folder in (shutil.copytree, lambda source, target: target.symlink_to(source)):
+        make_folder(tmp_path / "tensors", copy / "tensors")
+        with pytest.raises(DamagedError, match=r"is damaged: it holds tensors.*, which is not in its SHA256SUMS; res"):
+            reader.run(**data(), resume_from_checkpoint=copy)
+        shutil.rmtree(copy / "tensors") if make_folder is shutil.copytree else (copy / "tensors").unlink()
+    (copy / ".more.safetensors").touch()
+    with pytest.raises(DamagedError, match=r"it holds \.more\.safetensors"):
+        reader.open_checkpoint(None, copy)
+    assert identical(before, weights(model))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("rng", 0, "torch"), "00ff"),
+        (("rng", 0, "python", 1, 624), 10**6),
+        (("rng", 0, "python", 2), "0.5"),
+        (("rng", 0, "numpy", "state", "pos"), 10**6),  # which NumPy takes, and reads there
+        (("rng", 0, "numpy", "state", "key"), {"array": [], "dtype": "V999999999"}),
+        (("rng", 0, "generators"), [{"paths": {"retain.a": "x"}, "kind": "numpy.Generator.seed", "state": {}}]),
+        (("rng", 0, "epochs"), {"retain": 10**400}),
+        (("rng", 0, "counters"), {"retain": {"__class__": 3}}),
+        (("rng", 0, "states"), {"retain": "{"}),
+        (("rng",), []),
+        (("streams", 0, "retain", "start", "torch"), "zz"),
+        (("streams", 0, "retain", "taken"), 1.5),
+        (("counts",), {"forget_steps": 1}),
+        (("packed", "model"), {}),
+    ],
+)
+def test_a_state_that_no_run_writes_is_refused_before_anything_changes(place, value, written, tmp_path) -> None:
+    """Though its hashes fit, as those of a checkpoint from elsewhere may."""
+    copy = shutil.copytree(written / "checkpoint-6", tmp_path / "checkpoint-6")
+    document = json.loads((copy / "state.json").read_text())
+    entry = document
+    for key in place[:-1]:
+        entry = entry[key]
+    entry[place[-1]] = value
+    (copy / "state.json").write_text(json.dumps(document))
+    seal(copy, label_of(copy))
+    model = make(seed=4)
+    before, drawn = weights(model), torch.get_rng_state()
+    with pytest.raises(DamagedError, match=r"is damaged: .*resume from an earlier one"):
+        unlearner(model).run(**data(), resume_from_checkpoint=copy)
+    assert identical(before, weights(model)) and torch.equal(drawn, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "SHA256SUMS", "history.jsonl", "everything"])

@@ -286,16 +286,20 @@ def test_two_threads_that_start_at_once(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_runs_are_swept(tmp_path: Path) -> None:
-    names = [".probe-ab12_xyz", ".checkpoint-6-old-abc12345", ".unlearn_ext-0123abcd-17-01234567-checkpoint-6"]
+    names = [".unlearn_ext-0123abcd-17-01234567-checkpoint-6"]
     names.append(partial_name("history.jsonl").replace(f"-{os.getpid()}-", "-999999999-"))
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"part")
-    foreign = [".probe-settings.json", ".checkpoint-6-backup", ".checkpoint", ".unlearn_ext-notes", ".mine-ab12cdef"]
+    (tmp_path / ".probe-ab12_xyz").touch()
+    foreign = [".probe-response", ".checkpoint-1-original", ".unlearn_ext-notes", ".mine-ab12cdef"]
     for name in foreign:
         (tmp_path / name).write_text("mine")
+    folders = [".folder-settings", ".folder-old-projects", ".probe-settings", ".checkpoint-6-old-abc12345"]
+    for name in folders:
+        (tmp_path / name).mkdir()
     run_into(tmp_path)
-    names = ["checkpoint-12", "checkpoint-6", "history.jsonl", *foreign]
+    names = ["checkpoint-12", "checkpoint-6", "history.jsonl", *foreign, *folders]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 

@@ -224,15 +224,6 @@ def test_labels_are_checked_after_resuming_as_well(tmp_path) -> None:
         )
 
 
-def test_what_killed_processes_left_is_swept_at_the_next_checkpoint(tmp_path) -> None:
-    for name in (".checkpoint-6-old-abc12345", ".checkpoint-12-def12345"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"part")
-    interrupted(tmp_path)
-    names = ["checkpoint-12", "checkpoint-6", "history.jsonl"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
 KILLED = Path(__file__).parent / "programs" / "run_to_be_killed.py"
 
 

@@ -74,6 +74,11 @@ def without(header: dict[str, str], name: str) -> str:
     return json.dumps({n: shape for n, shape in json.loads(header["shapes"]).items() if n != name})
 
 
+def many_dimensions(bits: dict[str, Tensor], header: dict[str, str]) -> None:
+    bits["head"] = torch.ones(1, dtype=torch.int32)
+    header["shapes"] = json.dumps({**json.loads(header["shapes"]), "head": [1] * 65})
+
+
 # Each is a file that something else wrote, or that was cut or edited.
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
@@ -88,6 +93,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "shape missing": lambda path: rewritten(path, lambda bits, header: header.update(shapes=without(header, "head"))),
     "no shapes": lambda path: rewritten(path, lambda bits, header: header.pop("shapes")),
     "shapes not JSON": lambda path: rewritten(path, lambda bits, header: header.update(shapes="{")),
+    "65 dimensions": lambda path: rewritten(path, many_dimensions),
     "tail bits": lambda path: rewritten(path, lambda bits, header: bits["stem.bias"].fill_(-1)),
 }
 
@@ -195,6 +201,7 @@ FOREIGN_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "plain one": (lambda path: torch.save({"w": torch.ones(2), "v": 1}, path), "v is of type int"),
     "sparse": (lambda path: torch.save({"w": torch.ones(2).to_sparse()}, path), "w is a tensor of layout"),
     "two names": (lambda path: torch.save({"w": torch.ones(2), "_orig_mod.w": torch.ones(2)}, path), "two parameters"),
+    "dimensions": (lambda path: torch.save({"w": torch.ones([1] * 65)}, path), "w has 65 dimensions, and at most 64"),
     "nothing": (lambda path: torch.save({}, path), "holds no tensor"),
     "zeros alone": (lambda path: torch.save({"w": 0}, path), "holds no tensor"),
 }

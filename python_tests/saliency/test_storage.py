@@ -53,7 +53,6 @@ def test_each_comes_back_as_it_was(where: str, tmp_path: Path) -> None:
             assert back.dtype == expected[name].dtype and back.shape == expected[name].shape
         if where == "disk":  # by its own reader
             (path,) = tmp_path.iterdir()
-            assert path.name == "fisher-forget.safetensors"
             others = load_file(path)
             assert all(torch.equal(others[name], t) for name, t in expected.items()) and len(others) == len(expected)
     assert not list(tmp_path.iterdir())
@@ -135,21 +134,22 @@ def test_the_file_goes_when_the_retain_pass_fails(tmp_path: Path) -> None:
 
 def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
     with stored({"a": torch.ones(3), "b": torch.ones(3)}, "disk", tmp_path) as found:
-        path = tmp_path / "fisher-forget.safetensors"
+        (path,) = tmp_path.iterdir()
         os.truncate(path, path.stat().st_size - 1)
         assert torch.equal(found["a"], torch.ones(3))
         with pytest.raises(InputError, match=r"fisher-forget\.safetensors has become shorter"):
             found["b"]
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".fisher-forget.safetensors-abc_12ef.safetensors").write_bytes(b"half")
-    sweep(tmp_path, held=True)  # as the run's lock does
-    (tmp_path / "fisher-forget.safetensors").write_bytes(b"whole")
+def test_what_a_killed_run_left_is_removed_and_a_users_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "fisher-forget.safetensors").write_bytes(b"mine")
     with stored({"a": torch.ones(3)}, "disk", tmp_path) as found:
-        assert [path.name for path in tmp_path.iterdir()] == ["fisher-forget.safetensors"]
+        (path,) = tmp_path.glob(".*")
+        killed = path.read_bytes()
         assert torch.equal(found["a"], torch.ones(3))
-    assert not list(tmp_path.iterdir())
+    path.write_bytes(killed)
+    sweep(tmp_path, held=True)  # as the next run's lock does
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch) -> None:

@@ -293,8 +293,10 @@ class DescentToDelete:
         try:
             model, settings = SoftmaxRegression(**header["model"]), dict(header["settings"])
             constants = Constants.of(model, settings.pop("n"), **settings)
-            publications, expected = int(header["publications"]), header["data_sha256"]
-        except (KeyError, TypeError, ValueError) as error:
+            publications, expected = header["publications"], header["data_sha256"]
+            if type(publications) is not int or publications < 0:
+                raise ValueError(f"publications: expected a whole number, got {publications!r:.40}")
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error})") from None
         if tuple(secret.weights.shape) != (model.features, model.classes):
             raise InputError(f"{path} is damaged: its weights do not fit its model")

@@ -79,6 +79,11 @@ class SecretState:
             raise InputError(f"{path} is damaged ({error!r})") from None
         if state.weights.dtype != torch.float64 or state.remaining.dtype != torch.int64:
             raise InputError(f"{path} is damaged: expected float64 weights and int64 sample numbers")
+        if not state.weights.isfinite().all():
+            raise InputError(f"{path} is damaged: its weights are not finite; use a copy of it")
+        numbers = state.remaining
+        if numbers.dim() != 1 or (numbers[:1] < 0).any() or (numbers[1:] <= numbers[:-1]).any():
+            raise InputError(f"{path} is damaged: its sample numbers do not ascend; use a copy of it")
         return state, header
 
 

@@ -314,8 +314,6 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
     """Shards in order, and where each sample is."""
     from safetensors import SafetensorError, safe_open
 
-    for left in directory.glob(".latents-*"):  # by processes that were killed in mid-writing
-        left.unlink(missing_ok=True)
     shards = sorted(directory.glob("latents-[0-9]*.safetensors"))
     where: dict[int, tuple[int, int]] = {}
     for number, path in enumerate(shards):

@@ -112,8 +112,7 @@ def unfinished_bytes(output: Path) -> int:
 
 
 def _unfinished(output: Path) -> list[Path]:
-    own = output / OWN_FOLDER
-    return [*own.glob(f".{_WHOLE}-*"), *own.glob(partial_pattern(_WHOLE))]
+    return list((output / OWN_FOLDER).glob(partial_pattern(_WHOLE)))
 
 
 def write_output(pretrained: Pretrained, output: Path, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from .._clock import timed
 from .._files import atomic_path
 from ..errors import InputError
 from ..unlearner import Result
-from .output import is_waiting, move_output, write_output
+from .output import RESULT, is_waiting, move_output, write_output
 from .unmet import judged_warnings
+from .work import WorkFolder
+from .written import OWN_FOLDER
 
 if TYPE_CHECKING:
     from .job import ForgetJob
@@ -81,6 +84,8 @@ def finish_earlier(job: ForgetJob) -> None:
     output = job.options.output_dir
     if not is_waiting(output):
         return
+    if not job.options.keep_work:
+        WorkFolder(output).clear()  # that run's, whatever --work-dir is now
     _finish(job)
     raise InputError(
         f"--output-dir: {output} was an earlier run's, cut off at its very end, and its model is whole now: use it, or "
@@ -91,9 +96,17 @@ def finish_earlier(job: ForgetJob) -> None:
 def how_to_go_on(job: ForgetJob) -> str:
     """After a run was ended from outside."""
     output = job.options.output_dir
+    if is_waiting(output):
+        return f"the model is whole; the same command moves it to its place in {output}"
     if any((output / name).exists() for name in ("model_index.json", job.pretrained.denoiser_folder or "config.json")):
-        return f"the model in {output} is whole, and its pictures were not judged"
+        return f"the model in {output} is whole" + ("" if _is_judged(output) else ", and its pictures were not judged")
     return job.work.how_to_go_on()
+
+
+def _is_judged(output: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((output / OWN_FOLDER / RESULT).read_text(encoding="utf-8"))["verdict"] != _NOT_YET
+    return False
 
 
 def _report(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..errors import InputError
 __all__ = ["WorkFolder", "size_of"]
 
 _MARK, _FORMAT = "work.json", "unlearn_ext.work.1"
-_CONTENTS = ("latents", "checkpoint-*", "history*.jsonl", "*fisher*.safetensors", ".*", _MARK)
+_CONTENTS = re.compile(r"latents|checkpoint-\d+(-damaged-\d+)?|history(-\d+)?\.jsonl|\.DS_Store", re.ASCII)
 
 
 class WorkFolder:
@@ -90,11 +91,15 @@ class WorkFolder:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
+    def _is_own(self) -> bool:
+        return self._output() == str(self.output)
+
     def claim(self) -> None:
-        """Makes the folder and marks it as a work folder."""
+        """Makes the folder and marks it as this run's; one that goes on from another's takes it over."""
         self._made = not self.path.exists()
         writable_directory(self.path)
-        if self._output() is None:
+        if not self._is_own():
+            refuse_held(self.path)
             write_json(self.path / _MARK, {"format": _FORMAT, "output_dir": str(self.output)})
 
     def held(self) -> dict[str, int]:
@@ -107,15 +112,17 @@ class WorkFolder:
             self.clear()
 
     def clear(self) -> None:
-        """Removes what runs put there, and the folder unless somebody put something else there."""
-        if self._output() is None:
+        """Removes what the run of this output folder put there, and the folder unless something else is in it."""
+        if not self._is_own():
             return
-        for pattern in _CONTENTS:  # the mark is the last
-            for path in self.path.glob(pattern):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if not (_CONTENTS.fullmatch(path.name) or is_leftover(path)):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        (self.path / _MARK).unlink(missing_ok=True)  # last: a kill before leaves a folder that is still known
         with contextlib.suppress(OSError):  # something else is left
             self.path.rmdir()
 

@@ -21,10 +21,11 @@ from .._files import atomic_path, user_path, writable_directory
 from .._names import by_plain_name
 from ..errors import InputError
 
-__all__ = ["read_fisher", "read_masks", "write_masks"]
+__all__ = ["MOST_DIMENSIONS", "read_fisher", "read_masks", "write_masks"]
 
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_DIMENSIONS = 64  # that torch's operators take
 _LARGEST_SHARE = 8  # bytes of tensors for each byte of the file: weights that are tied share theirs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -109,6 +110,8 @@ def _dense(path: str | Path, name: str, value: Any) -> Tensor:
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
     if not dense or value.device.type != "cpu" or value.dtype not in _DTYPES:
         raise InputError(f"{path} holds no dictionary of tensors by parameter name: {name} is {_kind(value)}")
+    if value.dim() > MOST_DIMENSIONS:
+        raise InputError(f"{path}: {name} has {value.dim()} dimensions, and at most {MOST_DIMENSIONS} can be read")
     return value.detach()
 
 

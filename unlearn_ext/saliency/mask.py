@@ -19,6 +19,7 @@ from .._shards import is_sharded, local, part_like
 from ..errors import InputError, first_line
 from . import foreign, sharded
 from ._parts import in_parts
+from .foreign import MOST_DIMENSIONS
 from .storage import StoredSums
 
 if TYPE_CHECKING:
@@ -431,6 +432,8 @@ def _shape(sizes: Any) -> tuple[int, ...]:
     """A shape as a tensor can have it, from what a file says; raises what torch, or Python, raises for any other."""
     if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
         raise TypeError("a shape is a list of integers")
+    if len(sizes) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has at most {MOST_DIMENSIONS} dimensions")
     return tuple(torch.empty(sizes, dtype=torch.bool, device="meta").shape)
 
 

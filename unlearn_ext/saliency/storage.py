@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._files import atomic_path
 from .._hashing import raw_bytes
+from .._leftovers import partial_name
 from ..errors import InputError
 
 __all__ = ["STORAGES", "StoredSums", "check_storage", "stored"]
@@ -56,7 +57,7 @@ def stored(sums: dict[str, Tensor], storage: str, directory: Path | None) -> Ite
     Args:
         sums: is emptied, unless they stay on the ``device``.
         storage: ``device``, ``host`` (the CPU's memory) or ``disk`` (a safetensors file).
-        directory: for the file. It is there under its name when it is whole, and removed after the block.
+        directory: for the file, whose name is that of a leftover if the process is killed; removed after the block.
 
     Raises:
         InputError: the file cannot be written.
@@ -69,7 +70,7 @@ def stored(sums: dict[str, Tensor], storage: str, directory: Path | None) -> Ite
         kept = {name: sums.pop(name).cpu() for name in names}
         yield StoredSums(names, device, kept.__getitem__)
         return
-    path = directory / _FILE
+    path = directory / partial_name(_FILE)
     likes = {name: torch.empty_like(total, device="meta") for name, total in sums.items()}
     try:
         with atomic_path(path) as partial:

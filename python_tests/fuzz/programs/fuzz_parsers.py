@@ -25,13 +25,14 @@ import torch
 from helpers.certifying import MODEL
 from helpers.models import batches, make
 from helpers.mutations import mutated_bytes, mutated_json, mutated_png, mutated_safetensors, mutated_text, mutated_zip
-from helpers.runs import run
+from helpers.runs import identical, loaders, run, weights
 from PIL import Image
 
+from unlearn_ext._seal import label_of, seal
 from unlearn_ext.certified import DescentToDelete, Publication
 from unlearn_ext.data import open_data, read_class_map
 from unlearn_ext.diffusion.prompts import read_prompts
-from unlearn_ext.errors import UnlearnError
+from unlearn_ext.errors import DamagedError, UnlearnError
 from unlearn_ext.methods import parse
 from unlearn_ext.profiling.shapes import cut, named
 from unlearn_ext.saliency import SaliencyMask
@@ -74,8 +75,8 @@ def pictures(folder: Path, suffix: str = "png") -> None:
             picture.save(folder / "data" / name / f"{i}.{suffix}")
 
 
-def saved_run(folder: Path) -> None:
-    run(make(), changes={"iterations": 4}, output_dir=folder / "run", checkpointing_steps=2)
+def saved_run(folder: Path, data: dict[str, Any] | None = None) -> None:
+    run(make(), data, {"iterations": 4}, output_dir=folder / "run", checkpointing_steps=2)
 
 
 def certify() -> DescentToDelete:
@@ -107,6 +108,24 @@ def read_prompt_file(path: Path) -> None:
 def resume(path: Path) -> None:
     root = path if path.name == "run" else next(p for p in path.parents if p.name == "run")
     run(make(seed=1), changes={"iterations": 4}, output_dir=root, resume_from_checkpoint="latest")
+
+
+def resume_sealed(path: Path) -> None:
+    """With hashes that fit, as in a checkpoint from elsewhere. Where it is damaged the model stays as it is."""
+    seal(path.parent, label_of(path.parent))
+    model = make(seed=1)
+    before = weights(model)
+    try:
+        run(
+            model,
+            loaders(),
+            {"iterations": 4},
+            output_dir=path.parents[2] / "again",
+            resume_from_checkpoint=path.parent,
+        )
+    except DamagedError:
+        assert identical(before, weights(model)), "a refused checkpoint has changed the model"
+        raise
 
 
 def read_secret(path: Path) -> None:
@@ -165,6 +184,15 @@ def mutated_npy(rng: random.Random, data: bytes) -> bytes:
     return data[:8] + len(header).to_bytes(2, "little") + header + data[10 + length :]
 
 
+def mutated_entry(rng: random.Random, data: bytes) -> bytes:
+    """One entry of a document is changed, each as often as the longest."""
+    document = json.loads(data)
+    key = rng.choice(sorted(document))
+    changed = mutated_json(rng, json.dumps(document[key]).encode())
+    marker = "\x01entry\x01"
+    return json.dumps({**document, key: marker}).encode().replace(json.dumps(marker).encode(), changed)
+
+
 INT_MAP, TEXT_MAP = '{"cat": 0, "dog": 1}', "cat 0\ndog 1\n"
 PICTURE = "data/cat/0"
 CHECKPOINT = "run/checkpoint-4"
@@ -205,6 +233,9 @@ PARSERS: dict[str, Parser] = {
     ),
     "history": Parser("run/history.jsonl", mutated_json, resume, saved_run),
     "state of a checkpoint": Parser(f"{CHECKPOINT}/state.json", mutated_json, resume, saved_run),
+    "sealed state of a checkpoint": Parser(
+        "run/checkpoint-2/state.json", mutated_entry, resume_sealed, lambda folder: saved_run(folder, loaders())
+    ),
     "secret": Parser(
         "secret.safetensors",
         mutated_safetensors,
