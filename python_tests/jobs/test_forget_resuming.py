@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from helpers.forgetting import SHORT, SMALL, Killed, hashes, result, run, run_killed_at, unless_in, work
 from helpers.pipelines import save_ddpm_pipeline
 
+from unlearn_ext._leftovers import partial_name
 from unlearn_ext.cli import main
 from unlearn_ext.data import _folders
 from unlearn_ext.diffusion import job as job_module
@@ -156,7 +157,7 @@ def test_a_run_killed_after_its_last_move_keeps_its_result(home: Path, tmp_path:
 
 def test_what_a_killed_run_was_writing_goes_only_when_a_run_takes_the_folder(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    left = out / "unlearning" / ".folder-abc"
+    left = out / "unlearning" / partial_name("folder")
     left.mkdir(parents=True)
     (left / "part").write_text("half")
     (out / ".folder-mine").mkdir()
