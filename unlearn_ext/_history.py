@@ -55,13 +55,16 @@ class History:
             partial.write_text(text, encoding="utf-8")
 
     def _is_of(self, entries: list[dict[str, Any]], own: bool) -> bool:
-        """Whether the file is that of the run: the entries of the same iterations are the same."""
-        if not self.file.is_file():
+        """Whether the file is that of the run: the entries of the same iterations are the same. What a link leads to is
+        somebody's else, and so is a file without one entry."""
+        if self.file.is_symlink() or not self.file.is_file():
             return False
         expected = {entry["iteration"]: entry for entry in entries}
         there = read_lines(self.file)
         both = [entry for entry in there if entry["iteration"] in expected]
-        return all(expected[entry["iteration"]] == entry for entry in both) and (own or bool(both) or not there)
+        if not there:
+            return self.file.stat().st_size == 0
+        return all(expected[entry["iteration"]] == entry for entry in both) and (own or bool(both))
 
     def add(self, entry: dict[str, Any]) -> None:
         entry = plain(entry)

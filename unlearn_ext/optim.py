@@ -709,9 +709,10 @@ class UnlearnOptimizer(torch.optim.Optimizer):
             for key, value in states.get(index, {}).items():
                 if key not in known:
                     raise InputError(f"the state of {name} holds {key}, and the optimizer keeps none: load its own")
-                one = value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
-                if key in _COUNTS and as_number(one) is not None:
-                    continue
+                if key in _COUNTS:  # a number, or a tensor of one
+                    one = value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+                    if as_number(one) is not None:
+                        continue
                 if not isinstance(value, Tensor):
                     raise InputError(f"the state {key} of {name} is {describe(value)}: load what state_dict() gave")
                 if value.shape != p.shape:

@@ -80,7 +80,8 @@ def test_the_default_demo_writes_its_results(default_run) -> None:
     model = SmallResNet()
     model.load_state_dict(load_file(directory / "unlearned.safetensors"), strict=False)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert sorted(p.name for p in directory.iterdir()) == ["mask.safetensors", "result.json", "unlearned.safetensors"]
+    files = [".unlearn_ext.json", "mask.safetensors", "result.json", "unlearned.safetensors"]
+    assert sorted(p.name for p in directory.iterdir()) == files
 
 
 @pytest.mark.process

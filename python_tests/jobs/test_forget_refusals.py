@@ -57,7 +57,8 @@ def test_a_result_replaces_no_file_that_is_read(home: Path, tmp_path: Path, caps
         ("nowhere", ("--forget-class", "3"), "there is no folder"),
         ("dit", ("--forget-class", "3", "--max-train-steps", "0"), "--max-train-steps"),
         ("dit", ("--forget-class", "0,1,2,3,4,5,6,7,8,9"), "every class is to be forgotten"),
-        ("dit", ("--forget-class", "3", "--dry-run", "--json", "{out}/x.json"), "--json: a dry run writes nothing"),
+        ("dit", ("--forget-class", "3", "--dry-run", "--json", "{out}/x.json"), "x.json lies in --output-dir"),
+        ("dit", ("--forget-class", "3", "--json", "{out}/model_index.json"), "model_index.json lies in --output-dir"),
         ("dit", ("--forget-class", "3", "--json", "missing/x.json"), "--json: expected a file in a directory"),
     ],
 )

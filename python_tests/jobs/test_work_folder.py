@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, job_of, result, run, run_killed_at, work
 
+from unlearn_ext._leftovers import partial_name
 from unlearn_ext._lock import hold
 from unlearn_ext._loop import Loop
 from unlearn_ext.diffusion import publishing, space
+from unlearn_ext.diffusion.output import NOT_YET, check_claim
 from unlearn_ext.diffusion.pictures import Pictures
 from unlearn_ext.diffusion.space import Need, check_room, room_for
 from unlearn_ext.diffusion.work import WorkFolder
@@ -121,6 +124,26 @@ def test_a_work_folder_belongs_to_one_output_folder(tmp_path: Path) -> None:
     first.clear()
     assert not (tmp_path / "w").exists()
     second.check(tmp_path / "model", resume=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"result.json": json.dumps({"verdict": NOT_YET}), "mask.safetensors": ""}, None),
+        ({"history.jsonl": "", "before-after.png": "", partial_name("folder"): ""}, None),
+        ({"result.json": json.dumps({"verdict": "not verified: no classifier"})}, "holds the result of a finished run"),
+        ({"result.json": "mine"}, "holds the result of a finished run"),
+        ({"notes.txt": ""}, r"unlearning holds notes.txt, which no unfinished run leaves"),
+        ({".folder-mine": ""}, r"holds .folder-mine, which no unfinished run leaves"),
+    ],
+)
+def test_a_record_without_its_model_is_not_replaced(tmp_path: Path, record, words) -> None:
+    (tmp_path / "out" / "unlearning").mkdir(parents=True)
+    for name, content in record.items():
+        (tmp_path / "out" / "unlearning" / name).write_text(content)
+    for resume in (False, True):
+        with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+            check_claim(tmp_path / "out", tmp_path / "model", resume=resume)
 
 
 def test_a_link_is_followed_to_the_disk_of_the_output(tmp_path: Path) -> None:

@@ -130,6 +130,23 @@ def test_a_hub_cache_is_made_of_links(dit: Path, tmp_path: Path) -> None:
     assert plan.left_out["LICENSE"] == "a link that leaves the model's folder"
 
 
+def test_another_models_blobs_lie_elsewhere(dit: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "models--x--secret" / "blobs" / "abc"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    for source in (tmp_path / "plain", tmp_path / "models--x--y" / "snapshots" / "0123"):
+        shutil.copytree(dit, source)
+        (source / "README.md").symlink_to(secret)
+        (source / "notes").symlink_to(secret.parent)
+        plan = plan_result(source, open_pretrained(source))
+        left = "a link that leaves the model's folder"
+        assert plan.left_out.items() >= {"README.md": left, "notes": left}.items(), plan
+        (source / "vae" / "config.json").unlink()
+        (source / "vae" / "config.json").symlink_to(secret)
+        with pytest.raises(InputError, match="is a link that leaves the model's folder"):
+            open_pretrained(source)
+
+
 def test_leftovers_do_not_fill_an_empty_folder(tmp_path: Path) -> None:
     source = save_ddpm_pipeline(tmp_path / "source")
     (tmp_path / "out").mkdir()

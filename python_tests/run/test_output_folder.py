@@ -152,6 +152,18 @@ def test_another_runs_history_is_moved_aside_and_not_taken(tmp_path: Path) -> No
     assert (b / "history-1.jsonl").read_bytes() == foreign
 
 
+@pytest.mark.parametrize("text", ['{"epoch": 1, "loss": 0.5}\n', "notes of mine\n"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_history_that_no_run_wrote_is_moved_aside(text: str, linked: bool, tmp_path: Path) -> None:
+    whole, b, mine = run_into(tmp_path / "a"), tmp_path / "b", tmp_path / "mine.jsonl"
+    b.mkdir()
+    mine.write_text(text)
+    (b / "history.jsonl").symlink_to(mine) if linked else (b / "history.jsonl").write_text(text)
+    result = run_into(b, resume_from_checkpoint=tmp_path / "a" / "checkpoint-6")
+    assert result.history == whole.history
+    assert (b / "history-1.jsonl").read_text() == mine.read_text() == text
+
+
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe{", b'{"iteration": ', b"[1]", b"[" * 5000, b"1" * 5000])
 def test_a_damaged_line_of_the_history_costs_nothing_else(damage: bytes, tmp_path: Path) -> None:
     whole = run_into(tmp_path)

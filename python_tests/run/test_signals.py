@@ -28,12 +28,13 @@ class Sending(list):
 
     def __init__(self, data: list, number: int, at: int, times: int = 1):
         super().__init__(data)
-        self.number, self.at, self.times, self.taken = number, at, times, 0
+        self.number, self.at, self.times = number, at, times
+        self.taken = [0]  # a list, since looks put a loader's numbers back
 
     def __iter__(self):
         for batch in super().__iter__():
-            self.taken += 1
-            if self.taken == self.at:
+            self.taken[0] += 1
+            if self.taken[0] == self.at:
                 for _ in range(self.times):
                     os.kill(os.getpid(), self.number)
             yield batch
@@ -140,7 +141,7 @@ def test_an_iteration_that_cannot_be_finished_ends_in_order(tmp_path: Path) -> N
     class Dying(Sending):
         def __iter__(self):
             for batch in super().__iter__():
-                if self.taken == self.at:
+                if self.taken[0] == self.at:
                     raise RuntimeError("DataLoader worker (pid 17) exited unexpectedly")
                 yield batch
 

@@ -12,6 +12,7 @@ import typer
 from .demo import Scenario
 from .device import checked_device
 from .ending import end
+from .folder import hold_output
 from .report import check_file, plain_console, write_report
 
 __all__ = ["compare"]
@@ -95,17 +96,18 @@ def compare(
         models_dir=cache_dir or (cache or output_dir) / "compare",
     )
     errors = plain_console(stderr=True)
-    errors.print(f"backend: {load_backend(errors)}", style="dim")
-    with two_bars(errors, "runs", seeds * len(runners)) as (progress, advance):
+    with hold_output(output_dir, "compare"):
+        errors.print(f"backend: {load_backend(errors)}", style="dim")
+        with two_bars(errors, "runs", seeds * len(runners)) as (progress, advance):
 
-        def finished(seed: int, label: str, record: dict[str, Any], found: bool) -> None:
-            advance()
-            errors.print(f"seed {seed}: {label}: {_outcome(record)}{', found' if found else ''}", style="dim")
+            def finished(seed: int, label: str, record: dict[str, Any], found: bool) -> None:
+                advance()
+                errors.print(f"seed {seed}: {label}: {_outcome(record)}{', found' if found else ''}", style="dim")
 
-        comparison.progress, comparison.finished = progress, finished
-        comparison.tell = lambda sentence: errors.print(sentence)
-        result = comparison.run()
-    report = write_report(result, output_dir / "result.json", json_file)
+            comparison.progress, comparison.finished = progress, finished
+            comparison.tell = lambda sentence: errors.print(sentence)
+            result = comparison.run()
+        report = write_report(result, output_dir / "result.json", json_file)
     console = plain_console(json_file=json_file)
     show(report, console)
     console.print(f"all numbers: {output_dir / 'result.json'}", style="dim", soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .device import Precision, checked_device
 from .ending import demo_warnings, end, show_warnings
+from .folder import hold_output
 from .report import check_file, plain_console, write_report
 
 __all__ = ["demo"]
@@ -93,7 +94,6 @@ def demo(
             mixed_precision=mixed_precision.value,
         )
         return demo_diffusion.run(options, output_dir, json_file, pretrain)
-    from .._files import writable_directory
     from ..demo.classifier import ClassifierDemo, DemoOptions
     from .backend import load_backend
     from .progress import stages
@@ -111,20 +111,21 @@ def demo(
     )
     run = ClassifierDemo(options)
     check_file("--json", json_file, output_dir)
-    output_dir = writable_directory(output_dir)
     console = plain_console(stderr=True)
-    backend = load_backend(console)
-    console.print(f"backend: {backend}", style="dim")
-    with stages(console) as progress:
-        run.progress = progress
-        run.run()
-    with console.status("evaluating"):
-        found = run.report()
-    before, after = (found["models"][name]["FA"] for name in ("original", "unlearned"))
-    what = f"the digit {forget_class}" if scenario is Scenario.klass else None
-    found["warnings"] = demo_warnings(what, before, after, found["warnings"])
-    run.save(output_dir)
-    _show(write_report(found, output_dir / "result.json", json_file), output_dir, plain_console(json_file=json_file))
+    with hold_output(output_dir, "demo"):
+        backend = load_backend(console)
+        console.print(f"backend: {backend}", style="dim")
+        with stages(console) as progress:
+            run.progress = progress
+            run.run()
+        with console.status("evaluating"):
+            found = run.report()
+        before, after = (found["models"][name]["FA"] for name in ("original", "unlearned"))
+        what = f"the digit {forget_class}" if scenario is Scenario.klass else None
+        found["warnings"] = demo_warnings(what, before, after, found["warnings"])
+        run.save(output_dir)
+        report = write_report(found, output_dir / "result.json", json_file)
+    _show(report, output_dir, plain_console(json_file=json_file))
     return end(found["warnings"])
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .ending import demo_warnings, end, show_warnings
+from .folder import hold_output
 from .report import check_file, plain_console, write_report
 
 if TYPE_CHECKING:
@@ -18,30 +19,30 @@ __all__ = ["run"]
 
 
 def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pretrain: bool) -> int:
-    from .._files import writable_directory
     from ..demo.diffusion import weights
     from ..demo.diffusion.run import DiffusionDemo
     from .backend import load_backend
     from .progress import stages
 
     check_file("--json", json_file, output_dir)
-    output_dir = writable_directory(output_dir)
     console = plain_console(stderr=True)
-    backend = load_backend(console)
-    console.print(f"backend: {backend}", style="dim")
-    with stages(console) as progress:
-        trained = {}
-        if pretrain:
-            trained["pretrained"] = weights.load(options.task, seed=options.seed, anew=True, progress=progress)
-            trained["judge"] = weights.load("judge", seed=options.seed, anew=True, progress=progress)
-        demo = DiffusionDemo(options, progress, **trained)
-        demo.run()
-    with console.status("judging the pictures"):
-        found = demo.report()
-    before, after = found["forgotten"]["before"], found["forgotten"]["after"]
-    found["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, found["warnings"])
-    demo.save(output_dir)
-    _show(write_report(found, output_dir / "result.json", json_file), output_dir, plain_console(json_file=json_file))
+    with hold_output(output_dir, "demo"):
+        backend = load_backend(console)
+        console.print(f"backend: {backend}", style="dim")
+        with stages(console) as progress:
+            trained = {}
+            if pretrain:
+                trained["pretrained"] = weights.load(options.task, seed=options.seed, anew=True, progress=progress)
+                trained["judge"] = weights.load("judge", seed=options.seed, anew=True, progress=progress)
+            demo = DiffusionDemo(options, progress, **trained)
+            demo.run()
+        with console.status("judging the pictures"):
+            found = demo.report()
+        before, after = found["forgotten"]["before"], found["forgotten"]["after"]
+        found["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, found["warnings"])
+        demo.save(output_dir)
+        report = write_report(found, output_dir / "result.json", json_file)
+    _show(report, output_dir, plain_console(json_file=json_file))
     return end(found["warnings"])
 
 

@@ -168,7 +168,7 @@ def forget(
     from ..diffusion.publishing import how_to_go_on
     from ..diffusion.space import check_room
     from ..diffusion.written import OWN_FOLDER
-    from ..errors import InputError, Terminated
+    from ..errors import Terminated
     from .backend import load_backend
     from .progress import stages
 
@@ -177,8 +177,6 @@ def forget(
     chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
     chosen["device"] = start_ranks(checked_device(device))
     options = ForgetOptions(**chosen)
-    if dry_run and json_file is not None and json_file.parent.resolve() == output_dir.resolve():
-        raise InputError("--json: a dry run writes nothing to --output-dir: name a file outside it")
     read = (options.pretrained_model_name_or_path, options.data, options.class_map, options.mask, options.classifier)
     check_file("--json", json_file, output_dir, inputs=read)
     quiet = int(os.environ.get("RANK", "0")) > 0  # the first rank tells

@@ -40,22 +40,26 @@ def _is_stdout(file: Path | None) -> bool:
 def check_file(
     option: str, file: Path | None, output_dir: Path | None = None, inputs: Iterable[Path | None] = ()
 ) -> None:
-    """Whether a file that an option names can be written; it may lie in ``output_dir``, which is yet to be made.
+    """Whether a file that an option names can be written.
 
     Raises:
-        InputError: its directory does not exist or cannot be written to, or it is one of ``inputs`` or a file in them.
+        InputError: its directory does not exist or cannot be written to, or it is one of ``inputs`` or a file in them,
+            or lies in ``output_dir``, where it might take the place of a part of the result.
     """
     from .._files import check_writable
     from ..errors import InputError
 
     if file is None:
         return
+    real = Path(os.path.realpath(file))
     for path in inputs if file.exists() else ():
-        if path is not None and path.resolve() in (file.resolve(), *file.resolve().parents):
+        if path is not None and real.is_relative_to(os.path.realpath(path)):
             raise InputError(f"{option}: {file} is a file of {path}, which is read: name another one")
-    beside = output_dir is not None and file.parent.resolve() == output_dir.resolve()
-    if beside and not file.exists():  # the directory is checked where it is made
-        return
+    if output_dir is not None and real.is_relative_to(os.path.realpath(output_dir)):
+        raise InputError(
+            f"{option}: {file} lies in --output-dir, which gets a result.json with the same content: name a file "
+            "outside it"
+        )
     try:
         check_writable(file)
     except InputError as error:

@@ -14,12 +14,14 @@ __all__ = ["check_links", "leaves"]
 def leaves(path: Path, root: Path) -> bool:
     """Whether a file or folder below ``root`` lies elsewhere, because it is a link or below one.
 
-    The hub's cache is made of links to ``models--owner--name/blobs``; those count as inside.
+    The hub's cache is made of links from ``models--owner--name/snapshots/<commit>`` to ``models--owner--name/blobs``;
+    those of the same model count as inside.
     """
-    real = Path(os.path.realpath(path))
-    if real.is_relative_to(os.path.realpath(root)):
+    real, inside = (Path(os.path.realpath(each)) for each in (path, root))
+    if real.is_relative_to(inside):
         return False
-    return not (real.parent.name == "blobs" and real.parent.parent.name.startswith("models--"))
+    model = real.parent.parent
+    return not (real.parent.name == "blobs" and model.name.startswith("models--") and model in inside.parents)
 
 
 def check_links(root: Path, parts: Iterable[str]) -> None:

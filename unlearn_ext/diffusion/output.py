@@ -13,16 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from .._files import writable_directory, writing
-from .._leftovers import partial_pattern, sweep
+from .._leftovers import is_leftover, partial_pattern, sweep
 from ..errors import InputError
 from .pretrained import Pretrained
 from .work import size_of
 from .written import OWN_FOLDER, foreign_entries, write_result
 
-__all__ = ["RESULT", "check_claim", "claim_output", "is_in_result", "is_waiting", "move_output", "unfinished_bytes"]
-__all__ += ["write_output"]
+__all__ = ["NOT_YET", "RESULT", "check_claim", "claim_output", "is_in_result", "is_waiting", "move_output"]
+__all__ += ["recorded_verdict", "unfinished_bytes", "write_output"]
 
 RESULT = "result.json"  # in OWN_FOLDER
+NOT_YET = "not verified: the run was cut off before its pictures were judged"  # the verdict of an unfinished run
+_UNFINISHED = (RESULT, "mask.safetensors", "history.jsonl", "before-after.png")  # what one leaves in OWN_FOLDER
 _WHOLE = "folder"  # in OWN_FOLDER: a whole result, or what of it has not been moved to its place yet
 # Options that another run of the same may have.
 _MAY_DIFFER = ("resume_from_checkpoint", "output_dir", "work_dir", "keep_work", "checkpointing_steps", "device")
@@ -55,6 +57,27 @@ def check_claim(output: Path, source: Path, *, resume: bool, options: Mapping[st
             f"--output-dir: {own} holds {private[0]} of a run by an earlier version, which does not belong into a "
             "folder that may be published: remove it, or choose an empty folder"
         )
+    try:
+        records = sorted(path.name for path in own.iterdir() if not is_leftover(path)) if own.is_dir() else []
+    except OSError as error:
+        raise InputError(f"--output-dir: {own} cannot be read ({error.strerror}): choose an empty folder") from None
+    if RESULT in records and recorded_verdict(output) != NOT_YET:
+        raise InputError(
+            f"--output-dir: {own} holds the result of a finished run whose model has gone: move it away, or choose an "
+            "empty folder"
+        )
+    if further := [name for name in records if name not in _UNFINISHED]:
+        raise InputError(
+            f"--output-dir: {own} holds {further[0]}, which no unfinished run leaves: move it away, or choose an empty "
+            "folder"
+        )
+
+
+def recorded_verdict(output: Path) -> Any:
+    """What the result in the folder says of the model; None where there is none, or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return json.loads((output / OWN_FOLDER / RESULT).read_text(encoding="utf-8"))["verdict"]
+    return None
 
 
 def _finished(output: Path, resume: bool, options: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,17 +14,14 @@ from .._clock import timed
 from .._files import atomic_path
 from ..errors import InputError
 from ..unlearner import Result
-from .output import RESULT, is_waiting, move_output, write_output
+from .output import NOT_YET, is_waiting, move_output, recorded_verdict, write_output
 from .unmet import judged_warnings
 from .work import WorkFolder
-from .written import OWN_FOLDER
 
 if TYPE_CHECKING:
     from .job import ForgetJob
 
 __all__ = ["finish_earlier", "how_to_go_on", "publish"]
-
-_NOT_YET = "not verified: the run was cut off before its pictures were judged"
 
 
 def publish(
@@ -50,7 +46,7 @@ def publish(
         with atomic_path(own / "history.jsonl") as partial:
             shutil.copyfile(job.work.path / "history.jsonl", partial)
     output = job.options.output_dir
-    record(_report(job, result, _NOT_YET, None), False)
+    record(_report(job, result, NOT_YET, None), False)
     try:
         try:
             job.pictures.write_grid(own / "before-after.png")
@@ -99,14 +95,9 @@ def how_to_go_on(job: ForgetJob) -> str:
     if is_waiting(output):
         return f"the model is whole; the same command moves it to its place in {output}"
     if any((output / name).exists() for name in ("model_index.json", job.pretrained.denoiser_folder or "config.json")):
-        return f"the model in {output} is whole" + ("" if _is_judged(output) else ", and its pictures were not judged")
+        judged = ", and its pictures were not judged" if recorded_verdict(output) == NOT_YET else ""
+        return f"the model in {output} is whole{judged}"
     return job.work.how_to_go_on()
-
-
-def _is_judged(output: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((output / OWN_FOLDER / RESULT).read_text(encoding="utf-8"))["verdict"] != _NOT_YET
-    return False
 
 
 def _report(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,8 +37,9 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, folder: Path | None = None):
-        self.output = output.resolve()
-        self.path = self.output.with_name(f"{self.output.name}.work") if folder is None else folder.resolve()
+        self.output = Path(os.path.realpath(output))
+        beside = self.output.with_name(f"{self.output.name}.work")
+        self.path = beside if folder is None else Path(os.path.realpath(folder))
         self.latents = self.path / "latents"
         self._made = False
 
@@ -58,10 +60,10 @@ class WorkFolder:
                 f"--work-dir: {path} and --output-dir lie in each other, and the output may be published: choose a "
                 "folder outside it"
             )
-        if source.resolve() in (path, *parents):
+        if Path(os.path.realpath(source)) in (path, *parents):
             raise InputError(f"--work-dir: {path} lies in the model's folder: choose another")
         try:
-            entries = [] if not path.exists() else [p.name for p in path.iterdir() if not is_leftover(p)]
+            entries = [] if not os.path.lexists(path) else [p.name for p in path.iterdir() if not is_leftover(p)]
         except OSError as error:
             raise InputError(f"--work-dir: {path} cannot be read ({error.strerror}): choose another") from None
         output = self._output()

@@ -129,11 +129,11 @@ def foreign_entries(output: Path, source: Path) -> list[str]:
     """
     another = "choose another output folder"
     try:
-        if source.resolve() in (output.resolve(), *output.resolve().parents):
+        if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
             raise InputError(f"{output} lies in the model's own folder: {another}")
         if os.path.lexists(output) and not output.is_dir():
             raise InputError(f"{output} is a {'link to nothing' if output.is_symlink() else 'file'}: {another}")
-        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path))
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"cannot write to {there}: {another}")
         return sorted(path.name for path in output.iterdir() if not is_leftover(path)) if output.exists() else []
