@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._files import atomic_path, user_path, writable_directory
 from .._names import by_plain_name
+from .._reading import check_stored
 from ..errors import InputError
 
 __all__ = ["read_fisher", "read_masks", "write_masks"]
@@ -77,6 +78,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     path = user_path(path)
     if not path.is_file():
         raise InputError(f"there is no file at {path}")
+    check_stored(path)
     try:  # mapped where the format allows it: SalUn's mask of a diffusion model takes 7 GB
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception:  # what a damaged pickle trips over can be anything
