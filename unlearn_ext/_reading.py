@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import DamagedError, InputError
 
-__all__ = ["check_stored", "reading"]
+__all__ = ["check_opens", "check_stored", "names_in", "reading"]
 
 _HANDLES = 4  # as many as a library opens of one file, and of one that it maps
 
@@ -19,10 +19,10 @@ _HANDLES = 4  # as many as a library opens of one file, and of one that it maps
 def reading(*paths: str | Path) -> Iterator[None]:
     """What keeps a file from being opened is the error that comes out of the block, whatever was made of it there.
 
-    Too many open files are a RuntimeError of safetensors and torch, or a file that is "damaged" or "not there".
+    Of too many open files safetensors and torch make a RuntimeError, or a file that is "damaged" or "not there".
 
     Raises:
-        InputError: with the system's reason.
+        InputError: with the system's reason. A file that is not there is left to the block.
     """
     try:
         yield
@@ -33,16 +33,33 @@ def reading(*paths: str | Path) -> Iterator[None]:
 
 
 def check_opens(path: str | Path) -> None:
-    """Raises InputError, with the system's reason, where a file cannot be opened."""
+    """Raises InputError, with the system's reason, where a file that is there cannot be opened."""
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(_HANDLES):
                 stack.enter_context(open(path, "rb"))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened ({error.strerror}): check that it is a file, who may read it, and how many files "
-            "may be open (ulimit -n)"
-        ) from None
+        raise _cannot(path, error) from None
+
+
+def names_in(directory: Path) -> list[str]:
+    """What is in a directory, in any order; nothing where there is none.
+
+    Raises:
+        InputError: with the system's reason.
+    """
+    try:
+        return os.listdir(directory) if directory.is_dir() else []
+    except OSError as error:
+        raise _cannot(directory, error) from None
+
+
+def _cannot(path: str | Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be opened ({error.strerror}): check who may read it and how many files may be open (ulimit -n)"
+    )
 
 
 def check_stored(path: str | Path) -> None:
