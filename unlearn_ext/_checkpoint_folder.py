@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from ._files import user_path
+from ._reading import names_in
 from ._seal import label_of
 from .errors import InputError
 
@@ -23,9 +24,7 @@ _FORMATS = "unlearn_ext.checkpoint."
 
 def numbered(directory: Path) -> list[Path]:
     """Everything called ``checkpoint-<n>``, whoever made it, by n."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    found = [(int(match[1]), directory / name) for name in names_in(directory) if (match := _NAME.fullmatch(name))]
     return [path for _, path in sorted(found)]
 
 

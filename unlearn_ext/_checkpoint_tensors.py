@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._files import writing
 from ._ranks import Ranks
+from ._reading import reading
 from ._shards import is_sharded
 from .errors import InputError, WriteError, first_line
 
@@ -102,7 +103,8 @@ class _Whole(StoredTensors):
             if not file.is_file():
                 raise damaged(f"{file.name} is missing")
             try:
-                self._tensors |= {f"{part}.{name}": tensor for name, tensor in load_file(file).items()}
+                with reading(file):
+                    self._tensors |= {f"{part}.{name}": tensor for name, tensor in load_file(file).items()}
             except (OSError, SafetensorError):
                 raise damaged(f"its {file.name} cannot be read") from None
         self.forms = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}

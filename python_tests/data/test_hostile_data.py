@@ -55,6 +55,25 @@ def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch, widt
     assert "pixels" in data.decode(0)
 
 
+@pytest.mark.parametrize("kind", ["ICO", "ICNS", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "EPS", "PDF"])
+def test_pictures_of_other_kinds_are_refused_whatever_their_names(tmp_path, kind):
+    """An icon of 16 × 16 pixels may hold one of 13,300 × 13,300, which PIL would decode at once."""
+    if kind == "ICO":
+        inner = png(13_300, 13_300)
+        content = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+    else:
+        Image.new("RGB", (16, 16)).save(stream := io.BytesIO(), kind)
+        content = stream.getvalue()
+    assert "it is damaged or no picture of PNG, JPEG, WEBP, BMP" in pictures(tmp_path, a=content).decode(0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "BMP"])  # MPO: a telephone's JPEG with a depth map
+def test_pictures_are_known_by_what_they_hold(tmp_path, kind):
+    Image.new("RGB", (32, 32), "white").save(stream := io.BytesIO(), kind)
+    data = pictures(tmp_path, a=stream.getvalue())
+    assert float(data.decode(0).min()) > 0.99
+
+
 def test_large_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(_folders, "_LARGE", 100)
     image = io.BytesIO()
@@ -86,7 +105,7 @@ def test_pictures_that_are_none(tmp_path):
     )
     for i in range(len(data)):
         assert isinstance(data.decode(i), str) and "\n" not in data.decode(i), data._source.files[i]
-    assert "PostScript" in data.decode(1)
+    assert "no picture of PNG, JPEG, WEBP, BMP" in data.decode(1)
     with pytest.raises(InputError, match="none of 5 images can be read"):
         data.verify(range(5))
 

@@ -31,32 +31,8 @@ HEAVY = ("diffusers", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-# Runs an operator twice and says which path it took.
-PROBE = """
-import torch
-import unlearn_ext
-from unlearn_ext import _native, ops
-words = [torch.tensor([7], dtype=torch.int32)]
-assert int(ops.count_bits(words)) == int(ops.count_bits(words)) == 3
-print(_native.backend(), _native.library_path())
-"""
-# Build and load the library of one line whose sources are in the directory argv[1].
-TINY = """
-import sys
-from pathlib import Path
-from unlearn_ext import _native
-_native._find_csrc = lambda: Path(sys.argv[1])
-print(_native.load(), _native.library_path())
-"""
-TINY_IN_THREADS = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from unlearn_ext import _native
-_native._find_csrc = lambda: Path(sys.argv[1])
-with ThreadPoolExecutor(4) as pool:
-    print(*set(pool.map(lambda _: _native.load(), range(4))))
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+PROBE, TINY, LIGHTLY = (PROGRAMS / f"{name}.py" for name in ("probe", "load_tiny", "import_lightly"))
 
 
 def environment(**changes: object) -> dict[str, str]:
@@ -66,8 +42,8 @@ def environment(**changes: object) -> dict[str, str]:
     return kept | {name: str(value) for name, value in changes.items()}
 
 
-def start(code: str, *args: object, **env: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "always::RuntimeWarning", "-c", code, *map(str, args)]
+def start(program: Path, *args: object, **env: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "always::RuntimeWarning", str(program), *map(str, args)]
     pipe = subprocess.PIPE
     # A session of its own, so that a test can end whatever a killed process leaves behind.
     return subprocess.Popen(
@@ -81,9 +57,9 @@ def start(code: str, *args: object, **env: object) -> subprocess.Popen[str]:
     )
 
 
-def run(code: str, *args: object, **env: object) -> tuple[int, str, str]:
+def run(program: Path, *args: object, **env: object) -> tuple[int, str, str]:
     """Exit status, stdout and stderr."""
-    process = start(code, *args, **env)
+    process = start(program, *args, **env)
     try:
         out, err = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
@@ -144,11 +120,9 @@ def wait_for(path: Path) -> None:
 @pytest.mark.build
 @needs_compiler
 def test_first_use_builds_and_loads(built_cache: Path) -> None:
-    code = PROBE + "import resource\nused = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-    code += "print(used.ru_utime + used.ru_stime)"
-    status, out, err = run(code, UNLEARN_EXT_CACHE=built_cache, UNLEARN_EXT_BACKEND="native")
+    status, out, err = run(PROBE, "build", UNLEARN_EXT_CACHE=built_cache, UNLEARN_EXT_BACKEND="native")
     assert status == 0, err
-    backend, library, seconds = out.split()
+    backend, library, _, _, seconds = out.splitlines()
     assert backend == "native"
     assert Path(library).is_relative_to(built_cache)
     assert len(re.findall("^unlearn_ext: (?:building|built)", err, re.MULTILINE)) == 2
@@ -156,7 +130,7 @@ def test_first_use_builds_and_loads(built_cache: Path) -> None:
     assert float(seconds) <= 40
 
     status, out, err = run(PROBE, UNLEARN_EXT_CACHE=built_cache)
-    assert (status, out.split()) == (0, [backend, library])
+    assert (status, out.splitlines()[:2]) == (0, [backend, library])
     assert err == ""
 
 
@@ -185,7 +159,7 @@ def test_unknown_backend_is_an_error(no_choice: Path, monkeypatch: pytest.Monkey
 @pytest.mark.build
 def test_without_a_compiler_one_warning_and_the_python_path(tmp_path: Path) -> None:
     status, out, err = run(PROBE, UNLEARN_EXT_CACHE=tmp_path, PATH="")
-    assert (status, out.split()) == (0, ["python", "None"]), err
+    assert (status, out.splitlines()[:2]) == (0, ["python", "None"]), err
     assert err.count("RuntimeWarning") == 1
     assert "no C++ compiler was found: install one" in err
 
@@ -287,8 +261,8 @@ def test_an_unwritable_cache_is_replaced_for_this_process(tiny_csrc: Path, tmp_p
 def test_processes_that_start_at_once_build_once(tiny_csrc: Path, slow_compiler: Path, tmp_path: Path) -> None:
     env = {"UNLEARN_EXT_CACHE": tmp_path / "cache", "CXX": slow_compiler}
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: run(TINY_IN_THREADS, tiny_csrc, **env), range(4)))
-    assert all((status, out.strip()) == (0, "native") for status, out, _ in results), results
+        results = list(pool.map(lambda _: run(TINY, tiny_csrc, 4, **env), range(4)))
+    assert all((status, out.split()[0]) == (0, "native") for status, out, _ in results), results
     assert (tmp_path / "links").read_text().split() == ["link"]
     assert sum(err.count("unlearn_ext: building") for _, _, err in results) == 1
 
@@ -442,11 +416,10 @@ def test_wheel_is_complete_and_works_elsewhere(tmp_path: Path, built_cache: Path
     assert expected <= names, expected - names
     assert not [name for name in names if name.endswith(".so")]
 
-    code = PROBE + "print(unlearn_ext.__file__); print(_native.cpu_recipe().csrc)"
-    status, out, err = run(code, UNLEARN_EXT_CACHE=built_cache, PYTHONPATH=installed)
+    status, out, err = run(PROBE, "build", UNLEARN_EXT_CACHE=built_cache, PYTHONPATH=installed)
     assert status == 0, err
-    backend, package, csrc = out.splitlines()
-    assert backend.startswith("native")
+    backend, _, package, csrc, _ = out.splitlines()
+    assert backend == "native"
     assert Path(package).is_relative_to(installed)
     assert Path(csrc) == installed / "unlearn_ext" / "csrc"
 
@@ -461,10 +434,9 @@ def test_ahead_of_time_wheel_needs_no_compiler(tmp_path: Path, tiny_csrc: Path) 
     assert {"libunlearn_ext-default.so"} <= libraries
     assert all(name.endswith(".so") for name in libraries)
 
-    code = "from unlearn_ext import _native; print(_native.load(), _native.library_path())"
     for capability in ("", "default"):
         env = {"PYTHONPATH": installed, "UNLEARN_EXT_CACHE": tmp_path / "cache", "PATH": ""}
-        status, out, err = run(code, ATEN_CPU_CAPABILITY=capability, **env)
+        status, out, err = run(TINY, ATEN_CPU_CAPABILITY=capability, **env)
         assert status == 0, err
         backend, library = out.split()
         assert backend == "native"
@@ -485,24 +457,16 @@ def test_a_package_in_an_archive_runs_without_the_library(tmp_path: Path) -> Non
             packed.write(path, Path("unlearn_ext", "csrc", path.relative_to(ROOT / "csrc")))
     env = {"PYTHONPATH": archive, "UNLEARN_EXT_CACHE": tmp_path / "cache"}
     status, out, err = run(PROBE, **env)
-    assert (status, out.split()) == (0, ["python", "None"]), err
+    assert (status, out.splitlines()[:2]) == (0, ["python", "None"]), err
     assert err.count("RuntimeWarning") == 1 and f"from inside an archive ({archive}" in err
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.build
 def test_import_is_light() -> None:
-    code = f"""
-import sys, time, torch
-before = set(sys.modules)
-began = time.perf_counter()
-import unlearn_ext
-print(time.perf_counter() - began)
-print(sorted(set(sys.modules) - before & set({HEAVY!r})))
-"""
     seconds = []
     while len(seconds) < 3 and min(seconds, default=1.0) > 0.5:  # the best of three: other work only adds
-        status, out, err = run(code)
+        status, out, err = run(LIGHTLY, *HEAVY)
         assert status == 0, err
         took, heavy = out.splitlines()
         assert heavy == "[]"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.models import make
 from helpers.runs import run
 
@@ -101,3 +102,15 @@ def test_results_and_masks(tmp_path: Path) -> None:
     with limit(resource.RLIMIT_FSIZE, 10), pytest.raises(WriteError):
         mask.save(tmp_path / "mask.safetensors")
     assert SaliencyMask.load(tmp_path / "mask.safetensors") == mask  # the one from before
+
+
+def test_masks_of_torch(tmp_path: Path) -> None:
+    mask = SaliencyMask.from_dict({"w": torch.ones(100_000, dtype=torch.bool)})
+    with (
+        limit(resource.RLIMIT_FSIZE, 2000),
+        pytest.raises(WriteError, match=r"mask\.pt cannot be written .* check the"),
+    ):
+        mask.to_pt(tmp_path / "mask.pt")
+    assert not list(tmp_path.iterdir())
+    mask.to_pt(tmp_path / "mask.pt")
+    assert SaliencyMask.from_pt(tmp_path / "mask.pt") == mask

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from unlearn_ext.diffusion import variants
 from unlearn_ext.errors import InputError
+from unlearn_ext.evaluation import inception
 from unlearn_ext.saliency import SaliencyMask
 
 HEADER = {
@@ -92,6 +96,54 @@ def test_pickles_that_say_what_cannot_be(damage: Callable[[Path], None], tmp_pat
         with pytest.raises(InputError) as caught:
             read()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def rewritten(path: Path, member: str, size: int, compression: int) -> None:
+    """A file of ``torch.save``, one member of which grew by ``size`` zeros: a pickle ends at its STOP."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            grown = name.endswith(member)
+            archive.writestr(name, content + bytes(size * grown), compression if grown else zipfile.ZIP_STORED)
+
+
+@pytest.mark.parametrize("member", ("data.pkl", "byteorder", "data/0"))
+@pytest.mark.parametrize("compression", (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2), ids=("deflated", "bzip2"))
+def test_what_grows_when_it_is_read_is_not_read(member: str, compression: int, tmp_path: Path, monkeypatch) -> None:
+    """3 MB of deflated zeros were 3 GB of memory, and a valid mask."""
+    masks, weights, model = tmp_path / "mask.pt", tmp_path / "weights.pth", tmp_path / "pytorch_model.bin"
+    for path in (masks, weights, model):
+        torch.save({"a": torch.ones(3, dtype=torch.bool)}, path)
+        rewritten(path, member, 1 << 20, compression)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    readers = (
+        lambda: SaliencyMask.from_pt(masks),
+        lambda: inception._check_tensors(weights),
+        lambda: variants.find_weights(tmp_path, "text encoder", variants.TRANSFORMERS),
+    )
+    for path, read in zip((masks, weights, model), readers, strict=True):
+        with pytest.raises(InputError, match=rf"{path.name} is compressed, which torch\.save's files are not"):
+            read()
+
+
+def test_archives_whose_members_overlap_or_begin_later_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1000, dtype=torch.bool)}, path := tmp_path / "mask.pt")
+    assert SaliencyMask.from_pt(path).kept == 1000  # as it was saved
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path, "a") as archive:  # ten more entries of the directory for the same bytes
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for number in range(10):
+            again = copy.copy(largest)
+            again.filename = f"mask/data/{number + 1}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    later = tmp_path / "later.pt"
+    later.write_bytes(b"PK\x03\x04" + whole)
+    for damaged in (path, later):
+        with pytest.raises(InputError, match=r"is compressed|is damaged"):
+            SaliencyMask.from_pt(damaged)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

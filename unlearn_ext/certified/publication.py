@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._files import atomic_path, user_path, writable_directory, writing
 from .._hashing import raw_bytes
+from .._reading import reading
 from .._seal import SEAL, damage, label_of, seal
 from ..errors import InputError
 
@@ -82,10 +83,15 @@ class Publication:
         Raises:
             InputError: a file is missing or not as it was written, or the certificate is that of other weights.
         """
+        directory = user_path(directory)
+        with reading(directory / SEAL, directory / WEIGHTS, directory / CERTIFICATE):
+            return cls._load(directory)
+
+    @classmethod
+    def _load(cls, directory: Path) -> Publication:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        directory = user_path(directory)
         sealed = (directory / SEAL).exists()
         if sealed and (what := damage(directory, _LABEL)) is not None:
             raise InputError(

@@ -22,6 +22,9 @@ from .labels import printable
 __all__ = ["KEPT_BYTES", "Folders", "class_folders", "open_folders"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Whatever the name says, nothing else is opened: an icon may hold a picture far larger than its header says, and
+# PostScript is a program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 KEPT_BYTES = 512 << 20  # of decoded pictures, where they are to be kept
 MOST_PIXELS = 89_478_485  # of a picture: where PIL begins to warn, which a process may have switched off
 _LARGE = 1 << 24  # pixels: larger ones are decoded one at a time, whatever the number of threads
@@ -173,24 +176,26 @@ class Folders:
 
     def _decode(self, index: int) -> np.ndarray:
         """uint8 [C, H, W]"""
+        from PIL import UnidentifiedImageError
+
         Image, _ = _pil()
         try:
             if not os.path.isfile(self.root / self.files[index]):
                 raise Unreadable("there is no such file")
-            with Image.open(self.root / self.files[index]) as image:
+            with Image.open(self.root / self.files[index], formats=_FORMATS) as image:
                 self._check(image)
                 large = image.width * image.height > _LARGE
                 with _decoding_a_large_one if large else contextlib.nullcontext():
                     return self._cut(index, image)
         except Unreadable:
             raise
+        except UnidentifiedImageError:
+            raise Unreadable(f"it is damaged or no picture of {', '.join(_FORMATS)}") from None
         except Exception as error:  # a damaged file makes PIL's decoders raise nearly anything
             raise Unreadable(f"{type(error).__name__}: {error}".splitlines()[0]) from None
 
     def _check(self, image: Any) -> None:
         """What the header says, before memory is asked for."""
-        if image.format == "EPS":  # a program, which PIL hands to Ghostscript
-            raise Unreadable("it is PostScript, not a picture")
         if image.mode.startswith(("I", "F")):
             raise Unreadable(f"its pixels are of mode {image.mode}, not of 8 bits")
         if min(image.size) == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 from collections import deque
@@ -19,6 +20,7 @@ from .._files import atomic_path, writable_directory
 from .._hashing import weights_hash
 from .._json import read_json
 from .._modes import evaluating
+from .._reading import names_in, reading
 from ..errors import InputError, first_line
 from .images import ImageData, decoding_threads, none_readable
 
@@ -72,7 +74,8 @@ class LatentData(Dataset):
         if shard not in self._open:
             from safetensors import safe_open
 
-            file = safe_open(self._shards[shard], framework="pt")
+            with reading(self._shards[shard]):
+                file = safe_open(self._shards[shard], framework="pt")
             self._open[shard] = file.get_slice("latent_mean"), file.get_slice("latent_std")
         mean, std = (part[row : row + 1][0].to(torch.float32, copy=True) for part in self._open[shard])
         return {"latent_mean": mean, "latent_std": std, "labels": self.labels[position]}
@@ -314,11 +317,11 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
     """Shards in order, and where each sample is."""
     from safetensors import SafetensorError, safe_open
 
-    shards = sorted(directory.glob("latents-[0-9]*.safetensors"))
+    shards = [directory / name for name in sorted(fnmatch.filter(names_in(directory), "latents-[0-9]*.safetensors"))]
     where: dict[int, tuple[int, int]] = {}
     for number, path in enumerate(shards):
         try:
-            with safe_open(path, framework="pt") as file:
+            with reading(path), safe_open(path, framework="pt") as file:
                 indices = file.get_tensor("indices").tolist()
                 sizes = {file.get_slice(key).get_shape()[0] for key in ("latent_mean", "latent_std")}
         except (OSError, LookupError, RuntimeError, SafetensorError) as error:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._reading import check_stored
 from ..errors import InputError
 from .reading import read_config
 
@@ -48,11 +49,21 @@ def find_weights(home: Path, what: str, stems: dict[str, str]) -> Weights:
         what: the model is called in errors.
 
     Raises:
-        InputError: there are none, more than one variant, or shards are missing.
+        InputError: there are none, more than one variant, shards are missing, or
+            a pickle would take more memory than its file is long.
     """
     if not (home / "config.json").is_file():
         raise InputError(f"the {what} in {home} has no config.json: it is missing or damaged")
     files = {entry.name for entry in home.iterdir()}
+    chosen = _choose(home, what, stems, files)
+    if not chosen.safetensors:
+        for name in sorted(files):
+            if name.startswith(stems["bin"]) and name.endswith(".bin"):
+                check_stored(home / name)
+    return chosen
+
+
+def _choose(home: Path, what: str, stems: dict[str, str], files: set[str]) -> Weights:
     missing: str | None = None
     several: list[str] = []
     for ending, stem in stems.items():

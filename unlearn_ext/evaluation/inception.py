@@ -15,6 +15,7 @@ from .._arguments import describe
 from .._files import user_path
 from .._hashing import file_hash
 from .._pixels import to_bytes
+from .._reading import check_opens, check_stored
 from ..errors import InputError, first_line
 from .generated import INSTALL, gaussian_distance, importing, torchmetrics_fid
 
@@ -173,10 +174,12 @@ def _check_tensors(path: Path) -> None:
 
     torch-fidelity unpickles whatever it is given, which may run code; torch's restricted reader does not.
     """
+    check_stored(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         whole = isinstance(state, dict) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
     except Exception:  # a damaged file makes unpickling raise nearly anything
+        check_opens(path)
         whole = False
     if not whole:
         raise InputError(f"{path} does not hold Inception's weights (it is no file of tensors): {WHERE_TO_GET}")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._files import atomic_path, user_path, writable_directory
 from .._names import by_plain_name
+from .._reading import check_opens, check_stored
 from ..errors import InputError
 
 __all__ = ["MOST_DIMENSIONS", "read_fisher", "read_masks", "write_masks"]
@@ -70,7 +71,10 @@ def write_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     """A dictionary of tensors, whole or not at all, for ``torch.load(path, weights_only=True)``."""
     writable_directory(Path(path).parent)
     with atomic_path(path) as partial:
-        torch.save(dict(masks), partial)
+        try:
+            torch.save(dict(masks), partial)
+        except RuntimeError:  # "unexpected pos" is what torch says of a disk that is full
+            raise OSError("torch could not write all of it") from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -78,9 +82,11 @@ def _read(path: str | Path) -> dict[str, Any]:
     path = user_path(path)
     if not path.is_file():
         raise InputError(f"there is no file at {path}")
+    check_stored(path)
     try:  # mapped where the format allows it: SalUn's mask of a diffusion model takes 7 GB
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception:  # what a damaged pickle trips over can be anything
+        check_opens(path)
         raise InputError(
             f"{path} cannot be read as tensors alone (damaged, no file of torch.save, or with objects whose reading "
             "would run code): save a plain dictionary of tensors"

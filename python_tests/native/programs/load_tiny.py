@@ -1,9 +1,16 @@
-"""Build and load the library whose sources are in the directory argv[1], and say which backend that gave."""
+"""Loads the library and says which backend that gave, and from where; in so many threads at once as argv[2] says.
+
+Its sources are in the directory argv[1] if that is given, and else the package's.
+"""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from unlearn_ext import _native
 
-_native._find_csrc = lambda: Path(sys.argv[1])
-print(_native.load())
+if len(sys.argv) > 1:
+    _native._find_csrc = lambda: Path(sys.argv[1])
+with ThreadPoolExecutor(threads := int(sys.argv[2]) if len(sys.argv) > 2 else 1) as pool:
+    print(*set(pool.map(lambda _: _native.load(), range(threads))))
+print(_native.library_path())
