@@ -34,9 +34,9 @@ from .saliency import SaliencyMask
 
 __all__ = ["Checkpoint", "check", "keep_newest", "model_tensors", "read", "restore", "save", "verify"]
 
-_FORMAT = "unlearn_ext.checkpoint.7"
+_FORMAT = "unlearn_ext.checkpoint.8"
 _PACKED = {"tensors": dict, "forms": dict, "extra": dict, "buffers": dict}
-_LOSSES = {"first": [NUMBER], "last": [NUMBER], "bounds": [NUMBER], "count": int}
+_LOSSES = {"last": [NUMBER], "bounds": [NUMBER], "count": int}
 _DOCUMENT = {
     "run": str,
     "iteration": int,
@@ -59,8 +59,14 @@ _DOCUMENT = {
     "parts": [str],
     "tensors": {EACH: [int]},
     "packed": {EACH: _PACKED},
+    "watching": {
+        "retain": _LOSSES,
+        "forget": _LOSSES,
+        "before": [NUMBER],
+        "bits": (list, OPTIONAL),
+        "pull": (*NUMBER, OPTIONAL),
+    },
 }
-_LATER = {"watching": {"retain": _LOSSES, "forget": _LOSSES}}  # not in all of this format
 
 
 @dataclass
@@ -186,7 +192,7 @@ def read(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
         raise _damaged(path, "its state.json cannot be read") from None
     if version != _FORMAT:
         raise _other_version(path)
-    for key, form in {**_DOCUMENT, **{key: form for key, form in _LATER.items() if key in document}}.items():
+    for key, form in _DOCUMENT.items():
         if key not in document:
             raise _damaged(path, f"its state.json lacks {key}")
         if not fits(document[key], form):

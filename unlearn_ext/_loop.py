@@ -170,7 +170,7 @@ class Loop:
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]
         self.protected = document["protected"]
-        self.watching.load(document.get("watching"))
+        self.watching.load(document["watching"])
         # An evaluation's word holds for the run that it stopped, and not for one of another length.
         if document["settings"].get("iterations") == self.method.iterations:
             self.result.stopped_at = document["stopped_at"]

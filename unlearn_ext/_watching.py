@@ -43,11 +43,9 @@ class Watching:
     def start(self) -> None:
         self.bits = _signs.bit_sums(self.loop.parameters)
 
-    def load(self, saved: dict[str, Any] | None) -> None:
-        """Of a checkpoint, which may be older than this."""
-        if saved:
-            self.retain, self.forget = (_signs.Losses(saved[name]) for name in ("retain", "forget"))
-            self.bits, self.pull, self.before = saved["bits"], saved["pull"], saved.get("before", [])
+    def load(self, saved: dict[str, Any]) -> None:
+        self.retain, self.forget = (_signs.Losses(saved[name]) for name in ("retain", "forget"))
+        self.bits, self.pull, self.before = saved["bits"], saved["pull"], saved["before"]
 
     def state(self) -> dict[str, Any]:
         alone = self.loop.ranks.size == 1  # else each rank has bits of its own
