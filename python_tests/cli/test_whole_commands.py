@@ -67,7 +67,11 @@ def test_demo_of_the_classifier(tmp_path: Path, capsys, monkeypatch) -> None:
     assert (report["scenario"], report["forget_size"], report["train_size"], report["test_size"]) == (
         "random", 16, 64, 50,
     )  # fmt: skip
-    assert sorted(path.name for path in out.iterdir()) == ["mask.safetensors", "result.json", "unlearned.safetensors"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == [
+        "mask.safetensors",
+        "result.json",
+        "unlearned.safetensors",
+    ]
     assert SaliencyMask.load(out / "mask.safetensors").density == report["mask_density"]
 
     model = SmallResNet()  # what was written has the accuracy that was reported
@@ -102,7 +106,7 @@ def test_demo_of_diffusion(tmp_path: Path, capsys, monkeypatch) -> None:
     assert report["counts"]["iterations"] == 1 and set(report["digits"]) == set(map(str, range(10)))
     assert all(digit["after"]["count"] == 8 for digit in report["digits"].values())
     names = {"before-after.png", "mask.safetensors", "result.json", "scheduler", "text_encoder", "tokenizer", "unet"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.glob("[!.]*")} == names
     assert SaliencyMask.load(out / "mask.safetensors").density == report["mask_density"]
     with safe_open(out / "unet" / "diffusion_pytorch_model.safetensors", "pt") as weights:
         assert all(torch.isfinite(weights.get_tensor(name)).all() for name in weights.keys())  # noqa: SIM118

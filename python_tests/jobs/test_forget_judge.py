@@ -17,8 +17,9 @@ from helpers.pipelines import NAMES, save_classifier
 def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
     save_classifier(tmp_path / "judge", tuple(reversed(NAMES)))  # in another order than the model's
     options = ("--forget-class", "3", "--classifier", str(tmp_path / "judge"), "--samples", "2")
-    assert run(home, "dit", tmp_path / "out", *options) == 0
+    assert run(home, "dit", tmp_path / "out", *options) == 3  # it sees no three before the run either
     verdict = result(tmp_path / "out")["verdict"]
+    assert "not_seen_before" in result(tmp_path / "out")["warnings"]
     for when in ("before", "after"):
         assert list(verdict[when]["forgotten"]) == ["three"] and verdict[when]["forgotten"]["three"]["count"] == 2
         assert len(verdict[when]["retained"]) == 8

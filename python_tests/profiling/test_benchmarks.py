@@ -188,7 +188,7 @@ def test_memory_that_cannot_be_measured_is_called_so(monkeypatch) -> None:
         (["--model", "torch:float32"], "cannot be made"),
         (["--model", "a:b", "--shapes", "resnet18"], "give one of them"),
         (["--implementations", "eager,fast"], "expected some of fused, loop, eager"),
-        (["--device", "toaster"], "expected cpu, cuda or cuda:N"),
+        (["--device", "toaster"], "expected one such as 'cpu', 'cuda' or 'cuda:0'"),
         (["--json", "missing/rows.json"], "--json: expected a file in a directory that exists"),
         (["--trace", "."], "--trace: expected a file"),
         (["--plot", "x.docx"], "--plot: expected"),

@@ -154,7 +154,7 @@ def with_distances(task: type[Task]) -> type[Task]:
         replacement_losses = task.losses
 
         def losses_and_distances(self, model, teacher, batch, **settings):
-            return Regression.losses(self, model, batch), self.losses(model, batch)
+            return Regression.losses(self, model, batch), task.losses(self, model, batch)
 
     return Full
 
@@ -171,9 +171,11 @@ def test_losses_have_to_be_one_number_per_sample(spec, form) -> None:
     for name, needed in (("forget", method.forgets), ("retain", method.retains), ("unseen", method.needs_unseen)):
         if not (needed or (name == "retain" and method.measures)):
             del sets[name]
-    what = "distance" if spec.startswith("scrub") else "loss"
+    task, what = with_distances(Wrong), "loss"
+    if spec.startswith("scrub"):  # whose losses are right
+        task.losses, what = Regression.losses, "distance"
     with pytest.raises(InputError, match=f"the {what} returned .* for 6 samples: return one floating-point number per"):
-        Unlearner(model, with_distances(Wrong)(), method).run(**sets)
+        Unlearner(model, task(), method).run(**sets)
     assert torch.equal(model.weight, net().weight)
 
 
