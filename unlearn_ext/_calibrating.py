@@ -82,7 +82,10 @@ class Calibrating:
         place of a NonFiniteError, and a note on any other."""
         if self.best is None:  # nothing has been changed yet
             return error
-        self._go_back()
+        try:
+            self._go_back()
+        except Exception:  # the model is another one, or the device has failed: the first error counts
+            return error
         sentence = f"the model has gone back to its weights after {self.best['iteration']} iterations"
         if isinstance(error, NonFiniteError):
             return NonFiniteError(f"{error}; {sentence}")

@@ -103,6 +103,7 @@ class Loop:
         self.begun = False  # whether the task has learned from the model what batches must fit
         self.forgot = False  # whether this iteration has made its forget step
         self.seconds = 0.0
+        self.stops_every = self.method.iterations  # between two moments at which the run may be over
         self.counts = {"iterations": 0, "forget_steps": 0, "retain_steps": 0}
         # One for each side: the forget loss is alpha times larger, so that it starts at a scale as much smaller, and
         # where it overflows only its own scale shrinks.
@@ -195,6 +196,7 @@ class Loop:
     def run(self, checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every) -> None:
         method, result = self.method, self.result
         self.buffers = self._versions()  # as the first step of this process meets them
+        self.stops_every = evaluate_every if evaluate is not None and evaluate_every else method.iterations
         self.saves = self.directory is not None and (checkpointing_steps is not None or self.iteration > 0)
         limit = checkpoints_total_limit
         modes = [(module, module.training) for module in self.model.modules()]
@@ -446,7 +448,14 @@ class Loop:
         return found
 
     def random_state(self) -> dict[str, Any]:
-        return _rng.capture(self._roots())
+        """What looks draw from. Their batches are held, so loaders stay where the run has them; of the task, only
+        numbers are put back, and nothing that it has made since."""
+        state = _rng.capture(self._roots())
+        of_task = {path: owner for path, owner in state["counters"].items() if path.partition(".")[0] == "task"}
+        numbers = {
+            path: {name: value for name, value in owner.items() if value is not None} for path, owner in of_task.items()
+        }
+        return {**state, "epochs": {}, "states": {}, "counters": numbers}
 
     @torch.no_grad()
     def look(
@@ -479,14 +488,17 @@ class Loop:
         means = []
         self._remember_buffers()
         # One process records as a step does: a compiled model then has the graph already that its steps use.
-        with _rng.kept(self._roots()), torch.set_grad_enabled(self.ranks.size == 1):
-            for batch in batches:
-                prepared, count = self._prepared(batch)
-                losses = self.unlearner.losses(prepared, count)
-                means.append(self._over_ranks(ForgetLoss(losses.detach().mean()), losses, count).mean)
-        reshard(self.model)
-        self._restore_buffers()
-        self.before, self.buffers = [], self._versions()
+        try:
+            with _rng.kept(self._roots()), torch.set_grad_enabled(self.ranks.size == 1):
+                for batch in batches:
+                    prepared, count = self._prepared(batch)
+                    losses = self.unlearner.losses(prepared, count)
+                    means.append(self._over_ranks(ForgetLoss(losses.detach().mean()), losses, count).mean)
+                    del prepared, losses  # or this graph would live through the next forward pass
+        finally:
+            reshard(self.model)
+            self._restore_buffers()
+            self.before, self.buffers = [], self._versions()
         return means
 
     def _over_ranks(self, own: ForgetLoss, losses: Tensor, count: int) -> _BatchLoss:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.quasirandom import SobolEngine
-from torch.utils.data import IterableDataset, IterDataPipe, Sampler
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, Sampler
 
 __all__ = ["Sources", "epoch_of"]
 
@@ -62,6 +62,7 @@ class Sources:
             task and what it holds: their numbers (an epoch, a seed, a position, a step of an annealed loss) decide what
             comes too. Not data sets that are indexed: a number there may say which part is in a cache, and would not
             fit it any more.
+        samplers: which of the paths of ``counters`` lead to a sampler.
         stateful: objects of the users' with ``state_dict`` and ``load_state_dict``, as torchdata asks for them.
         objects: everything that was looked at.
     """
@@ -70,6 +71,7 @@ class Sources:
         self.generators: list[tuple[list[str], Any]] = []
         self.epochs: dict[str, Any] = {}
         self.counters: dict[str, Any] = {}
+        self.samplers: set[str] = set()
         self.stateful: dict[str, Any] = {}
         self.objects: dict[str, Any] = {}
         self._seen: dict[int, list[str] | None] = {}  # of a generator, its paths
@@ -97,12 +99,15 @@ class Sources:
         if callable(getattr(type(value), "set_epoch", None)):
             self.epochs[path] = value
         users = _is_users(type(value).__module__) and not isinstance(value, nn.Module)
-        if users and all(callable(getattr(type(value), name, None)) for name in ("state_dict", "load_state_dict")):
+        stateful = all(callable(getattr(type(value), name, None)) for name in ("state_dict", "load_state_dict"))
+        # A loader's state (torchdata's) is where its next pass begins, and streams replay passes by themselves.
+        if users and stateful and not isinstance(value, DataLoader):
             self.stateful[path] = value
         of_task = path.partition(".")[0] == "task" and _is_users(type(value).__module__)
         below = path.partition(".")[0].partition("[")[0] in _DATA
         iterated = users and below and (path in _DATA or _is_iterated(type(value)))
-        samples = isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler")
+        if samples := isinstance(value, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler"):
+            self.samplers.add(path)
         if of_task or iterated or samples:
             self.counters[path] = value
         return True

@@ -102,9 +102,12 @@ def _as_first(data: Iterable[Any], ranks: Ranks, sources: Sources | None = None)
     Gives the state of all generators at that start; ``sources``: the data's, where they are known."""
     roots = {"data": data}
     own = None if ranks.first else _rng.capture()
+    sources = Sources(roots) if sources is None else sources
     state = ranks.from_first(_rng.capture(roots, sources))
     if own is not None:
-        _rng.restore(state, roots)
+        # A sampler's numbers decide the order; those of a loader, such as its rank, stay this rank's.
+        counters = {path: numbers for path, numbers in state["counters"].items() if path in sources.samplers}
+        _rng.restore({**state, "counters": counters, "states": {}}, roots)
     try:
         yield state
     finally:

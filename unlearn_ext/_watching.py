@@ -80,8 +80,15 @@ class Watching:
         if self._looks is None:  # now that all modules are in the modes of the run; calibrated runs look by themselves
             loop = self.loop
             self._looks = loop.ranks.size == 1 and loop.calibrating is None and has_batch_norm(loop.model)
-        if self._looks:
+        if self._looks and self._may_be_the_last():
             self.batch = cloned(batch)
+
+    def _may_be_the_last(self) -> bool:
+        """Whether the run may be over before the next forget step."""
+        loop = self.loop
+        end = (loop.iteration // loop.stops_every + 1) * loop.stops_every
+        later = range(loop.iteration + 1, min(end, loop.method.iterations))
+        return not any(map(loop.method.forgets_at, later))
 
     def finish(self) -> None:
         """The last forget batch once more, in eval mode."""

@@ -256,11 +256,17 @@ def _listed(op: str, **arguments: Any) -> list[list[Tensor]]:
     return [list(tensors) for tensors in arguments.values()]
 
 
-def _number(op: str, argument: str, value: Any, expected: str = "a finite number") -> float:
+def _number(
+    op: str,
+    argument: str,
+    value: Any,
+    expected: str = "a finite number",
+    fits: Callable[[float], bool] = math.isfinite,
+) -> float:
     # Compiled graphs take any number. Else a plain one is looked at here: steps are many.
-    if torch.compiler.is_compiling() or (isinstance(value, float) and math.isfinite(value)):
+    if torch.compiler.is_compiling() or (isinstance(value, float) and fits(value)):
         return value
-    return check_number(f"{op}: {argument}", value, expected, math.isfinite)
+    return check_number(f"{op}: {argument}", value, expected, fits)
 
 
 def _bump_versions(*lists: Sequence[Tensor]) -> None:

@@ -381,6 +381,7 @@ class Unlearner:
             for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
                 group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
             loop = Loop(self, optimizer, streams, result, directory, progress, stop, retained)
+            del retained  # the loop drops them after its look
             loop.start(checkpoint)
             loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         _signs.announce(result.warnings, said)
