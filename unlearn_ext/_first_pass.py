@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from ._hashing import weights_hash
 from ._ranks import ALONE
 from ._signs import looks, unseen_classes
 from ._small_batches import SmallBatches
-from ._streams import empty_set, is_spent, length
+from ._streams import empty_set, in_step, is_spent, length
 from ._warn import warn
 from .errors import InputError
 from .saliency import FisherDiagonal, SaliencyMask
@@ -49,7 +50,7 @@ def first_pass(
         method.replaces,
         ALONE if split else unlearner.ranks,
         small,
-        looks(unlearner.task) if method.retains else 0,
+        min(2, looks(unlearner.task)) if method.retains else 0,  # taken in turn: a batch may be large
     )
     mask = _pass(unlearner, sets, result, check, progress, keep)
     with unlearner.ranks.together():
@@ -84,10 +85,11 @@ def _pass(
             )
         return mask
     measure = {"fisher": _by_fisher, "gradient": _by_gradient}[method.measures]
-    mask = measure(unlearner, sets, result, check, progress, keep)
+    mask, whole = measure(unlearner, sets, result, check, progress, keep)
     check.scan_rest(sets)
-    _note_unseen(result, check)
-    method.take_sizes(check.sizes())
+    _note_unseen(result, check, whole)
+    if whole:
+        method.take_sizes(check.sizes())
     if not mask.kept:
         gamma = getattr(method, "gamma", None)
         change = "raise mask_fraction" if gamma is None else f"lower gamma, which is {gamma:g}"
@@ -95,13 +97,13 @@ def _pass(
     mask.metadata.update(
         weights_hash=weights_hash(unlearner._named),
         seed=str(torch.initial_seed()),
-        forget_hash=check.forget_hash,
+        **({"forget_hash": check.forget_hash} if whole else {}),
     )
     return mask
 
 
-def _note_unseen(result: Result, check: DataCheck) -> None:
-    sentence = unseen_classes(check.labels)
+def _note_unseen(result: Result, check: DataCheck, whole: bool = True) -> None:
+    sentence = unseen_classes(check.labels, whole)
     if sentence is not None:
         result.warnings["unseen"] = sentence
 
@@ -113,12 +115,18 @@ def _by_fisher(
     check: DataCheck,
     progress: Progress,
     keep: Callable[[Any], Any],
-) -> SaliencyMask:
-    """SFR-on's mask. All batches are checked, also beyond ``fisher_batches``."""
+) -> tuple[SaliencyMask, bool]:
+    """SFR-on's mask, and whether all batches were seen for it."""
     method = unlearner.method
+    whole = not check.allow_duplicates or method.fisher_batches is None  # all batches are to be seen
     diagonals: dict[str, FisherDiagonal] = {}
     started = time.perf_counter()
     for name, limit in zip(("forget", "retain"), method.fisher_limits, strict=True):
+        data, total = sets[name], length(sets[name])
+        if not whole:
+            alike = unlearner.ranks if unlearner.split_batches else ALONE
+            data = itertools.islice(in_step(data, alike), limit)
+            total = limit if total is None else min(total, limit)
         with unlearner.fisher_autocast():
             fisher = FisherDiagonal(
                 unlearner.model,
@@ -128,8 +136,8 @@ def _by_fisher(
                 split_batches=unlearner.split_batches,
                 in_backward=unlearner.optimizer_in_backward,
             )
-            watch = _watch(check, progress, name, "Fisher", length(sets[name]))
-            diagonals[name] = fisher.measure(sets[name], name=name, watch=watch)
+            watch = _watch(check, progress, name, "Fisher", total)
+            diagonals[name] = fisher.measure(data, name=name, watch=watch)
         check.finish(name)
         if name == "forget":
             fisher.sums = keep(fisher.sums)
@@ -143,7 +151,7 @@ def _by_fisher(
         eps=method.fisher_eps,
     )
     result.timings["mask"] = time.perf_counter() - started
-    return mask
+    return mask, whole
 
 
 def _by_gradient(
@@ -153,7 +161,7 @@ def _by_gradient(
     check: DataCheck,
     progress: Progress,
     keep: Callable[[Any], Any],
-) -> SaliencyMask:
+) -> tuple[SaliencyMask, bool]:
     """SalUn's mask: the weights of the largest sums of forget gradients."""
     started = time.perf_counter()
     with unlearner.fisher_autocast():
@@ -170,7 +178,7 @@ def _by_gradient(
     started = time.perf_counter()
     mask = SaliencyMask.top_fraction(sums.sums, unlearner.method.mask_fraction, score="magnitude")
     result.timings["mask"] = time.perf_counter() - started
-    return mask
+    return mask, True
 
 
 def _watch(check: DataCheck, progress: Progress, name: str, stage: str, total: int | None) -> Callable[[Any], None]:

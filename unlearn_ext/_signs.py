@@ -76,14 +76,15 @@ def drawing(names: Sequence[str], resumed: bool) -> str:
     )
 
 
-def unseen_classes(labels: Mapping[str, set[int]]) -> str | None:
+def unseen_classes(labels: Mapping[str, set[int]], whole: bool = True) -> str | None:
     """Of classes that are forgotten as a whole: no retained sample is of them.
 
     Args:
-        labels: of all forget, retain and unseen samples.
+        labels: of the forget, retain and unseen samples.
+        whole: of all of them.
     """
     forgotten, retained = labels.get("forget", set()), labels.get("retain", set())
-    if forgotten & retained or (len(forgotten) > 1 and not retained):
+    if forgotten & retained or (len(forgotten) > 1 and not (retained and whole)):
         return None
     both = sorted(forgotten & labels.get("unseen", set()))
     if not both:

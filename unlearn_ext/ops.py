@@ -510,11 +510,14 @@ def ratio_bits(
     forget_fisher, retain_fisher = _listed("ratio_bits", forget_fisher=forget_fisher, retain_fisher=retain_fisher)
     if not forget_fisher and not retain_fisher:
         return [], torch.zeros(0, dtype=torch.int64, device="cpu")
-    numbers = {"gamma": gamma, "eps": eps, "forget_scale": forget_scale, "retain_scale": retain_scale}
+    numbers = {"eps": eps, "forget_scale": forget_scale, "retain_scale": retain_scale}
     if not forget_fisher:
         raise ValueError(f"ratio_bits: retain_fisher: expected no tensors, got {len(retain_fisher)}")
     bits, counts = torch.ops.unlearn_ext.ratio_bits(
-        forget_fisher, retain_fisher, *(_number("ratio_bits", name, value) for name, value in numbers.items())
+        forget_fisher,
+        retain_fisher,
+        _number("ratio_bits", "gamma", gamma, "a number, or inf for no bits", lambda x: not math.isnan(x)),
+        *(_number("ratio_bits", name, value) for name, value in numbers.items()),
     )
     return bits, counts
 

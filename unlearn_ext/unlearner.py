@@ -284,8 +284,9 @@ class Unlearner:
             evaluate_every: iterations between two calls.
             log_every: iterations between two history entries; each one waits for the device. An entry whose
                 iteration did not forget shows the last forget step since the entry before.
-            allow_duplicates: do not refuse samples that stand in both sets, and do not look for them. All batches are
-                checked in other ways all the same, also beyond a method's ``fisher_batches``.
+            allow_duplicates: do not refuse samples that stand in both sets, and do not look for them. With
+                ``fisher_batches`` of a method the first pass then ends after so many batches, as large data want it,
+                and a bad one behind them is met by the step that takes it.
             progress: called with a stage's name, what is done and what there is in all (None if unknown).
 
         Raises:

@@ -45,10 +45,10 @@ def loader(count: int, size: int, seed: int, shape=(4,), **arguments) -> DataLoa
     return DataLoader(samples(count, seed, shape), batch_size=size, **arguments)
 
 
-def run(model: nn.Module, spec: str = "sfron:gamma=none", shape=(4,), allow: bool = False, **sets) -> None:
+def run(model: nn.Module, spec: str = "sfron:gamma=none", shape=(4,), **sets) -> None:
     data = {"forget": loader(6, 3, 1, shape), "retain": loader(9, 3, 2, shape), **sets}
     spec += f"{',' if ':' in spec else ':'}iterations=2,lr=0.01"
-    Unlearner(model, Classification(), parse(spec)).run(**data, allow_duplicates=allow)
+    Unlearner(model, Classification(), parse(spec)).run(**data)
 
 
 @pytest.mark.parametrize("spec", ["sfron:gamma=0", "sfron:gamma=none", "sfron:gamma=0,fisher_batches=1"])
@@ -61,13 +61,6 @@ def test_the_last_batch_of_one_sample(spec, name) -> None:
     assert identical(weights(model), weights(make(Flat))) and not any(p.grad is not None for p in model.parameters())
     run(model, spec, **{name: loader(7, 3, 3, drop_last=True)})
     run(model, f"{spec},freeze_batch_norm=true", **{name: loader(7, 3, 3)})
-
-
-def test_beyond_the_fisher_batches_where_samples_may_stand_twice() -> None:
-    model, single = make(Flat), list(loader(1, 1, 7))
-    with pytest.raises(InputError, match=LAST.format("retain")):
-        run(model, "sfron:gamma=0,fisher_batches=1", allow=True, retain=list(loader(9, 3, 2)) + single)
-    assert identical(weights(model), weights(make(Flat)))
 
 
 def test_the_learn_set_too() -> None:

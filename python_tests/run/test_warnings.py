@@ -73,20 +73,22 @@ def test_unseen_data_that_hold_the_forgotten_class(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("forget", "retain", "unseen", "named"),
+    ("forget", "retain", "unseen", "whole", "named"),
     [
-        ({3}, {0, 1}, {0, 3}, "3"),
-        ({3, 5}, {0, 1}, {0, 5}, "5"),
-        ({3}, None, {3}, "3"),  # of a method without retain steps
-        ({3}, {0, 1}, {0, 1}, None),
-        ({0, 1, 3}, {0, 1}, {0, 1, 3}, None),  # random samples, where a small retain set lacks a class
-        ({3, 5}, None, {3}, None),
-        (set(), set(), set(), None),
+        ({3}, {0, 1}, {0, 3}, True, "3"),
+        ({3, 5}, {0, 1}, {0, 5}, True, "5"),
+        ({3}, None, {3}, True, "3"),  # of a method without retain steps
+        ({3}, {0, 1}, {0, 1}, True, None),
+        ({0, 1, 3}, {0, 1}, {0, 1, 3}, True, None),  # random samples, where a small retain set lacks a class
+        ({3, 5}, None, {3}, True, None),
+        ({3, 5}, {0}, {3}, False, None),  # only a part of the retain set was seen
+        ({3}, {0}, {3}, False, "3"),
+        (set(), set(), set(), True, None),
     ],
 )
-def test_which_unseen_classes_are_named(forget, retain, unseen, named) -> None:
+def test_which_unseen_classes_are_named(forget, retain, unseen, whole, named) -> None:
     labels = {"forget": forget, "unseen": unseen} | ({} if retain is None else {"retain": retain})
-    sentence = unseen_classes(labels)
+    sentence = unseen_classes(labels, whole)
     assert sentence is None if named is None else f"(label {named})" in sentence
 
 
