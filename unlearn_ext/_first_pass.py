@@ -130,7 +130,7 @@ def _by_fisher(
             )
             watch = _watch(check, progress, name, "Fisher", length(sets[name]))
             diagonals[name] = fisher.measure(sets[name], name=name, watch=watch)
-        check.finish(name)
+            check.finish(name)
         if name == "forget":
             fisher.sums = keep(fisher.sums)
     result.timings["fisher"] = time.perf_counter() - started
@@ -165,7 +165,7 @@ def _by_gradient(
         )
         watch = _watch(check, progress, "forget", "gradients", length(sets["forget"]))
         sums.measure(sets["forget"], name="forget", watch=watch)
-    check.finish("forget")
+        check.finish("forget")
     result.timings["gradients"] = time.perf_counter() - started
     started = time.perf_counter()
     mask = SaliencyMask.top_fraction(sums.sums, unlearner.method.mask_fraction, score="magnitude")

@@ -143,7 +143,12 @@ class FisherDiagonal:
                 if watch is not None:
                     watch(batch)
                 if self.batches is None or number < self.batches:
-                    self._update(batch, f"batch {number} of the {name} set")
+                    try:
+                        self._update(batch, f"batch {number} of the {name} set")
+                    except (AssertionError, IndexError, RuntimeError):
+                        if self.ranks.size == 1:
+                            self.task.begin(self.model, batch)  # says so where the model does not take the batch
+                        raise
         if self.per_sample:
             self._add_up()
             # torch.func gives zeros where autograd gives None.
