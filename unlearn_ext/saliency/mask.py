@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import describe, is_dense
+from .._arguments import check_choice, describe, is_dense
 from .._files import atomic_path, user_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
@@ -99,8 +99,7 @@ class SaliencyMask:
         for name, value in (*named.items(), *others.items()):
             if not is_dense(value) or not value.is_floating_point():
                 raise InputError(f"score of {name}: expected a dense tensor of a floating dtype, got {describe(value)}")
-        if score not in ops.SCORES:
-            raise InputError(f"score: expected one of {', '.join(ops.SCORES)}, got {score!r}")
+        check_choice("score", score, ops.SCORES)
         if others.keys() != (named.keys() if score in ("product", "ratio") else set()):
             raise InputError(f"score {score!r}: expected other to have the names of scores for product and ratio only")
         for name, value in others.items():

@@ -30,9 +30,9 @@ class Task(ABC):
     kind: ClassVar[str] = ""  # by which methods say what they run on; an own task may leave it empty
 
     def begin(self, model: nn.Module, batch: Any) -> None:  # noqa: B027 - optional
-        """Called with the first raw batch of a pass, and with one of another shape or dtype, of longer texts or of
-        larger integers, to learn from the model what batches must fit. Raises InputError for one that the model does
-        not take."""
+        """Called with the first raw batch of a pass and with each of another shape or dtype, after it with those of the
+        longest texts and the largest integers, and with one that raised an error, to learn from the model what batches
+        must fit. Raises InputError for one that the model does not take."""
 
     def check(self, batch: Any) -> None:  # noqa: B027 - optional
         """Raises InputError for a raw batch that does not fit; draws nothing and moves nothing."""
