@@ -14,8 +14,7 @@ from ._ranks import ALONE, Ranks
 from ._small_batches import SmallBatches
 from ._streams import empty_set
 from .errors import InputError
-from .tasks import Task
-from .tasks._batches import holds_integers
+from .tasks import Task, holds_integers
 from .tasks.classification import are_indices
 
 __all__ = ["DataCheck"]
@@ -47,7 +46,7 @@ class DataCheck:
     trained on is not unseen. An unseen set is to be looked at first, and the forget set before the others.
 
     Also, where ``replaces``, forget batches that do not say what shall stand in their place; and those that
-    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples. Keeps the first ``looks`` retain
+    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples. Keeps the first ``keep`` retain
     batches.
     """
 
@@ -59,10 +58,10 @@ class DataCheck:
         replaces: bool = False,
         ranks: Ranks = ALONE,
         small_batches: SmallBatches | None = None,
-        looks: int = 0,
+        keep: int = 0,
     ):
         self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
-        self.ranks, self.small_batches, self.looks = ranks, small_batches, looks
+        self.ranks, self.small_batches, self.keep = ranks, small_batches, keep
         self.retained: list[Any] = []  # the first retain batches
         self._finished: set[str] = set()
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
@@ -84,7 +83,7 @@ class DataCheck:
             self._error = self._error or self.small_batches.find(name, batch, size)
         if name == "forget" or not self.allow_duplicates:
             self._compare(name, inputs)
-        if name == "retain" and len(self.retained) < self.looks:
+        if name == "retain" and len(self.retained) < self.keep:
             self.retained.append(cloned(batch))  # some loaders refill one buffer
         self._seen[name] += size
         if self.ranks.size == 1:

@@ -11,7 +11,7 @@ import torch
 from ._data import DataCheck
 from ._hashing import weights_hash
 from ._ranks import ALONE
-from ._signs import looks, unseen_classes
+from ._signs import start_batches, unseen_classes
 from ._small_batches import SmallBatches
 from ._streams import empty_set, is_spent, length
 from ._warn import warn
@@ -49,7 +49,7 @@ def first_pass(
         method.replaces,
         ALONE if split else unlearner.ranks,
         small,
-        looks(unlearner.task) if method.retains else 0,
+        start_batches(unlearner.task) if method.retains else 0,
     )
     mask = _pass(unlearner, sets, result, check, progress, keep)
     with unlearner.ranks.together():

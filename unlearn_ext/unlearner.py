@@ -28,7 +28,7 @@ from ._module_state import check_storable
 from ._names import trainable
 from ._process import in_run_modes, run_modes
 from ._ranks import ALONE, Ranks
-from ._reading import reading
+from ._reading import explain_open_errors
 from ._seal import SEAL
 from ._settings import of_task
 from ._shards import is_sharded
@@ -429,10 +429,10 @@ class Unlearner:
             InputError: it is damaged, or of a run with other settings, weights or mask.
         """
         self._read_model()
-        with self.ranks.together(), reading(path / SEAL):
+        with self.ranks.together(), explain_open_errors(path / SEAL):
             if self.ranks.first:
                 _checkpoint.verify(path)
-        with self.ranks.together(), reading(path / SEAL):
+        with self.ranks.together(), explain_open_errors(path / SEAL):
             found = _checkpoint.read(path, self.ranks)
             names = [name for name, _ in self._named]
             defaults = self.method.defaults()
