@@ -16,6 +16,7 @@ from .errors import InputError
 
 __all__ = [
     "as_number",
+    "check_choice",
     "check_count",
     "check_device",
     "check_finite",
@@ -153,6 +154,13 @@ def nearest(name: str, known: Mapping[str, str] | Iterable[str]) -> str | None:
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises InputError unless ``value`` is one of ``choices``; it may be a list, which has no hash."""
+    choices = [*choices]
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {describe(value)}")
 
 
 def check_instance(name: str, value: Any, kind: type, example: str) -> None:

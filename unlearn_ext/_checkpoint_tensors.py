@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._files import writing
 from ._ranks import Ranks
-from ._reading import reading
+from ._reading import explain_open_errors
 from ._shards import is_sharded
 from .errors import InputError, WriteError, first_line
 
@@ -103,7 +103,7 @@ class _Whole(StoredTensors):
             if not file.is_file():
                 raise damaged(f"{file.name} is missing")
             try:
-                with reading(file):
+                with explain_open_errors(file):
                     self._tensors |= {f"{part}.{name}": tensor for name, tensor in load_file(file).items()}
             except (OSError, SafetensorError):
                 raise damaged(f"its {file.name} cannot be read") from None

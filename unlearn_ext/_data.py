@@ -14,13 +14,12 @@ from ._ranks import ALONE, Ranks
 from ._small_batches import SmallBatches
 from ._streams import empty_set
 from .errors import InputError
-from .tasks import Task
-from .tasks._batches import holds_integers
+from .tasks import Task, holds_integers
 from .tasks.classification import are_indices
 
 __all__ = ["DataCheck"]
 
-_MOST_KINDS = 8  # of a set's batches that are tried: a forward pass each
+_MOST_KINDS = 8  # shapes and dtypes of a set that are tried: a forward pass each
 
 
 def _extremes(inputs: Tensor | Mapping[str, Tensor], name: str = "") -> dict[tuple[str, str], int]:
@@ -47,7 +46,7 @@ class DataCheck:
     trained on is not unseen. An unseen set is to be looked at first, and the forget set before the others.
 
     Also, where ``replaces``, forget batches that do not say what shall stand in their place; and those that
-    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples. Keeps the first ``looks`` retain
+    ``small_batches`` finds. ``ranks`` are those whose loaders give different samples. Keeps the first ``keep`` retain
     batches.
     """
 
@@ -59,16 +58,17 @@ class DataCheck:
         replaces: bool = False,
         ranks: Ranks = ALONE,
         small_batches: SmallBatches | None = None,
-        looks: int = 0,
+        keep: int = 0,
     ):
         self.model, self.task, self.allow_duplicates, self.replaces = model, task, allow_duplicates, replaces
-        self.ranks, self.small_batches, self.looks = ranks, small_batches, looks
+        self.ranks, self.small_batches, self.keep = ranks, small_batches, keep
         self.retained: list[Any] = []  # the first retain batches
         self._finished: set[str] = set()
         self._hashes: dict[str, set[bytes]] = {"forget": set(), "unseen": set()}
         self._seen = {"forget": 0, "unseen": 0, "retain": 0, "learn": 0}
         self._kinds: dict[str, list[Any]] = {}  # of batches, by set
         self._extremes: dict[str, dict[tuple[str, str], int]] = {}  # the largest so far, by set
+        self._beyond: dict[str, dict[tuple[str, str], Any]] = {}  # their batches, which are tried; None: they were
         self._error: InputError | None = None  # the first that was found
         self.labels: dict[str, set[int]] = {}  # of each set, where there are unseen data and the task has class labels
 
@@ -83,16 +83,18 @@ class DataCheck:
             self._error = self._error or self.small_batches.find(name, batch, size)
         if name == "forget" or not self.allow_duplicates:
             self._compare(name, inputs)
-        if name == "retain" and len(self.retained) < self.looks:
+        if name == "retain" and len(self.retained) < self.keep:
             self.retained.append(cloned(batch))  # some loaders refill one buffer
         self._seen[name] += size
         if self.ranks.size == 1:
             self._raise()
 
     def _try_other_kind(self, name: str, batch: Any, inputs: Tensor | Mapping[str, Tensor]) -> None:
-        """Shows the task a batch of another shape or dtype than those before, of longer texts or of integers further
-        from zero, which the model may not take; ranks with samples of their own would wait for each other in its
-        forward pass."""
+        """Shows the task a batch of another shape or dtype than those before, which the model may not take, and keeps
+        those of the longest texts and of the integers furthest from zero for :meth:`_try_beyond`; ranks with samples of
+        their own would wait for each other in its forward pass."""
+        if self.ranks.size > 1:
+            return
         kinds, kind = self._kinds.setdefault(name, []), _kind(inputs)
         first, other = not kinds, kind not in kinds and len(kinds) < _MOST_KINDS
         if other:
@@ -100,9 +102,22 @@ class DataCheck:
         known, extremes = self._extremes.setdefault(name, {}), _extremes(inputs)
         beyond = {key: x for key, x in extremes.items() if key not in known or x > known[key]}
         known.update(beyond)
-        if (other or beyond) and not first and self.ranks.size == 1:  # the first has been shown
-            with _rng.kept({"task": self.task.generators()}):
-                self.task.begin(self.model, batch)
+        if other and not first:  # the first has been shown
+            self._begin(batch)
+        if beyond:
+            untried = None if first or other else cloned(batch)
+            self._beyond.setdefault(name, {}).update(dict.fromkeys(beyond, untried))
+
+    def _try_beyond(self, name: str) -> None:
+        """Once for each batch, of which there are at most three for each input: in a set that is sorted, every batch is
+        beyond those before."""
+        batches = self._beyond.pop(name, {}).values()
+        for batch in {id(batch): batch for batch in batches if batch is not None}.values():
+            self._begin(batch)
+
+    def _begin(self, batch: Any) -> None:
+        with _rng.kept({"task": self.task.generators()}):
+            self.task.begin(self.model, batch)
 
     def _compare(self, name: str, inputs: Tensor | Mapping[str, Tensor]) -> None:
         hashes = sample_hashes(inputs)
@@ -135,6 +150,7 @@ class DataCheck:
             self._hashes[name] = set().union(*self.ranks.gather_objects(self._hashes[name]))
         with self.ranks.together():
             self._raise()
+            self._try_beyond(name)
 
     def scan(self, name: str, data: Iterable[Any]) -> None:
         """A pass over the data alone, for runs that need no Fisher pass."""

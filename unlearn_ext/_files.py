@@ -239,9 +239,8 @@ def writable_directory(path: str | Path) -> Path:
     path = user_path(path).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(
-            dir=path, prefix=partial_name("probe")
-        ):  # without a name, where the file system can
+        # without a name, where the file system can
+        with tempfile.TemporaryFile(dir=path, prefix=partial_name("probe")):
             pass
     except OSError as error:
         reason = error.strerror or str(error)

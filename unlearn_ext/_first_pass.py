@@ -12,7 +12,7 @@ import torch
 from ._data import DataCheck
 from ._hashing import weights_hash
 from ._ranks import ALONE
-from ._signs import looks, unseen_classes
+from ._signs import start_batches, unseen_classes
 from ._small_batches import SmallBatches
 from ._streams import empty_set, in_step, is_spent, length
 from ._warn import warn
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ._loop import Progress
     from .unlearner import Result, Unlearner
 
-__all__ = ["first_pass"]
+__all__ = ["KEPT", "first_pass"]
+
+KEPT = 2  # retain batches that are held until the first step, at most
 
 
 def first_pass(
@@ -50,7 +52,7 @@ def first_pass(
         method.replaces,
         ALONE if split else unlearner.ranks,
         small,
-        min(2, looks(unlearner.task)) if method.retains else 0,  # taken in turn: a batch may be large
+        min(KEPT, start_batches(unlearner.task)) if method.retains else 0,  # taken in turn: a batch may be large
     )
     mask = _pass(unlearner, sets, result, check, progress, keep)
     with unlearner.ranks.together():
@@ -138,7 +140,7 @@ def _by_fisher(
             )
             watch = _watch(check, progress, name, "Fisher", total)
             diagonals[name] = fisher.measure(data, name=name, watch=watch)
-        check.finish(name)
+            check.finish(name)
         if name == "forget":
             fisher.sums = keep(fisher.sums)
     result.timings["fisher"] = time.perf_counter() - started
@@ -173,7 +175,7 @@ def _by_gradient(
         )
         watch = _watch(check, progress, "forget", "gradients", length(sets["forget"]))
         sums.measure(sets["forget"], name="forget", watch=watch)
-    check.finish("forget")
+        check.finish("forget")
     result.timings["gradients"] = time.perf_counter() - started
     started = time.perf_counter()
     mask = SaliencyMask.top_fraction(sums.sums, unlearner.method.mask_fraction, score="magnitude")

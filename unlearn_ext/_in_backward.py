@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._arguments import check_choice
 from ._arriving import arriving, passing_twice
 from ._gradients import check_gradient, fits
 from .errors import InputError, NonFiniteError
@@ -69,8 +70,7 @@ class _Pass:
     """What both passes know of a side, one parameter at a time, in whatever order gradients appear."""
 
     def __init__(self, optimizer: UnlearnOptimizer, side: str):
-        if side not in [*_LIMITS]:
-            raise InputError(f"side: expected forget or retain, got {side!r}")
+        check_choice("side", side, _LIMITS)
         optimizer.check_whole()
         self.optimizer, self.side, self.op = optimizer, side, f"{side}_step"
         self.limit = getattr(optimizer, _LIMITS[side])

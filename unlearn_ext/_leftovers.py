@@ -32,7 +32,7 @@ def partial_pattern(name: str) -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is one that only runs make, and that means nothing once they have ended."""
+    """Whether a path is something only runs make, which means nothing once they have ended."""
     if path.name == LOCK or _NAME.fullmatch(path.name):
         return True
     try:

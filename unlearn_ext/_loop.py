@@ -166,7 +166,7 @@ class Loop:
             stream.seek(document["streams"][saved].get(name))
         averages = None if self.averages is None else self.averages.tensors
         _checkpoint.restore(checkpoint, self._models(), self.optimizer, averages)
-        self.run_id, self.written = document["run"], set(document["packed"]["model"].get("buffers", ()))
+        self.run_id, self.written = document["run"], set(document["packed"]["model"]["buffers"])
         self.method.load_state(document["method"])
         self.iteration = self.checked = document["iteration"]
         self.seconds, self.counts, self.forgetting = document["seconds"], document["counts"], document["forgetting"]

@@ -12,7 +12,7 @@ from ._names import unwrapped
 from .errors import InputError
 
 __all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "has_batch_norm", "keeping_modes", "keeping_statistics"]
-__all__ += ["put_modes", "recording", "set_training"]
+__all__ += ["put_modes", "recording", "set_training", "without_float16"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -37,6 +37,13 @@ def recording() -> Iterator[None]:
     """Autograd records inside the block, also within ``torch.no_grad()`` or inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def without_float16(kind: str) -> contextlib.AbstractContextManager:
+    """Turns autocast off on devices of a kind where it is in float16, in which gradients that no loss scale enlarges
+    underflow: 0 / 0 would open a mask."""
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return torch.autocast(kind, enabled=False) if half else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def unpack_module(model: nn.Module, document: Mapping[str, Any], tensors: Callab
     for name, packed in document["extra"].items():
         modules[name].set_extra_state(unpack(packed, tensors))
     places = _unsaved(model)
-    for name, packed in document.get("buffers", {}).items():
+    for name, packed in document["buffers"].items():
         if name not in places:
             continue
         (module, key), value = places[name], unpack(packed, tensors)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from .errors import DamagedError, InputError
 
-__all__ = ["check_opens", "check_stored", "names_in", "reading"]
+__all__ = ["check_opens", "check_stored", "explain_open_errors", "names_in"]
 
 _HANDLES = 4  # as many as a library opens of one file, and of one that it maps
 
 
 @contextlib.contextmanager
-def reading(*paths: str | Path) -> Iterator[None]:
-    """What keeps a file from being opened is the error that comes out of the block, whatever was made of it there.
+def explain_open_errors(*paths: str | Path) -> Iterator[None]:
+    """If the block fails and a path cannot be opened, raise InputError with the system's reason.
 
     Of too many open files safetensors and torch make a RuntimeError, or a file that is "damaged" or "not there".
 
@@ -69,10 +69,10 @@ def check_stored(path: str | Path) -> None:
     pass.
 
     Raises:
-        DamagedError: a member is compressed, or members overlap.
+        DamagedError: a member is compressed, members overlap, or bytes stand before the archive.
         InputError: the file cannot be opened.
     """
-    with reading(path), open(path, "rb") as file:
+    with explain_open_errors(path), open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # by which torch tells them
             return
         try:
@@ -88,4 +88,7 @@ def check_stored(path: str | Path) -> None:
         # torch looks for members where the directory says they are, zipfile allows for bytes before the archive
         first = min((member.header_offset for member in members), default=0)
     if not (whole and stored and first == 0):
-        raise DamagedError(f"{path} is compressed, which torch.save's files are not: save it with torch.save again")
+        raise DamagedError(
+            f"{path} is not as torch.save writes archives (compressed, overlapping or prefixed): load it where you "
+            "trust it and save it with torch.save"
+        )

@@ -109,7 +109,7 @@ def check_form(state: Any, roots: Mapping[str, Any]) -> None:
                 value is None or (isinstance(value, (int, float)) and not name.startswith("__"))
                 for name, value in counters.items()
             )
-        for text in state.get("states", {}).values():
+        for text in state["states"].values():
             json.loads(text)
     except _ERRORS:
         whole = False
@@ -124,8 +124,8 @@ def _is_librarys(generator: Any) -> bool:
 
 def _is_of(kind: str, state: Any) -> bool:
     """Whether a new generator of a kind has just this state when it was set."""
-    if kind.startswith("torch.cuda") and not torch.cuda.is_available():
-        return len(_decode(state)) > 0
+    if kind.startswith("torch.") and kind != "torch.cpu":
+        return len(_decode(state)) > 0  # its device may not be here; check() compares kinds
     generator = _new(kind)
     if isinstance(generator, SobolEngine):
         fresh, saved = _from_json(_state(generator)), _from_json(state)
@@ -164,7 +164,7 @@ def restore(state: Mapping[str, Any], roots: Mapping[str, Any] | None = None) ->
         owner = sources.epochs.get(path)
         if owner is not None and epoch is not None and epoch_of(owner) != epoch:
             owner.set_epoch(epoch)
-    for path, text in state.get("states", {}).items():
+    for path, text in state["states"].items():
         if path in sources.stateful and _json_of(sources.stateful[path]) != text:
             sources.stateful[path].load_state_dict(json.loads(text))
     for path, counters in state["counters"].items():

@@ -72,10 +72,11 @@ def in_words(value: Any, depth: int = 0) -> str:
     if isinstance(value, Tensor):
         return f"tensor {weights_hash([('', value)])[:12]}" if is_plain(value) else "tensor"
     words = functools.partial(in_words, depth=depth + 1)
-    if type(value) is list or isinstance(value, tuple):
-        return f"{type(value).__name__}({', '.join(map(words, value))})"
-    if type(value) in (dict, types.MappingProxyType):
-        return _call("dict", [], value, words)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = map(words, value) if isinstance(value, (list, tuple)) else sorted(map(words, value))
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, Mapping):
+        return _call("dict" if isinstance(value, types.MappingProxyType) else _name(type(value)), [], value, words)
     if isinstance(value, functools.partial):
         return _call("partial", [value.func, *value.args], value.keywords, words)
     if isinstance(value, types.MethodType):

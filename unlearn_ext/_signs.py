@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 __all__ = ["IDLE_FORGETTING", "IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "drawing", "growth"]
-__all__ += ["hidden", "in_nats", "looks", "missed", "unmet", "unmoved", "unseen_classes"]
+__all__ += ["hidden", "in_nats", "missed", "start_batches", "unmet", "unmoved", "unseen_classes"]
 
 # Keys of the warnings that say that what was asked did not happen; the others are about settings and data.
 MISSED = ("target", "unmoved", "retain", "batch_norm")
@@ -68,7 +68,7 @@ def drawing(names: Sequence[str], resumed: bool) -> str:
     when = (
         "was not restored: where it draws any, the run is another than without a stop"
         if resumed
-        else ("is not restored when the run resumes")
+        else "is not restored when the run resumes"
     )
     return (
         f"the workers of the {' and '.join(names)} loader live on from pass to pass, and what they draw (augmentation) "
@@ -134,8 +134,8 @@ def in_nats(task: Task) -> bool:
     return task.kind == "classification" and getattr(task, "loss", None) is None
 
 
-def looks(task: Task) -> int:
-    """Retain batches that tell the loss of the starting weights."""
+def start_batches(task: Task) -> int:
+    """Number of retain batches whose loss is measured before the first step."""
     return _LOOKS[in_nats(task)]
 
 
@@ -143,7 +143,7 @@ def growth(before: Sequence[Tensor | float], losses: Losses, nats: bool) -> str 
     """Of the retain loss.
 
     Args:
-        before: losses of the starting weights, on as many batches as :func:`looks` says.
+        before: losses of the starting weights, on as many batches as :func:`start_batches` says.
         losses: of the steps.
         nats: they are cross-entropies.
     """

@@ -60,8 +60,8 @@ class Watching:
     def begin(self) -> None:
         """Before the first step, in the modes of the steps."""
         if self._retained and self.loop.method.retains:
-            looks = _signs.looks(self.loop.unlearner.task)
-            self.before = self.loop.look_in_steps(itertools.islice(itertools.cycle(self._retained), looks))
+            count = _signs.start_batches(self.loop.unlearner.task)
+            self.before = self.loop.look_in_steps(itertools.islice(itertools.cycle(self._retained), count))
         self._retained = ()
 
     def see(self, entry: dict[str, Any]) -> None:

@@ -36,8 +36,9 @@ def check_weights(model: nn.Module) -> None:
                 "it"
             )
     for path, module in own.named_modules():
-        for name, value in vars(module).items() if not module._forward_pre_hooks else ():  # which make weights anew
-            if isinstance(value, Tensor) and value.requires_grad and name in ("weight", "bias"):
+        for name in ("weight", "bias") if not module._forward_pre_hooks else ():  # which make weights anew
+            value = vars(module).get(name)
+            if isinstance(value, Tensor) and value.requires_grad:
                 raise InputError(
                     f"{path + '.' if path else ''}{name} is a plain tensor that requires grad, and no parameter, so "
                     "it would be neither trained nor saved: set it to nn.Parameter(tensor.detach())"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._arguments import as_number, check_count, check_instance, check_number, describe
+from ._arguments import as_number, check_choice, check_count, check_instance, check_number, describe
 from ._gradients import FLOATING, check_gradient, check_parameters, fits
 from ._groups import NOTES, PER_GROUP, as_betas, check_group, check_rates, loaded_group, python_number, read_by
 from ._in_backward import as_scalar, clip_factor, measuring, stepping
@@ -59,12 +59,10 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("rule", self.rule), ("forget_rule", self.forget_rule or self.rule)):
-            if value not in ops.RULES:
-                raise InputError(f"{name}: expected one of {', '.join(ops.RULES)}, got {describe(value)}")
+            check_choice(name, value, ops.RULES)
         if self.forget_rule is not None and not self.dual_state:
             raise InputError("forget_rule needs a state of its own: set dual_state=True")
-        if self.mask_scope not in ops.MASK_SCOPES:
-            raise InputError(f"mask_scope: expected one of {', '.join(ops.MASK_SCOPES)}, got {self.mask_scope!r}")
+        check_choice("mask_scope", self.mask_scope, ops.MASK_SCOPES)
         check_count("slow_freq", self.slow_freq)
         for name in ("protect", "dual_state", "stochastic_rounding", "project"):
             if not isinstance(value := getattr(self, name), bool):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from . import _checkpoint, _signs, ops
-from ._arguments import check_count, check_device, check_model, check_number, describe
+from ._arguments import check_choice, check_count, check_device, check_model, check_number, describe
 from ._arriving import keeping_graphs
 from ._checkpoint_folder import candidates, check_folder
 from ._files import writable_directory
@@ -23,12 +23,12 @@ from ._first_pass import first_pass
 from ._in_backward import check_in_backward
 from ._lock import hold_on_first
 from ._loop import Loop, Progress
-from ._modes import PRECISIONS
+from ._modes import PRECISIONS, without_float16
 from ._module_state import check_storable
 from ._names import trainable
 from ._process import in_run_modes, run_modes
 from ._ranks import ALONE, Ranks
-from ._reading import reading
+from ._reading import explain_open_errors
 from ._seal import SEAL
 from ._settings import of_task
 from ._shards import is_sharded
@@ -163,8 +163,7 @@ class Unlearner:
         check_model(model)
         check_task(task)
         method = find_method(method)
-        if mixed_precision not in list(PRECISIONS):  # whatever it is, hashable or not
-            raise InputError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
+        check_choice("mixed_precision", mixed_precision, PRECISIONS)
         if mixed_precision == "fp16" and method.update == "joint":
             raise InputError("update='joint' adds two gradients of different loss scales in fp16: use bf16 or no")
         gradient_accumulation_steps = check_count("gradient_accumulation_steps", gradient_accumulation_steps)
@@ -432,10 +431,10 @@ class Unlearner:
             InputError: it is damaged, or of a run with other settings, weights or mask.
         """
         self._read_model()
-        with self.ranks.together(), reading(path / SEAL):
+        with self.ranks.together(), explain_open_errors(path / SEAL):
             if self.ranks.first:
                 _checkpoint.verify(path)
-        with self.ranks.together(), reading(path / SEAL):
+        with self.ranks.together(), explain_open_errors(path / SEAL):
             found = _checkpoint.read(path, self.ranks)
             names = [name for name, _ in self._named]
             defaults = self.method.defaults()
@@ -495,9 +494,10 @@ class Unlearner:
     def _calibrated(self) -> bool:
         return getattr(self.method, "calibration", None) is not None
 
-    def fisher_autocast(self):
-        """Not in float16: unscaled gradients underflow there, and 0 / 0 would open the mask."""
-        return self.autocast() if self._half != torch.float16 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def fisher_autocast(self) -> Iterator[None]:
+        with self.autocast(), without_float16(self.device.type):
+            yield
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

@@ -247,7 +247,7 @@ def test_predict_refuses_empty_batches_and_odd_outputs():
 
 @pytest.mark.parametrize("batches", [None, 3, object()])
 def test_predict_refuses_what_is_no_iterable(batches):
-    with pytest.raises(InputError, match="batches: expected an iterable of batches, such as a DataLoader, got"):
+    with pytest.raises(InputError, match=r"the evaluated set is no iterable of batches but .*: pass a DataLoader"):
         predict(Linear(), batches)
 
 

@@ -170,7 +170,7 @@ def test_a_norm_is_for_one_step() -> None:
                 optimizer.retain_step()
         with pytest.raises(InputError, match=words):
             optimizer.step_in_backward("forget").__enter__()
-    with pytest.raises(InputError, match=r"^side: expected forget or retain, got 'both'"):
+    with pytest.raises(InputError, match=r"^side: expected one of forget, retain, got 'both'"):
         optimizer.step_in_backward("both").__enter__()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -57,6 +58,10 @@ class Slotted:
         return losses(logits, labels) / 2
 
 
+class Sizes(list):
+    pass
+
+
 LOSSES = {
     "none": lambda: None,
     "a function": lambda: losses,
@@ -73,6 +78,12 @@ LOSSES = {
     "a module, other weights": lambda: Annealed(0.1, weight=torch.arange(4.0)),
     "a method": lambda: Slotted(0.1).half,
     "a method, other": lambda: Slotted(0.2).half,
+    "a set": lambda: functools.partial(losses, classes={"b", "a", "c"}),
+    "a set, other": lambda: functools.partial(losses, classes={"b", "a"}),
+    "an ordered dictionary": lambda: functools.partial(losses, weights=OrderedDict(a=1.0)),
+    "an ordered dictionary, other": lambda: functools.partial(losses, weights=OrderedDict(a=2.0)),
+    "a list of a class": lambda: functools.partial(losses, weights=Sizes([1, 2])),
+    "a list of a class, other": lambda: functools.partial(losses, weights=Sizes([1, 3])),
 }
 
 

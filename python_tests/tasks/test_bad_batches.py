@@ -33,8 +33,8 @@ FORMS = {
     "empty": ((X[:0], Y[:0]), r"a batch is empty"),
     "complex": ((X + 0j, Y), r"inputs: expected real numbers, got a torch.complex64 tensor.*view_as_real"),
     "sparse": ((X.to_sparse(), Y), r"expected a dense tensor, got one of torch.sparse_coo"),
-    "on no device": ((X.to("meta"), Y), r"inputs: .* is on the meta device and has no values"),
-    "labels on no device": ((X, Y.to("meta")), r"labels: .* is on the meta device and has no values"),
+    "on no device": ((X.to("meta"), Y), r"inputs: .* on the meta device has no values"),
+    "labels on no device": ((X, Y.to("meta")), r"labels: .* on the meta device has no values"),
     "integers": ((X.long(), Y), r"ConvNet, whose weights are torch.float32, does not take inputs of torch.int64"),
     "bytes": ((X.byte(), Y), r"does not take inputs of torch.uint8"),
     "doubles": ((X.double(), Y), r"does not take inputs of torch.float64"),
@@ -234,7 +234,28 @@ def test_an_assertion_of_the_model() -> None:
     assert identical(weights(model), weights(make()))
 
 
-def test_only_batches_beyond_those_before_are_tried() -> None:
+def fail(x: Tensor) -> Tensor:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda x: x.mean(4), r"shape \[6, 2, 5, 5\] \(Dimension out of range.*\): give the inputs the shape that"),
+        (lambda x: [x][1], None),
+        (fail, r"shape \[6, 2, 5, 5\] \(AssertionError\)$"),
+    ],
+)
+def test_a_fault_of_the_model_is_not_told_as_one_of_a_table(fault, words) -> None:
+    class Faulty(ConvNet):
+        def forward(self, x):
+            return fault(x)
+
+    with pytest.raises(IndexError if words is None else InputError, match=words):
+        evaluation.predict(Faulty(), [(X, Y)])
+
+
+def test_only_the_batches_furthest_out_are_tried() -> None:
     class Counted(Reader):
         passes = 0
 
@@ -242,11 +263,13 @@ def test_only_batches_beyond_those_before_are_tried() -> None:
             self.passes += 1
             return super().forward(input_ids)
 
-    model, lengths = make(Counted), [3, 5, 4, 5, 2, 7, 6]
+    model, lengths = make(Counted), [2, 3, 4, 3, 5, 6, 7, 5]
     data = [{"input_ids": torch.full((4, n), i), "labels": torch.arange(4)} for i, n in enumerate(lengths)]
     for batch in data:
         batch["input_ids"][0] = 0
         batch["input_ids"][1] = 20
     check = DataCheck(model, Classification(), True)
     check.scan("retain", data)
-    assert model.passes == 3  # of 3, 5 and 7 tokens
+    assert model.passes == 2  # of the first batch and of 7 tokens
+    check.scan("forget", [{**batch, "input_ids": batch["input_ids"] + i} for i, batch in enumerate(data)])
+    assert model.passes == 2 + 3  # the first, the longest and the largest

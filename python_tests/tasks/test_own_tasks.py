@@ -198,7 +198,7 @@ def test_hits_too(form) -> None:
         def hits(self, model, batch):
             return form(super().hits(model, batch))
 
-    with pytest.raises(InputError, match=r"the hits returned .* for 6 samples: return one bool per sample"):
+    with pytest.raises(InputError, match=r"the task's hits returned .* for 6 samples: return one bool per sample"):
         trained(Wrong(), "sfron:gamma=none,forget_alpha=auto,target_accuracy=0.5", lambda raw: (raw.x, raw.y))
 
 

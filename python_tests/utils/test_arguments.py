@@ -13,6 +13,7 @@ import torch
 from unlearn_ext import InputError
 from unlearn_ext._arguments import (
     as_number,
+    check_choice,
     check_count,
     check_device,
     check_finite,
@@ -120,3 +121,11 @@ def test_a_device_by_name() -> None:
 def test_descriptions_are_short() -> None:
     for value in ("a" * 10_000, ["a"] * 10_000, {str(i): i for i in range(10_000)}, torch.zeros(10_000), object()):
         assert len(describe(value)) < 120
+
+
+@pytest.mark.parametrize("value", ["c", ["a"], {"a": 1}, None, torch.ones(2)])
+def test_what_is_no_choice(value) -> None:
+    """Whatever it is: a list has no hash, and a tensor has no truth."""
+    check_choice("x", "a", {"a": 1, "b": 2})
+    with pytest.raises(InputError, match="x: expected one of a, b, got "):
+        check_choice("x", value, {"a": 1, "b": 2})

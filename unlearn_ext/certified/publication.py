@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._files import atomic_path, user_path, writable_directory, writing
 from .._hashing import raw_bytes
-from .._reading import reading
+from .._reading import explain_open_errors
 from .._seal import SEAL, damage, label_of, seal
 from ..errors import InputError
 
@@ -84,7 +84,7 @@ class Publication:
             InputError: a file is missing or not as it was written, or the certificate is that of other weights.
         """
         directory = user_path(directory)
-        with reading(directory / SEAL, directory / WEIGHTS, directory / CERTIFICATE):
+        with explain_open_errors(directory / SEAL, directory / WEIGHTS, directory / CERTIFICATE):
             return cls._load(directory)
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_path, user_path, writable_directory
-from .._reading import reading
+from .._reading import explain_open_errors
 from ..errors import InputError
 
 __all__ = ["SecretState"]
@@ -66,7 +66,7 @@ class SecretState:
         if not path.is_file():
             raise InputError(f"there is no secret state at {path}")
         try:
-            with reading(path), safe_open(path, framework="pt") as file:
+            with explain_open_errors(path), safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") not in (_FORMAT, _OLDER):
                     raise InputError(f"{path} is not a secret state of this package: write one with save_secret")

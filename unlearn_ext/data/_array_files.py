@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._reading import reading
+from .._reading import explain_open_errors
 from ..errors import InputError, first_line
 
 __all__ = ["Array", "read_arrays"]
@@ -93,7 +93,7 @@ class _SafetensorsArray:
         if self._slice is None:
             from safetensors import safe_open
 
-            with reading(self._path):
+            with explain_open_errors(self._path):
                 self._slice = safe_open(self._path, framework="pt").get_slice(self._key)
         return self._slice
 
@@ -111,7 +111,7 @@ def _safetensors_arrays(path: Path) -> dict[str, Array]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with reading(path), safe_open(path, framework="pt") as file:
+        with explain_open_errors(path), safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if key in _KEYS]  # noqa: SIM118 - not a dict
         return {key: _SafetensorsArray(path, key) for key in keys}
     except (OSError, SafetensorError) as error:
@@ -122,7 +122,7 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
     """Members of an archive; those stored without compression (as np.savez does) are mapped, not read."""
     arrays: dict[str, Array] = {}
     try:
-        with reading(path), zipfile.ZipFile(path) as archive:
+        with explain_open_errors(path), zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 key = info.filename.removesuffix(".npy")
                 if key in _KEYS:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._arguments import check_choice
 from .._files import user_path
 from ..errors import InputError
 from ._array_files import read_arrays
@@ -243,8 +244,7 @@ def open_data(
         InputError: no such data, or data that do not fit the model.
     """
     path = user_path(path).absolute()  # pictures are read when they are used
-    if interpolation not in INTERPOLATIONS:
-        raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     if path.is_dir():
         if size is None or channels is None:
             raise InputError(f"{path} holds pictures, and the model takes latents only: give it latents, or a VAE")

@@ -20,7 +20,7 @@ from .._files import atomic_path, writable_directory
 from .._hashing import weights_hash
 from .._json import read_json
 from .._modes import evaluating
-from .._reading import names_in, reading
+from .._reading import explain_open_errors, names_in
 from ..errors import InputError, first_line
 from .images import ImageData, decoding_threads, none_readable
 
@@ -74,7 +74,7 @@ class LatentData(Dataset):
         if shard not in self._open:
             from safetensors import safe_open
 
-            with reading(self._shards[shard]):
+            with explain_open_errors(self._shards[shard]):
                 file = safe_open(self._shards[shard], framework="pt")
             self._open[shard] = file.get_slice("latent_mean"), file.get_slice("latent_std")
         mean, std = (part[row : row + 1][0].to(torch.float32, copy=True) for part in self._open[shard])
@@ -321,7 +321,7 @@ def _read_shards(directory: Path) -> tuple[list[Path], dict[int, tuple[int, int]
     where: dict[int, tuple[int, int]] = {}
     for number, path in enumerate(shards):
         try:
-            with reading(path), safe_open(path, framework="pt") as file:
+            with explain_open_errors(path), safe_open(path, framework="pt") as file:
                 indices = file.get_tensor("indices").tolist()
                 sizes = {file.get_slice(key).get_shape()[0] for key in ("latent_mean", "latent_std")}
         except (OSError, LookupError, RuntimeError, SafetensorError) as error:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import check_choice
 from .._modes import PRECISIONS
 from ..errors import InputError, NonFiniteError
 
@@ -53,8 +54,7 @@ def train_classifier(
         raise InputError(f"labels: expected one for each of at least one image, got {len(labels)} for {len(images)}")
     if epochs < 1 or batch_size < 1:
         raise InputError(f"expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
-    if mixed_precision not in [*PRECISIONS]:
-        raise InputError(f"mixed_precision: expected one of {sorted(PRECISIONS)}, got {mixed_precision!r}")
+    check_choice("mixed_precision", mixed_precision, PRECISIONS)
     if mixed_precision == "fp16" and device.type == "cpu":
         raise InputError("mixed_precision: fp16 needs an accelerator; use 'no' or 'bf16' on the CPU")
     dtype = PRECISIONS[mixed_precision]

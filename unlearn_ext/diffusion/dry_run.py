@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _rng
+from .._first_pass import KEPT
 from .._modes import keeping_modes
 from ..data.latents import ENCODED_AT_ONCE, encode_batch
 from ..evaluation.inception import PICTURES_AT_ONCE
@@ -31,7 +32,8 @@ def estimate_run(job: ForgetJob) -> Estimate:
     """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried."""
     others, fid = other_networks(job), job.pictures.fid
     with _undisturbed(job, others):
-        trials = _TrialRunner(job, others).all()
+        runner = _TrialRunner(job, others)
+        trials = runner.all()
     used = len(job.draw.indices)
     kept = 0 if job.encodes and not job.options.strict else used  # of pictures that become latents, none is
     work = Workload(
@@ -42,6 +44,7 @@ def estimate_run(job: ForgetJob) -> Estimate:
         shape=job.pretrained.image_shape,
         latent_shape=job.pretrained.latent_shape,
         fisher_batches=sum(job.fisher_batches),
+        waiting=min(KEPT, len(job.draw.retain)) * runner.batch_bytes(),
         accumulation=job.options.gradient_accumulation_steps,
         ema=job.ema_decay is not None,
         in_backward=job.unlearner.optimizer_in_backward,
@@ -154,6 +157,9 @@ class _TrialRunner:
         with job.fitting():
             passes = (1 + clipped) if job.unlearner.optimizer_in_backward else 0
             return try_batch(job.model, loss, self.others, batches=batches, passes_in_backward=passes)
+
+    def batch_bytes(self) -> int:
+        return sum(value.nbytes for value in self._made_up_batch(forget=False).values() if isinstance(value, Tensor))
 
     def _made_up_batch(self, forget: bool) -> dict[str, Any]:
         """As a loader gives it."""

@@ -81,6 +81,7 @@ class Workload:
         steps: of sampling.
         shape, latent_shape: [C, H, W] of a picture, and of what the denoiser takes.
         fisher_batches: of both sets together.
+        waiting: bytes of retain batches that are held until the first step.
         accumulation: batches in a step.
         ema: whether moving averages are kept.
         in_backward: whether each gradient is used in the backward pass and freed.
@@ -97,6 +98,7 @@ class Workload:
     shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int]
     fisher_batches: int
+    waiting: int = 0
     accumulation: int = 1
     ema: bool = False
     in_backward: bool = False
@@ -194,7 +196,7 @@ def _memory(
             "Fisher sums": sums,
             "activations": max(0, trials.fisher.peak - gradients),
         }
-        found["mask"] = {**training, "Fisher sums": sums}
+        found["mask"] = {**training, "pictures": training["pictures"] + host(work.waiting), "Fisher sums": sums}
         if method.mask_fraction is not None:
             found["mask"]["mask bits"] = words if on_host else 2 * words  # copied to the host as one tensor
             # The order that ties are broken in.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from .._arguments import check_choice
 from .._clock import timed
 from .._files import writable_directory, write_json
 from .._hashing import weights_hash
@@ -86,8 +87,7 @@ class ForgetJob:
         self._check_kind()
         self._check_null_class()
         self.preset = options.preset or _PRESETS[type(self.model).__name__]
-        if self.preset not in DOMAINS:
-            raise InputError(f"--preset: expected one of {', '.join(DOMAINS)}, got {self.preset!r}")
+        check_choice("--preset", self.preset, DOMAINS)
         self.domain = DOMAINS[self.preset]
         self.batch_size = options.train_batch_size or self.domain["run"]["train_batch_size"]
         self.data: ImageData = self._open_data()

@@ -73,7 +73,7 @@ class Judge:
     def _open_model(self, folder: Path, kind: Any) -> None:
         try:
             weights = find_weights(folder, "classifier", TRANSFORMERS)
-            self.note = note_pickles([("classifier", folder, TRANSFORMERS)])
+            self.note = note_pickles({"classifier": weights})
             check_adapter_files(folder)  # transformers would open what it names in place of this model
             check_sizes(folder / "config.json", read_config(folder / "config.json"))
             self.model, loaded = kind.from_pretrained(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._arguments import check_count, check_finite, check_number
+from .._arguments import check_choice, check_count, check_finite, check_number
 from .._files import user_path
 from .._modes import PRECISIONS
 from ..data.images import is_sorted
@@ -122,16 +122,10 @@ class ForgetOptions:
         ):
             if getattr(self, name) is not None and needed is not None:
                 raise InputError(f"{_option(name)} does nothing by itself: add {needed}, or leave it out")
-        if self.mixed_precision not in [*PRECISIONS]:
-            raise InputError(
-                f"--mixed-precision: expected one of {', '.join(PRECISIONS)}, got {self.mixed_precision!r}"
-            )
+        check_choice("--mixed-precision", self.mixed_precision, PRECISIONS)
         if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
             raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
-        if self.weights_dtype not in WEIGHTS_DTYPES:
-            raise InputError(
-                f"--weights-dtype: expected one of {', '.join(WEIGHTS_DTYPES)}, got {self.weights_dtype!r}"
-            )
+        check_choice("--weights-dtype", self.weights_dtype, WEIGHTS_DTYPES)
         if self.weights_dtype == "bfloat16" and self.mixed_precision == "fp16":
             raise InputError("--weights-dtype bfloat16 computes in bf16: leave out --mixed-precision fp16")
         for name, given in (
@@ -144,8 +138,7 @@ class ForgetOptions:
                     "leave one of them out"
                 )
         check_storage("--fisher-storage", self.fisher_storage, gamma=self.mask is None and self.mask_fraction is None)
-        if self.parallel not in PARALLEL:
-            raise InputError(f"--parallel: expected one of {', '.join(PARALLEL)}, got {self.parallel!r}")
+        check_choice("--parallel", self.parallel, PARALLEL)
         sources = [n for n in ("gamma", "mask_fraction", "mask") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise InputError(f"{' and '.join(map(_option, sources))} each say which weights are masked: give only one")

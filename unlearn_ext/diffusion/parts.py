@@ -30,13 +30,14 @@ def open_denoiser(name: str, home: Path, dtype: torch.dtype) -> tuple[nn.Module,
     return model, weights
 
 
-def open_vae(home: Path, dtype: torch.dtype) -> nn.Module:
+def open_vae(home: Path, dtype: torch.dtype) -> tuple[nn.Module, Weights]:
+    """An AutoencoderKL, and which of its files were read."""
     name = named_class(read_config(home / "config.json")) if (home / "config.json").is_file() else "AutoencoderKL"
     if name != "AutoencoderKL":
         raise InputError(f"the VAE in {home} is a {name}: expected AutoencoderKL")
-    model, _, _ = _open_model("AutoencoderKL", home, "VAE", dtype)
+    model, weights, _ = _open_model("AutoencoderKL", home, "VAE", dtype)
     check_vae(home, model.config)
-    return model
+    return model, weights
 
 
 def _open_model(name: str, home: Path, what: str, dtype: torch.dtype) -> tuple[nn.Module, Weights, Mapping[str, Any]]:
@@ -57,8 +58,8 @@ def _open_model(name: str, home: Path, what: str, dtype: torch.dtype) -> tuple[n
     return model, weights, info
 
 
-def open_text_encoder(home: Path, dtype: torch.dtype) -> nn.Module:
-    """A CLIPTextModel."""
+def open_text_encoder(home: Path, dtype: torch.dtype) -> tuple[nn.Module, Weights]:
+    """A CLIPTextModel, and which of its files were read."""
     from transformers import CLIPTextModel
 
     weights = find_weights(home, "text encoder", TRANSFORMERS)
@@ -80,7 +81,7 @@ def open_text_encoder(home: Path, dtype: torch.dtype) -> nn.Module:
         )
     check_loaded(home, "text encoder", info)
     check_finite(home, "text encoder", model)
-    return model
+    return model, weights
 
 
 def open_tokenizer(home: Path, index: Mapping[str, Any] | None, encoder: nn.Module | None) -> Any:

@@ -24,7 +24,7 @@ from .layout import COMPONENTS, INDEX, PICKLES, is_weights, named_part, part_nam
 from .links import check_links
 from .parts import open_denoiser, open_scheduler, open_text_encoder, open_tokenizer, open_vae
 from .reading import check_id2label, import_diffusers, named_class, read_config
-from .variants import DIFFUSERS, TRANSFORMERS, find_weights, note_pickles
+from .variants import DIFFUSERS, Weights, find_weights, note_pickles
 
 __all__ = ["Classes", "Pretrained", "open_pretrained"]
 
@@ -169,14 +169,17 @@ def open_pretrained(
     scheduler = open_scheduler(folder, place, index)
     vae_home = _component(folder, index, "vae", needed=index is not None and ("vae" in index or kind == "text"))
     vae = text_encoder = tokenizer = None
+    read: dict[str, Weights] = {}
     if vae_home is not None:
-        vae = _frozen(open_vae(vae_home, dtype), device)
+        vae, read["VAE"] = open_vae(vae_home, dtype)
+        vae = _frozen(vae, device)
     if kind == "text":
         needed = index is not None
         encoder_home = _component(folder, index, "text_encoder", needed=needed)
         tokenizer_home = _component(folder, index, "tokenizer", needed=needed)
         if encoder_home is not None:
-            text_encoder = _frozen(open_text_encoder(encoder_home, dtype), device)
+            text_encoder, read["text encoder"] = open_text_encoder(encoder_home, dtype)
+            text_encoder = _frozen(text_encoder, device)
         if tokenizer_home is not None:
             tokenizer = open_tokenizer(tokenizer_home, index, text_encoder)
     denoiser, weights = open_denoiser(loaded_by, home, dtype)
@@ -191,10 +194,7 @@ def open_pretrained(
     if classes is not None and index is not None:
         id2label, note = check_id2label(folder / INDEX, index.get("id2label"), classes.count, classes.null_label)
         notes.append(note)
-    parts = [("denoiser", home, DIFFUSERS)]
-    parts += [("VAE", vae_home, DIFFUSERS)] if vae is not None else []
-    parts += [("text encoder", encoder_home, TRANSFORMERS)] if text_encoder is not None else []
-    notes.append(note_pickles(parts))
+    notes.append(note_pickles({"denoiser": weights} | read))
     return Pretrained(
         folder=folder,
         denoiser=denoiser.to(device).eval(),

@@ -33,7 +33,8 @@ def publish(
 ) -> dict[str, Any]:
     """Writes everything and returns the result.
 
-    The first record and the pictures come before the model is whole, so that no whole model lacks them.
+    The first record comes before the model is whole, so that no whole model lacks it; the pictures too, unless making
+    them fails.
 
     Args:
         own: the folder in the output folder for all that is not the model.

@@ -14,7 +14,7 @@ Older releases of diffusers wrote ``S.E.V.index.json`` of ``S-00001-of-00002.V.E
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +89,9 @@ def _choose(home: Path, what: str, stems: dict[str, str], files: set[str]) -> We
     raise InputError(f"the {what} in {home} has no weights: expected {stem}.safetensors")
 
 
-def note_pickles(models: Iterable[tuple[str, Path, dict[str, str]]]) -> str | None:
-    """A sentence on those of the models, given as :func:`find_weights` takes them, that are read from pickles."""
-    pickled = [what for what, home, stems in models if not find_weights(home, what, stems).safetensors]
+def note_pickles(models: Mapping[str, Weights]) -> str | None:
+    """A sentence on those of the models, by what they are called, that are read from pickles."""
+    pickled = [what for what, weights in models.items() if not weights.safetensors]
     if not pickled:
         return None
     return (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._arguments import check_device, check_model, describe
 from .._modes import evaluating
-from .._streams import no_batches
+from .._streams import check_iterable, no_batches
 from .._weights import check_loaded
 from ..errors import InputError
 from ..tasks import Classification
@@ -111,8 +111,7 @@ def predict(
         InputError: when there are no batches, or a batch or the model's output has not the form above.
     """
     check_model(model)
-    if not hasattr(batches, "__iter__"):
-        raise InputError(f"batches: expected an iterable of batches, such as a DataLoader, got {describe(batches)}")
+    check_iterable("evaluated", batches)
     check_loaded(model)
     if device is None:
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .._arguments import LARGEST_COUNT, check_count, check_finite, check_number, describe, nearest
+from .._arguments import LARGEST_COUNT, check_choice, check_count, check_finite, check_number, describe, nearest
 from .._plain import plain_numbers
 from ..errors import InputError
 from ..optim import StepConfig
@@ -178,7 +178,7 @@ class Method(StepConfig, ABC):
             raise InputError("protect=True needs a mask that says what to protect")
         self._check_sides()
         self._check_param_groups()
-        schedules.check("lr_schedule", self.lr_schedule)
+        check_choice("lr_schedule", self.lr_schedule, schedules.SCHEDULES)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A sweep gives NumPy's numbers and 0-d tensors; results and checkpoints hold Python's.
@@ -421,7 +421,7 @@ class Forgetting(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        schedules.check("forget_schedule", self.forget_schedule)
+        check_choice("forget_schedule", self.forget_schedule, schedules.SCHEDULES)
         self.calibration: Calibration | None = None
         if self.forget_alpha != AUTO:
             if isinstance(self.forget_alpha, str):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from ..errors import InputError
-
 __all__ = ["SCHEDULES", "factor"]
 
 SCHEDULES = {
@@ -14,11 +12,6 @@ SCHEDULES = {
     "linear": lambda x: 1.0 - x,
     "quadratic": lambda x: (1.0 - x) ** 2,
 }
-
-
-def check(name: str, schedule: str) -> None:
-    if schedule not in [*SCHEDULES]:  # a list has no hash
-        raise InputError(f"{name}: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
 def factor(schedule: str, iteration: int, iterations: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from .._arguments import check_count, check_model, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._gradients import check_gradient, check_layers, check_parameters, no_gradient
 from .._in_backward import clip_factor
-from .._modes import evaluating, recording
+from .._modes import evaluating, recording, without_float16
 from .._names import trainable, unwrapped
 from .._parts import cut, map_tensors, own_part, without_inference
 from .._ranks import ALONE, Ranks
@@ -133,7 +132,7 @@ class FisherDiagonal:
                 total.zero_()
             self.count = 0
         graphs = keeping_graphs(self.in_backward and self.max_norm is not None)
-        with recording(), evaluating(self.model), graphs, self._no_float16():
+        with recording(), evaluating(self.model), graphs, without_float16(self._device.type):
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):
@@ -143,7 +142,12 @@ class FisherDiagonal:
                 if watch is not None:
                     watch(batch)
                 if self.batches is None or number < self.batches:
-                    self._update(batch, f"batch {number} of the {name} set")
+                    try:
+                        self._update(batch, f"batch {number} of the {name} set")
+                    except (AssertionError, IndexError, RuntimeError):
+                        if self.ranks.size == 1:
+                            self.task.begin(self.model, batch)  # says so where the model does not take the batch
+                        raise
         if self.per_sample:
             self._add_up()
             # torch.func gives zeros where autograd gives None.
@@ -157,11 +161,6 @@ class FisherDiagonal:
                 f"{self._NAME} of the {name} set: {self._NUMBER} is not finite; check loss and precision"
             )
         return self
-
-    def _no_float16(self) -> contextlib.AbstractContextManager:
-        kind = self._device.type
-        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        return torch.autocast(kind, enabled=False) if half else contextlib.nullcontext()
 
     def _update(self, batch: Any, where: str) -> None:
         prepared = without_inference(self.task.prepare(batch, self._device))

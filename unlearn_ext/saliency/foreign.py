@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import is_dense
 from .._files import atomic_path, user_path, writable_directory
 from .._names import by_plain_name
 from .._reading import check_opens, check_stored
@@ -113,8 +114,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def _dense(path: str | Path, name: str, value: Any) -> Tensor:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
-    if not dense or value.device.type != "cpu" or value.dtype not in _DTYPES:
+    if not is_dense(value) or value.device.type != "cpu" or value.dtype not in _DTYPES:
         raise InputError(f"{path} holds no dictionary of tensors by parameter name: {name} is {_kind(value)}")
     if value.dim() > MOST_DIMENSIONS:
         raise InputError(f"{path}: {name} has {value.dim()} dimensions, and at most {MOST_DIMENSIONS} can be read")

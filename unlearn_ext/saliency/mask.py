@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import describe, is_dense
+from .._arguments import check_choice, describe, is_dense
 from .._files import atomic_path, user_path, writable_directory
 from .._hashing import weights_hash
 from .._names import by_plain_name
-from .._reading import reading
+from .._reading import explain_open_errors
 from .._shards import is_sharded, local, part_like
 from ..errors import InputError, first_line
 from . import foreign, sharded
@@ -99,8 +99,7 @@ class SaliencyMask:
         for name, value in (*named.items(), *others.items()):
             if not is_dense(value) or not value.is_floating_point():
                 raise InputError(f"score of {name}: expected a dense tensor of a floating dtype, got {describe(value)}")
-        if score not in ops.SCORES:
-            raise InputError(f"score: expected one of {', '.join(ops.SCORES)}, got {score!r}")
+        check_choice("score", score, ops.SCORES)
         if others.keys() != (named.keys() if score in ("product", "ratio") else set()):
             raise InputError(f"score {score!r}: expected other to have the names of scores for product and ratio only")
         for name, value in others.items():
@@ -417,7 +416,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise InputError(f"there is no mask at {path}")
     bits = {}
     try:
-        with reading(path), safe_open(path, framework="pt", device="cpu") as file:
+        with explain_open_errors(path), safe_open(path, framework="pt", device="cpu") as file:
             header = dict(file.metadata() or {})
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if file.get_slice(name).get_dtype() != "I32":  # of some dtypes torch has no tensors

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._arguments import check_choice
 from .._files import atomic_path
 from .._hashing import raw_bytes
 from .._leftovers import partial_name
@@ -41,8 +42,7 @@ class StoredSums(Mapping[str, Tensor]):
 
 def check_storage(name: str, storage: str, *, gamma: bool) -> None:
     """Whether it is one of :data:`STORAGES`, and the mask is made by ``gamma`` where its ratios come one by one."""
-    if storage not in STORAGES:
-        raise InputError(f"{name}: expected one of {', '.join(STORAGES)}, got {storage!r}")
+    check_choice(name, storage, STORAGES)
     if storage != "device" and not gamma:
         raise InputError(
             f"{name} {storage} makes a mask tensor by tensor, as gamma does; mask_fraction ranks the weights of all "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._arguments import describe
+from .._arguments import describe, is_dense
 from .._names import unwrapped
 from ..errors import InputError, first_line, is_out_of_memory
 
@@ -94,9 +94,7 @@ def check_values(inputs: Inputs, labels: Tensor) -> None:
     named = inputs.items() if isinstance(inputs, dict) else [("inputs", inputs)]
     for name, tensor in [*named, ("labels", labels)]:
         if tensor.is_meta:
-            raise InputError(
-                f"{name}: a {tensor.dtype} tensor of shape {list(tensor.shape)} is on the meta device and has no values"
-            )
+            raise InputError(f"{name}: {describe(tensor)} has no values")
         if tensor.is_nested:
             raise InputError(f"{name}: expected a dense tensor, got a nested one: call its to_padded_tensor()")
         if tensor.dim() == 0:
@@ -168,7 +166,8 @@ def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
             f"{kind} cannot be called with {given} ({first_line(error)}): give batches as dicts of the arguments that "
             "its forward takes, and labels"
         )
-    if isinstance(error, IndexError):  # an embedding's, whose input is too large a number or too long a text
+    # an embedding's, whose input is too large a number or too long a text
+    if isinstance(error, IndexError) and re.search(r"index out of range in self|out of bounds", str(error)):
         given = " and ".join(f"{name} of shape {list(tensor.shape)}{_range(tensor)}" for name, tensor in named.items())
         return (
             f"{kind} does not take {given} ({first_line(error)}): give numbers and lengths below the sizes of its "
@@ -186,17 +185,17 @@ def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str | None:
             f"{kind}, whose weights are {dtype}, does not take {' and '.join(other)} ({first_line(error)}): convert "
             "the inputs to what it was trained on"
         )
-    of_shape = isinstance(error, AssertionError) or re.search(r"shape|size|dimension|channels|\dD input", str(error))
-    if is_out_of_memory(error) or not of_shape:
+    of_shape = re.search(r"shape|size|[Dd]imension|channels|\dD input", str(error))
+    if is_out_of_memory(error) or not (of_shape or isinstance(error, AssertionError)):
         return None
     given = " and ".join(f"{name} of shape {list(tensor.shape)}" for name, tensor in named.items())
-    return f"{kind} does not take {given} ({first_line(error)}): give the inputs the shape that it was trained on"
+    advice = ": give the inputs the shape that it was trained on" if of_shape else ""  # else an assertion of anything
+    return f"{kind} does not take {given} ({first_line(error)}){advice}"
 
 
 def holds_integers(tensor: Tensor) -> bool:
     """Whether it is dense, and has numbers that may be places in a model's tables."""
-    known = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta and tensor.numel() > 0
-    return known and tensor.dtype in INTEGERS
+    return is_dense(tensor) and tensor.numel() > 0 and tensor.dtype in INTEGERS
 
 
 def _range(tensor: Tensor) -> str:

@@ -30,9 +30,9 @@ class Task(ABC):
     kind: ClassVar[str] = ""  # by which methods say what they run on; an own task may leave it empty
 
     def begin(self, model: nn.Module, batch: Any) -> None:  # noqa: B027 - optional
-        """Called with the first raw batch of a pass, and with one of another shape or dtype, of longer texts or of
-        larger integers, to learn from the model what batches must fit. Raises InputError for one that the model does
-        not take."""
+        """Called with the first raw batch of a pass and with each of another shape or dtype, after it with those of the
+        longest texts and the largest integers, and with one that raised an error, to learn from the model what batches
+        must fit. Raises InputError for one that the model does not take."""
 
     def check(self, batch: Any) -> None:  # noqa: B027 - optional
         """Raises InputError for a raw batch that does not fit; draws nothing and moves nothing."""
@@ -110,15 +110,15 @@ class Task(ABC):
 def check_per_sample(values: Any, count: int, what: str = "loss") -> None:
     """Raises InputError unless ``values`` are ``count`` numbers: of a floating dtype, or bools where they are ``hits``.
     What has another shape could be averaged all the same, to something else."""
-    right = isinstance(values, Tensor) and values.shape == (count,)
-    if right and (values.dtype == torch.bool if what == "hits" else values.is_floating_point()):
+    fits = isinstance(values, Tensor) and values.shape == (count,)
+    if fits and (values.dtype == torch.bool if what == "hits" else values.is_floating_point()):
         return
     got = f"shape {list(values.shape)} of {values.dtype}" if isinstance(values, Tensor) else describe(values)
     samples = "1 sample" if count == 1 else f"{count} samples"
-    raise InputError(
-        f"the {what} returned {got} for {samples}: return "
-        + ("one bool per sample" if what == "hits" else 'one floating-point number per sample (reduction="none")')
-    )
+    name, right = what, 'one floating-point number per sample (reduction="none")'
+    if what == "hits":
+        name, right = "task's hits", "one bool per sample"
+    raise InputError(f"the {name} returned {got} for {samples}: return {right}")
 
 
 def check_task(task: Any) -> None:
