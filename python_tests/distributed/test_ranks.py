@@ -303,7 +303,7 @@ def test_duplicates_are_told(tmp_path):
 
 # --- Real networks -------------------------------------------------------------------------------------------------
 
-# Each network, wrapper, rule and number of ranks has its turn, for 20 iterations; UNLEARN_EXT_ALL_RANKS=1 takes all of
+# Each network, wrapper, rule and number of ranks has its turn, for 10 iterations; UNLEARN_EXT_ALL_RANKS=1 takes all of
 # the pairs, for 50.
 CHOSEN = [("resnet", "ddp", "adamw", 2), ("dit", "fsdp", "adamw", 2), ("resnet", "fsdp", "momentum", 4)]
 CHOSEN += [("dit", "ddp", "momentum", 4)]

@@ -35,7 +35,7 @@ RULES = {
 # All pairs and as many iterations as the README's figures are of, or a choice of them.
 ALL = os.environ.get("UNLEARN_EXT_ALL_RANKS") == "1"
 SETTINGS: dict[str, Any] = {
-    "iterations": 50 if ALL else 20,
+    "iterations": 50 if ALL else 10,
     "forget_alpha": 0.5,
     "lambd": 0.5,
     "adaptive_eps": 1e-8,

@@ -74,8 +74,8 @@ def check_document(
         ),
         (
             "bench_saliency.py",
-            ["--weights=20000", "--operator", "ratio_bits", "fisher", "--dtype", "float32"],
-            ["fisher", "ratio_bits"],
+            ["--weights=20000", "--operator", "ratio_bits", "--dtype", "float32"],
+            ["ratio_bits"],
             ["fused", "loop", "eager", "foreach", "torch_compile"],
         ),
         (
