@@ -6,6 +6,7 @@ import collections
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from helpers import calibrated, runs
 from helpers.models import batches, make
@@ -84,3 +85,17 @@ def test_copies_are_of_the_same_types() -> None:
     assert [type(part) for part in found] == [type(part) for part in batch] and rest == ["text", 3, generator]
     zeros = [pair.x, user["x"], ordered["x"][0], own.x, torch.from_numpy(user["n"])]
     assert not any(part.any() for part in zeros) and torch.equal(pair.y, torch.ones(2)) and own.more["y"][0].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("iterations", "stops", "samples"), [(1, None, 6), (3, None, 5), (6, None, 4), (6, 2, 6), (6, 4, 5)]
+)
+def test_the_batch_that_is_kept_is_that_of_the_last_forget_step(
+    iterations: int, stops: int | None, samples: int
+) -> None:
+    """Every second iteration forgets; an evaluation may stop the run before its end."""
+    forget = [(x[:size], y[:size]) for (x, y), size in zip(batches(3, 6, seed=1), (6, 5, 4), strict=True)]
+    data = {"forget": forget, "retain": batches(5, 6, seed=2)}
+    asked = {"evaluate": lambda model, done: done == stops, "evaluate_every": 2}
+    result = runs.run(make(), data, {"iterations": iterations, "forget_freq": 2}, **asked)
+    assert result.forget_eval["samples"] == samples
