@@ -41,7 +41,7 @@ def no_gradient(name: str) -> InputError:
     """No gradient arrives at any weight from the losses of a set."""
     return InputError(
         f"the {name} loss does not depend on the trained weights: train those that it uses, take no_grad, detach and "
-        "argmax out of the model and the task, and checkpoint activations with use_reentrant=False"
+        "argmax out of the model and the task, unmerge adapters, and checkpoint activations with use_reentrant=False"
     )
 
 

@@ -20,7 +20,7 @@ from ._averages import Averages
 from ._calibrating import Calibrating
 from ._gradients import no_gradient
 from ._history import History
-from ._modes import evaluating, keeping_statistics, put_modes, set_training
+from ._modes import evaluating, keeping_statistics
 from ._module_state import unsaved_sums
 from ._names import buffers_of, reshard
 from ._packing import copy_of, put
@@ -69,7 +69,8 @@ class _BatchLoss:
 
 
 class Loop:
-    """The iterations of one run, and what a checkpoint needs of them."""
+    """The iterations of one run, and what a checkpoint needs of them. The model is in the modes of the steps all along:
+    a change of mode may change weights (adapters that are merged in eval mode), which are read and restored here."""
 
     def __init__(
         self,
@@ -199,8 +200,6 @@ class Loop:
         self.stops_every = evaluate_every if evaluate is not None and evaluate_every else method.iterations
         self.saves = self.directory is not None and (checkpointing_steps is not None or self.iteration > 0)
         limit = checkpoints_total_limit
-        modes = [(module, module.training) for module in self.model.modules()]
-        set_training(self.model, method.freeze_batch_norm)
         try:
             self.watching.begin()
             while result.stopped_at is None and self.iteration < method.iterations:
@@ -244,7 +243,6 @@ class Loop:
             raise rescued from None
         finally:
             self.stop.waits = False
-            put_modes(modes)
             self._clear()
         check_same(self.model, self.forms)
         self._finish()

@@ -12,7 +12,7 @@ from ._names import unwrapped
 from .errors import InputError
 
 __all__ = ["PRECISIONS", "evaluating", "freeze_batch_norm", "has_batch_norm", "keeping_modes", "keeping_statistics"]
-__all__ += ["put_modes", "recording", "set_training", "without_float16"]
+__all__ += ["measuring", "put_modes", "recording", "set_training", "without_float16"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What mixed_precision may be, and the dtype of its autocast.
@@ -30,6 +30,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 f"the model, or a part of it, has no eval mode ({error}): pass the one that it was exported from"
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, in which layers with loralib's ``merge_weights`` do not merge their adapters: merged
+    ones get no gradient."""
+    merging = [module for module in model.modules() if getattr(module, "merge_weights", None) is True]
+    with keeping_modes(model):
+        for module in merging:
+            module.train()
+            module.merge_weights = False
+        try:
+            with evaluating(model):
+                yield
+        finally:
+            for module in merging:
+                module.merge_weights = True
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from ._first_pass import first_pass
 from ._in_backward import check_in_backward
 from ._lock import hold_on_first
 from ._loop import Loop, Progress
-from ._modes import PRECISIONS, without_float16
+from ._modes import PRECISIONS, keeping_modes, set_training, without_float16
 from ._module_state import check_storable
 from ._names import trainable
 from ._process import in_run_modes, run_modes
@@ -380,10 +380,12 @@ class Unlearner:
             optimizer = self.method.make_optimizer(self.method.groups(self._named), result.mask)
             for group in optimizer.param_groups:  # copies of a weight have to be rounded alike
                 group["rounding_seed"] = self.ranks.from_first(group["rounding_seed"])
-            loop = Loop(self, optimizer, streams, result, directory, progress, stop, retained)
-            del retained  # the loop drops them after its look
-            loop.start(checkpoint)
-            loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
+            with keeping_modes(self.model):
+                set_training(self.model, self.method.freeze_batch_norm)
+                loop = Loop(self, optimizer, streams, result, directory, progress, stop, retained)
+                del retained  # the loop drops them after its look
+                loop.start(checkpoint)
+                loop.run(checkpointing_steps, checkpoints_total_limit, evaluate, evaluate_every, log_every)
         _signs.announce(result.warnings, said)
         return result
 

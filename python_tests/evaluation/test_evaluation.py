@@ -157,7 +157,7 @@ def test_average_gap_refuses_what_it_cannot_average():
         average_gap(model, model)
     with pytest.raises(ValueError, match="reference: expected the metric 'RA'"):
         average_gap(model, {"FA": 0.9}, keys=("FA", "RA"))
-    with pytest.raises(ValueError, match="metrics: expected the metric 'FA'"):
+    with pytest.raises(ValueError, match="metrics: expected 'FA' to be a finite number, got None"):
         average_gap({"FA": None}, model, keys=("FA",))
     with pytest.raises(ValueError, match="at least one metric"):
         average_gap(model, model, keys=())

@@ -7,14 +7,18 @@ import torch
 from helpers.models import batches, make
 from torch import Tensor, nn
 
-from unlearn_ext import Unlearner, evaluation
+from unlearn_ext import Result, Unlearner, evaluation
 from unlearn_ext._modes import keeping_modes
 from unlearn_ext.methods import parse
+from unlearn_ext.saliency import FisherDiagonal
+from unlearn_ext.saliency.gradient import GradientSum
 from unlearn_ext.tasks import Classification
 
 
 class Adapted(nn.Linear):
     """In eval mode the adapter stands in the weights, and none of it is trained."""
+
+    merge_weights = True
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
@@ -24,7 +28,7 @@ class Adapted(nn.Linear):
 
     def train(self, mode: bool = True) -> Adapted:
         super().train(mode)
-        if self.merged == mode:
+        if self.merge_weights and self.merged == mode:
             self.weight.data += (-1 if mode else 1) * (self.up @ self.down).data
             self.merged = not mode
         return self
@@ -62,6 +66,32 @@ def test_adapters_are_trained(training) -> None:
     assert all(bool(model[i].up.any()) for i in (1, 4))
     assert all(module.training == training for module in model.modules())
     assert all(model[i].merged != training for i in (1, 4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [FisherDiagonal, GradientSum])
+def test_saliency_is_measured_of_adapters_beside_the_weights(training, kind) -> None:
+    merging, apart = make(network).train(training), make(network)
+    for layer in (apart[1], apart[4]):
+        layer.merge_weights = False
+    found, expected = (kind(model, Classification()).measure(SETS["forget"]).sums for model in (merging, apart))
+    assert all(bool(total.any()) for name, total in found.items() if name.endswith("up"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(total, expected[name]) for name, total in found.items())
+    assert all(merging[i].merge_weights and merging[i].merged != training for i in (1, 4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_resumed_run_is_the_same_run(tmp_path, training) -> None:
+    def run(folder: str, **resumed) -> tuple[nn.Module, Result]:
+        model = make(network).train(training)
+        unlearner = Unlearner(model, Classification(), "sfron:iterations=4,lr=0.1", ema_decay=0.9)
+        return model, unlearner.run(**SETS, output_dir=tmp_path / folder, checkpointing_steps=2, **resumed)
+
+    (whole, result), (model, other) = run("a"), run("b", resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters(), strict=True))
+    assert result.history == other.history
+    assert all(torch.equal(average, other.ema[name]) for name, average in result.ema.items())
 
 
 def test_what_was_frozen_in_eval_mode_is_so_again() -> None:

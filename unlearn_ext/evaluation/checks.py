@@ -66,9 +66,9 @@ def checked_value(metrics: Mapping[str, float], name: str, key: str) -> float:
     """The metric, refused unless it is a finite number."""
     if not isinstance(metrics, Mapping):
         raise InputError(f"{name}: expected a dict of metrics, got {describe(metrics)}")
-    value = metrics.get(key)
-    if value is None:
+    if key not in metrics:
         raise InputError(f"{name}: expected the metric {key!r}, got {sorted(map(str, metrics))}")
+    value = metrics[key]
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # text; a tensor of several numbers

@@ -15,7 +15,7 @@ from .._arguments import check_count, check_model, check_number
 from .._arriving import arriving, consuming, keeping_graphs, passing_twice
 from .._gradients import check_gradient, check_layers, check_parameters, no_gradient
 from .._in_backward import clip_factor
-from .._modes import evaluating, recording, without_float16
+from .._modes import measuring, recording, without_float16
 from .._names import trainable, unwrapped
 from .._parts import cut, map_tensors, own_part, without_inference
 from .._ranks import ALONE, Ranks
@@ -38,7 +38,8 @@ class FisherDiagonal:
     As released with SFR-on, :math:`F = \frac{1}{B} \sum_b (\nabla \bar l_b)^2` over B batches, with
     :math:`\bar l_b` the batch-mean loss; with ``per_sample=True`` the exact diagonal
     :math:`F = \frac{1}{N} \sum_i (\nabla l_i)^2` over samples, through ``torch.func``. The model is in eval mode
-    while it is measured: weights that take no part there (loralib's adapters, unless ``merge_weights=False``) count 0.
+    while it is measured, loralib's adapters beside the weights; what takes no part there (adapters that another class's
+    ``train()`` merges) counts 0.
 
     Args:
         model: whose trainable parameters are measured.
@@ -132,7 +133,7 @@ class FisherDiagonal:
                 total.zero_()
             self.count = 0
         graphs = keeping_graphs(self.in_backward and self.max_norm is not None)
-        with recording(), evaluating(self.model), graphs, without_float16(self._device.type):
+        with recording(), measuring(self.model), graphs, without_float16(self._device.type):
             limit = self.batches if watch is None else None
             alike = self.ranks if self.split_batches else ALONE
             for number, batch in enumerate(itertools.islice(in_step(data, alike), limit)):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .._arguments import check_seed, describe
 from .._hashing import sample_numbers
-from .._modes import evaluating
+from .._modes import measuring
 from .._parts import map_tensors
 from ..errors import InputError, NonFiniteError
 from ._batches import INTEGERS, LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
@@ -69,7 +69,7 @@ class Classification(Task):
         inputs, labels = self._split(self.prepare(batch, next(model.parameters()).device))
         if isinstance(inputs, dict):
             self._by_name = by_name(model, inputs)
-        with evaluating(model), torch.no_grad(), refusing(model, inputs):
+        with measuring(model), torch.no_grad(), refusing(model, inputs):
             logits = self.logits(model, inputs)
         if self.loss is None:  # else it knows what it takes
             _check_logits(logits)
