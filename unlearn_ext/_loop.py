@@ -521,9 +521,10 @@ class Loop:
 
     def _backward(self, loss: Tensor, batch: _BatchLoss, side: str) -> None:
         if self.unlearner.device.type == "cpu" and not bool(torch.isfinite(batch.told)):
+            mean = batch.mean.item()  # from which a method may make a term that is not finite
+            what = f"term is {batch.told.item()}" if math.isfinite(mean) else f"loss is {mean}"
             raise NonFiniteError(
-                f"the {side} loss is {batch.mean.item()} and the step was not made: check the data, lower lr or "
-                "forget_alpha"
+                f"the {side} {what} and the step was not made: check the data, lower lr or forget_alpha"
             )
         if not loss.requires_grad:
             raise no_gradient(side)

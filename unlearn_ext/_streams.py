@@ -192,12 +192,13 @@ class BatchStream:
         if not self._shared:
             return
         expected = length(self.data)
-        exact = expected is not None and not isinstance(getattr(self.data, "dataset", None), IterableDataset)
+        exact = expected is not None and not isinstance(getattr(self.data, "dataset", self.data), IterableDataset)
         if exact and (self._taken < expected if ended else self._taken > expected):
             what = f"ended after {self._taken}" if ended else "started again in the midst"
             raise InputError(
-                f"a pass over the {self.name} set {what} of {expected} batches, since evaluate() looked at the same "
-                "loader, which has one pass at a time: let it use a loader of its own"
+                f"a pass over the {self.name} set {what} of {expected} batches: either evaluate() looked at the same "
+                "loader, which has one pass at a time, so let it use a loader of its own; or its len() is not how many "
+                "batches it gives"
             )
 
     def position(self) -> dict[str, Any] | None:

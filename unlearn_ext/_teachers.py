@@ -79,7 +79,8 @@ def _is_computed(module: nn.Module) -> bool:
     """Whether one of its weights is no parameter of its own but a function of some: of ``weight_g`` and ``weight_v``,
     ``weight_orig``, as torch.nn.utils' norms and pruning have it, or under a parametrization."""
     values = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-    by_hook = any(parameter.startswith(f"{name}_") for parameter in module._parameters for name in values)
+    own = list(module.named_parameters(recurse=False))
+    by_hook = any(parameter.startswith(f"{name}_") for parameter, _ in own for name in values)
     return by_hook or parametrize.is_parametrized(module)
 
 
@@ -90,7 +91,7 @@ def _frozen(model: nn.Module) -> nn.Module:
     try:
         with _CopyingValues():
             frozen = copy.deepcopy(model)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # RuntimeError: of a tensor's class
         raise InputError(
             f"the method keeps a frozen copy of the model, and Python cannot copy it ({first_line(error)}): take what "
             "is in the way off the model while the run goes on, or give its class a __deepcopy__"

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner, UnlearnOptimizer
 from unlearn_ext._loop import Loop
-from unlearn_ext.methods import SSD
+from unlearn_ext.methods import SSD, NegativeGradientPlus
+from unlearn_ext.methods.base import ForgetLoss
 from unlearn_ext.tasks import Classification
 
 
@@ -39,6 +40,16 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(side, monkeypatch) -> N
     after = weights(model)
     # Buffers too: the poisoned batch went through BatchNorm.
     assert identical(after, states[-1] if side == "forget" else forgot[-1])
+
+
+def test_a_term_that_is_not_finite_is_told_from_the_loss_that_it_is_made_of() -> None:
+    class Overflowing(NegativeGradientPlus):
+        def forget_loss(self, losses, t):
+            return ForgetLoss(losses.mean() * float("inf"))
+
+    data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
+    with pytest.raises(NonFiniteError, match=r"iteration 0: the forget term is inf and the step was not made"):
+        Unlearner(make(), Classification(), Overflowing(iterations=2)).run(**data)
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:

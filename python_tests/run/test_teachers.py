@@ -104,6 +104,30 @@ def test_random_weights_that_would_not_be_drawn_are_refused(change) -> None:
     Unlearner(model, Classification(), BadTeacher(random_model=untrained, iterations=2)).run(**DATA)
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
+def test_scripted_layers_cannot_be_drawn_anew() -> None:
+    with pytest.raises(InputError, match=r"1 .* has no reset_parameters to draw them"):
+        Unlearner(torch.jit.script(flat(lambda model: None)), Classification(), BadTeacher())
+
+
+class Uncopied(Tensor):
+    """Whose class tells torch too little to copy it."""
+
+
+def test_tensors_of_a_class_that_is_not_copied_are_refused() -> None:
+    model = flat(lambda model: None)
+    model[1].weight = nn.Parameter(model[1].weight.detach().as_subclass(Uncopied))
+    with pytest.raises(InputError, match="Python cannot copy it"):
+        make_teachers(model, Scrub())
+
+
+def test_outputs_that_are_not_compared_are_told_from_those_without_a_loss() -> None:
+    task = Classification(loss=lambda outputs, labels: outputs.flatten(1).mean(1))
+    model = flat(lambda model: model.append(nn.Unflatten(1, (2, 2))))
+    with pytest.raises(InputError, match="choose a method that compares no outputs"):
+        Unlearner(model, task, Scrub(epochs=1, msteps=1)).run(**DATA)
+
+
 def closure(module: nn.Module) -> None:
     before = module.forward
     module.forward = lambda x: before(x)

@@ -161,8 +161,8 @@ class Classification(Task):
         logits = self.logits(model, inputs)
         with torch.no_grad():
             target = self.logits(teacher, inputs)
-        _check_logits(logits)
-        _check_logits(target)
+        for output in (logits, target):
+            _check_logits(output, "choose a method that compares no outputs of two networks")
         if logits.shape != target.shape:
             raise InputError(
                 f"the network to compare with gives logits of shape {list(target.shape)} and the model "
@@ -228,13 +228,13 @@ def _label_remedy(labels: Tensor) -> str:
     return ": use labels.long()" if labels.dim() == 1 else ""
 
 
-def _check_logits(logits: Any) -> None:
+def _check_logits(logits: Any, other: str = "give Classification a loss that takes its output") -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         got += f" of {logits.dtype}" if isinstance(logits, Tensor) and not logits.is_floating_point() else ""
         raise InputError(
             f"the model's output: expected logits [N, classes] or an object with .logits, got {got}: wrap the model, "
-            "or give Classification a loss that takes its output"
+            f"or {other}"
         )
 
 
