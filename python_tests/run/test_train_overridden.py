@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unlearn_ext import Result, Unlearner, evaluation
 from unlearn_ext._modes import keeping_modes
-from unlearn_ext.methods import parse
+from unlearn_ext.methods import SSD, parse
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.saliency.gradient import GradientSum
 from unlearn_ext.tasks import Classification
@@ -92,6 +92,16 @@ def test_a_resumed_run_is_the_same_run(tmp_path, training) -> None:
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters(), strict=True))
     assert result.history == other.history
     assert all(torch.equal(average, other.ema[name]) for name, average in result.ema.items())
+
+
+def test_what_is_merged_into_frozen_weights_is_dampened_beside_them() -> None:
+    model = make(network)
+    for layer in (model[1], model[4]):
+        layer.up.data += 1.0
+    before, ups = model.train()[1].weight.clone(), model[1].up.clone()
+    SSD(alpha=0.1, lambd=0.1).run(model.eval(), Classification(), **SETS)
+    assert model[1].merged and not torch.equal(model[1].up, ups)
+    assert torch.allclose(model.train()[1].weight, before, atol=1e-6)
 
 
 def test_what_was_frozen_in_eval_mode_is_so_again() -> None:

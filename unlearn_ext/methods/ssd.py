@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._arguments import check_count, check_finite, check_model
 from .._data import DataCheck
+from .._modes import keeping_modes
 from .._names import trainable
 from .._process import in_run_modes
 from .._shards import is_sharded
@@ -143,7 +144,8 @@ class SSD:
                 "F_all; lower it"
             )
         total = sum(float(factors[name][mask].double().sum()) for name, mask in chosen.items())
-        with torch.no_grad():
+        with torch.no_grad(), keeping_modes(model):
+            model.train()  # a class may merge adapters into weights in eval mode
             for name, p in named.items():  # where, since a weight that is not chosen keeps its exact bits
                 p.copy_(torch.where(chosen[name], p * factors[name], p))
         return Dampening(
