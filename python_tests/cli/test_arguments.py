@@ -254,6 +254,12 @@ def test_a_reader_that_leaves_ends_nothing(monkeypatch) -> None:
     os.close(writing)
 
 
+def test_a_closed_output_is_no_output(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: plain_console().print("to nobody"))
+    assert main(["demo"]) == 0 and sys.stdout is None
+
+
 def test_a_warning_of_ours_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:
     def warn() -> int:
         for _ in range(2):
