@@ -8,14 +8,14 @@ import warnings
 
 from .errors import UnlearningWarning
 
-__all__ = ["warn"]
+__all__ = ["PACKAGE", "warn"]
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def warn(message: str, category: type[Warning] = UnlearningWarning) -> None:
     """``warnings.warn`` as of the nearest caller outside the package."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_PACKAGE):
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -254,15 +254,25 @@ def test_a_reader_that_leaves_ends_nothing(monkeypatch) -> None:
     os.close(writing)
 
 
-def test_a_runs_warning_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:
+def test_a_closed_output_is_no_output(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: plain_console().print("to nobody"))
+    assert main(["demo"]) == 0 and sys.stdout is None
+
+
+def test_a_warning_of_ours_is_a_sentence_on_its_own(monkeypatch, capsys) -> None:
     def warn() -> int:
         for _ in range(2):
             warnings.warn("the target was not met", UnlearningWarning, stacklevel=1)
+        warnings.warn_explicit("there is no compiler", RuntimeWarning, cli.__file__, 1)
+        warnings.warn_explicit("theirs", UserWarning, "theirs.py", 1)
         return 0
 
     monkeypatch.setattr("unlearn_ext.cli.demo.demo", lambda: warn())
-    assert main(["demo"]) == 0
-    assert capsys.readouterr().err == "warning: the target was not met\n"
+    with pytest.warns(UserWarning, match="theirs") as others:
+        assert main(["demo"]) == 0
+    assert len(others) == 1
+    assert capsys.readouterr().err == "warning: the target was not met\nwarning: there is no compiler\n"
 
 
 UNMET = ("still_drawn", "retained_lost", "not_judged", "not_seen_before", "still_known", "target", "unmoved")

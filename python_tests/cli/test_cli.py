@@ -101,6 +101,7 @@ def test_a_random_subset_with_underscores(tmp_path) -> None:
 BAD = [
     (["--forget-class", 10], "--forget-class: expected a digit"),
     (["--scenario", "random", "--forget-fraction", 1.0], "something must be"),
+    (["--forget-fraction", 0.2], "--forget-fraction belongs to --scenario random: leave it out with --scenario class"),
     (["--scenario", "random", "--forget-fraction", 0.00001], "is 0"),
     (["--scenario", "random", "--train-size", 10, "--forget-fraction", 0.04], "is 0: something must be"),
     (["--train-size", 5000], "--train-size: expected at most 4000, which leaves 1000 of the digits for the test"),

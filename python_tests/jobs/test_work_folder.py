@@ -67,6 +67,17 @@ def test_a_work_folder_elsewhere(home: Path, tmp_path: Path, monkeypatch) -> Non
     assert not (tmp_path / "scratch" / "w").exists()
 
 
+def test_a_folder_of_the_run_is_no_class_of_the_data(home: Path, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "data"
+    data.symlink_to(home / "digits")
+    for out, place in ((data / "3" / "out", ()), (tmp_path / "out", ("--work-dir", str(home / "digits" / "w")))):
+        assert run(home, "dit", out, *STEPS, *place, data=str(data)) == 1
+        assert " lies in --data, where " in capsys.readouterr().err
+    assert names(home / "digits") == set("0123456789")
+    assert run(home, "dit", Path("/"), *STEPS, "--dry-run") == 1  # as of a shell's variable that is not set
+    assert "choose an empty folder" in capsys.readouterr().err
+
+
 def test_what_somebody_else_put_into_the_work_folder_stays(home: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     run_killed_at(1, monkeypatch, home, "dit", out, *STEPS)
@@ -230,6 +241,21 @@ def test_an_interrupt_after_the_pictures_were_judged(home, tmp_path, monkeypatch
     assert words in last and "not judged" not in last and "starts anew" not in last
     assert run(home, "dit", out, *STEPS) == 1
     assert names(out) == names(home / "dit") | {"unlearning"} and names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("unlearn_ext.diffusion.job.ForgetJob", "nothing was changed; the same command starts again"),
+        ("unlearn_ext.cli.forget.show_result", "is whole"),
+    ],
+)
+def test_an_interrupt_before_and_after_the_run_says_what_is_there(
+    home, tmp_path, monkeypatch, capsys, place, words
+) -> None:
+    monkeypatch.setattr(place, lambda *arguments: signal.raise_signal(signal.SIGINT))
+    assert run(home, "dit", tmp_path / "out", *STEPS) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith(words)
 
 
 @pytest.mark.parametrize("when", ["write_output", "move_output"])

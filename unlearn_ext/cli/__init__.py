@@ -8,6 +8,7 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _GOES_ON = "the same command goes on from the runs that are finished"
+_UNTOUCHED = "nothing was changed; the same command starts again"
 _STARTS_ANEW = "nothing goes on from here; the same command starts anew"
 
 
@@ -87,7 +88,7 @@ def _app():
 
     for name, function, advice in (
         ("demo", demo.demo, _STARTS_ANEW),
-        ("forget", forget.forget, _STARTS_ANEW),
+        ("forget", forget.forget, _UNTOUCHED),
         ("compare", compare.compare, _GOES_ON),
         ("profile", profile.profile, _STARTS_ANEW),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .._files import user_path
 from ..data.labels import decoded
 from ..errors import InputError
 
-__all__ = ["OnceCommand", "checked", "hyphens"]
+__all__ = ["OnceCommand", "check_heeded", "checked", "hyphens"]
 
 _LARGEST = 2**31 - 1  # of counts
 _LARGER = ("seed", "weights")  # have bounds of their own
@@ -58,8 +58,26 @@ def checked(function: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
+def check_heeded(context: typer.Context, names: Iterable[str], whose: str, this: str) -> None:
+    """Refuses options that would not be heeded.
+
+    Args:
+        names: parameters that must not have been given.
+        whose: what they belong to.
+        this: what was asked for instead.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{_option(name)} belongs to {whose}: leave it out with {this}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.removesuffix("_file").replace("_", "-")
+
+
 def _checked(name: str, value: Any) -> Any:
-    option = "--" + name.removesuffix("_file").replace("_", "-")
+    option = _option(name)
     if name == "json_file" and str(value) == "-":
         return Path("/dev/stdout")
     if isinstance(value, Path):  # as in --option=~/folder, where the shell leaves it

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .demo import Scenario
+from .demo import Scenario, check_scenario
 from .device import checked_device
 from .ending import end
 from .folder import hold_output
@@ -24,6 +24,7 @@ class Settings(str, Enum):
 
 
 def compare(
+    context: typer.Context,
     methods: Annotated[
         str, typer.Option(help="With commas: name, or name:setting=value,setting=value; all of them unless given.")
     ] = "all",
@@ -69,6 +70,7 @@ def compare(
     from .backend import load_backend
     from .progress import two_bars
 
+    check_scenario(context, scenario)
     protocol = Protocol(
         scenario=scenario.value,
         forget_class=forget_class,

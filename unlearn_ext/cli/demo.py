@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import check_heeded
 from .device import Precision, checked_device
 from .ending import demo_warnings, end, show_warnings
 from .folder import hold_output
@@ -30,6 +31,12 @@ class Scenario(str, Enum):
 
     klass = "class"
     random = "random"
+
+
+def check_scenario(context: typer.Context, scenario: Scenario) -> None:
+    """An option of the other scenario is an error."""
+    name, other = ("forget_class", "class") if scenario is Scenario.random else ("forget_fraction", "random")
+    check_heeded(context, [name], f"--scenario {other}", f"--scenario {scenario.value}")
 
 
 class Update(str, Enum):
@@ -79,7 +86,11 @@ def demo(
     forget a digit in 50 iterations; pictures before and after from the same
     noise, judged by a classifier.
     """
-    _check_options(context, task)
+    if task is TaskName.classifier:
+        check_heeded(context, _OF_DIFFUSION, "demo ddpm, dit and text", "demo classifier")
+        check_scenario(context, scenario)
+    else:
+        check_heeded(context, _OF_THE_CLASSIFIER, "demo classifier", f"demo {task.value}")
     if task is not TaskName.classifier:
         from ..demo.diffusion.run import DiffusionOptions
         from . import demo_diffusion
@@ -131,18 +142,6 @@ def demo(
 
 _OF_THE_CLASSIFIER = ("scenario", "forget_fraction", "train_size", "update", "allow_duplicates")
 _OF_DIFFUSION = ("samples", "pretrain", "retrain")
-
-
-def _check_options(context: typer.Context, task: TaskName) -> None:
-    """An option that the task would not heed is an error."""
-    from ..errors import InputError
-
-    classifier = task is TaskName.classifier
-    for name in _OF_DIFFUSION if classifier else _OF_THE_CLASSIFIER:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            whose = "ddpm, dit and text" if classifier else "classifier"
-            raise InputError(f"--{name.replace('_', '-')} belongs to demo {whose}: leave it out with demo {task.value}")
 
 
 def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._signs import missed
+from .._warn import PACKAGE
 from .report import plain_console
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def plain_warnings(console: Console) -> Iterator[None]:
         show = warnings.showwarning
 
         def showwarning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if not issubclass(category, UnlearningWarning):
+            if not (issubclass(category, UnlearningWarning) or str(place[0]).startswith(PACKAGE)):
                 show(message, category, *place, **more)
             elif str(message) not in _said:
                 _said.add(str(message))

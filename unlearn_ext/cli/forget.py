@@ -200,12 +200,12 @@ def forget(
         with stages(errors) as progress:
             job.progress = progress
             job.run(lambda report, whole: write_report(report, file, json_file if whole else None))
+        if not job.first:
+            return 0
+        return show_result(job, json.loads(file.read_text(encoding="utf-8")), console)
     except Terminated as stopped:
         stopped.advice = how_to_go_on(job)
         raise
-    if not job.first:
-        return 0
-    return show_result(job, json.loads(file.read_text(encoding="utf-8")), console)
 
 
 @contextlib.contextmanager

@@ -73,10 +73,13 @@ def is_unicode(encoding: str | None) -> bool:
 
 @contextlib.contextmanager
 def outlive_readers() -> Iterator[None]:
-    """Where the reader of a pipe leaves, as ``head`` does, what is printed goes nowhere, and the command goes on."""
+    """Where the reader of a pipe leaves, as ``head`` does, or an output was closed from the start, what is printed goes
+    nowhere, and the command goes on."""
     before = {name: getattr(sys, name) for name in _OUTPUTS}
     for name, stream in before.items():
-        if _is_pipe(stream):
+        if stream is None:  # also takes its number, which the first file that is opened would have
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif _is_pipe(stream):
             stream.flush()
             buffer = io.BufferedWriter(_Pipe(stream.fileno(), "wb", closefd=False))
             settings = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -76,6 +77,12 @@ class ForgetJob:
         self.seconds: dict[str, float] = {}
         self._resume = options.resume_from_checkpoint is not None
         self.work = WorkFolder(options.output_dir, options.work_dir)
+        for option, folder in (("--output-dir", options.output_dir), ("--work-dir", self.work.path)):
+            if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(options.data)):
+                raise InputError(
+                    f"{option}: {folder} lies in --data, where the next run would take it for a class: choose a folder "
+                    "outside it"
+                )
         source = options.pretrained_model_name_or_path
         check_claim(options.output_dir, source, resume=self._resume, options=options.settings())
         if not is_waiting(options.output_dir):

@@ -38,7 +38,7 @@ class WorkFolder:
 
     def __init__(self, output: Path, folder: Path | None = None):
         self.output = Path(os.path.realpath(output))
-        beside = self.output.with_name(f"{self.output.name}.work")
+        beside = Path(f"{self.output}.work")  # / has no name
         self.path = beside if folder is None else Path(os.path.realpath(folder))
         self.latents = self.path / "latents"
         self._made = False
