@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 # Set before torch makes its pool: on networks as small as the tests' a second thread costs more than it brings, and
 # where sessions run side by side (pytest-xdist) threads wait for each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell's background jobs ignore Ctrl-C, and so would the programs that tests interrupt.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background jobs ignore Ctrl-C, and nohup the end of the terminal; so would what tests interrupt.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Which only a loss of power would show; that files are synced, and in which order, tests see by the calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture

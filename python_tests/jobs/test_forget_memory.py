@@ -95,6 +95,7 @@ def test_bfloat16_weights_go_about_the_same_way(home: Path, forgotten: Forgotten
     ]
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_written_as_they_were(home: Path, forgotten: Forgotten) -> None:
     after = denoiser(forgotten("text", "--weights-dtype", "bfloat16", "--trained-weights", "cross-attention"), "text")
     moved = {name for name, value in wide("text", home).items() if not torch.equal(value, after[name])}
@@ -126,6 +127,7 @@ def test_a_killed_run_in_bfloat16_is_resumed_to_the_same_weights(
     assert identical(denoiser(forgotten("dit", *own), "dit"), denoiser(tmp_path / "out", "dit"))
 
 
+@pytest.mark.slow
 def test_a_mask_is_for_the_weights_that_it_was_measured_on(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
     """Rounded ones are others."""
     own = ("--weights-dtype", "bfloat16")
@@ -139,6 +141,7 @@ def test_a_mask_is_for_the_weights_that_it_was_measured_on(home: Path, forgotten
         job_of(home, "ddpm", tmp_path / "other", **given)
 
 
+@pytest.mark.slow
 def test_averages_of_bfloat16_weights_are_written_in_full(forgotten: Forgotten) -> None:
     own = ("--weights-dtype", "bfloat16", "--save-weights", "ema", "--ema-decay", "0.5", "--learning-rate", "1e-2")
     after = denoiser(forgotten("ddpm", *own), "ddpm")

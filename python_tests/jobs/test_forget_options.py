@@ -297,6 +297,7 @@ def mask_bits(out: Path) -> dict[str, np.ndarray]:
     return {name: np.unpackbits(value.numpy().view(np.uint8), bitorder="little") for name, value in words.items()}
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_the_length_of_a_step(home: Path, forgotten: Forgotten) -> None:
     before, lengths = denoiser(home / "ddpm", "ddpm"), {}
     for rate in (1e-4, 4e-4):
@@ -326,6 +327,7 @@ def test_a_run_that_could_forget_nothing_is_refused(tmp_path: Path, capsys, opti
     assert error.startswith(f"error: {option}: expected a finite number")
 
 
+@pytest.mark.slow
 def test_gamma_is_the_ratio_from_which_weights_may_move(home: Path, forgotten: Forgotten, tmp_path, capsys) -> None:
     total = sum(value.numel() for value in denoiser(home / "ddpm", "ddpm").values())
     kept: list[dict[str, np.ndarray]] = []
@@ -344,7 +346,9 @@ def test_gamma_is_the_ratio_from_which_weights_may_move(home: Path, forgotten: F
     assert not (tmp_path / "out" / "model_index.json").exists()
 
 
-@pytest.mark.parametrize("fraction", [0.25, 1.0 / 3, 0.0001])
+@pytest.mark.parametrize(
+    "fraction", [pytest.param(0.25, marks=pytest.mark.slow), 1.0 / 3, pytest.param(0.0001, marks=pytest.mark.slow)]
+)
 def test_the_fraction_is_of_all_weights(home: Path, forgotten: Forgotten, fraction: float) -> None:
     out = forgotten("ddpm", "--mask-fraction", str(fraction))
     total = sum(value.numel() for value in denoiser(home / "ddpm", "ddpm").values())
@@ -359,6 +363,7 @@ def drawn(out: Path) -> set[int]:
     return set(json.loads((work(out) / "latents" / "manifest.json").read_text())["indices"])
 
 
+@pytest.mark.slow
 def test_batches_that_are_measured_are_drawn_and_change_the_mask(forgotten: Forgotten) -> None:
     one, five = forgotten("dit"), forgotten("dit", "--fisher-batches", "5")
     assert result(one)["method"]["fisher_batches"] == [1, 1]
@@ -368,6 +373,7 @@ def test_batches_that_are_measured_are_drawn_and_change_the_mask(forgotten: Forg
     assert any((few[name] != many[name]).any() for name in few)
 
 
+@pytest.mark.slow
 def test_a_seed_is_all_that_tells_two_runs_apart(home: Path, forgotten: Forgotten, tmp_path: Path) -> None:
     first, other = forgotten("dit"), forgotten("dit", "--seed", "1")
     assert run(home, "dit", tmp_path / "again", "--forget-class", "3", "--seed", "0", "--keep-work") == 0
@@ -399,7 +405,14 @@ def test_the_newest_checkpoints_are_kept(home: Path, tmp_path: Path, limit: int 
 # --- Which weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [r"norm1\.|conv_in\.bias$", r"^down_blocks\.0\.", "attention"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        r"norm1\.|conv_in\.bias$",
+        pytest.param(r"^down_blocks\.0\.", marks=pytest.mark.slow),
+        pytest.param("attention", marks=pytest.mark.slow),
+    ],
+)
 def test_only_weights_whose_names_fit_are_trained(home: Path, forgotten: Forgotten, given: str) -> None:
     out = forgotten("ddpm", "--trained-weights", given)
     before, after = denoiser(home / "ddpm", "ddpm"), denoiser(out, "ddpm")

@@ -98,7 +98,7 @@ def test_unreadable_images_are_named_and_skipped_or_refused(home: Path, tmp_path
     assert "000.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("files", ["3/*.png", "*/*.png"])
+@pytest.mark.parametrize("files", ["3/*.png", pytest.param("*/*.png", marks=pytest.mark.slow)])
 def test_nothing_stays_where_a_class_has_no_readable_image(home: Path, tmp_path: Path, capsys, files: str) -> None:
     data = tmp_path / "damaged"
     shutil.copytree(home / "digits", data)

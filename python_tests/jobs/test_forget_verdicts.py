@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, result, run
-from helpers.pipelines import NAMES, save_classifier, save_digit_folders, save_text_pipeline
+from helpers.pipelines import save_classifier
 
 from unlearn_ext.cli import main
 from unlearn_ext.diffusion.judge import Judge
@@ -80,7 +80,15 @@ def judge_says(monkeypatch, *rounds: int) -> None:
     monkeypatch.setattr(Judge, "probabilities", probabilities)
 
 
-@pytest.mark.parametrize(("rounds", "code"), [((3, 3), 3), ((3, 4), 0), ((4, 3), 3), ((4, 4), 3)])
+@pytest.mark.parametrize(
+    ("rounds", "code"),
+    [
+        ((3, 3), 3),
+        ((3, 4), 0),
+        pytest.param((4, 3), 3, marks=pytest.mark.slow),
+        pytest.param((4, 4), 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_class_still_drawn_or_never_seen_ends_with_code_3(home, tmp_path, monkeypatch, capsys, rounds, code) -> None:
     judge_says(monkeypatch, *rounds)
     options = ("--forget-class", "3", "--classifier", str(home / "judge"), "--samples", "1")
@@ -91,11 +99,6 @@ def test_a_class_still_drawn_or_never_seen_ends_with_code_3(home, tmp_path, monk
     assert last.startswith("exit code 3: ") == (code == 3)
     assert ("not forgotten: the classifier still sees 3" in last) == (rounds[1] == 3)
     assert (tmp_path / "out" / "model_index.json").exists()
-
-
-def test_without_a_classifier_nothing_is_said(home: Path, tmp_path: Path) -> None:
-    assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3") == 0
-    assert "still_drawn" not in result(tmp_path / "out")["warnings"]
 
 
 # --- Several classes and prompts ------------------------------------------------------------------------------------
@@ -115,21 +118,20 @@ def test_two_classes_are_in_the_result_and_not_in_the_retain_set(home: Path, tmp
     assert run(home, "ddpm", tmp_path / "out", "--forget-class", "5", "--forget-class", "3") == 0
     found = result(tmp_path / "out")
     assert set(found["forgotten"]) == {"3", "5"} and found["options"]["forget_class"] == ["5", "3"]
+    assert "still_drawn" not in found["warnings"]  # without a classifier nothing is said
     assert run(home, "ddpm", tmp_path / "one", "--forget-class", "5,3") == 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "one")
     assert result(tmp_path / "one")["options"]["forget_class"] == "5,3"
 
 
-def test_two_prompts_are_forgotten_and_both_replaced(tmp_path: Path, capsys) -> None:
-    save_digit_folders(tmp_path / "named", per_class=2, names=NAMES)
-    save_text_pipeline(tmp_path / "text")
+def test_two_prompts_are_forgotten_and_both_replaced(home: Path, tmp_path: Path, capsys) -> None:
     prompts = ("--forget-prompt", "five", "--forget-prompt", "three")
     out = tmp_path / "out"
-    assert run(tmp_path, "text", out, *prompts, "--replace-prompt", "two", data="named") == 0
+    assert run(home, "text", out, *prompts, "--replace-prompt", "two", data="named") == 0
     found, told = result(out), capsys.readouterr().out
     assert set(found["forgotten"]) == {"three", "five"} and found["options"]["forget_prompt"] == ["five", "three"]
     assert {line.split()[5] for line in told.splitlines() if line.startswith("│ forget")} == {"three", "five"}
     for second, words in (("six!", "no folder belongs to 'six!'"), ("two", "expected another prompt than the one")):
         again = (*prompts, "--forget-prompt", second, "--replace-prompt", "two")
-        assert run(tmp_path, "text", tmp_path / "x", *again, data="named") == 1
+        assert run(home, "text", tmp_path / "x", *again, data="named") == 1
         assert words in capsys.readouterr().err

@@ -193,21 +193,19 @@ def stop_at(monkeypatch, iteration: int, number: int) -> None:
     monkeypatch.setattr(Loop, "_iterate", stopping)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGINT", 130),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupt_says_how_to_go_on(home, tmp_path, monkeypatch, capsys, name, code) -> None:
-    steps = (*STEPS[:2], "--max-train-steps", "3")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1, getattr(signal, name))
-        capsys.readouterr()
-        assert run(home, "dit", tmp_path / "out", *steps, "--checkpointing-steps", "1") == code
-        last = capsys.readouterr().err.splitlines()[-1]
+    stop_at(monkeypatch, 1, getattr(signal, name))
+    assert run(home, "dit", tmp_path / "out", *STEPS, "--max-train-steps", "3") == code
+    last = capsys.readouterr().err.splitlines()[-1]
     assert "--resume-from-checkpoint latest goes on" in last and str(work(tmp_path / "out")) in last
-    if name != "SIGINT":
-        return
-    assert run(home, "dit", tmp_path / "whole", *steps) == 0
-    resumed = (*steps, "--checkpointing-steps", "1", "--resume-from-checkpoint", "latest")
-    assert run(home, "dit", tmp_path / "out", *resumed) == 0
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def test_an_interrupt_without_checkpoints_says_so(home, tmp_path, monkeypatch, capsys) -> None:
@@ -225,7 +223,10 @@ def test_an_interrupt_while_pictures_are_judged_leaves_a_whole_model(home, tmp_p
     assert result(out)["verdict"] == "not verified: the run was cut off before its pictures were judged"
 
 
-@pytest.mark.parametrize(("when", "words"), [(False, "the same command moves it to its place"), (True, "is whole")])
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [(False, "the same command moves it to its place"), pytest.param(True, "is whole", marks=pytest.mark.slow)],
+)
 def test_an_interrupt_after_the_pictures_were_judged(home, tmp_path, monkeypatch, capsys, when, words) -> None:
     out, move = tmp_path / "out", publishing.move_output
 
@@ -258,7 +259,7 @@ def test_an_interrupt_before_and_after_the_run_says_what_is_there(
     assert capsys.readouterr().err.splitlines()[-1].endswith(words)
 
 
-@pytest.mark.parametrize("when", ["write_output", "move_output"])
+@pytest.mark.parametrize("when", [pytest.param("write_output", marks=pytest.mark.slow), "move_output"])
 def test_a_model_has_its_result_whenever_a_run_is_killed(home, tmp_path, monkeypatch, when) -> None:
     """The next run finishes it; the work folder goes then."""
     out, make = tmp_path / "out", getattr(publishing, when)
@@ -284,7 +285,7 @@ def test_a_model_has_its_result_whenever_a_run_is_killed(home, tmp_path, monkeyp
     assert names(other.path) == {"work.json"}
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_finished_run_says_why_it_is_not_continued(home, tmp_path, capsys, keep) -> None:
     out, more = tmp_path / "out", ("--max-train-steps", "3")
     assert run(home, "dit", out, *STEPS, *(["--keep-work"] if keep else [])) == 0
@@ -311,6 +312,7 @@ def test_a_finished_run_says_why_it_is_not_continued(home, tmp_path, capsys, kee
     assert hashes(out) == before
 
 
+@pytest.mark.slow
 def test_a_result_can_be_forgotten_further(home: Path, tmp_path: Path) -> None:
     assert run(home, "dit", tmp_path / "one", "--forget-class", "3") == 0
     shutil.copytree(home / "digits", tmp_path / "digits")

@@ -19,7 +19,7 @@ from unlearn_ext.methods import ESD, parse
 from unlearn_ext.tasks import ClassConditionalDiffusion, Classification, TextConditionalDiffusion
 
 CPU = torch.device("cpu")
-STEPS = 20
+STEPS = 6
 EPS = 1e-6  # of Adam, so that a gradient that is nothing but rounding moves nothing
 
 

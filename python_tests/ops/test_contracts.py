@@ -125,7 +125,14 @@ CHECKED: dict[str, Callable[[], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKED)
+# One of each operator, and of step_ what differs most.
+QUICK = ("step_-adamw", "step_-bfloat16", "top_bits-product", "gradient_products", "accumulate_fisher_", "ratio_bits")
+QUICK += ("pack_bits", "unpack_bits", "count_bits", "update")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHECKED]
+)
 def test_opcheck(name: str) -> None:
     with RawCalls() as raw:
         CHECKED[name]()
@@ -261,12 +268,15 @@ def test_compiles_into_one_graph() -> None:
     assert_compiles(whole_iteration, "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.native_only
 def test_compiles_with_inductor() -> None:
     assert_compiles(step_among_others, "inductor")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=() if rule == "adam" else pytest.mark.slow) for rule in RULES]
+)
 def test_a_compiled_step_takes_new_scalars_and_shapes(rule: str) -> None:
     """Neither a learning rate nor a step count may be baked into the graph."""
     torch._dynamo.reset()

@@ -8,25 +8,30 @@ import pytest
 import torch
 from helpers.layouts import coin, same_bits
 from helpers.updates import (
+    PARTS,
     SCALARS,
+    SCOPES,
     Calls,
     Operands,
     call,
     flat,
     followed,
-    mask_cases,
     new_operands,
     new_scalars,
-    parts_cases,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from unlearn_ext import ops
 
+OPCHECKED = [
+    pytest.param(parts, scope, id=f"{name}-{scope}", marks=() if name == "both-slow" else pytest.mark.slow)
+    for name, parts in PARTS.items()
+    for scope in SCOPES
+]
 
-@mask_cases
-@parts_cases
+
+@pytest.mark.parametrize(("parts", "mask_scope"), OPCHECKED)
 def test_opcheck(parts: Sequence[str], mask_scope: str | None, rng: torch.Generator) -> None:
     """With gradients, so that the derivative's registration and its fake are checked as well."""
     shapes = ((5, 7), (33,), (), (0,))

@@ -12,7 +12,7 @@ import typer
 from .demo import Scenario, check_scenario
 from .device import checked_device
 from .ending import end
-from .folder import hold_output
+from .folder import check_output, hold_output
 from .report import check_file, plain_console, write_report
 
 __all__ = ["compare"]
@@ -84,6 +84,7 @@ def compare(
     )
     runners = choose(split_list(methods), settings.value, scenario.value)
     check_file("--json", json_file, output_dir)
+    check_output(output_dir, "compare")
     cache = _default_cache() if cache_dir is None else None
     if cache is not None:
         with contextlib.suppress(OSError):  # the folder below it says which

@@ -13,7 +13,7 @@ from rich.table import Table
 from .arguments import check_heeded
 from .device import Precision, checked_device
 from .ending import demo_warnings, end, show_warnings
-from .folder import hold_output
+from .folder import check_output, hold_output
 from .report import check_file, plain_console, write_report
 
 __all__ = ["demo"]
@@ -120,8 +120,9 @@ def demo(
         mixed_precision=mixed_precision.value,
         allow_duplicates=allow_duplicates,
     )
-    run = ClassifierDemo(options)
     check_file("--json", json_file, output_dir)
+    check_output(output_dir, "demo")
+    run = ClassifierDemo(options)
     console = plain_console(stderr=True)
     with hold_output(output_dir, "demo"):
         backend = load_backend(console)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["MARK", "hold_output"]
+__all__ = ["MARK", "check_output", "hold_output"]
 
 MARK, _FORMAT = ".unlearn_ext.json", "unlearn_ext.output.1"
 
@@ -25,11 +25,19 @@ def hold_output(folder: Path, command: str) -> Iterator[None]:
     from .._files import writable_directory, write_json
     from .._lock import hold
 
-    _check(folder, command)
+    check_output(folder, command)
     with hold(writable_directory(folder)):
         _check(folder, command)  # again: another run may have just taken it
         write_json(folder / MARK, {"format": _FORMAT, "command": command})
         yield
+
+
+def check_output(folder: Path, command: str) -> None:
+    """Raises what :func:`hold_output` would of what is in the folder, before a command reads its data."""
+    from .._lock import refuse_held
+
+    _check(folder, command)
+    refuse_held(folder)
 
 
 def _check(folder: Path, command: str) -> None:
