@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import rank_cases, rank_jobs
+from helpers import rank_cases, rank_jobs, runs
+from helpers.models import make
 from helpers.normed import around
-from helpers.processes import environment
 from helpers.rank_cases import CASES
+from helpers.ranks import launch
 from safetensors.torch import load_file
 
 from unlearn_ext._ranks import Ranks
@@ -31,24 +31,10 @@ WORLDS, WRAPPERS = (2, 4), ("ddp", "fsdp")
 TOLERANCE = 1e-9  # float64; the bar
 
 
-def launch(ranks: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    # The launcher looks at its processes now and then, and ends the others of one that has ended: not before they tell.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "3"]
-    torchrun += ["--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*torchrun, "-m", f"helpers.{script}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env=environment(OMP_NUM_THREADS=1),
-    )
-    if check and done.returncode:
-        pytest.fail(f"{script} on {ranks} ranks failed:\n{done.stdout[-2000:]}{_of_rank_0(done.stderr)}")
-    return done
-
-
-def _of_rank_0(errors: str) -> str:
-    return "\n".join(line for line in errors.splitlines() if line.startswith("[rank0]"))[-4000:]
+def run_ranks(ranks: int, main: Callable[..., None], *arguments: object) -> None:
+    for rank, ended in enumerate(launch(ranks, main, *arguments)):
+        if ended.code:
+            pytest.fail(f"{main.__module__}, rank {rank} of {ranks}, ended with {ended.code}:\n{ended.output[-4000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +43,7 @@ def results(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     rank_cases.go(None, output_dir=directory / "run-None-1", checkpointing_steps=2, arguments={"ema_decay": 0.9})
     for ranks in WORLDS:
-        launch(ranks, "rank_cases", directory, *WRAPPERS, "continued")
+        run_ranks(ranks, rank_cases.main, directory, *WRAPPERS, "continued")
     return directory
 
 
@@ -206,8 +192,8 @@ def test_a_part_of_a_checkpoint_that_is_missing_is_noticed(results, tmp_path, wr
 def others(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("others")
     names = ("unwrapped_model", "duplicates", "accelerated", "partly_sharded", "uneven", "sampled_before")
-    names += ("other_teachers", "statistics")
-    launch(2, "rank_cases", directory, *names)
+    names += ("other_teachers", "signalled", "statistics")
+    run_ranks(2, rank_cases.main, directory, *names)
     return directory
 
 
@@ -264,15 +250,25 @@ def test_what_accelerate_prepares_gives_what_one_process_gives(others, tmp_path)
     assert_same(found, rank_cases.accelerated(None, tmp_path))
 
 
+def test_a_signal_to_one_rank_ends_all_of_them_after_the_same_iteration(others):
+    checkpoint = others / "signalled" / "checkpoint-5"
+    found = json.loads((others / "signalled-ddp-2.json").read_text())  # by both
+    assert found == {"code": 143, "iteration": 5, "checkpoint": str(checkpoint)}
+    names = sorted(path.name for path in checkpoint.parent.iterdir())
+    assert names == ["checkpoint-4", "checkpoint-5", "history.jsonl"]
+    result = runs.run(make(), output_dir=checkpoint.parent, resume_from_checkpoint="latest")
+    assert [entry["iteration"] for entry in result.history] == list(range(12))
+
+
 def test_a_rank_that_ends_ends_the_job_and_the_last_checkpoint_goes_on_alone(tmp_path):
-    done = launch(2, "rank_cases", tmp_path, "lost", check=False)
-    assert done.returncode != 0
+    first, last = launch(2, rank_cases.main, tmp_path, "lost")
+    assert first.code == 1 and last.code == 7
     told = (tmp_path / "lost-0.txt").read_text()
     assert told.startswith("LostRankError: another rank has ended or cannot be reached (") and told.endswith(
         "see its own message, and go on from the last checkpoint (resume_from_checkpoint='latest'), with as many ranks "
         "as there are"
     )
-    assert told in done.stderr.replace("unlearn_ext.errors.", "")
+    assert told in first.output.replace("unlearn_ext.errors.", "")
     checkpoints = sorted(path.name for path in (tmp_path / "lost").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
     found = rank_cases.go(None, output_dir=tmp_path / "lost", resume_from_checkpoint="latest")
@@ -335,9 +331,7 @@ class Trained:
                         jobs.append({"model": network, "rule": rule, "dtype": dtype, "wrapper": wrapper})
                         jobs[-1]["output"] = str(output)
             if jobs:
-                file = self.directory / f"jobs-{ranks}.json"
-                file.write_text(json.dumps(jobs))
-                launch(ranks, "rank_jobs", file)
+                run_ranks(ranks, rank_jobs.main, jobs)
 
     def ranked(self, *key: Any) -> dict[str, torch.Tensor]:
         return load_file(self.directory / _name(*key))

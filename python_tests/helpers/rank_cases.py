@@ -1,20 +1,17 @@
-"""What a small network does alone and on several ranks, for test_ranks.py.
-
-    PYTHONPATH=.:python_tests torchrun --nproc-per-node 2 -m helpers.rank_cases DIRECTORY ddp fsdp
-
-does every case with every wrapper and writes ``DIRECTORY/<case>-<wrapper>-<ranks>.json``.
-"""
+"""What a small network does alone and on several ranks, for test_ranks.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import runs
+from helpers.models import make
 from helpers.normed import Normed, around
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -22,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext._names import trainable, unwrapped
 from unlearn_ext._shards import full, local, part_like
-from unlearn_ext.errors import UnlearnError
+from unlearn_ext.errors import Terminated, UnlearnError
 from unlearn_ext.methods import SFRon, find, parse
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.saliency.protection import protected_count, protected_hashes
@@ -491,6 +488,21 @@ def lost(wrapper: str | None, directory: Path) -> dict[str, Any]:
     raise AssertionError("nothing was noticed")
 
 
+def signalled(wrapper: str | None, directory: Path) -> dict[str, Any]:
+    """The last rank gets SIGTERM in an iteration."""
+
+    def send(model: nn.Module, done: int) -> None:
+        if rank() == ranks() - 1 and done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model = nn.parallel.DistributedDataParallel(make())
+    try:
+        runs.run(model, output_dir=directory / "signalled", checkpointing_steps=4, evaluate=send, evaluate_every=1)
+    except Terminated as stopped:
+        return {"code": stopped.exit_code, "iteration": stopped.iteration, "checkpoint": str(stopped.checkpoint)}
+    raise AssertionError("nothing was noticed")
+
+
 def statistics(wrapper: str | None, directory: Path) -> dict[str, Any]:
     """The first rank's running means after a run whose retain batches alone move them, and how many did."""
     from torch.distributed.fsdp import fully_shard
@@ -508,14 +520,14 @@ def statistics(wrapper: str | None, directory: Path) -> dict[str, Any]:
 
 # Not done by all wrappers in one launch.
 OTHERS = {f.__name__: f for f in (duplicates, unwrapped_model, accelerated, lost, partly_sharded, uneven)}
-OTHERS |= {f.__name__: f for f in (other_teachers, statistics)}
+OTHERS |= {f.__name__: f for f in (other_teachers, signalled, statistics)}
 OTHERS |= {f.__name__: f for f in (sampled_before, continued)}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main(directory: Path, *wanted: str) -> None:
+    """Every case with the wrappers that are named, and others by their names; the first rank writes what all of them
+    found to ``directory/<case>-<wrapper>-<ranks>.json``."""
     torch.distributed.init_process_group("gloo")
-    directory, *wanted = Path(sys.argv[1]), *sys.argv[2:]
     jobs = [(name, CASES[name], wrapper) for wrapper in wanted if wrapper not in OTHERS for name in CASES]
     jobs += [(name, OTHERS[name], "ddp") for name in wanted if name in OTHERS]
     for name, function, wrapper in jobs:
@@ -526,7 +538,3 @@ def main() -> None:
         if rank() == 0:
             (directory / f"{name}-{wrapper}-{ranks()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

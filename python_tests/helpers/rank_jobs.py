@@ -1,17 +1,9 @@
-"""Runs of small models, alone or by several ranks, for test_ranks.py.
-
-    PYTHONPATH=.:python_tests torchrun --nproc-per-node 2 -m helpers.rank_jobs jobs.json
-
-does every job in the file, a list of keyword arguments of :func:`run`, on the CPU.
-"""
+"""Runs of small models, alone or by several ranks, for test_ranks.py."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,9 +169,9 @@ def ratios(model: str, batch: int = 6) -> dict[str, Tensor]:
     return {name: (value + 1e-15) / (found[1][name] + 1e-15) for name, value in found[0].items()}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(jobs: list[dict[str, Any]]) -> None:
+    """Every job, the keyword arguments of :func:`run`, by the ranks together."""
     torch.distributed.init_process_group("gloo")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in jobs:
         run(**job)
     torch.distributed.destroy_process_group()

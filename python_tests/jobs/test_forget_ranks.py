@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import pipelines
 from helpers.forgetting import SHORT, denoiser, hashes, job_of, result, run
+from helpers.processes import environment
+from helpers.ranks import command, launch
 
 from unlearn_ext.diffusion import parallel
 from unlearn_ext.errors import InputError
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.ranks
 
 pytest.importorskip("diffusers")
 pytest.importorskip("mlxtend")
-ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +34,50 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def forget(ranks: int, home: Path, model: str, output: Path, *arguments: str) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def forget(start: Start, home: Path, model: str, output: Path, *arguments: str) -> str:
+    """On two ranks; what they printed."""
     own = ["--pretrained-model-name-or-path", str(home / model), "--data", str(home / "digits")]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*torchrun, "-m", "unlearn_ext", "forget", *own, "--output-dir", str(output), *SHORT, *arguments],
+    return start("forget", *own, "--output-dir", str(output), *SHORT, *arguments)
+
+
+def torchrun(*arguments: str) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "unlearn_ext", *arguments],
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS=1),
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def forked(*arguments: str) -> str:
+    """As torchrun does, without the seconds that it and every import take."""
+    ranks = launch(2, command, *arguments)
+    assert not any(rank.code for rank in ranks), ranks[0].output[-3000:]
+    return "".join(rank.output for rank in ranks)
 
 
 @pytest.mark.parametrize(
-    "model, way, more",
+    "start, model, way, more",
     [
-        ("dit", "fsdp", ["--checkpointing-steps", "1", "--save-weights", "ema", "--ema-decay", "0.5", "--keep-work"]),
-        ("ddpm", "ddp", ["--null-class"]),
+        (
+            torchrun,
+            "dit",
+            "fsdp",
+            ["--checkpointing-steps", "1", "--save-weights", "ema", "--ema-decay", "0.5", "--keep-work"],
+        ),
+        (forked, "ddpm", "ddp", ["--null-class"]),
     ],
 )
-def test_two_ranks_write_what_one_process_writes(home: Path, tmp_path: Path, model: str, way: str, more) -> None:
+def test_two_ranks_write_what_one_process_writes(
+    home: Path, tmp_path: Path, start: Start, model: str, way: str, more
+) -> None:
     common = ["--forget-class", "3", "--fisher-batches", "1", *more]
-    done = forget(2, home, model, tmp_path / "two", *common, "--parallel", way)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("not verified") == 1  # one rank tells
+    told = forget(start, home, model, tmp_path / "two", *common, "--parallel", way)
+    assert told.count("not verified") == 1  # one rank tells
     assert run(home, model, tmp_path / "one", *common) == 0
     ours, alone, before = (denoiser(folder, model) for folder in (tmp_path / "two", tmp_path / "one", home / model))
     assert ours.keys() == alone.keys() == before.keys()
