@@ -28,7 +28,7 @@ def install(backend: str) -> None:
 
         from unlearn_ext import _native
 
-        library = cuda_host.build(_native._default_cache())
+        library = cuda_host.build()
         _native._find_or_build = lambda: library
     elif backend == "cuda":
         from helpers import through_device

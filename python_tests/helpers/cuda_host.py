@@ -34,5 +34,5 @@ def loop_recipe() -> _native.Recipe:
     return dataclasses.replace(recipe(), file_name="libcuda_loop_on_host.so", sources=sources)
 
 
-def build(cache: Path, csrc: Path | None = None) -> Path:
+def build(cache: Path | None = None, csrc: Path | None = None) -> Path:
     return _native._build_cached(recipe(csrc), cache)

@@ -40,8 +40,9 @@ def broken_copy(target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cuda_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+def library() -> Path:
+    """In the cache, where a session with --backend=cuda-on-host finds it."""
+    return cuda_host.build()
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +77,18 @@ def test_one_weight_too_many_is_caught(checked: dict[str, Path]) -> None:
 LAUNCHES = Path(__file__).parent / "programs" / "launches.py"
 
 
-@pytest.mark.parametrize("count", [1, 538, 686, 1300])
-def test_one_launch_as_long_as_the_table_holds_the_list(library: Path, count: int) -> None:
+def test_one_launch_as_long_as_the_table_holds_the_list(library: Path) -> None:
     """538 tensors has diffusers' DiT-XL/2, 686 Stable Diffusion's UNet."""
-    done = run_program(LAUNCHES, library, count)
+    counts = (1, 538, 686, 1300)
+    done = run_program(LAUNCHES, library, *counts)
     assert done.returncode == 0, done.stderr
     columns = (5, 5, 5, 7, 2, 3)
-    wanted = [-(-count // (4032 // (c + 2))) for c in columns]
-    assert wanted[:3] == [1, 1, 1] or count > 576
-    *own, products = map(int, done.stdout.split())
-    assert own == wanted
-    assert products == -(-count // (4032 // 5)) + 1  # and one that combines the partial sums
+    for count, line in zip(counts, done.stdout.splitlines(), strict=True):
+        wanted = [-(-count // (4032 // (c + 2))) for c in columns]
+        assert wanted[:3] == [1, 1, 1] or count > 576
+        *own, products = map(int, line.split())
+        assert own == wanted, count
+        assert products == -(-count // (4032 // 5)) + 1, count  # and one that combines the partial sums
 
 
 LOOP = Path(__file__).parent / "programs" / "same_traffic_loop.py"
@@ -103,12 +105,21 @@ def test_the_loop_leaves_everything_as_it_is_and_misses_nothing(tmp_path: Path) 
 SUMS = Path(__file__).parent / "programs" / "gradient_sums.py"
 
 
-def test_the_sums_are_the_cpus_bits(library: Path, tmp_path: Path) -> None:
-    """The same lanes, blocks and tree. Products of float64 gradients may be fused into sums differently."""
+@pytest.fixture(scope="module")
+def sums(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[torch.Tensor]]]:
+    """Those of many lists, and those of large ones, by the CUDA kernels and by the CPU's."""
+    found = {}
     for name, path in (("cuda", library), ("cpu", "own")):
-        done = run_program(SUMS, path, tmp_path / f"{name}.pt")
+        file = tmp_path_factory.mktemp("sums") / f"{name}.pt"
+        done = run_program(SUMS, path, file)
         assert done.returncode == 0, done.stderr
-    cuda, cpu = (torch.load(tmp_path / f"{name}.pt") for name in ("cuda", "cpu"))
+        found[name] = torch.load(file)
+    return found
+
+
+def test_the_sums_are_the_cpus_bits(sums: dict[str, list[list[torch.Tensor]]]) -> None:
+    """The same lanes, blocks and tree. Products of float64 gradients may be fused into sums differently."""
+    cuda, cpu = (sums[name][0] for name in ("cuda", "cpu"))
     assert len(cuda) == len(cpu) == 48
     for i, (a, b) in enumerate(zip(cuda, cpu, strict=True)):
         if i < 12:
@@ -117,10 +128,7 @@ def test_the_sums_are_the_cpus_bits(library: Path, tmp_path: Path) -> None:
             assert torch.equal(a, b)
 
 
-def test_sums_of_many_blocks_are_combined_in_the_cpus_order(library: Path, tmp_path: Path) -> None:
+def test_sums_of_many_blocks_are_combined_in_the_cpus_order(sums: dict[str, list[list[torch.Tensor]]]) -> None:
     """2.2 million weights are 538 blocks: more than one thread block combines."""
-    for name, path in (("cuda", library), ("cpu", "own")):
-        done = run_program(SUMS, path, tmp_path / f"{name}.pt", "large")
-        assert done.returncode == 0, done.stderr
-    cuda, cpu = (torch.load(tmp_path / f"{name}.pt") for name in ("cuda", "cpu"))
+    cuda, cpu = (sums[name][1] for name in ("cuda", "cpu"))
     assert all(torch.equal(a, b) for a, b in zip(cuda, cpu, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from helpers.backends import PYTHON_BACKEND
 from rich.console import Console
 from safetensors.torch import save_file
 
+from unlearn_ext.cli import main
 from unlearn_ext.cli.profile import _show_memory
 from unlearn_ext.errors import InputError
 from unlearn_ext.profiling import memory, report, saliency, shapes, steps
@@ -42,6 +44,20 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_here(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch, cwd: Path) -> int:
+    """The exit code of a script of benchmarks/, run as its own process would run it but in this one."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    return ended.value.code
+
+
 def check_document(
     path: Path, operators: Sequence[str], implementations: Sequence[str], *further: str
 ) -> dict[str, Any]:
@@ -62,7 +78,7 @@ def check_document(
 # --- Scripts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "operators", "implementations"),
     [
@@ -87,17 +103,18 @@ def check_document(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_scripts_write_rows_and_print_a_table(script, options, operators, implementations, tmp_path) -> None:
-    files = ["--json=rows.json", "--plot=rows.png"]
-    done = run(ROOT / "benchmarks" / script, "--repeats=2", "--threads=1", *options, *files, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_scripts_write_rows_and_print_a_table(
+    script, options, operators, implementations, tmp_path, monkeypatch, capsys
+) -> None:
+    options = ["--repeats=2", "--threads=1", *options, "--json=rows.json", "--plot=rows.png"]
+    assert run_here(script, *options, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    shown = capsys.readouterr().out
     check_document(tmp_path / "rows.json", operators, implementations)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "triad in the same run" in done.stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "triad in the same run" in shown
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -108,9 +125,10 @@ def test_scripts_write_rows_and_print_a_table(script, options, operators, implem
     ],
     ids=str,
 )
-def test_scripts_say_in_one_sentence_what_is_wrong(options, words, tmp_path) -> None:
-    done = run(ROOT / "benchmarks" / "bench_step.py", "--weights=1000", *options, cwd=tmp_path)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+def test_scripts_say_in_one_sentence_what_is_wrong(options, words, tmp_path, monkeypatch, capsys) -> None:
+    assert run_here("bench_step.py", "--weights=1000", *options, monkeypatch=monkeypatch, cwd=tmp_path) == 1
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
 
 
 # --- unlearn-ext profile ------------------------------------------------------------------------------------
@@ -143,16 +161,18 @@ def test_profile_of_a_users_network_with_a_trace(tmp_path) -> None:
         assert name in ranges
 
 
-@pytest.mark.process
-def test_profile_of_a_file_and_of_a_known_network(tmp_path) -> None:
+@pytest.mark.slow
+def test_profile_of_a_file_and_of_a_known_network(tmp_path, monkeypatch, capsys) -> None:
     save_file(
         {"a": torch.zeros(5, 4), "b": torch.zeros(3), "i": torch.zeros(2, dtype=torch.int64)},
         tmp_path / "w.safetensors",
     )
-    done = profile("--shapes", "w.safetensors", "--rule=momentum", "--implementations=loop", cwd=tmp_path)
-    assert done.returncode == 0 and "23 weights in 2 tensors (w.safetensors)" in done.stdout
-    done = profile("--shapes=sd-unet", "--weights=20_000".replace("_", ""), "--dtype=bfloat16", cwd=tmp_path)
-    assert done.returncode == 0 and "of 859.5 M weights" in done.stdout.replace("\n", " ")
+    monkeypatch.chdir(tmp_path)
+    common = ["profile", "--repeats=2"]
+    assert main([*common, "--shapes", "w.safetensors", "--rule=momentum", "--implementations=loop"]) == 0
+    assert "23 weights in 2 tensors (w.safetensors)" in capsys.readouterr().out
+    assert main([*common, "--shapes=sd-unet", "--weights=20000", "--dtype=bfloat16"]) == 0
+    assert "of 859.5 M weights" in capsys.readouterr().out.replace("\n", " ")
 
 
 MEMORY = Path(__file__).parent / "programs" / "predicted_memory.py"
@@ -196,8 +216,6 @@ def test_memory_that_cannot_be_measured_is_called_so(monkeypatch) -> None:
     ids=str,
 )
 def test_bad_input_to_profile_is_one_sentence(arguments, words, tmp_path, monkeypatch, capsys) -> None:
-    from unlearn_ext.cli import main
-
     monkeypatch.chdir(tmp_path)
     assert main(["profile", *arguments]) == 1
     shown = capsys.readouterr()

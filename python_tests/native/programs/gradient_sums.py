@@ -1,5 +1,5 @@
-"""Saves sums of many lists to argv[2]: of the library argv[1], or of the package's for "own"; argv[3] "large" takes
-fewer dtypes and a tensor of many blocks."""
+"""Saves two lists of sums to argv[2], by the library argv[1] or, for "own", by the package's: of all dtypes, and of
+fewer with a tensor of many blocks."""
 
 import sys
 from pathlib import Path
@@ -10,18 +10,22 @@ from unlearn_ext import _native, ops
 
 if sys.argv[1] != "own":
     _native._find_or_build = lambda: Path(sys.argv[1])
-large = sys.argv[3:] == ["large"]
-torch.manual_seed(1)
-results = []
-largest = 2_200_000 if large else 50_000
-shapes = [(), (0,), (31,), (64, 65), (100003,), (7, 5, 3), (largest,)] + [(n,) for n in range(1, 90)]
-dtypes = (torch.float32,) if large else (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-for forget_dtype in dtypes:
-    f = [torch.randn(shape, dtype=torch.float64).to(forget_dtype) for shape in shapes]
-    for retain_dtype in (torch.float32, torch.bfloat16):
-        r = [torch.randn(shape, dtype=torch.float64).to(retain_dtype) for shape in shapes]
-        bits = ops.pack_bits([torch.rand(shape) < 0.4 for shape in shapes])
-        for scope in ("forget", "all"):
-            results += [ops.gradient_products(f, r, bits, scope), ops.gradient_products(f, (), bits, scope)]
-            results += [ops.gradient_products((), r, bits, scope)]
-torch.save(results, sys.argv[2])
+
+
+def sums(dtypes, largest):
+    torch.manual_seed(1)
+    results = []
+    shapes = [(), (0,), (31,), (64, 65), (100003,), (7, 5, 3), (largest,)] + [(n,) for n in range(1, 90)]
+    for forget_dtype in dtypes:
+        f = [torch.randn(shape, dtype=torch.float64).to(forget_dtype) for shape in shapes]
+        for retain_dtype in (torch.float32, torch.bfloat16):
+            r = [torch.randn(shape, dtype=torch.float64).to(retain_dtype) for shape in shapes]
+            bits = ops.pack_bits([torch.rand(shape) < 0.4 for shape in shapes])
+            for scope in ("forget", "all"):
+                results += [ops.gradient_products(f, r, bits, scope), ops.gradient_products(f, (), bits, scope)]
+                results += [ops.gradient_products((), r, bits, scope)]
+    return results
+
+
+every = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+torch.save([sums(every, 50_000), sums((torch.float32,), 2_200_000)], sys.argv[2])
