@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_a_command_takes_its_marked_folder_again(tmp_path: Path) -> None:
         (folder / MARK).write_text(content)
         with pytest.raises(InputError, match="was not made by unlearn-ext demo"), hold_output(folder, "demo"):
             pass
+
+
+def test_a_link_to_the_mark_of_another_folder_is_none(tmp_path: Path) -> None:
+    with hold_output(tmp_path / "own", "demo"):
+        pass
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARK).symlink_to(tmp_path / "own" / MARK)
+    with pytest.raises(InputError, match="was not made by unlearn-ext demo"), hold_output(tmp_path / "out", "demo"):
+        pass
+
+
+def test_a_folder_that_is_taken_while_it_is_locked_is_not_marked(tmp_path: Path, monkeypatch) -> None:
+    @contextlib.contextmanager
+    def hold_late(folder: Path):
+        (folder / "theirs").write_text("")
+        yield
+
+    monkeypatch.setattr("unlearn_ext._lock.hold", hold_late)
+    with pytest.raises(InputError, match="holds theirs and was not made by"), hold_output(tmp_path / "out", "demo"):
+        pass
+    assert os.listdir(tmp_path / "out") == ["theirs"]
 
 
 @pytest.mark.parametrize(

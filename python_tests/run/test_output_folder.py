@@ -15,7 +15,7 @@ from helpers.runs import identical, run, weights
 
 from unlearn_ext import InputError, _lock
 from unlearn_ext._checkpoint_folder import candidates
-from unlearn_ext._leftovers import partial_name
+from unlearn_ext._leftovers import LOCK, partial_name
 from unlearn_ext._lock import hold
 from unlearn_ext.errors import UnlearnError
 
@@ -292,6 +292,23 @@ def test_two_threads_that_start_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert (len(entered), len(refused)) == (1, 7) and not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_removed_before_it_was_taken(tmp_path: Path, monkeypatch) -> None:
+    """By its last holder, so that a second file of that name could be locked as well."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, asked = fcntl.flock, []
+
+    def flock_late(handle: int, how: int) -> None:
+        if not asked:
+            (tmp_path / LOCK).unlink()
+        asked.append(how)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with hold(tmp_path), pytest.raises(InputError, match="another run"), hold(tmp_path):
+        pass
+    assert len(asked) == 3
 
 
 # --- Leftovers ------------------------------------------------------------------------------------------------

@@ -87,6 +87,15 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path) ->
     assert identical(before, weights(other))
 
 
+def test_groups_in_another_order_are_other_settings(tmp_path) -> None:
+    """It is that of the optimizer's state."""
+    groups = {"conv.*": {"lr": 0.01}, "norm.*": {"lr": 0.03}}
+    run(make(), changes={"param_groups": groups}, output_dir=tmp_path, checkpointing_steps=6)
+    turned = {"param_groups": dict(reversed(groups.items()))}
+    with pytest.raises(InputError, match="written with param_groups="):
+        run(make(), changes=turned, output_dir=tmp_path, resume_from_checkpoint="latest")
+
+
 def test_a_resumed_run_in_float16_is_the_uninterrupted_one(tmp_path) -> None:
     """Both scales go on where they were."""
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
