@@ -11,10 +11,6 @@ from typing import TYPE_CHECKING
 # Set before torch makes its pool: on networks as small as the tests' a second thread costs more than it brings, and
 # where sessions run side by side (pytest-xdist) threads wait for each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell's background jobs ignore Ctrl-C, and nohup the end of the terminal; so would what tests interrupt.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, handler)
 
 import pytest
 import torch
@@ -51,6 +47,10 @@ def backend_of(config: pytest.Config) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs ignore Ctrl-C, and nohup the end of the terminal; so would what tests interrupt.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     backend = backend_of(config)
     os.environ["UNLEARN_EXT_BACKEND"] = "python" if backend == "python" else "native"
     from helpers import backends  # which reads the variable
