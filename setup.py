@@ -75,11 +75,11 @@ class BuildWheel(bdist_wheel):
 
 
 def _load_native():
-    """unlearn_ext/_native.py without the package's __init__, which imports what need not be installed here."""
+    """unlearn_ext/native without the package's __init__, which imports what need not be installed here."""
     package = types.ModuleType("unlearn_ext_sources")
     package.__path__ = [str(ROOT / "unlearn_ext")]
     sys.modules[package.__name__] = package
-    return importlib.import_module(f"{package.__name__}._native")
+    return importlib.import_module(f"{package.__name__}.native.loading")
 
 
 setup(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 
-from unlearn_ext.profiling.dit import script
+from benchmarks.dit import script
 
 if __name__ == "__main__":
     sys.exit(script.main(__doc__))

@@ -16,8 +16,8 @@ import sys
 
 import torch
 
-from unlearn_ext.profiling import iteration, script
-from unlearn_ext.profiling.networks import NETWORKS
+from benchmarks import iteration, script
+from benchmarks.networks import NETWORKS
 
 RULES = {"resnet18": "momentum", "dit": "adamw"}
 

@@ -15,8 +15,8 @@ import sys
 
 import torch
 
+from benchmarks import saliency, script
 from unlearn_ext import ops
-from unlearn_ext.profiling import saliency, script
 
 
 def works(arguments: argparse.Namespace) -> script.Works:

@@ -16,8 +16,9 @@ import sys
 
 import torch
 
+from benchmarks import script
 from unlearn_ext import ops
-from unlearn_ext.profiling import script, steps
+from unlearn_ext.profiling import steps
 
 RULES = {"joint": "sgd", "sequential": "adamw"}
 

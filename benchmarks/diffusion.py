@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from unlearn_ext import __version__
-from unlearn_ext._files import atomic_path
 from unlearn_ext.demo.diffusion.run import DiffusionDemo, DiffusionOptions
 from unlearn_ext.demo.diffusion.weights import SHIPPED
+from unlearn_ext.utils.files import atomic_path
 
 RESULTS = Path(__file__).parent / "results" / "diffusion.json"
 TASKS = ("ddpm", "dit", "text")

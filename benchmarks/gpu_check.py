@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from unlearn_ext import _native, ops
-from unlearn_ext._files import atomic_path
-from unlearn_ext.profiling.report import device_name
+from unlearn_ext import ops
+from unlearn_ext.native import loading
 from unlearn_ext.profiling.shapes import named
+from unlearn_ext.utils.device import device_name
+from unlearn_ext.utils.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "dit-xl-2"
@@ -63,7 +64,7 @@ def build(device: str) -> dict[str, Any]:
         outcome: dict[str, Any] = {"exit_code": int(bool(failed)), "backends": backends}
         if failed:
             outcome["output"] = f"no native kernels for {', '.join(failed)}"
-    except (_native.BuildError, _native.ToolchainError) as error:
+    except (loading.BuildError, loading.ToolchainError) as error:
         outcome = {"exit_code": 1, "output": str(error)[-4000:]}
     return {**outcome, "seconds": round(time.perf_counter() - started, 1)}
 

@@ -26,8 +26,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unlearn_ext._files import atomic_path
-from unlearn_ext._native import _default_cache
 from unlearn_ext.cli.progress import two_bars
 from unlearn_ext.cli.report import versions
 from unlearn_ext.comparison.choosing import choose, complete, split_list
@@ -36,6 +34,8 @@ from unlearn_ext.comparison.run import Comparison
 from unlearn_ext.data import load_digits
 from unlearn_ext.errors import InputError, UnlearnError
 from unlearn_ext.methods import METHODS
+from unlearn_ext.native.building import cache_directory
+from unlearn_ext.utils.files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_SEED = 100
@@ -288,7 +288,7 @@ def main() -> int:
     parser.add_argument("--held-out-size", type=int, default=2000)
     parser.add_argument("--test-size", type=int, default=2000)
     parser.add_argument("--epochs", type=int)
-    cache = (_default_cache() or Path.cwd()) / "compare"
+    cache = (cache_directory() or Path.cwd()) / "compare"
     parser.add_argument("--cache-dir", type=Path, default=cache, help="keeps the trained models")
     parser.add_argument("--work-dir", type=Path, default=cache / "tuning", help="keeps each finished run")
     parser.add_argument("--json", type=Path, help="default: results/tuning-<scenario>.json")

@@ -66,9 +66,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Where CI says that the native path must be the one tested, any other path fails the session."""
     if os.environ.get("UNLEARN_EXT_REQUIRE_NATIVE") != "1" or session.config.getoption("--backend"):
         return
-    from unlearn_ext import _native
+    from unlearn_ext.native import loading
 
-    if (backend := _native.backend()) != "native":
+    if (backend := loading.backend()) != "native":
         pytest.exit(f"UNLEARN_EXT_REQUIRE_NATIVE=1, but the backend is {backend!r}", returncode=1)
 
 

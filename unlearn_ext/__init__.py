@@ -9,10 +9,10 @@
 
 from .errors import InputError, NonFiniteError, ProtectionError, UnlearnError, UnlearningWarning
 from .optim import UnlearnOptimizer
+from .run.unlearner import Result, Unlearner
 from .saliency import FisherDiagonal, SaliencyMask
-from .unlearner import Result, Unlearner
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "FisherDiagonal",
     "InputError",
@@ -24,4 +24,5 @@ __all__ = [
     "UnlearnOptimizer",
     "Unlearner",
     "UnlearningWarning",
+    "__version__",
 ]

@@ -16,12 +16,12 @@ import torch
 import typer
 
 from unlearn_ext import cli
-from unlearn_ext._files import write_json
 from unlearn_ext.cli import main
 from unlearn_ext.cli.ending import demo_warnings, end, show_warnings
 from unlearn_ext.cli.report import plain_console
-from unlearn_ext.cli.streams import escape_unprintable
 from unlearn_ext.errors import InputError, UnlearningWarning
+from unlearn_ext.utils.files import write_json
+from unlearn_ext.utils.streams import escape_unprintable
 
 COMMANDS = typer.main.get_command(cli._app()).commands
 SEVERAL = {("forget", "--forget-class"), ("forget", "--forget-prompt")}

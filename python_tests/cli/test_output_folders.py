@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from unlearn_ext import InputError
-from unlearn_ext._lock import hold
 from unlearn_ext.cli import main
 from unlearn_ext.cli.folder import MARK, hold_output
+from unlearn_ext.run.lock import hold
 
 COMMANDS = [["demo"], ["demo", "ddpm"], ["compare"]]
 
@@ -92,7 +92,7 @@ def test_a_folder_that_is_taken_while_it_is_locked_is_not_marked(tmp_path: Path,
         (folder / "theirs").write_text("")
         yield
 
-    monkeypatch.setattr("unlearn_ext._lock.hold", hold_late)
+    monkeypatch.setattr("unlearn_ext.run.lock.hold", hold_late)
     with pytest.raises(InputError, match="holds theirs and was not made by"), hold_output(tmp_path / "out", "demo"):
         pass
     assert os.listdir(tmp_path / "out") == ["theirs"]

@@ -13,14 +13,15 @@ import torch
 from helpers import shared_digits
 from helpers.comparisons import TINY, Scripted, changed
 
-from unlearn_ext import _cuda, _native
-from unlearn_ext._hashing import file_hash, sample_hashes, weights_hash
 from unlearn_ext.comparison import keys
 from unlearn_ext.comparison.choosing import choose
 from unlearn_ext.comparison.one_seed import OneSeed
 from unlearn_ext.comparison.records import Records
 from unlearn_ext.comparison.run import Comparison
+from unlearn_ext.distributed.hashing import sample_hashes, weights_hash
 from unlearn_ext.errors import NonFiniteError
+from unlearn_ext.native import cuda, loading, recipes
+from unlearn_ext.utils.hashing import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +147,12 @@ def test_a_result_is_found_again_unless_something_differs(digits, tmp_path, mode
         assert other.calls == 1
 
 
-@pytest.mark.skipif(_native.backend() != "native", reason="needs the native library")
+@pytest.mark.skipif(loading.backend() != "native", reason="needs the native library")
 def test_a_result_of_other_kernels_is_not_used_again(digits, tmp_path, models_dir, monkeypatch) -> None:
     csrc = tmp_path / "csrc"
-    shutil.copytree(_native._find_csrc(), csrc)
-    monkeypatch.setattr(_native, "_find_csrc", lambda: csrc)
-    monkeypatch.setattr(_native, "_packaged_library", lambda: None)
+    shutil.copytree(recipes.find_csrc(), csrc)
+    monkeypatch.setattr(recipes, "find_csrc", lambda: csrc)
+    monkeypatch.setattr(loading, "_packaged_library", lambda: None)
     runner = Scripted("one")
 
     def found() -> bool:
@@ -165,19 +166,19 @@ def test_a_result_of_other_kernels_is_not_used_again(digits, tmp_path, models_di
     assert found()
 
 
-@pytest.mark.skipif(_native.backend() != "native", reason="needs a compiler")
+@pytest.mark.skipif(loading.backend() != "native", reason="needs a compiler")
 def test_kernels_are_known_by_their_sources_or_by_a_ready_library(tmp_path, monkeypatch) -> None:
     ready = tmp_path / "ready.so"
     ready.write_bytes(b"one")
     monkeypatch.setattr(keys.ops, "backend", lambda device: "native")
-    monkeypatch.setattr(_native, "library_path", lambda: ready)
-    monkeypatch.setattr(_native, "_packaged_library", lambda: ready)
+    monkeypatch.setattr(loading, "library_path", lambda: ready)
+    monkeypatch.setattr(loading, "_packaged_library", lambda: ready)
     first = keys.kernels("cpu")
     ready.write_bytes(b"two")
     assert first != keys.kernels("cpu") == file_hash(ready)
-    monkeypatch.setattr(_native, "_packaged_library", lambda: None)
-    assert keys.kernels("cpu") == _native.cpu_recipe().key
-    monkeypatch.setattr(_cuda, "cuda_recipe", lambda: SimpleNamespace(key="of CUDA"))
+    monkeypatch.setattr(loading, "_packaged_library", lambda: None)
+    assert keys.kernels("cpu") == recipes.cpu_recipe().key
+    monkeypatch.setattr(cuda, "cuda_recipe", lambda: SimpleNamespace(key="of CUDA"))
     assert keys.kernels("cuda:1") == "of CUDA"
     monkeypatch.setattr(keys.ops, "backend", lambda device: "python")
     assert keys.kernels("cpu") == keys.kernels("cuda") == "python"

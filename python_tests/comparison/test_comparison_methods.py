@@ -7,13 +7,13 @@ import torch
 from helpers import shared_digits
 from helpers.comparisons import SIZES, Scripted
 
-from unlearn_ext import _teachers
-from unlearn_ext._hashing import weights_hash
 from unlearn_ext.comparison.choosing import choose
 from unlearn_ext.comparison.protocol import Protocol
 from unlearn_ext.comparison.run import Comparison
 from unlearn_ext.demo.network import SmallResNet
+from unlearn_ext.distributed.hashing import weights_hash
 from unlearn_ext.errors import InputError
+from unlearn_ext.run import teachers
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def test_calibrated_forgetting_is_compared(digits, tmp_path, scenario) -> None:
 def test_a_methods_own_random_network_is_the_seeds_unless_its_seed_is_given(monkeypatch) -> None:
     """Only the teacher differs between two runs of the same weights, batches and generator."""
     taught: list[int] = []
-    drawn = _teachers._drawn_anew
+    drawn = teachers._drawn_anew
 
     def watched(model, seed):
         taught.append(seed)
         return drawn(model, seed)
 
-    monkeypatch.setattr(_teachers, "_drawn_anew", watched)
+    monkeypatch.setattr(teachers, "_drawn_anew", watched)
 
     def weights(text: str, seed: int) -> str:
         (runner,) = choose([text], "published", "random")

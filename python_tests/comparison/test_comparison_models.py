@@ -9,13 +9,13 @@ import torch
 from helpers import shared_digits
 from helpers.comparisons import SIZES, TINY, changed
 
-from unlearn_ext._hashing import weights_hash
 from unlearn_ext.comparison import keys, oracles
 from unlearn_ext.comparison.oracles import ROLES, Oracles
 from unlearn_ext.comparison.protocol import Protocol
 from unlearn_ext.comparison.splits import split_digits
 from unlearn_ext.demo.network import SmallResNet
-from unlearn_ext.profiling.report import device_name
+from unlearn_ext.distributed.hashing import weights_hash
+from unlearn_ext.utils.device import device_name
 
 
 @pytest.fixture(scope="module")

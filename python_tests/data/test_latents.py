@@ -10,10 +10,10 @@ import torch
 from helpers import pipelines
 from safetensors.torch import load_file
 
-from unlearn_ext._leftovers import partial_name
 from unlearn_ext.data import _folders, draw_indices, encode_latents, latents_size, open_data, until_readable
 from unlearn_ext.data import latents as module
 from unlearn_ext.errors import InputError
+from unlearn_ext.utils.leftovers import partial_name
 
 pytest.importorskip("mlxtend")
 Image = pytest.importorskip("PIL.Image")

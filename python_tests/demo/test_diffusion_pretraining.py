@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from unlearn_ext.demo.diffusion import judging, networks, pretraining, weights
-from unlearn_ext.diffusion.sampling import draw_noise
+from unlearn_ext.models.sampling import draw_noise
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_3 = ("ddpm", "dit", "text")

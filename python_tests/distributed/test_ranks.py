@@ -19,8 +19,8 @@ from helpers.rank_cases import CASES
 from helpers.ranks import launch
 from safetensors.torch import load_file
 
-from unlearn_ext._ranks import Ranks
-from unlearn_ext._shards import full, local, part_like
+from unlearn_ext.distributed.ranks import Ranks
+from unlearn_ext.distributed.shards import full, local, part_like
 from unlearn_ext.errors import InputError
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.tasks import Classification

@@ -22,9 +22,9 @@ from helpers.processes import ROOT, TESTS, environment, run_program
 
 from unlearn_ext import InputError
 from unlearn_ext.data.drawing import draw_real, even_shares
-from unlearn_ext.diffusion.fid import RetainedFID
 from unlearn_ext.evaluation.generated import frechet_distance, gaussian_distance
 from unlearn_ext.evaluation.inception import INCEPTION_FILE, InceptionFID, inception_fid
+from unlearn_ext.jobs.fid import RetainedFID
 
 # What torchmetrics takes of torch-fidelity. The features of a picture are the means of its three colors, of bytes
 # scaled to [-1, 1), times a matrix [3, 2048] that the weights file holds: so they are known in closed form.

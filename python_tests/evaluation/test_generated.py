@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import InputError
-from unlearn_ext.diffusion.grid import write_grid
-from unlearn_ext.diffusion.sampling import draw_noise, sample_classes, sample_prompts
 from unlearn_ext.evaluation.generated import class_scores, frechet_distance, pairwise_distance
 from unlearn_ext.evaluation.inception import inception_fid
+from unlearn_ext.models.grid import write_grid
+from unlearn_ext.models.sampling import draw_noise, sample_classes, sample_prompts
 
 diffusers = pytest.importorskip("diffusers")
 

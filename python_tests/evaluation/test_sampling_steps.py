@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unlearn_ext import InputError
-from unlearn_ext.diffusion.sampling import check_steps
+from unlearn_ext.models.sampling import check_steps
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -26,10 +26,10 @@ def install(backend: str) -> None:
     if backend == "cuda-on-host":
         from helpers import cuda_host
 
-        from unlearn_ext import _native
+        from unlearn_ext.native import loading
 
         library = cuda_host.build()
-        _native._find_or_build = lambda: library
+        loading._find_or_build = lambda: library
     elif backend == "cuda":
         from helpers import through_device
 

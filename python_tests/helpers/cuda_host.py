@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from unlearn_ext import _native
+from unlearn_ext.native import building, recipes
 
 STAND_INS = Path(__file__).resolve().parents[1] / "native" / "cuda_on_host"
 
 
-def recipe(csrc: Path | None = None) -> _native.Recipe:
+def recipe(csrc: Path | None = None) -> recipes.Recipe:
     """The CUDA operators registered for CPU tensors. Optimised, so that products are fused into sums as nvcc does."""
-    base = _native.cpu_recipe(csrc)
+    base = recipes.cpu_recipe(csrc)
     rooms = [path for room in ("operators", "tensors") for path in sorted((base.csrc / room).glob("*.cpp"))]
     sources = [path.relative_to(base.csrc).as_posix() for path in [*sorted((base.csrc / "cuda").glob("*.cu")), *rooms]]
     sources.sort(key=lambda source: source != "cuda/step.cu")
@@ -28,11 +28,11 @@ def recipe(csrc: Path | None = None) -> _native.Recipe:
     )
 
 
-def loop_recipe() -> _native.Recipe:
+def loop_recipe() -> recipes.Recipe:
     """The same-traffic loop, in the same way."""
     sources = ("benchmark/loop.cu", "tensors/operands.cpp", str(STAND_INS / "runtime.cpp"))
     return dataclasses.replace(recipe(), file_name="libcuda_loop_on_host.so", sources=sources)
 
 
 def build(cache: Path | None = None, csrc: Path | None = None) -> Path:
-    return _native._build_cached(recipe(csrc), cache)
+    return building.build_cached(recipe(csrc), cache)

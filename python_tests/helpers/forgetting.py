@@ -11,8 +11,8 @@ import pytest
 from torch import Tensor
 
 from unlearn_ext.cli import main
-from unlearn_ext.diffusion.job import ForgetJob
-from unlearn_ext.diffusion.options import ForgetOptions
+from unlearn_ext.jobs.job import ForgetJob
+from unlearn_ext.jobs.options import ForgetOptions
 
 SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
 SMALL = [*SHORT, "--fisher-batches", "1"]
@@ -46,9 +46,9 @@ def work(output: Path) -> Path:
 
 def run_killed_at(iteration: int, monkeypatch, *arguments, **named) -> None:
     """:func:`run`, until this iteration is to begin."""
-    from unlearn_ext import _loop
+    from unlearn_ext.run import loop
 
-    iterate = _loop.Loop._iterate
+    iterate = loop.Loop._iterate
 
     def die(self, t):
         if t == iteration:
@@ -56,7 +56,7 @@ def run_killed_at(iteration: int, monkeypatch, *arguments, **named) -> None:
         return iterate(self, t)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_loop.Loop, "_iterate", die)
+        patch.setattr(loop.Loop, "_iterate", die)
         with pytest.raises(Killed):
             run(*arguments, **named)
 

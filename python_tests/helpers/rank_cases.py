@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from unlearn_ext import SaliencyMask, Unlearner, UnlearnOptimizer
-from unlearn_ext._names import trainable, unwrapped
-from unlearn_ext._shards import full, local, part_like
+from unlearn_ext.distributed.shards import full, local, part_like
+from unlearn_ext.distributed.wrappers import trainable, unwrapped
 from unlearn_ext.errors import Terminated, UnlearnError
 from unlearn_ext.methods import SFRon, find, parse
 from unlearn_ext.saliency import FisherDiagonal

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unlearn_ext import Unlearner
-from unlearn_ext._names import unwrapped
-from unlearn_ext._shards import full
 from unlearn_ext.demo.network import SmallResNet
+from unlearn_ext.distributed.shards import full
+from unlearn_ext.distributed.wrappers import unwrapped
 from unlearn_ext.methods import SFRon
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.tasks import ClassConditionalDiffusion, Classification, Task
@@ -63,7 +63,7 @@ def resnet(dtype: torch.dtype) -> tuple[nn.Module, Task]:
 
 def dit(dtype: torch.dtype) -> tuple[nn.Module, Task]:
     from unlearn_ext.demo.diffusion import networks, weights
-    from unlearn_ext.diffusion.weights import tie_embeddings
+    from unlearn_ext.models.weights import tie_embeddings
 
     model = weights.load("dit").network.model.to(dtype)
     tie_embeddings(model)

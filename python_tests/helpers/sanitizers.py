@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from unlearn_ext import _native
+from unlearn_ext.native import loading, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,8 +35,8 @@ SCRIPT = ROOT / "python_tests" / "native" / "programs" / "sanitized_operators.py
 def runtime(name: str) -> str | None:
     """The path of one of the compiler's runtime libraries."""
     try:
-        compiler = _native._find_compiler()
-    except _native.ToolchainError:
+        compiler = toolchain.find_compiler()
+    except loading.ToolchainError:
         return None
     command = [*compiler, f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

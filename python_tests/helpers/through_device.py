@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn_ext import _native, _python_ops, ops
+from unlearn_ext import ops
+from unlearn_ext.native import loading
+from unlearn_ext.ops import eager, registration
 
 _library: torch.library.Library | None = None
 
@@ -20,21 +22,21 @@ _library: torch.library.Library | None = None
 def install(device: str) -> None:
     """``cpu`` runs the pure-PyTorch operators on copies: that checks this file, not a device."""
     global _library
-    _native._find_or_build = lambda: None  # no CPU kernels: the ones below stand in their place
+    loading._find_or_build = lambda: None  # no CPU kernels: the ones below stand in their place
     if device != "cpu" and ops.backend(device) != "native":
         raise RuntimeError(f"there are no native kernels for {device}")
     _library = torch.library.Library("unlearn_ext", "IMPL")
-    for name in ops._ARGUMENTS:
+    for name in registration._ARGUMENTS:
         _library.impl(name, _kernel(name, device), "CPU")
 
 
 def _kernel(name: str, device: str):
     operator = getattr(torch.ops.unlearn_ext, name).default
-    target = getattr(_python_ops, name) if device == "cpu" else operator
+    target = getattr(eager, name) if device == "cpu" else operator
     written = [a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments]
 
     def kernel(*args: Any) -> Any:
-        ops._check_operands(name, args)
+        registration._check_operands(name, args)
         storages: dict[int, tuple[Tensor, Tensor]] = {}
         moved = [_map(arg, lambda t: _moved(t, device, storages)) for arg in args]
         result = target(*moved)

@@ -22,16 +22,16 @@ from helpers.pipelines import (
     small_vae,
 )
 
-from unlearn_ext import _loop
-from unlearn_ext._names import trainable
-from unlearn_ext.diffusion import job as job_module
-from unlearn_ext.diffusion import pictures as pictures_module
-from unlearn_ext.diffusion._trial import Trial, try_batch, try_samples
-from unlearn_ext.diffusion.dry_run import other_networks
-from unlearn_ext.diffusion.estimate import Trials, Workload, estimate, sizes_on_disk
-from unlearn_ext.diffusion.job import ForgetJob
-from unlearn_ext.diffusion.judge import Judge
+from unlearn_ext.distributed.wrappers import trainable
+from unlearn_ext.jobs import job as job_module
+from unlearn_ext.jobs import pictures as pictures_module
+from unlearn_ext.jobs.dry_run import other_networks
+from unlearn_ext.jobs.estimate import Trials, Workload, estimate, sizes_on_disk
+from unlearn_ext.jobs.job import ForgetJob
+from unlearn_ext.jobs.trial import Trial, try_batch, try_samples
 from unlearn_ext.methods import SFRon
+from unlearn_ext.models.judge import Judge
+from unlearn_ext.run import loop
 from unlearn_ext.saliency import FisherDiagonal, SaliencyMask
 
 
@@ -59,7 +59,7 @@ STAGES = {  # stage -> where a run does its work
     "encoding": (job_module, "encode_latents"),
     "Fisher": (FisherDiagonal, "measure"),
     "mask": (SaliencyMask, "from_fisher"),
-    "iterations": (_loop.Loop, "run"),
+    "iterations": (loop.Loop, "run"),
     "sampling": (pictures_module.Pictures, "take"),
     "judging": (Judge, "probabilities"),
 }
@@ -263,7 +263,7 @@ def test_what_is_alive_at_once_is_counted() -> None:
 
 
 def test_a_batch_that_would_take_long_is_a_multiple_of_one_sample(monkeypatch) -> None:
-    from unlearn_ext.diffusion import _trial
+    from unlearn_ext.jobs import trial as trials
 
     seen: list[int] = []
 
@@ -272,7 +272,7 @@ def test_a_batch_that_would_take_long_is_a_multiple_of_one_sample(monkeypatch) -
         torch.zeros(count, 250)
 
     assert try_samples(run, 8, nn.Linear(1, 1)).peak == 8000 and seen == [1, 1, 8, 8]  # watched, and timed
-    monkeypatch.setattr(_trial, "_CHEAP", 0.0)
+    monkeypatch.setattr(trials, "_CHEAP", 0.0)
     seen.clear()
     assert try_samples(run, 8, nn.Linear(1, 1)).peak == 8000 and seen == [1, 1]
 
@@ -361,7 +361,7 @@ def test_an_estimate_leaves_no_trace(home: Path, tmp_path: Path, model: str) -> 
 def test_the_table_of_a_large_model_fits_the_line(capsys) -> None:
     from unlearn_ext.cli.forget_report import show_estimate
     from unlearn_ext.cli.report import plain_console
-    from unlearn_ext.diffusion.estimate import Estimate
+    from unlearn_ext.jobs.estimate import Estimate
 
     stages = ("encoding", "Fisher", "mask", "iterations", "sampling", "judging", "FID")
     parts = {"weights": 2_700_000_000, "other networks": 10_000_000, "gradients": 0, "activations": 90_000_000_000}

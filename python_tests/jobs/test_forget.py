@@ -120,8 +120,8 @@ def test_the_written_pipelines_open_and_sample(home: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_reloaded_outputs_are_those_of_the_model_in_memory(home: Path, tmp_path: Path, monkeypatch) -> None:
-    from unlearn_ext.diffusion import output
-    from unlearn_ext.diffusion.pretrained import open_pretrained
+    from unlearn_ext.jobs import output
+    from unlearn_ext.models.pretrained import open_pretrained
 
     kept = {}
     write = output.write_result

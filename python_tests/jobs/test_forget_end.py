@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, run, work
 
-from unlearn_ext._lock import hold
-from unlearn_ext.diffusion.output import claim_output, is_waiting, move_output
 from unlearn_ext.errors import InputError
-from unlearn_ext.unlearner import Unlearner
+from unlearn_ext.jobs.output import claim_output, is_waiting, move_output
+from unlearn_ext.run.lock import hold
+from unlearn_ext.run.unlearner import Unlearner
 
 STEPS = ("--forget-class", "3", "--checkpointing-steps", "2")
 
@@ -104,9 +104,9 @@ def test_a_second_forget_into_the_folder_is_refused(home: Path, tmp_path: Path, 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_signals_end_the_command_in_order(number, code, checkpoints, home, tmp_path, capsys, monkeypatch) -> None:
-    from unlearn_ext import _loop
+    from unlearn_ext.run import loop
 
-    iterate, out = _loop.Loop._iterate, tmp_path / "out"
+    iterate, out = loop.Loop._iterate, tmp_path / "out"
 
     def send(self, t: int):
         if t == 1:
@@ -115,7 +115,7 @@ def test_signals_end_the_command_in_order(number, code, checkpoints, home, tmp_p
 
     steps = ("--forget-class", "3", "--max-train-steps", "4", *(("--checkpointing-steps", "3") if checkpoints else ()))
     with monkeypatch.context() as patch:
-        patch.setattr(_loop.Loop, "_iterate", send)
+        patch.setattr(loop.Loop, "_iterate", send)
         assert run(home, "ddpm", out, *steps) == code
     error = " ".join(capsys.readouterr().err.split())
     assert f"stopped by {signal.Signals(number).name} after 2 of 4 iterations: " in error

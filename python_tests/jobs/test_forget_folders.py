@@ -6,9 +6,9 @@ import pytest
 from helpers.forgetting import job_of, run
 from helpers.pipelines import NAMES
 
-from unlearn_ext.diffusion.job import ForgetJob
-from unlearn_ext.diffusion.options import ForgetOptions
 from unlearn_ext.errors import InputError
+from unlearn_ext.jobs.job import ForgetJob
+from unlearn_ext.jobs.options import ForgetOptions
 
 SMALL = {"max_train_steps": 2, "train_batch_size": 2, "fisher_batches": 1, "num_inference_steps": 2}
 

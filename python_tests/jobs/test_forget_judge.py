@@ -30,8 +30,8 @@ def test_a_classifier_judges(home: Path, tmp_path: Path, capsys) -> None:
 
 def test_a_picture_may_be_taken_for_what_the_generator_does_not_know(tmp_path: Path) -> None:
     """Or two prompts judged by a thousand classes would get half of any noise right."""
-    from unlearn_ext.diffusion.judge import Judge
     from unlearn_ext.evaluation.generated import class_scores
+    from unlearn_ext.models.judge import Judge
 
     model = save_classifier(tmp_path, ("a cat", "noise", "a dog"))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_a_classifier_that_cannot_judge_is_refused_before_anything_is_done(home:
 
 
 def test_a_classifier_that_fails_in_the_end_costs_no_result(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    from unlearn_ext.diffusion.judge import Judge
+    from unlearn_ext.models.judge import Judge
 
     save_classifier(tmp_path / "judge", [str(i) for i in range(10)])
     probabilities = Judge.probabilities
@@ -84,8 +84,8 @@ def test_a_classifier_that_fails_in_the_end_costs_no_result(home: Path, tmp_path
 def test_classes_that_share_a_text_go_by_index_or_are_refused() -> None:
     from types import SimpleNamespace
 
-    from unlearn_ext.diffusion.judge import _match
     from unlearn_ext.errors import InputError
+    from unlearn_ext.models.judge import _match
 
     config = SimpleNamespace(id2label={0: "crane", 1: "cat", 2: "crane"}, num_labels=3)
     assert _match({0: "crane", 1: "cat", 2: "crane"}, config) == [0, 1, 2]

@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 from helpers.forgetting import denoiser, job_of, result, run, run_killed_at
 from helpers.pipelines import NAMES
 
-from unlearn_ext import InputError, _loop
+from unlearn_ext import InputError
+from unlearn_ext.run import loop
 from unlearn_ext.saliency import SaliencyMask
 
 WHAT = {"text": ("--forget-prompt", "three", "--replace-prompt", "two")}
@@ -149,10 +150,10 @@ def test_averages_of_bfloat16_weights_are_written_in_full(forgotten: Forgotten) 
 
 
 def test_pictures_are_made_in_float32_before_and_after(home: Path, tmp_path: Path, monkeypatch) -> None:
-    from unlearn_ext.diffusion.pictures import Pictures
+    from unlearn_ext.jobs.pictures import Pictures
 
     seen: list[tuple[str, set[torch.dtype]]] = []
-    take, start = Pictures.take, _loop.Loop.start
+    take, start = Pictures.take, loop.Loop.start
 
     def dtypes(model) -> set[torch.dtype]:
         return {p.dtype for p in model.parameters()}
@@ -166,7 +167,7 @@ def test_pictures_are_made_in_float32_before_and_after(home: Path, tmp_path: Pat
         return start(self, checkpoint)
 
     monkeypatch.setattr(Pictures, "take", watched)
-    monkeypatch.setattr(_loop.Loop, "start", started)
+    monkeypatch.setattr(loop.Loop, "start", started)
     job = job_of(home, "ddpm", tmp_path / "out", weights_dtype="bfloat16")
     job.estimate()
     assert dtypes(job.model) == {torch.bfloat16}, "a trial leaves no trace"

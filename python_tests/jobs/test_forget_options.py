@@ -24,9 +24,9 @@ from helpers.pipelines import (
     save_classifier,
 )
 
-from unlearn_ext._loop import Loop
-from unlearn_ext.diffusion.pictures import Pictures
-from unlearn_ext.diffusion.sampling import draw_noise
+from unlearn_ext.jobs.pictures import Pictures
+from unlearn_ext.models.sampling import draw_noise
+from unlearn_ext.run.loop import Loop
 
 PROMPTS = ("--forget-prompt", "three", "--replace-prompt", "two")
 TEXT_DIGITS = (1, 3, 2)  # in the order of their names: one, three, two

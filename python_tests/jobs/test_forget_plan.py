@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 
 from helpers.forgetting import job_of, run, work
 
-from unlearn_ext.diffusion import dry_run
 from unlearn_ext.errors import InputError
+from unlearn_ext.jobs import dry_run
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:

@@ -15,8 +15,8 @@ from helpers.forgetting import SHORT, denoiser, hashes, job_of, result, run
 from helpers.processes import environment
 from helpers.ranks import command, launch
 
-from unlearn_ext.diffusion import parallel
 from unlearn_ext.errors import InputError
+from unlearn_ext.jobs import parallel
 
 pytestmark = pytest.mark.ranks
 
@@ -101,7 +101,7 @@ def test_two_ranks_write_what_one_process_writes(
 
 
 def test_what_ranks_cannot_do_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
-    from unlearn_ext.diffusion import job
+    from unlearn_ext.jobs import job
 
     monkeypatch.setattr(job, "world_size", lambda: 2)
     for options, message in (

@@ -15,11 +15,11 @@ pytest.importorskip("transformers")
 from helpers.forgetting import SHORT, SMALL, Killed, hashes, result, run, run_killed_at, unless_in, work
 from helpers.pipelines import save_ddpm_pipeline
 
-from unlearn_ext._leftovers import partial_name
 from unlearn_ext.cli import main
 from unlearn_ext.data import _folders
-from unlearn_ext.diffusion import job as job_module
+from unlearn_ext.jobs import job as job_module
 from unlearn_ext.saliency import SaliencyMask
+from unlearn_ext.utils.leftovers import partial_name
 
 # --- Masks ----------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from helpers.forgetting import hashes, result, run
 from helpers.pipelines import save_classifier
 
 from unlearn_ext.cli import main
-from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.unmet import judged_warnings, still_drawn
+from unlearn_ext.jobs.unmet import judged_warnings, still_drawn
+from unlearn_ext.models.judge import Judge
 
 
 @pytest.fixture(scope="module")

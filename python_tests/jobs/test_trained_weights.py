@@ -7,9 +7,9 @@ import re
 import pytest
 from torch import nn
 
-from unlearn_ext.diffusion.weights import select_trained
 from unlearn_ext.errors import InputError
 from unlearn_ext.methods import SFRon
+from unlearn_ext.models.weights import select_trained
 
 
 class Net(nn.Module):

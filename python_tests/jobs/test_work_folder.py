@@ -16,15 +16,15 @@ pytest.importorskip("transformers")
 
 from helpers.forgetting import hashes, job_of, result, run, run_killed_at, work
 
-from unlearn_ext._leftovers import partial_name
-from unlearn_ext._lock import hold
-from unlearn_ext._loop import Loop
-from unlearn_ext.diffusion import publishing, space
-from unlearn_ext.diffusion.output import NOT_YET, check_claim
-from unlearn_ext.diffusion.pictures import Pictures
-from unlearn_ext.diffusion.space import Need, check_room, room_for
-from unlearn_ext.diffusion.work import WorkFolder
 from unlearn_ext.errors import InputError
+from unlearn_ext.jobs import publishing, space
+from unlearn_ext.jobs.output import NOT_YET, check_claim
+from unlearn_ext.jobs.pictures import Pictures
+from unlearn_ext.jobs.space import Need, check_room, room_for
+from unlearn_ext.jobs.work import WorkFolder
+from unlearn_ext.run.lock import hold
+from unlearn_ext.run.loop import Loop
+from unlearn_ext.utils.leftovers import partial_name
 
 STEPS = ("--forget-class", "3", "--checkpointing-steps", "1", "--fisher-storage", "disk")
 
@@ -168,7 +168,7 @@ def test_a_run_that_fails_before_it_trains_leaves_no_work_folder(home: Path, tmp
         directory.mkdir()
         raise InputError("no latents")
 
-    monkeypatch.setattr("unlearn_ext.diffusion.job.ForgetJob._encode", fail)
+    monkeypatch.setattr("unlearn_ext.jobs.job.ForgetJob._encode", fail)
     assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 1
     assert not list(tmp_path.iterdir())
 
@@ -247,7 +247,7 @@ def test_an_interrupt_after_the_pictures_were_judged(home, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("unlearn_ext.diffusion.job.ForgetJob", "nothing was changed; the same command starts again"),
+        ("unlearn_ext.jobs.job.ForgetJob", "nothing was changed; the same command starts again"),
         ("unlearn_ext.cli.forget.show_result", "is whole"),
     ],
 )

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from helpers import pipelines
 
-from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained
-from unlearn_ext.diffusion.prompts import read_prompts
 from unlearn_ext.errors import InputError
+from unlearn_ext.jobs.prompts import read_prompts
+from unlearn_ext.models.judge import Judge
+from unlearn_ext.models.pretrained import open_pretrained
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

@@ -11,10 +11,10 @@ from helpers import pipelines
 from safetensors.torch import load_file, save_file
 
 from unlearn_ext.data import open_data
-from unlearn_ext.diffusion import written as module
-from unlearn_ext.diffusion.pretrained import open_pretrained
-from unlearn_ext.diffusion.written import plan_result, write_result
 from unlearn_ext.errors import InputError
+from unlearn_ext.models import written as module
+from unlearn_ext.models.pretrained import open_pretrained
+from unlearn_ext.models.written import plan_result, write_result
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

@@ -10,11 +10,11 @@ import torch
 from helpers import pipelines
 from safetensors.torch import load_file
 
-from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained
-from unlearn_ext.diffusion.variants import DIFFUSERS, Weights, find_weights
-from unlearn_ext.diffusion.written import write_result
 from unlearn_ext.errors import InputError
+from unlearn_ext.models.judge import Judge
+from unlearn_ext.models.pretrained import open_pretrained
+from unlearn_ext.models.variants import DIFFUSERS, Weights, find_weights
+from unlearn_ext.models.written import write_result
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

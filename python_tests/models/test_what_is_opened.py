@@ -12,11 +12,11 @@ from helpers import pipelines
 from safetensors.torch import load_file, save_file
 
 import unlearn_ext
-from unlearn_ext.diffusion.conditioning import check_denoiser, check_scheduler
-from unlearn_ext.diffusion.judge import Judge
-from unlearn_ext.diffusion.pretrained import open_pretrained
-from unlearn_ext.diffusion.written import write_result
 from unlearn_ext.errors import InputError
+from unlearn_ext.models.conditioning import check_denoiser, check_scheduler
+from unlearn_ext.models.judge import Judge
+from unlearn_ext.models.pretrained import open_pretrained
+from unlearn_ext.models.written import write_result
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -11,8 +11,8 @@ import pytest
 from helpers.pipelines import save_ddpm_pipeline, save_dit_pipeline
 
 from unlearn_ext import InputError
-from unlearn_ext.diffusion.pretrained import open_pretrained
-from unlearn_ext.diffusion.written import plan_result, write_result
+from unlearn_ext.models.pretrained import open_pretrained
+from unlearn_ext.models.written import plan_result, write_result
 
 
 @pytest.fixture(scope="module")

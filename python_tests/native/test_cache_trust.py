@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from unlearn_ext import _library_cache, _native
-from unlearn_ext._library_cache import MISSING, CacheDirectory, UnusableError, make_private, put
 from unlearn_ext.errors import InputError
+from unlearn_ext.native import building, library_cache, loading, recipes
+from unlearn_ext.native.library_cache import MISSING, CacheDirectory, UnusableError, make_private, put
+from unlearn_ext.ops import registration
 
 CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 ROOT_USER = os.geteuid() == 0
@@ -43,12 +44,12 @@ def public() -> Iterator[Path]:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> _native.Recipe:
+def recipe(tmp_path: Path) -> recipes.Recipe:
     """A library of one function, compiled in an instant."""
     csrc = tmp_path / "csrc"
     csrc.mkdir()
     (csrc / "answer.c").write_text("int answer(void) { return 42; }\n")
-    return _native.Recipe(NAME, csrc, ("answer.c",), (CC or "cc",), ("-fPIC",), ("-shared",), prefix="tiny")
+    return recipes.Recipe(NAME, csrc, ("answer.c",), (CC or "cc",), ("-fPIC",), ("-shared",), prefix="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / NAME
 
 
-def cached(recipe: _native.Recipe, cache: Path) -> Path:
+def cached(recipe: recipes.Recipe, cache: Path) -> Path:
     return cache / recipe.key / recipe.file_name
 
 
@@ -80,10 +81,10 @@ def fill(library: Path, content: bytes, *, with_hash: bool = True) -> None:
         sums.chmod(0o600)
 
 
-def answer(recipe: _native.Recipe, cache: Path) -> tuple[int, Path]:
+def answer(recipe: recipes.Recipe, cache: Path) -> tuple[int, Path]:
     """What the library says that is loaded for the recipe, and where it was."""
-    library = _native._build_cached(recipe, cache)
-    _native._load_library(library)
+    library = building.build_cached(recipe, cache)
+    loading._load_library(library)
     return ctypes.CDLL(str(library)).answer(), library
 
 
@@ -172,7 +173,7 @@ def test_a_file_that_this_user_did_not_build_is_replaced(
     assert not (tmp_path / "ran").exists()
     assert f"{reason}; it is replaced" in capfd.readouterr().err
     assert not library.is_symlink() and mode(library) == 0o700
-    _native._build_cached(recipe, tmp_path / "cache")
+    building.build_cached(recipe, tmp_path / "cache")
     assert capfd.readouterr().err == "", "once"
 
 
@@ -181,10 +182,10 @@ def test_a_directory_that_takes_the_place_after_the_check_is_not_looked_at(
     recipe, planted, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
-    library = _native._build_cached(recipe, tmp_path / "cache")
+    library = building.build_cached(recipe, tmp_path / "cache")
     (tmp_path / "cache").rename(tmp_path / "aside")
     fill(library, planted.read_bytes())
-    _native._load_library(library)
+    loading._load_library(library)
     assert not (tmp_path / "ran").exists()
 
 
@@ -192,16 +193,16 @@ def test_a_directory_that_takes_the_place_after_the_check_is_not_looked_at(
 def test_a_directory_that_takes_the_place_during_the_build_is_not_used(
     recipe, planted, tmp_path, monkeypatch, capfd
 ) -> None:
-    compile_recipe = _native.compile_recipe
+    compile_recipe = building.compile_recipe
 
-    def exchanged(recipe: _native.Recipe, library: Path) -> Path:
+    def exchanged(recipe: recipes.Recipe, library: Path) -> Path:
         if library.is_relative_to(tmp_path / "cache"):
             (tmp_path / "cache").rename(tmp_path / "aside")
             fill(library, planted.read_bytes())
         return compile_recipe(recipe, library)
 
     monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
-    monkeypatch.setattr(_native, "compile_recipe", exchanged)
+    monkeypatch.setattr(building, "compile_recipe", exchanged)
     value, library = answer(recipe, tmp_path / "cache")
     assert value == 42 and not library.is_relative_to(tmp_path / "cache")
     assert "built just now, is not there" in capfd.readouterr().err
@@ -265,13 +266,11 @@ def test_another_library_under_the_name_is_an_error_and_no_endless_recursion() -
     """One that was loaded without a hash, from a wheel say, and has no kernels."""
     import torch
 
-    from unlearn_ext import ops
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ops._LOADERS, "cpu", lambda: "native")
+        patch.setitem(registration._LOADERS, "cpu", lambda: "native")
         patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
-        with pytest.raises(_native.BuildError, match="has no cpu kernel for unlearn_ext::count_bits: it is another"):
-            ops._first_use_kernel("count_bits")([torch.ones(1, dtype=torch.int32)])
+        with pytest.raises(loading.BuildError, match="has no cpu kernel for unlearn_ext::count_bits: it is another"):
+            registration._first_use_kernel("count_bits")([torch.ones(1, dtype=torch.int32)])
 
 
 # --- Modes --------------------------------------------------------------------------------------------------
@@ -282,7 +281,7 @@ def test_another_library_under_the_name_is_an_error_and_no_endless_recursion() -
 def test_caches_are_private_whatever_the_umask(umask: int, recipe, tmp_path) -> None:
     before = os.umask(umask)
     try:
-        library = _native._build_cached(recipe, tmp_path / "home" / "cache")
+        library = building.build_cached(recipe, tmp_path / "home" / "cache")
     finally:
         os.umask(before)
     for path in (tmp_path / "home", tmp_path / "home" / "cache", library.parent, library):
@@ -344,14 +343,14 @@ def test_the_hash_is_one_that_sha256sum_checks(tmp_path) -> None:
 
 @needs_compiler
 def test_a_cache_without_execution_is_named_as_such(recipe, tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(_library_cache, "is_noexec", lambda place: isinstance(place, int))  # a temporary one is a path
-    library = _native._build_cached(recipe, tmp_path / "cache")
+    monkeypatch.setattr(library_cache, "is_noexec", lambda place: isinstance(place, int))  # a temporary one is a path
+    library = building.build_cached(recipe, tmp_path / "cache")
     said = capfd.readouterr().err.splitlines()[0]
     assert not library.is_relative_to(tmp_path / "cache")
     assert "mounted noexec" in said and "for this process only" in said and "UNLEARN_EXT_CACHE" in said
-    monkeypatch.setattr(_library_cache, "is_noexec", lambda place: True)
-    with pytest.raises(_native.BuildError, match=r"mounted noexec.* and .*mounted noexec: let UNLEARN_EXT_CACHE name"):
-        _native._build_cached(recipe, tmp_path / "cache")
+    monkeypatch.setattr(library_cache, "is_noexec", lambda place: True)
+    with pytest.raises(loading.BuildError, match=r"mounted noexec.* and .*mounted noexec: let UNLEARN_EXT_CACHE name"):
+        building.build_cached(recipe, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("place", ["/", "/proc", "/sys", "/dev/shm"])
@@ -361,7 +360,7 @@ def test_noexec_is_read_from_the_file_system(place: str) -> None:
     options = [fields[3].split(",") for fields in map(str.split, lines) if fields[1] == place]
     if not options:
         pytest.skip(f"{place} is no mount point here")
-    assert _library_cache.is_noexec(place) == ("noexec" in options[-1])
+    assert library_cache.is_noexec(place) == ("noexec" in options[-1])
 
 
 @pytest.mark.parametrize("cached_one", [True, False])
@@ -369,14 +368,14 @@ def test_what_the_loader_says_is_shown(cached_one: bool, tmp_path, monkeypatch) 
     def refuse(path: str) -> None:
         raise OSError(f"{path}: failed to map segment from shared object")
 
-    monkeypatch.setattr(_native.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(loading.ctypes, "CDLL", refuse)
     library = tmp_path / "key" / NAME
     fill(library, b"content")
     if cached_one:
         directory = CacheDirectory.open(tmp_path, "key", create=False)
-        monkeypatch.setitem(_native._directories, library, directory)
-    with pytest.raises(_native.BuildError) as caught:
-        _native._load_library(library)
+        monkeypatch.setitem(building._directories, library, directory)
+    with pytest.raises(loading.BuildError) as caught:
+        loading._load_library(library)
     message = str(caught.value)
     assert message.startswith(f"{library} does not load: ")
     assert "failed to map segment from shared object" in message
@@ -386,9 +385,9 @@ def test_what_the_loader_says_is_shown(cached_one: bool, tmp_path, monkeypatch) 
 @needs_compiler
 def test_an_undefined_symbol_is_named(recipe, tmp_path) -> None:
     (recipe.csrc / "answer.c").write_text("extern int missing;\nint answer(void) { return missing; }\n")
-    library = _native._build_cached(recipe, tmp_path)
-    with pytest.raises(_native.BuildError, match=r"does not load: .*undefined symbol: missing; .*UNLEARN_EXT_CACHE"):
-        _native._load_library(library)
+    library = building.build_cached(recipe, tmp_path)
+    with pytest.raises(loading.BuildError, match=r"does not load: .*undefined symbol: missing; .*UNLEARN_EXT_CACHE"):
+        loading._load_library(library)
 
 
 def test_a_cache_that_cannot_be_written_is_named(recipe, tmp_path, monkeypatch, capfd) -> None:
@@ -396,8 +395,8 @@ def test_a_cache_that_cannot_be_written_is_named(recipe, tmp_path, monkeypatch, 
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "mkdir", full)
-    with pytest.raises(_native.BuildError) as caught:
-        _native._build_cached(recipe, tmp_path / "cache")
+    with pytest.raises(loading.BuildError) as caught:
+        building.build_cached(recipe, tmp_path / "cache")
     message = str(caught.value)
     assert "cannot use" in message and "no temporary directory" in message and message.count("Read-only") == 2
     assert "UNLEARN_EXT_CACHE" in message
@@ -408,9 +407,9 @@ def test_a_full_disk_is_named(recipe, tmp_path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_library_cache, "put", full)
-    with pytest.raises(_native.BuildError, match=r"cannot build in .*: No space left on device; UNLEARN_EXT_CACHE"):
-        _native._build_cached(recipe, tmp_path / "cache")
+    monkeypatch.setattr(library_cache, "put", full)
+    with pytest.raises(loading.BuildError, match=r"cannot build in .*: No space left on device; UNLEARN_EXT_CACHE"):
+        building.build_cached(recipe, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +427,7 @@ def test_a_full_disk_is_named(recipe, tmp_path, monkeypatch) -> None:
 def test_where_the_cache_is(variables: dict[str, str], expected: str | None, monkeypatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    cache = _native._default_cache()
+    cache = building.cache_directory()
     assert cache == (None if expected is None else Path(expected))
 
 
@@ -437,15 +436,15 @@ def test_a_user_without_a_home(monkeypatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", unknown)
-    assert _native._default_cache() is None
+    assert building.cache_directory() is None
     monkeypatch.setenv("UNLEARN_EXT_CACHE", "~nobody-of-that-name/x")
     with pytest.raises(InputError, match="UNLEARN_EXT_CACHE is '~nobody-of-that-name/x', and there is no such home"):
-        _native._default_cache()
+        building.cache_directory()
 
 
 @needs_compiler
 def test_without_a_home_the_library_is_for_one_process(recipe, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(_native, "_default_cache", lambda: None)
-    library = _native._build_cached(recipe, None)
+    monkeypatch.setattr(building, "cache_directory", lambda: None)
+    library = building.build_cached(recipe, None)
     said = capfd.readouterr().err.splitlines()[0]
     assert "no home directory" in said and "UNLEARN_EXT_CACHE" in said and library.is_file()

@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlearn_ext import _native
 from unlearn_ext.errors import InputError
+from unlearn_ext.native import building, loading, recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -145,14 +145,14 @@ def no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_python_backend_builds_nothing(no_choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_BACKEND", "python")
-    assert _native._find_or_build() is None and _native._find_or_build_cuda() is None
+    assert loading._find_or_build() is None and loading._find_or_build_cuda() is None
     assert not no_choice.exists()
 
 
 def test_unknown_backend_is_an_error(no_choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_BACKEND", "cuda")
     with pytest.raises(InputError, match=r"UNLEARN_EXT_BACKEND is 'cuda': expected 'native', 'python' or nothing"):
-        _native._find_or_build()
+        loading._find_or_build()
     assert not no_choice.exists()
 
 
@@ -170,7 +170,7 @@ def test_without_ninja_one_warning_and_the_python_path(no_choice: Path, monkeypa
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", COMPILER)
     with pytest.warns(RuntimeWarning, match=r"slower pure-PyTorch .*`pip install ninja`") as warned:
-        assert _native._find_or_build() is None
+        assert loading._find_or_build() is None
     assert len(warned) == 1 and not no_choice.exists()
 
 
@@ -182,8 +182,8 @@ def test_forced_native_without_a_compiler_is_an_error(
         monkeypatch.setenv(name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(_native.ToolchainError, match="UNLEARN_EXT_BACKEND=native, but"):
-            _native._find_or_build()
+        with pytest.raises(loading.ToolchainError, match="UNLEARN_EXT_BACKEND=native, but"):
+            loading._find_or_build()
 
 
 @needs_compiler
@@ -191,11 +191,11 @@ def test_a_failed_compile_is_an_error(
     no_choice: Path, tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tiny_csrc / "cpu" / "broken.cpp").write_text("#error deliberately broken\n")
-    monkeypatch.setattr(_native, "_find_csrc", lambda: tiny_csrc)
+    monkeypatch.setattr(recipes, "find_csrc", lambda: tiny_csrc)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(_native.BuildError, match="deliberately broken") as caught:
-            _native._find_or_build()
+        with pytest.raises(loading.BuildError, match="deliberately broken") as caught:
+            loading._find_or_build()
     log = re.search(r"full log: (/\S+)", str(caught.value))
     assert log and "deliberately broken" in Path(log.group(1)).read_text()
     assert not list(tmp_path.glob("cache/*/build-*"))
@@ -204,8 +204,8 @@ def test_a_failed_compile_is_an_error(
 @needs_compiler
 def test_a_refused_flag_is_an_error(tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-no-such-flag")
-    with pytest.raises(_native.BuildError, match="no-such-flag"):
-        _native.build(tiny_csrc, tmp_path / "cache")
+    with pytest.raises(loading.BuildError, match="no-such-flag"):
+        building.build(tiny_csrc, tmp_path / "cache")
 
 
 @pytest.mark.build
@@ -215,7 +215,7 @@ def test_a_library_that_was_cut_is_built_anew_once(
     left: float, processes: int, tiny_csrc: Path, tmp_path: Path
 ) -> None:
     env = {"UNLEARN_EXT_CACHE": tmp_path / "cache"}
-    library = _native.build(tiny_csrc, tmp_path / "cache")
+    library = building.build(tiny_csrc, tmp_path / "cache")
     whole = library.read_bytes()
     library.write_bytes(whole[: int(left * len(whole)) if left < 1 else int(left)])
     with ThreadPoolExecutor(processes) as pool:  # several meet it at once
@@ -232,11 +232,11 @@ def test_a_library_that_was_cut_is_built_anew_once(
 def test_a_library_that_cannot_be_replaced_is_an_error(tiny_csrc: Path, tmp_path: Path) -> None:
     """One that the cache does not own, and one that was overwritten after its hash was checked."""
     foreign = tmp_path / "libother.so"
-    library = _native.build(tiny_csrc, tmp_path / "cache")
+    library = building.build(tiny_csrc, tmp_path / "cache")
     for path in (foreign, library):
         path.write_bytes(b"junk")
-        with pytest.raises(_native.BuildError, match=r"\.so does not load: .*(too short|ELF).*UNLEARN_EXT_CACHE"):
-            _native._load_library(path)
+        with pytest.raises(loading.BuildError, match=r"\.so does not load: .*(too short|ELF).*UNLEARN_EXT_CACHE"):
+            loading._load_library(path)
         assert path.read_bytes() == b"junk"
 
 
@@ -298,11 +298,11 @@ def test_a_holder_that_never_ends_is_not_waited_for(
     tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("UNLEARN_EXT_LOCK_TIMEOUT", "0.3")
-    directory = tmp_path / _native.cpu_recipe(tiny_csrc).key
+    directory = tmp_path / recipes.cpu_recipe(tiny_csrc).key
     directory.mkdir()
     with open(directory / "lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        library = _native.build(tiny_csrc, tmp_path)
+        library = building.build(tiny_csrc, tmp_path)
     assert library.parent == directory and library.is_file()
     assert "building without it" in capsys.readouterr().err
 
@@ -313,17 +313,17 @@ def test_a_file_system_without_locks(tiny_csrc: Path, tmp_path: Path, monkeypatc
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert _native.build(tiny_csrc, tmp_path / "cache").is_file()
+    assert building.build(tiny_csrc, tmp_path / "cache").is_file()
 
 
 @needs_compiler
 def test_what_killed_builders_left_is_removed(tiny_csrc: Path, tmp_path: Path) -> None:
-    directory = tmp_path / _native.cpu_recipe(tiny_csrc).key
+    directory = tmp_path / recipes.cpu_recipe(tiny_csrc).key
     old, young = directory / "build-old", directory / "build-young"
     old.mkdir(parents=True)
     young.mkdir()
     os.utime(old, (0, 0))
-    _native.build(tiny_csrc, tmp_path)
+    building.build(tiny_csrc, tmp_path)
     assert not old.exists() and young.exists()
 
 
@@ -333,7 +333,7 @@ def test_what_killed_builders_left_is_removed(tiny_csrc: Path, tmp_path: Path) -
 @needs_compiler
 def test_key_tells_builds_apart(tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(csrc: Path = tiny_csrc, **options: str) -> str:
-        return _native.cpu_recipe(csrc, **options).key
+        return recipes.cpu_recipe(csrc, **options).key
 
     first = key()
     assert key() == first
@@ -364,10 +364,10 @@ def test_key_tells_builds_apart(tiny_csrc: Path, tmp_path: Path, monkeypatch: py
 
 @needs_compiler
 def test_extra_flags_reach_the_linker(tiny_csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = _native.build(tiny_csrc, tmp_path)
+    plain = building.build(tiny_csrc, tmp_path)
     monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-fsanitize=undefined -g")
-    assert _native.build(tiny_csrc, tmp_path) != plain
-    assert not {"-fsanitize=undefined", "-g"} - set(_native.cpu_recipe(tiny_csrc).link_flags)
+    assert building.build(tiny_csrc, tmp_path) != plain
+    assert not {"-fsanitize=undefined", "-g"} - set(recipes.cpu_recipe(tiny_csrc).link_flags)
 
 
 # --- Packaging --------------------------------------------------------------------------------------------
@@ -477,17 +477,17 @@ def test_import_is_light() -> None:
 def test_cuda_tensors_without_nvcc_take_the_slower_path_and_say_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from unlearn_ext import _cuda
+    from unlearn_ext.native import cuda
 
     def missing() -> str:
-        raise _native.ToolchainError(f"nvcc was not found: {_cuda._install()}")
+        raise loading.ToolchainError(f"nvcc was not found: {cuda._install()}")
 
-    monkeypatch.setattr(_cuda, "find_nvcc", missing)
+    monkeypatch.setattr(cuda, "find_nvcc", missing)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("UNLEARN_EXT_CUDA", raising=False)
     monkeypatch.delenv("UNLEARN_EXT_BACKEND", raising=False)
     with pytest.warns(RuntimeWarning, match=r'slower pure-PyTorch .*pip install "cuda-toolkit\[nvcc,cccl\]==13\.0'):
-        assert _native._find_or_build_cuda() is None
+        assert loading._find_or_build_cuda() is None
     monkeypatch.setenv("UNLEARN_EXT_CUDA", "1")
-    with pytest.raises(_native.ToolchainError, match="asks for the CUDA kernels, but nvcc was not found"):
-        _native._find_or_build_cuda()
+    with pytest.raises(loading.ToolchainError, match="asks for the CUDA kernels, but nvcc was not found"):
+        loading._find_or_build_cuda()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlearn_ext import _cuda, _native
+from unlearn_ext.native import cuda, loading
 
 pytestmark = pytest.mark.build
 
@@ -37,8 +37,8 @@ def test_no_source_asks_for_the_architecture() -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
     """What nvcc says of each unit, warnings as errors, with the assembler's account of registers and spills."""
     try:
-        compiler, flags = _cuda.nvcc_command(())
-    except _native.ToolchainError as error:
+        compiler, flags = cuda.nvcc_command(())
+    except loading.ToolchainError as error:
         if os.environ.get("UNLEARN_EXT_REQUIRE_NVCC") == "1":
             pytest.fail(f"{error}; or set ALLOW_NO_NVCC=1")
         pytest.skip(str(error))

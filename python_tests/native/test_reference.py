@@ -16,7 +16,8 @@ from helpers.backends import PYTHON_BACKEND
 from helpers.layouts import RULES, assert_ulps, coin, normal, same_bits
 from torch import Tensor
 
-from unlearn_ext import _native, ops
+from unlearn_ext import ops
+from unlearn_ext.native import loading
 
 pytestmark = pytest.mark.build
 
@@ -30,8 +31,8 @@ ARGUMENTS = {"slow": "slow", "first_moments": "first_moment", "second_moments": 
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
     try:
-        return _native.build_reference()
-    except _native.ToolchainError as error:
+        return loading.build_reference()
+    except loading.ToolchainError as error:
         if os.environ.get("UNLEARN_EXT_REQUIRE_NATIVE") == "1":
             raise
         pytest.skip(str(error))

@@ -17,7 +17,7 @@ import pytest
 from helpers.backends import PYTHON_BACKEND
 from helpers.sanitizers import FLAGS, OPERATORS, ROOT, check, runtime
 
-from unlearn_ext import _native
+from unlearn_ext.native import building
 
 pytestmark = [pytest.mark.build, pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")]
 
@@ -53,7 +53,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sources = {"whole": ROOT / "csrc", "broken": broken_copy(work / "csrc")}
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("UNLEARN_EXT_CXXFLAGS", FLAGS)
-        built = pool.map(lambda csrc: _native.build(csrc, work / "cache"), sources.values())
+        built = pool.map(lambda csrc: building.build(csrc, work / "cache"), sources.values())
         return dict(zip(sources, built, strict=True))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from unlearn_ext import _cuda, _native, _toolchain
 from unlearn_ext.errors import InputError
+from unlearn_ext.native import building, cuda, loading, recipes, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -57,9 +57,9 @@ def sources(csrc: Path) -> Path:
     return csrc
 
 
-def tiny(compiler: str, csrc: Path) -> _native.Recipe:
+def tiny(compiler: str, csrc: Path) -> recipes.Recipe:
     """The same without a question to the compiler."""
-    return _native.Recipe(
+    return recipes.Recipe(
         "libtiny.so", csrc, ("cpu/answer.cpp", "cpu/other.cpp"), (compiler,), ("-fPIC",), ("-shared",)
     )
 
@@ -83,8 +83,8 @@ def tiny(compiler: str, csrc: Path) -> _native.Recipe:
 )
 def test_a_cxx_that_is_no_compiler_is_one_sentence(cxx: str, reason: str, csrc, monkeypatch) -> None:
     monkeypatch.setenv("CXX", cxx)
-    with pytest.raises(_native.ToolchainError) as caught:
-        _native.cpu_recipe(csrc)
+    with pytest.raises(loading.ToolchainError) as caught:
+        recipes.cpu_recipe(csrc)
     message = str(caught.value)
     assert "CXX" in message and reason in message and "\n" not in message, message
 
@@ -93,30 +93,30 @@ def test_a_program_that_cannot_be_started_is_one_sentence(script, csrc, monkeypa
     program = Path(script("", "compiler"))
     program.write_bytes(b"\0not a program")
     monkeypatch.setenv("CXX", str(program))
-    with pytest.raises(_native.ToolchainError, match=r"cannot be started: Exec format error"):
-        _native.cpu_recipe(csrc)
+    with pytest.raises(loading.ToolchainError, match=r"cannot be started: Exec format error"):
+        recipes.cpu_recipe(csrc)
 
 
 def test_a_host_compiler_that_is_none_is_found_before_nvcc_is_started(monkeypatch) -> None:
     monkeypatch.setenv("CXX", "/bin/true")
-    monkeypatch.setattr(_cuda, "find_nvcc", lambda: "/no/such/nvcc")
-    with pytest.raises(_native.ToolchainError, match=r"CXX is '/bin/true', which does not work as a C\+\+ compiler"):
-        _cuda.nvcc_command(("90",))
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: "/no/such/nvcc")
+    with pytest.raises(loading.ToolchainError, match=r"CXX is '/bin/true', which does not work as a C\+\+ compiler"):
+        cuda.nvcc_command(("90",))
 
 
 @needs_compiler
 def test_a_refused_flag_is_the_flags_fault(csrc, monkeypatch) -> None:
     monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-no-such-flag")
-    with pytest.raises(_native.BuildError, match=r"environment.* UNLEARN_EXT_CXXFLAGS='-no-such-flag'"):
-        _native.cpu_recipe(csrc)
+    with pytest.raises(loading.BuildError, match=r"environment.* UNLEARN_EXT_CXXFLAGS='-no-such-flag'"):
+        recipes.cpu_recipe(csrc)
 
 
 def test_a_failing_compile_names_the_variables_that_reach_it(script, csrc, tmp_path, monkeypatch) -> None:
     compiler = script('echo "x.cpp:1: error: the cause" >&2; exit 1')
     monkeypatch.setenv("UNLEARN_EXT_CXXFLAGS", "-DA=1 -w")
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(_native.BuildError) as caught:
-        _native._build_cached(tiny(compiler, csrc), tmp_path / "cache")
+    with pytest.raises(loading.BuildError) as caught:
+        building.build_cached(tiny(compiler, csrc), tmp_path / "cache")
     last = str(caught.value).splitlines()[-1]
     assert f"CXX={compiler!r}, UNLEARN_EXT_CXXFLAGS='-DA=1 -w'" in last
 
@@ -131,13 +131,13 @@ def test_cxx_may_hold_a_launcher_arguments_or_a_path_with_spaces(script, csrc, t
         spaced: (spaced,),
     }.items():
         monkeypatch.setenv("CXX", cxx)
-        assert _native.cpu_recipe(csrc).compiler == start
+        assert recipes.cpu_recipe(csrc).compiler == start
     monkeypatch.setenv("CXX", f"{launcher} {CXX}")
-    assert _native.build(csrc, tmp_path / "cache").is_file()
+    assert building.build(csrc, tmp_path / "cache").is_file()
     assert set((tmp_path / "log").read_text().split()) == {CXX}
-    assert _toolchain.host_compiler((launcher, str(CXX), "-DX")) == CXX
-    assert _toolchain.host_compiler((launcher, Path(CXX).name)) == CXX
-    assert _toolchain.host_compiler((spaced, "-DX")) == spaced
+    assert toolchain.host_compiler((launcher, str(CXX), "-DX")) == CXX
+    assert toolchain.host_compiler((launcher, Path(CXX).name)) == CXX
+    assert toolchain.host_compiler((spaced, "-DX")) == spaced
 
 
 # --- How it is called ---------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_any_character_in_paths_and_flags(tmp_path, monkeypatch) -> None:
     (csrc / "cpu" / "answer.cpp").write_text(
         "constexpr char text[] = TEXT;\nstatic_assert(sizeof text == 14 + MORE && text[11] == '\\'', \"\");\n"
     )
-    library = _native.build(csrc, tmp_path / AWKWARD / "cache")
+    library = building.build(csrc, tmp_path / AWKWARD / "cache")
     assert library.is_file() and library.is_relative_to(tmp_path / AWKWARD)
     assert not (tmp_path / "a").exists()
 
@@ -176,14 +176,14 @@ def test_an_open_quote_is_named(name: str, csrc, monkeypatch) -> None:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv(name, "'open")
     with pytest.raises(InputError, match=f'{name} is "\'open", which a shell would not take'):
-        _native.cpu_recipe(csrc)
+        recipes.cpu_recipe(csrc)
 
 
 @pytest.mark.parametrize("text", ["x", "0", "-1", "1.5", "1e3", "²"])
 def test_max_jobs_that_is_no_number(text: str, monkeypatch) -> None:
     monkeypatch.setenv("MAX_JOBS", text)
     with pytest.raises(InputError, match=r"MAX_JOBS is .*: expected a number from 1"):
-        _toolchain.jobs()
+        toolchain.jobs()
 
 
 @pytest.mark.parametrize("name", ["UNLEARN_EXT_BUILD_TIMEOUT", "UNLEARN_EXT_LOCK_TIMEOUT"])
@@ -192,9 +192,9 @@ def test_seconds(name: str, text: str, seconds: float | None, monkeypatch) -> No
     monkeypatch.setenv(name, text)
     if seconds is None:
         with pytest.raises(InputError, match=f"{name} is .*: expected seconds"):
-            _toolchain.seconds_setting(name, 7.0)
+            toolchain.seconds_setting(name, 7.0)
     else:
-        assert _toolchain.seconds_setting(name, 7.0) == seconds
+        assert toolchain.seconds_setting(name, 7.0) == seconds
 
 
 # --- That it ends -------------------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ HANG = 'trap "" TERM INT HUP; sleep 1000 & echo $! $$ >> {pids}; wait; wait'
 def test_a_compiler_that_hangs_at_a_question_is_ended(script, csrc, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", script(HANG.format(pids=tmp_path / "pids")))
     monkeypatch.setenv("UNLEARN_EXT_BUILD_TIMEOUT", "0.3")
-    with pytest.raises(_native.BuildError, match=r"gave no answer within 0.3 s and was ended: let CXX name another"):
-        _native.cpu_recipe(csrc)
+    with pytest.raises(loading.BuildError, match=r"gave no answer within 0.3 s and was ended: let CXX name another"):
+        recipes.cpu_recipe(csrc)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2, "asked once"
     assert all(gone(int(pid)) for pid in pids)
@@ -230,8 +230,8 @@ def test_a_compiler_that_hangs_at_a_question_is_ended(script, csrc, tmp_path, mo
 def test_a_compiler_that_hangs_at_the_build_is_ended(script, csrc, tmp_path, monkeypatch) -> None:
     compiler = script(HANG.format(pids=tmp_path / "pids"))
     monkeypatch.setenv("UNLEARN_EXT_BUILD_TIMEOUT", "0.5")
-    with pytest.raises(_native.BuildError, match=r"was ended after 0.5 s .*UNLEARN_EXT_BUILD_TIMEOUT gives it longer"):
-        _native._build_cached(tiny(compiler, csrc), tmp_path / "cache")
+    with pytest.raises(loading.BuildError, match=r"was ended after 0.5 s .*UNLEARN_EXT_BUILD_TIMEOUT gives it longer"):
+        building.build_cached(tiny(compiler, csrc), tmp_path / "cache")
     pids = (tmp_path / "pids").read_text().split()
     assert pids and all(gone(int(pid)) for pid in pids)
     assert not list(tmp_path.glob("cache/*/build-*")) and not list(tmp_path.glob("cache/*/*.so"))
@@ -245,13 +245,13 @@ def test_an_interrupt_ends_what_was_started(script, tmp_path, monkeypatch) -> No
 
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _toolchain.start([script(HANG.format(pids=tmp_path / "pids"))], 60)
+        toolchain.start([script(HANG.format(pids=tmp_path / "pids"))], 60)
     assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_a_compiler_that_says_it_is_done_and_is_not(script, csrc, tmp_path) -> None:
-    with pytest.raises(_native.BuildError, match=r"says that it has built the library, and has not; full log: /"):
-        _native._build_cached(tiny(script("exit 0"), csrc), tmp_path / "cache")
+    with pytest.raises(loading.BuildError, match=r"says that it has built the library, and has not; full log: /"):
+        building.build_cached(tiny(script("exit 0"), csrc), tmp_path / "cache")
 
 
 # --- What is shown ------------------------------------------------------------------------------------------
@@ -265,8 +265,8 @@ def test_the_compilers_error_comes_first(script, csrc, tmp_path) -> None:
         'for i in $(seq 50); do echo "#define MORE_$i $i"; done\n'
         "exit 1"
     )
-    with pytest.raises(_native.BuildError) as caught:
-        _native._build_cached(tiny(compiler, csrc), tmp_path / "cache")
+    with pytest.raises(loading.BuildError) as caught:
+        building.build_cached(tiny(compiler, csrc), tmp_path / "cache")
     first, second, third, *rest = str(caught.value).splitlines()
     assert (first, second) == ("the native library does not compile:", "cpu/answer.cpp:1:10: error: the cause")
     assert third.startswith("full log: /") and not rest
@@ -277,8 +277,8 @@ def test_a_question_shows_its_error_and_not_what_came_before(script) -> None:
     compiler = script(
         'for i in $(seq 50); do echo "#define MACRO_$i $i"; done\necho "cc1plus: error: bad value" >&2\nexit 1'
     )
-    with pytest.raises(_native.BuildError) as caught:
-        _toolchain.ask([compiler, "-E"])
+    with pytest.raises(loading.BuildError) as caught:
+        toolchain.ask([compiler, "-E"])
     assert str(caught.value) == f"`{compiler}` failed: cc1plus: error: bad value"
 
 
@@ -300,15 +300,15 @@ def test_a_question_shows_its_error_and_not_what_came_before(script) -> None:
 def test_what_is_an_error(line: str) -> None:
     noise = [f"#define ERROR_{i} error_{i}" for i in range(40)]
     noise += ["x.cpp:1: warning: unused [-Werror=unused]", "In file included from x.cpp:1:"]
-    assert _toolchain.errors_in("\n".join([*noise, line, *noise, "ninja: build stopped: subcommand failed."])) == line
+    assert toolchain.errors_in("\n".join([*noise, line, *noise, "ninja: build stopped: subcommand failed."])) == line
 
 
 def test_the_last_lines_where_no_line_names_an_error() -> None:
     lines = [f"line {i}" for i in range(100)]
-    assert _toolchain.errors_in("\n".join(lines)) == "\n".join(lines[-10:])
-    assert _toolchain.errors_in("ninja: error: no such file") == "ninja: error: no such file"
-    assert len(_toolchain.errors_in("error: " + 10_000 * "x")) == 300
-    assert _toolchain.errors_in("\n".join(f"error: {i}" for i in range(100))).count("\n") == 4
+    assert toolchain.errors_in("\n".join(lines)) == "\n".join(lines[-10:])
+    assert toolchain.errors_in("ninja: error: no such file") == "ninja: error: no such file"
+    assert len(toolchain.errors_in("error: " + 10_000 * "x")) == 300
+    assert toolchain.errors_in("\n".join(f"error: {i}" for i in range(100))).count("\n") == 4
 
 
 class FullStream:
@@ -321,9 +321,9 @@ class FullStream:
 def test_progress_lines_need_no_stream(monkeypatch, capsys) -> None:
     monkeypatch.delenv("UNLEARN_EXT_QUIET", raising=False)
     monkeypatch.setattr(sys, "stderr", None)
-    _toolchain.say("nothing")
+    toolchain.say("nothing")
     monkeypatch.setattr(sys, "stderr", FullStream())
-    _toolchain.say("nothing")
+    toolchain.say("nothing")
     assert capsys.readouterr().out == ""
 
 
@@ -331,5 +331,5 @@ def test_progress_lines_need_no_stream(monkeypatch, capsys) -> None:
 def test_a_cuda_recipe_names_the_program_behind_a_launcher(script, monkeypatch) -> None:
     launcher = script('exec "$@"', "sccache")
     monkeypatch.setenv("CXX", f"{launcher} {CXX} -DX")
-    monkeypatch.setattr(_cuda, "find_nvcc", lambda: "/no/such/nvcc")
-    assert _cuda.nvcc_command(("90",))[0] == ("/no/such/nvcc", "-ccbin", CXX)
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: "/no/such/nvcc")
+    assert cuda.nvcc_command(("90",))[0] == ("/no/such/nvcc", "-ccbin", CXX)

@@ -24,19 +24,12 @@ from helpers.layouts import RULES
 from helpers.models import ConvNet, WithUnused, batches, make
 from torch import Tensor, nn
 
-from unlearn_ext import (
-    FisherDiagonal,
-    InputError,
-    NonFiniteError,
-    Unlearner,
-    UnlearnOptimizer,
-    _arriving,
-    _in_backward,
-    ops,
-)
-from unlearn_ext.diffusion._trial import try_batch
+from unlearn_ext import FisherDiagonal, InputError, NonFiniteError, Unlearner, UnlearnOptimizer, ops
+from unlearn_ext.jobs.trial import try_batch
 from unlearn_ext.methods import SFRon
+from unlearn_ext.optim import in_backward as steps_in_backward
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils import grad_hooks
 
 # --- The same weights -------------------------------------------------------------------------------------------
 
@@ -196,7 +189,7 @@ def test_where_the_norm_is_measured_nothing_breaks() -> None:
 def test_a_dit_with_tied_embedders(checkpointed: bool) -> None:
     """A tied weight moves once, when its gradient is summed over all blocks; recomputed blocks see weights that have
     not moved."""
-    from unlearn_ext.diffusion.weights import tie_embeddings
+    from unlearn_ext.models.weights import tie_embeddings
 
     found = []
     for in_backward in (False, True):
@@ -225,9 +218,9 @@ def test_small_gradients_share_a_call(monkeypatch) -> None:
         calls.append(len(weights))
         step(weights, **arguments)
 
-    monkeypatch.setattr(_in_backward.ops, "step_", watched)
+    monkeypatch.setattr(steps_in_backward.ops, "step_", watched)
     for waiting in (1 << 18, 1):
-        monkeypatch.setattr(_arriving, "_WAITING", {"cpu": waiting})
+        monkeypatch.setattr(grad_hooks, "_WAITING", {"cpu": waiting})
         torch.manual_seed(0)
         model = Net()
         optimizer = optimizer_of(model, groups=True, masked=True, rule="adamw")

@@ -12,15 +12,16 @@ from helpers.models import ConvNet, batches, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unlearn_ext import InputError, NonFiniteError, SaliencyMask, Unlearner, UnlearnOptimizer, _arriving
+from unlearn_ext import InputError, NonFiniteError, SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext.methods import SFRon
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils import grad_hooks
 
 # --- What is not finite -----------------------------------------------------------------------------------------
 
 
 def test_a_gradient_that_is_not_finite_ends_it_in_mid_step(monkeypatch) -> None:
-    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})  # as large tensors arrive: one at a time
+    monkeypatch.setattr(grad_hooks, "_WAITING", {"cpu": 1})  # as large tensors arrive: one at a time
     model = Spoilt()
     optimizer = optimizer_of(model, rule="momentum", momentum=0.9)
     with optimizer.step_in_backward("retain"):
@@ -108,7 +109,7 @@ class Failing(ConvNet):
 
 
 def test_a_run_that_broke_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
+    monkeypatch.setattr(grad_hooks, "_WAITING", {"cpu": 1})
     settings = {"rule": "momentum", "lr": 0.02, "momentum": 0.9, "iterations": 6, "max_norm": 1.0, "gamma": 0.9}
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
 
@@ -143,7 +144,7 @@ def test_what_needs_whole_gradients_is_refused(settings: dict, arguments: dict, 
 
 
 def test_gradients_that_are_there_or_come_in_parts_or_not_at_all(monkeypatch) -> None:
-    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
+    monkeypatch.setattr(grad_hooks, "_WAITING", {"cpu": 1})
     model = Net()
     optimizer = optimizer_of(model, rule="sgd")
     loss_of(model, 0).backward()

@@ -14,11 +14,11 @@ from rich.console import Console
 
 pytest.importorskip("diffusers")
 
-from unlearn_ext.profiling.dit import measure as measuring
-from unlearn_ext.profiling.dit import network, report, script
-from unlearn_ext.profiling.dit.bars import bars, condition
-from unlearn_ext.profiling.dit.measure import IMPLEMENTATIONS, STAGES, Measured, Settings, measure
-from unlearn_ext.profiling.dit.rivals import Plain, Tuned
+from benchmarks.dit import measure as measuring
+from benchmarks.dit import network, report, script
+from benchmarks.dit.bars import bars, condition
+from benchmarks.dit.measure import IMPLEMENTATIONS, STAGES, Measured, Settings, measure
+from benchmarks.dit.rivals import Plain, Tuned
 from unlearn_ext.profiling.work import MismatchError
 
 TINY = network.Shape(depth=2, width=16, heads=2)

@@ -18,10 +18,11 @@ from helpers.backends import PYTHON_BACKEND
 from rich.console import Console
 from safetensors.torch import save_file
 
+from benchmarks import saliency
 from unlearn_ext.cli import main
 from unlearn_ext.cli.profile import _show_memory
 from unlearn_ext.errors import InputError
-from unlearn_ext.profiling import memory, report, saliency, shapes, steps
+from unlearn_ext.profiling import memory, report, shapes, steps
 from unlearn_ext.profiling.loop import Pass, loop, loop_holds
 from unlearn_ext.profiling.tensors import Tensors
 from unlearn_ext.profiling.timing import interleaved, interleaved_stages, quantile

@@ -11,7 +11,7 @@ from helpers.runs import method
 from torch import nn
 
 from unlearn_ext import SaliencyMask, Unlearner
-from unlearn_ext._averages import Averages
+from unlearn_ext.run.averages import Averages
 from unlearn_ext.tasks import Classification
 
 

@@ -15,9 +15,9 @@ from helpers.models import make
 from helpers.runs import identical, method, run, weights
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext._seal import label_of, seal
 from unlearn_ext.errors import DamagedError, UnlearningWarning
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils.seal import label_of, seal
 
 SETTINGS = {"mask_scope": "all", "protect": True}
 

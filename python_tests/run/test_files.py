@@ -13,8 +13,10 @@ import pytest
 from safetensors.torch import save_file
 from torch import zeros
 
-from unlearn_ext import InputError, _files
-from unlearn_ext._files import (
+from unlearn_ext import InputError
+from unlearn_ext.errors import WriteError
+from unlearn_ext.utils import files
+from unlearn_ext.utils.files import (
     atomic_directory,
     atomic_path,
     check_writable,
@@ -22,7 +24,6 @@ from unlearn_ext._files import (
     user_path,
     writable_directory,
 )
-from unlearn_ext.errors import WriteError
 
 
 def write(path: Path | str, text: str = "new") -> None:
@@ -104,7 +105,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_nobody_reads(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(_files, "_READER_SECONDS", 0.05)
+    monkeypatch.setattr(files, "_READER_SECONDS", 0.05)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(WriteError, match="a pipe from which nobody reads: start its reader first"):
         write(tmp_path / "pipe")

@@ -13,8 +13,9 @@ from helpers.streams import COUNT, LOADERS, SIZE, Noisy, Permuting, Slotted, dat
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from unlearn_ext import InputError, _rng
-from unlearn_ext._sources import Sources
+from unlearn_ext import InputError
+from unlearn_ext.data import rng
+from unlearn_ext.data.sources import Sources
 from unlearn_ext.errors import DamagedError
 
 PASS = COUNT // SIZE
@@ -185,14 +186,14 @@ def test_other_generators_are_refused_before_anything_is_changed(other, message,
 def test_a_generator_of_a_device_that_is_not_here_is_no_damage(kind) -> None:
     """A checkpoint may be resumed on a machine with fewer devices: the sentence says which generators differ."""
     roots = {"retain": torch.Generator()}
-    state = _rng.capture(roots)
+    state = rng.capture(roots)
     state["generators"][0]["kind"] = kind
     with pytest.raises(InputError, match=f"retain was a generator of kind {kind} .* is one of torch.cpu now") as caught:
-        _rng.check(state, roots)
+        rng.check(state, roots)
     assert not isinstance(caught.value, DamagedError)
     del state["states"]
     with pytest.raises(DamagedError):
-        _rng.check(state, roots)
+        rng.check(state, roots)
 
 
 def test_a_generator_by_two_ways_is_one() -> None:

@@ -8,7 +8,8 @@ import weakref
 import pytest
 from helpers.models import batches, make
 
-from unlearn_ext import Unlearner, _loop
+from unlearn_ext import Unlearner
+from unlearn_ext.run import loop
 from unlearn_ext.tasks import Classification
 
 
@@ -17,13 +18,13 @@ from unlearn_ext.tasks import Classification
 )
 def test_moments_and_gradients_end_with_the_run(method: str, monkeypatch) -> None:
     optimizers: list[weakref.ref] = []
-    start = _loop.Loop.start
+    start = loop.Loop.start
 
     def noted(self, checkpoint):
         optimizers.append(weakref.ref(self.optimizer))
         return start(self, checkpoint)
 
-    monkeypatch.setattr(_loop.Loop, "start", noted)
+    monkeypatch.setattr(loop.Loop, "start", noted)
     sets = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}
     if "auto" in method:
         sets["unseen"] = batches(3, 6, seed=3)

@@ -17,8 +17,8 @@ from helpers.runs import identical, run, weights
 from torch import Tensor, nn
 
 from unlearn_ext import InputError
-from unlearn_ext._module_state import check_storable, pack_module, unpack_module
-from unlearn_ext._packing import Packer, unpack
+from unlearn_ext.run.module_state import check_storable, pack_module, unpack_module
+from unlearn_ext.run.packing import Packer, unpack
 
 
 def quantised(make_it, *arguments: object) -> Tensor:

@@ -9,9 +9,9 @@ from helpers.runs import identical, method, run, weights
 from torch.utils.checkpoint import checkpoint
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner, UnlearnOptimizer
-from unlearn_ext._loop import Loop
 from unlearn_ext.methods import SSD, NegativeGradientPlus
 from unlearn_ext.methods.base import ForgetLoss
+from unlearn_ext.run.loop import Loop
 from unlearn_ext.tasks import Classification
 
 

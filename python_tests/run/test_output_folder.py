@@ -13,11 +13,12 @@ import pytest
 from helpers.models import make
 from helpers.runs import identical, run, weights
 
-from unlearn_ext import InputError, _lock
-from unlearn_ext._checkpoint_folder import candidates
-from unlearn_ext._leftovers import LOCK, partial_name
-from unlearn_ext._lock import hold
+from unlearn_ext import InputError
 from unlearn_ext.errors import UnlearnError
+from unlearn_ext.run import lock as output_lock
+from unlearn_ext.run.checkpoint_folder import candidates
+from unlearn_ext.run.lock import hold
+from unlearn_ext.utils.leftovers import LOCK, partial_name
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -262,7 +263,7 @@ def test_a_childs_copy_of_the_lock_does_not_outlive_the_run(tmp_path: Path) -> N
     child.start()
     assert ready.wait(30)
     with open(os.devnull) as other:
-        os.dup2(other.fileno(), *_lock._held)  # lets the parent's go, as the kernel does when the run is killed
+        os.dup2(other.fileno(), *output_lock._held)  # lets the parent's go, as the kernel does when the run is killed
     with hold(tmp_path):
         pass
     end.set()
@@ -333,7 +334,7 @@ def test_leftovers_of_killed_runs_are_swept(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
-    from unlearn_ext._files import atomic_path, writable_directory
+    from unlearn_ext.utils.files import atomic_path, writable_directory
 
     with atomic_path(tmp_path / "file") as partial:
         partial.write_text("half")

@@ -18,9 +18,9 @@ from helpers.models import batches, make
 from helpers.runs import method
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext._plain import plain
 from unlearn_ext.methods import SSD, BadTeacher, Finetune, RandomLabel, SFRon
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils.plain import plain
 
 DATA = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}
 

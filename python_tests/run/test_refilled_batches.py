@@ -12,7 +12,7 @@ from helpers import calibrated, runs
 from helpers.models import batches, make
 from torch import Tensor
 
-from unlearn_ext._parts import cloned
+from unlearn_ext.distributed.batches import cloned
 from unlearn_ext.evaluation import predict
 from unlearn_ext.methods import SFRon
 

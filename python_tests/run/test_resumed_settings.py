@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext._settings import in_words
+from unlearn_ext.run.settings import in_words
 from unlearn_ext.tasks import Classification
 
 

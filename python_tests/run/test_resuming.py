@@ -18,8 +18,8 @@ from helpers.runs import growing, identical, loaders, method, run, weights
 from torch import nn
 
 from unlearn_ext import InputError, SaliencyMask, Unlearner
-from unlearn_ext._seal import seal
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils.seal import seal
 
 RESUMABLE = {
     "momentum": {"rule": "momentum"},

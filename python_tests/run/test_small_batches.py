@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext._ranks import Ranks
-from unlearn_ext._small_batches import SmallBatches
+from unlearn_ext.distributed.ranks import Ranks
 from unlearn_ext.methods import parse
+from unlearn_ext.run.small_batches import SmallBatches
 from unlearn_ext.tasks import Classification
 
 LAST = r"the last {} batch has one sample, which BatchNorm refuses in train mode: use drop_last=True"

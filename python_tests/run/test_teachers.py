@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext._teachers import make_teachers
 from unlearn_ext.methods import BadTeacher, Scrub
+from unlearn_ext.run.teachers import make_teachers
 from unlearn_ext.tasks import Classification
 
 DATA = {"forget": batches(2, 6, seed=1), "retain": batches(2, 6, seed=2)}

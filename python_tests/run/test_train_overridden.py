@@ -8,7 +8,7 @@ from helpers.models import batches, make
 from torch import Tensor, nn
 
 from unlearn_ext import Result, Unlearner, evaluation
-from unlearn_ext._modes import keeping_modes
+from unlearn_ext.distributed.modes import keeping_modes
 from unlearn_ext.methods import SSD, parse
 from unlearn_ext.saliency import FisherDiagonal
 from unlearn_ext.saliency.gradient import GradientSum

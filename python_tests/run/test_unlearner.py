@@ -13,9 +13,10 @@ from helpers.models import ConvNet, batches, make
 from helpers.runs import growing, identical, loaders, method, run, weights
 from torch import nn
 
-from unlearn_ext import InputError, Unlearner, _checkpoint
+from unlearn_ext import InputError, Unlearner
 from unlearn_ext.methods import SFRon
 from unlearn_ext.methods.sfron import adaptive_shares
+from unlearn_ext.run import checkpoint
 from unlearn_ext.tasks import Classification
 
 # --- The result -----------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def test_names_of_wrappers_and_of_parts_called_module() -> None:
         (compiled, ["0.weight", "0.bias", "1.weight", "1.bias"]),
     ):
         assert run(model, data).mask.names == expected
-        assert list(_checkpoint.model_tensors(model)) == expected
+        assert list(checkpoint.model_tensors(model)) == expected
 
 
 def test_dict_batches_and_outputs_with_logits() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import SaliencyMask, Unlearner, UnlearningWarning, errors
-from unlearn_ext._signs import KEYS, Losses, bit_sums, growth, hidden, missed, unmet, unmoved, unseen_classes
-from unlearn_ext._watching import Watching
 from unlearn_ext.methods import parse
+from unlearn_ext.run.signs import KEYS, Losses, bit_sums, growth, hidden, missed, unmet, unmoved, unseen_classes
+from unlearn_ext.run.watching import Watching
 from unlearn_ext.tasks import Classification, Task
 
 DATA = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
@@ -407,7 +407,7 @@ def test_the_look_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for looks in (True, False):
         model = make(dropout=0.5)
         if not looks:
-            monkeypatch.setattr("unlearn_ext._watching.has_batch_norm", lambda model: False)
+            monkeypatch.setattr("unlearn_ext.run.watching.has_batch_norm", lambda model: False)
         found = go(QUIET, model=model)
         assert (found.forget_eval is not None) == looks
         states.append({**model.state_dict(), "generator": torch.get_rng_state(), "mode": torch.tensor(model.training)})

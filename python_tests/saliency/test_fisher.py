@@ -13,12 +13,13 @@ from helpers.models import ConvNet, WithUnused, batches, make
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unlearn_ext import _arriving, ops
+from unlearn_ext import ops
 from unlearn_ext.errors import InputError, NonFiniteError
 from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _parts
 from unlearn_ext.saliency import fisher as fisher_module
 from unlearn_ext.saliency.mask import _on_host
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils import grad_hooks
 
 
 def gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def test_gradients_are_squared_some_at_a_time(options, monkeypatch) -> None:
     """As large models have it: each call of the operator takes one tensor."""
     model, data, calls = trained(), batches(2, 7, seed=1, dtype=torch.float64), []
     monkeypatch.setattr(_parts, "_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr(_arriving, "_WAITING", {"cpu": 1})
+    monkeypatch.setattr(grad_hooks, "_WAITING", {"cpu": 1})
     accumulate = fisher_module.ops.accumulate_fisher_
 
     def watched(sums: list[Tensor], grads: list[Tensor], weight: float = 1.0) -> None:

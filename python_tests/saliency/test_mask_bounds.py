@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from unlearn_ext.diffusion import variants
 from unlearn_ext.errors import InputError
 from unlearn_ext.evaluation import inception
+from unlearn_ext.models import variants
 from unlearn_ext.saliency import SaliencyMask
 
 HEADER = {

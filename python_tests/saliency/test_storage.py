@@ -15,13 +15,14 @@ from helpers.models import WithUnused, batches, make
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unlearn_ext import FisherDiagonal, InputError, SaliencyMask, Unlearner, _loop
-from unlearn_ext._leftovers import sweep
-from unlearn_ext.diffusion._trial import _LiveBytes
+from unlearn_ext import FisherDiagonal, InputError, SaliencyMask, Unlearner
+from unlearn_ext.jobs.trial import _LiveBytes
 from unlearn_ext.methods import SFRon
+from unlearn_ext.run import loop
 from unlearn_ext.saliency import storage as storage_module
 from unlearn_ext.saliency.storage import StoredSums, stored
 from unlearn_ext.tasks import Classification
+from unlearn_ext.utils.leftovers import sweep
 
 DATA = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
 
@@ -110,9 +111,9 @@ def test_nothing_of_the_fisher_is_left_when_the_iterations_begin(where: str, tmp
         assert not list(tmp_path.glob("*fisher*"))
         return begin(self, checkpoint)
 
-    begin = _loop.Loop.start
+    begin = loop.Loop.start
     monkeypatch.setattr(SaliencyMask, "from_fisher", classmethod(from_fisher))
-    monkeypatch.setattr(_loop.Loop, "start", start)
+    monkeypatch.setattr(loop.Loop, "start", start)
     gc.disable()  # not by chance either
     try:
         Unlearner(make(), Classification(), method(), fisher_storage=where).run(**DATA, output_dir=tmp_path)

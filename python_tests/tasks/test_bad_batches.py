@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from unlearn_ext import FisherDiagonal, InputError, Unlearner, evaluation
-from unlearn_ext._data import DataCheck
 from unlearn_ext.methods import SSD, parse
 from unlearn_ext.tasks import Classification
+from unlearn_ext.tasks.data_check import DataCheck
 
 X, Y = batches(1, 6, seed=3)[0]
 # What a loader gives, and what the sentence says after "got", if it says that, or anywhere.

@@ -14,8 +14,8 @@ from helpers.models import ConvNet
 from torch import Tensor, nn
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext.diffusion.weights import select_trained, tie_embeddings, untie_embeddings
 from unlearn_ext.methods import DOMAINS, SFRon
+from unlearn_ext.models.weights import select_trained, tie_embeddings, untie_embeddings
 from unlearn_ext.tasks import Task
 
 # --- Runs -----------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from helpers.models import make
 from torch import Tensor, nn
 
 from unlearn_ext import FisherDiagonal, InputError, Unlearner
-from unlearn_ext.diffusion.weights import tie_embeddings
 from unlearn_ext.methods import SFRon
+from unlearn_ext.models.weights import tie_embeddings
 from unlearn_ext.tasks import Classification
 from unlearn_ext.tasks._variational import variational_bound
 

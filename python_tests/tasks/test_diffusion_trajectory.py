@@ -12,8 +12,8 @@ from helpers.diffusion_oracle import Diffusion, Draws, sfron
 from torch import Tensor, nn
 
 from unlearn_ext import Result, Unlearner
-from unlearn_ext.diffusion.weights import tie_embeddings
 from unlearn_ext.methods import DOMAINS, SFRon
+from unlearn_ext.models.weights import tie_embeddings
 from unlearn_ext.tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 
 ITERATIONS = 20

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from unlearn_ext import FisherDiagonal, InputError, Unlearner, evaluation
-from unlearn_ext._hashing import sample_hashes, sample_numbers
-from unlearn_ext._parts import own_part
-from unlearn_ext._ranks import ALONE, Ranks
+from unlearn_ext.distributed.batches import own_part
+from unlearn_ext.distributed.hashing import sample_hashes, sample_numbers
+from unlearn_ext.distributed.ranks import ALONE, Ranks
 from unlearn_ext.tasks import Classification
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import FisherDiagonal, InputError, Unlearner
-from unlearn_ext._parts import own_part
-from unlearn_ext._ranks import Ranks
+from unlearn_ext.distributed.batches import own_part
+from unlearn_ext.distributed.ranks import Ranks
 from unlearn_ext.methods import SSD, parse
 from unlearn_ext.tasks import Classification, Task
 

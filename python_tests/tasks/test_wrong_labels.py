@@ -8,8 +8,8 @@ from helpers.models import make, samples
 from torch import Tensor, nn
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext._parts import own_part
-from unlearn_ext._ranks import Ranks
+from unlearn_ext.distributed.batches import own_part
+from unlearn_ext.distributed.ranks import Ranks
 from unlearn_ext.methods import parse
 from unlearn_ext.tasks import Classification
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from unlearn_ext import InputError
-from unlearn_ext._arguments import (
+from unlearn_ext.methods import SSD, Scrub, SFRon
+from unlearn_ext.methods.calibration import TargetAccuracy
+from unlearn_ext.tasks import Classification
+from unlearn_ext.utils.arguments import (
     as_number,
     check_choice,
     check_count,
@@ -21,9 +24,6 @@ from unlearn_ext._arguments import (
     check_seed,
     describe,
 )
-from unlearn_ext.methods import SSD, Scrub, SFRon
-from unlearn_ext.methods.calibration import TargetAccuracy
-from unlearn_ext.tasks import Classification
 
 INTEGERS = [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8)]
 FLOATS = [0.5, np.float64(0.5), np.float32(0.5), np.float16(0.5), np.array(0.5), torch.tensor(0.5)]
@@ -80,7 +80,7 @@ def test_seeds(seed) -> None:
         Classification(seed=seed)
     for good in (-(2**63), 2**64 - 1, np.int64(5)):
         assert Classification(seed=good).seed == good
-    from unlearn_ext._hashing import sample_numbers
+    from unlearn_ext.distributed.hashing import sample_numbers
 
     values = torch.randn(4, 3)
     drawn = [sample_numbers(values, good) for good in (-(2**63), -2, -1, 0, 2**63 - 1, 2**64 - 3)]

@@ -50,8 +50,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .._arguments import check_count, check_number
 from ..errors import InputError
+from ..utils.arguments import check_count, check_number
 from .regression import SoftmaxRegression
 
 __all__ = ["FORMULAS", "Constants", "noise_scale"]

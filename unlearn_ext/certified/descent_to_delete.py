@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import check_number
 from ..errors import InputError
+from ..utils.arguments import check_number
 from .constants import FORMULAS, Constants
 from .noise import system_normals
 from .publication import Publication, tensors_sha256
@@ -222,7 +222,7 @@ class DescentToDelete:
         return Publication(weights, self._certificate(weights, seeded=generator is not None))
 
     def _certificate(self, weights: Tensor, seeded: bool) -> dict[str, Any]:
-        from .. import __version__
+        from ..version import __version__
 
         c = self.constants
         statement = (

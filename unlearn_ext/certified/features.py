@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._arguments import check_finite
 from ..errors import InputError
+from ..utils.arguments import check_finite
 
 if TYPE_CHECKING:
     import numpy as np

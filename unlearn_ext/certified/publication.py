@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import atomic_path, user_path, writable_directory, writing
-from .._hashing import raw_bytes
-from .._reading import explain_open_errors
-from .._seal import SEAL, damage, label_of, seal
+from ..distributed.hashing import raw_bytes
 from ..errors import InputError
+from ..utils.files import atomic_path, user_path, writable_directory, writing
+from ..utils.reading import explain_open_errors
+from ..utils.seal import SEAL, damage, label_of, seal
 
 __all__ = ["CERTIFICATE", "WEIGHTS", "Publication", "tensors_sha256"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import check_count, check_number
 from ..errors import InputError
+from ..utils.arguments import check_count, check_number
 
 __all__ = ["SoftmaxRegression"]
 

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._files import atomic_path, user_path, writable_directory
-from .._reading import explain_open_errors
 from ..errors import InputError
+from ..utils.files import atomic_path, user_path, writable_directory
+from ..utils.reading import explain_open_errors
 
 __all__ = ["SecretState"]
 

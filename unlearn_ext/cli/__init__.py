@@ -14,7 +14,7 @@ _STARTS_ANEW = "nothing goes on from here; the same command starts anew"
 
 def _version(asked: bool) -> None:
     if asked:
-        from .. import __version__
+        from ..version import __version__
 
         print(f"unlearn-ext {__version__}")
         raise SystemExit(0)
@@ -22,7 +22,7 @@ def _version(asked: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. What the user can mend is one line on stderr, no traceback."""
-    from .streams import escape_unprintable, outlive_readers
+    from ..utils.streams import escape_unprintable, outlive_readers
 
     with outlive_readers(), escape_unprintable():
         try:
@@ -36,8 +36,8 @@ def _run(arguments: Sequence[str]) -> int:
     from rich.text import Text
     from safetensors import SafetensorError
 
-    from .._native import BuildError, ToolchainError
     from ..errors import UnlearnError, first_line, is_out_of_memory
+    from ..native.loading import BuildError, ToolchainError
     from .arguments import hyphens
     from .ending import plain_warnings
     from .report import plain_console

@@ -11,9 +11,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from .._files import user_path
 from ..data.labels import decoded
 from ..errors import InputError
+from ..utils.files import user_path
 
 __all__ = ["OnceCommand", "check_heeded", "checked", "hyphens"]
 

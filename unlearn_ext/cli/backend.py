@@ -11,14 +11,14 @@ __all__ = ["load_backend"]
 
 def load_backend(console: Console) -> str:
     """``native`` or ``python``. The library's own progress lines would break the status line, so they are left out."""
-    from .. import _native
     from ..errors import InputError
+    from ..native import loading
 
     asked = os.environ.get("UNLEARN_EXT_QUIET")
     with console.status("building the native library, once"):
         os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
         try:
-            return _native.load()
+            return loading.load()
         except ValueError as error:  # a variable of the environment
             raise InputError(str(error)) from None
         finally:

@@ -60,13 +60,13 @@ def compare(
     the unlearning alone (RTE). Where a comparison was cut, the same command
     goes on. Exit code 3: a method failed on every seed.
     """
-    from .._library_cache import make_private
-    from .._native import _default_cache
     from ..comparison.choosing import choose, split_list
     from ..comparison.protocol import Protocol
     from ..comparison.run import Comparison
     from ..comparison.table import show
     from ..data import load_digits
+    from ..native.building import cache_directory
+    from ..native.library_cache import make_private
     from .backend import load_backend
     from .progress import two_bars
 
@@ -85,7 +85,7 @@ def compare(
     runners = choose(split_list(methods), settings.value, scenario.value)
     check_file("--json", json_file, output_dir)
     check_output(output_dir, "compare")
-    cache = _default_cache() if cache_dir is None else None
+    cache = cache_directory() if cache_dir is None else None
     if cache is not None:
         with contextlib.suppress(OSError):  # the folder below it says which
             make_private(cache)

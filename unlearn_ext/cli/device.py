@@ -19,6 +19,6 @@ def checked_device(name: str) -> str:
     Raises:
         InputError: it is not, or it is neither a CPU nor a GPU.
     """
-    from .._arguments import check_device
+    from ..utils.arguments import check_device
 
     return str(check_device(name, "--device", kinds=("cpu", "cuda")))

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._signs import missed
-from .._warn import PACKAGE
+from ..run.signs import missed
+from ..utils.warn import PACKAGE
 from .report import plain_console
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def demo_warnings(what: str | None, before: float, after: float, of_run: Mapping
         before, after: accuracy on it.
         of_run: :attr:`Result.warnings`.
     """
-    from ..diffusion.unmet import still_drawn
+    from ..jobs.unmet import still_drawn
 
     found, chance = dict(of_run), 1 / 10
     if what is not None and still_drawn(before, after, chance):

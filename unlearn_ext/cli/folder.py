@@ -22,8 +22,8 @@ def hold_output(folder: Path, command: str) -> Iterator[None]:
     Raises:
         InputError: it holds something and is not marked, cannot be written to, or another run writes there.
     """
-    from .._files import writable_directory, write_json
-    from .._lock import hold
+    from ..run.lock import hold
+    from ..utils.files import writable_directory, write_json
 
     check_output(folder, command)
     with hold(writable_directory(folder)):
@@ -34,15 +34,15 @@ def hold_output(folder: Path, command: str) -> Iterator[None]:
 
 def check_output(folder: Path, command: str) -> None:
     """Raises what :func:`hold_output` would of what is in the folder, before a command reads its data."""
-    from .._lock import refuse_held
+    from ..run.lock import refuse_held
 
     _check(folder, command)
     refuse_held(folder)
 
 
 def _check(folder: Path, command: str) -> None:
-    from .._leftovers import is_leftover
     from ..errors import InputError
+    from ..utils.leftovers import is_leftover
 
     try:
         entries = sorted(path.name for path in folder.iterdir() if not is_leftover(path)) if folder.is_dir() else []

@@ -161,14 +161,14 @@ def forget(
     pictures before and after from the same noise, the mask and the history.
     Checkpoints and latents are in a work folder, removed at the end.
     """
-    from ..diffusion.job import ForgetJob
-    from ..diffusion.options import ForgetOptions
-    from ..diffusion.output import RESULT
-    from ..diffusion.parallel import start_ranks
-    from ..diffusion.publishing import how_to_go_on
-    from ..diffusion.space import check_room
-    from ..diffusion.written import OWN_FOLDER
     from ..errors import Terminated
+    from ..jobs.job import ForgetJob
+    from ..jobs.options import ForgetOptions
+    from ..jobs.output import RESULT
+    from ..jobs.parallel import start_ranks
+    from ..jobs.publishing import how_to_go_on
+    from ..jobs.space import check_room
+    from ..models.written import OWN_FOLDER
     from .backend import load_backend
     from .progress import stages
 

@@ -12,9 +12,9 @@ from .ending import end, show_warnings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..diffusion.estimate import Estimate
-    from ..diffusion.job import ForgetJob
-    from ..diffusion.space import Room
+    from ..jobs.estimate import Estimate
+    from ..jobs.job import ForgetJob
+    from ..jobs.space import Room
 
 __all__ = ["planned", "show_estimate", "show_plan", "show_result"]
 
@@ -96,7 +96,7 @@ def show_estimate(found: Estimate, rooms: Sequence[Room], console: Console) -> N
 
 def show_result(job: ForgetJob, report: dict[str, Any], console: Console) -> int:
     """What became of the run, and the exit code that says so."""
-    from ..diffusion.written import OWN_FOLDER
+    from ..models.written import OWN_FOLDER
 
     if report["left_out"]:
         console.print(f"left out of the model's folder: {', '.join(report['left_out'])}", soft_wrap=True)

@@ -65,9 +65,10 @@ def profile(
     import torch
 
     from ..profiling import memory, steps
-    from ..profiling.report import device_name, document, in_words, measure, show, write
+    from ..profiling.report import document, in_words, measure, show, write
     from ..profiling.shapes import count, cut
     from ..profiling.timing import repeats_for
+    from ..utils.device import device_name
 
     place = torch.device(checked_device(device))
     for option, path in (("--json", json_file), ("--plot", plot_file), ("--trace", trace)):
@@ -194,8 +195,8 @@ def _write_trace(path: Path, shapes: list[Shape], rule: str, dtype: torch.dtype,
     import torch
     from torch.profiler import ProfilerActivity, record_function
 
-    from .._files import atomic_path
     from ..profiling import steps
+    from ..utils.files import atomic_path
 
     passes = steps.sequential_passes(shapes, rule, dtype, device)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

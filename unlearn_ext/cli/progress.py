@@ -16,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from .streams import is_unicode
+from ..utils.streams import is_unicode
 
 __all__ = ["stages", "two_bars"]
 

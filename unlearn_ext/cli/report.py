@@ -46,8 +46,8 @@ def check_file(
         InputError: its directory does not exist or cannot be written to, or it is one of ``inputs`` or a file in them,
             or lies in ``output_dir``, where it might take the place of a part of the result.
     """
-    from .._files import check_writable
     from ..errors import InputError
+    from ..utils.files import check_writable
 
     if file is None:
         return
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
     import numpy
     import torch
 
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "unlearn_ext": __version__,
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 
 def write_report(found: dict[str, Any], file: Path, json_file: Path | None = None) -> dict[str, Any]:
     """Writes the command line, versions and what was found to ``file`` and, if it is given, ``json_file``."""
-    from .._files import write_json
+    from ..utils.files import write_json
 
     report = {"command": shlex.join(["unlearn-ext", *sys.argv[1:]]), "versions": versions(), **found}
     for path in filter(None, (file, json_file)):

@@ -25,8 +25,8 @@ def as_command(function: Callable[..., int | None], advice: str) -> Callable[...
 
     @functools.wraps(function)
     def command(**arguments: Any) -> int | None:
-        from .._signals import stop_on_signals
         from ..errors import Terminated
+        from ..run.signals import stop_on_signals
 
         try:
             with stop_on_signals(), warnings.catch_warnings():

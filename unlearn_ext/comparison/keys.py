@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, ops
-from .._hashing import file_hash, raw_bytes
-from ..profiling.report import device_name
+from .. import ops
+from ..distributed.hashing import raw_bytes
+from ..native import loading, recipes
+from ..utils.device import device_name
+from ..utils.hashing import file_hash
 
 __all__ = ["class_hash", "file_key", "kernels", "machine", "sources_hash", "tensor_hash"]
 
@@ -52,12 +54,12 @@ def kernels(device: str) -> str:
     if ops.backend(device) == "python":
         return "python"
     if torch.device(device).type == "cuda":
-        from .._cuda import cuda_recipe
+        from ..native.cuda import cuda_recipe
 
         return cuda_recipe().key
-    if (library := _native.library_path()) is not None and library == _native._packaged_library():
+    if (library := loading.library_path()) is not None and library == loading._packaged_library():
         return file_hash(library)
-    return _native.cpu_recipe().key
+    return recipes.cpu_recipe().key
 
 
 @cache

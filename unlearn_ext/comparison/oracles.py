@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import atomic_path
-from .._hashing import weights_hash
 from ..demo.network import SmallResNet
 from ..demo.training import train_classifier
+from ..distributed.hashing import weights_hash
+from ..utils.files import atomic_path
 from .keys import file_key, machine, sources_hash, tensor_hash
 from .protocol import Protocol
 from .splits import Samples, Split

@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .._arguments import check_count
 from ..data.digits import CLASSES
 from ..errors import InputError
+from ..utils.arguments import check_count
 
 __all__ = ["DIGITS", "Protocol"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .._files import atomic_path
+from ..utils.files import atomic_path
 from .keys import file_key
 
 __all__ = ["Records"]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import ops
-from .._arguments import check_count
-from .._files import user_path, writable_directory
 from ..data import Digits
 from ..demo.network import SmallResNet
 from ..errors import InputError
 from ..evaluation import RETAINED_GAP_KEYS
+from ..utils.arguments import check_count
+from ..utils.files import user_path, writable_directory
 from .keys import machine
 from .one_seed import OneSeed
 from .oracles import ROLES

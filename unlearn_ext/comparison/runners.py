@@ -15,8 +15,8 @@ from ..errors import InputError, UnlearningWarning
 from ..methods import Method
 from ..methods.calibration import LEAST_SAMPLES
 from ..methods.ssd import SSD
+from ..run.unlearner import Unlearner
 from ..tasks import Classification
-from ..unlearner import Unlearner
 from .keys import class_hash
 
 __all__ = ["DampeningRunner", "MethodRunner", "Runner"]

@@ -17,8 +17,8 @@ import torch
 from ..demo.network import SmallResNet
 from ..demo.training import train_classifier
 from ..methods import SFRon
+from ..run.unlearner import Unlearner
 from ..tasks import Classification
-from ..unlearner import Unlearner
 
 __all__ = ["Seconds", "stopwatch", "warm_up"]
 

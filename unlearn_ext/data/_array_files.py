@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._reading import explain_open_errors
 from ..errors import InputError, first_line
+from ..utils.reading import explain_open_errors
 
 __all__ = ["Array", "read_arrays"]
 

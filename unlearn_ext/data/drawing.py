@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._arguments import check_count
 from ..errors import InputError
+from ..utils.arguments import check_count
 from .images import ImageData
 
 __all__ = ["Draw", "draw_indices", "draw_real", "even_shares", "until_readable"]

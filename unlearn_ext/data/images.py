@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._arguments import check_choice
-from .._files import user_path
 from ..errors import InputError
+from ..utils.arguments import check_choice
+from ..utils.files import user_path
 from ._array_files import read_arrays
 from ._arrays import array_labels, open_arrays
 from ._assigning import is_sorted

@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .._files import user_path
-from .._json import parse_json, read_text
 from ..errors import InputError
+from ..utils.files import user_path
+from ..utils.json_files import parse_json, read_text
 
 __all__ = ["composed", "decoded", "fold", "label_names", "parse_classes", "printable", "read_class_map", "whole_number"]
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .._arguments import check_count
-from .._files import atomic_path, writable_directory
-from .._hashing import weights_hash
-from .._json import read_json
-from .._modes import evaluating
-from .._reading import explain_open_errors, names_in
+from ..distributed.hashing import weights_hash
+from ..distributed.modes import evaluating
 from ..errors import InputError, first_line
+from ..utils.arguments import check_count
+from ..utils.files import atomic_path, writable_directory
+from ..utils.json_files import read_json
+from ..utils.reading import explain_open_errors, names_in
 from .images import ImageData, decoding_threads, none_readable
 
 __all__ = [

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _checkpoint
-from .._files import atomic_path, writable_directory
-from .._loop import Progress
 from ..data import Digits, DigitSplit, load_digits
 from ..data.digits import CLASSES
 from ..errors import InputError
 from ..evaluation import Parts, distance, knowledge, predict
 from ..methods import SFRon
+from ..run import checkpoint
+from ..run.loop import Progress
+from ..run.unlearner import Result, Unlearner
 from ..tasks import Classification
-from ..unlearner import Result, Unlearner
+from ..utils.files import atomic_path, writable_directory
 from .batches import ShuffledBatches
 from .network import SmallResNet
 from .settings import BATCH_SIZE, method_for
@@ -209,9 +209,7 @@ class ClassifierDemo:
         from safetensors.torch import save_file
 
         directory = writable_directory(directory)
-        tensors = {
-            name: t.contiguous().cpu() for name, t in _checkpoint.model_tensors(self.models["unlearned"]).items()
-        }
+        tensors = {name: t.contiguous().cpu() for name, t in checkpoint.model_tensors(self.models["unlearned"]).items()}
         with atomic_path(directory / "unlearned.safetensors") as partial:
             save_file(tensors, partial)
         if self.result.mask is not None:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import check_choice
-from .._modes import PRECISIONS
+from ..distributed.modes import PRECISIONS
 from ..errors import InputError, NonFiniteError
+from ..utils.arguments import check_choice
 
 
 def train_classifier(

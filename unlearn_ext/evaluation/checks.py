@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._arguments import describe, is_dense
 from ..errors import InputError
+from ..utils.arguments import describe, is_dense
 
 __all__ = ["checked_features", "checked_labels", "checked_logits", "checked_value"]
 

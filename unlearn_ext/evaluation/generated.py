@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._arguments import describe
 from ..errors import InputError, first_line
+from ..utils.arguments import describe
 from .checks import checked_features, checked_labels
 
 __all__ = ["class_scores", "frechet_distance", "gaussian_distance", "pairwise_distance", "torchmetrics_fid"]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import describe
-from .._files import user_path
-from .._hashing import file_hash
-from .._pixels import to_bytes
-from .._reading import check_opens, check_stored
 from ..errors import InputError, first_line
+from ..utils.arguments import describe
+from ..utils.files import user_path
+from ..utils.hashing import file_hash
+from ..utils.pixels import to_bytes
+from ..utils.reading import check_opens, check_stored
 from .generated import INSTALL, gaussian_distance, importing, torchmetrics_fid
 
 __all__ = ["INCEPTION_FILE", "PICTURES_AT_ONCE", "InceptionFID", "check_file", "inception_fid"]

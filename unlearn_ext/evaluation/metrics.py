@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check_device, check_model, describe
-from .._modes import evaluating
-from .._streams import check_iterable, no_batches
-from .._weights import check_loaded
+from ..data.streams import check_iterable, no_batches
+from ..distributed.modes import evaluating
+from ..distributed.weights import check_loaded
 from ..errors import InputError
 from ..tasks import Classification
-from ..tasks._batches import refusing
+from ..tasks.batches import refusing
+from ..utils.arguments import check_device, check_model, describe
 from .checks import checked_labels, checked_logits, checked_value
 
 GAP_KEYS = ("FA", "RA", "TA", "MIA_entropy")

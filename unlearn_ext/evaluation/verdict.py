@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._arguments import describe
 from ..errors import InputError
+from ..utils.arguments import describe
 from .membership import entropy_mia
 from .metrics import accuracy, average_gap, js_divergence, kl_divergence, named_accuracy
 

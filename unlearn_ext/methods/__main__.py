@@ -2,7 +2,7 @@
 
 import sys
 
-from ..cli.streams import escape_unprintable
+from ..utils.streams import escape_unprintable
 from .registry import available
 from .table import markdown
 

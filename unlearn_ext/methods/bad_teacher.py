@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .._arguments import check_number
-from .._hashing import weights_hash
+from ..distributed.hashing import weights_hash
 from ..errors import InputError
+from ..utils.arguments import check_number
 from . import schedules
 from .base import ForgetLoss, Forgetting, Row
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .._arguments import LARGEST_COUNT, check_choice, check_count, check_finite, check_number, describe, nearest
-from .._plain import plain_numbers
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
 from ..saliency.mask import check_fraction
+from ..utils.arguments import LARGEST_COUNT, check_choice, check_count, check_finite, check_number, describe, nearest
+from ..utils.plain import plain_numbers
 from . import schedules
 from .calibration import AUTO, Calibration, TargetAccuracy, UnseenLosses
 

@@ -39,8 +39,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._arguments import check_count, check_number
 from ..errors import InputError
+from ..utils.arguments import check_count, check_number
 
 __all__ = ["AUTO", "LEAST_SAMPLES", "Calibration", "TargetAccuracy", "UnseenLosses", "spacing"]
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .._arguments import check_finite
+from ..utils.arguments import check_finite
 from .base import DIFFUSION, ForgetLoss, Forgetting, Row
 
 __all__ = ["ESD"]
@@ -22,7 +22,7 @@ class ESD(Forgetting):
     Noisy samples are made from the forget set's images; the released code lets the network denoise noise of its own up
     to the timestep. The null condition must be known: see ``null_label`` and ``null_embeds`` of the tasks. ESD-x trains
     the cross-attention weights and ESD-u the others: freeze the rest
-    (:func:`unlearn_ext.diffusion.weights.select_trained`).
+    (:func:`unlearn_ext.models.weights.select_trained`).
 
     Args:
         negative_guidance: η.

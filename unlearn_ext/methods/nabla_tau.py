@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .._arguments import check_number
+from ..utils.arguments import check_number
 from .base import ForgetLoss, Method, Row
 
 __all__ = ["NablaTau"]

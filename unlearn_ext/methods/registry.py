@@ -6,8 +6,8 @@ import functools
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
-from .._arguments import describe, nearest
 from ..errors import InputError, first_line
+from ..utils.arguments import describe, nearest
 from .bad_teacher import BadTeacher
 from .base import Method, Row
 from .esd import ESD

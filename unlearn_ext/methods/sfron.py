@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._arguments import check_count, check_finite, check_number
 from ..errors import InputError
+from ..utils.arguments import check_count, check_finite, check_number
 from .base import Default, ForgetLoss, Forgetting, Row
 
 __all__ = ["ABLATIONS", "SFRon", "adaptive_shares", "adaptive_weights"]

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .._arguments import check_instance, describe
 from ..errors import InputError
+from ..utils.arguments import check_instance, describe
 from .base import Method
 from .registry import find
 from .ssd import SSD

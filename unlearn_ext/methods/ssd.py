@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_finite, check_model
-from .._data import DataCheck
-from .._modes import keeping_modes
-from .._names import trainable
-from .._process import in_run_modes
-from .._shards import is_sharded
-from .._streams import check_iterable, length
-from .._weights import check_weights
+from ..data.streams import check_iterable, length
+from ..distributed.modes import keeping_modes
+from ..distributed.shards import is_sharded
+from ..distributed.weights import check_weights
+from ..distributed.wrappers import trainable
 from ..errors import InputError
 from ..saliency import FisherDiagonal, SaliencyMask
 from ..tasks import Task, check_task
+from ..tasks.data_check import DataCheck
+from ..utils.arguments import check_count, check_finite, check_model
+from ..utils.process import in_run_modes
 
 __all__ = ["SSD", "Dampening", "dampening_factor"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .._arguments import check_finite
+from ..utils.arguments import check_finite
 from .base import Row
 from .sfron import SFRon
 

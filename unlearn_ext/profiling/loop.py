@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, ops
+from .. import ops
+from ..native import loading
 
 __all__ = ["LOOP_OF_TRIAD", "Pass", "loop", "loop_holds", "triad", "triad_bytes"]
 
@@ -64,9 +65,9 @@ def _kernels(device: torch.device) -> Any:
         return None
     _schemas()
     if device.type == "cuda":
-        _native.load_cuda_loop()
+        loading.load_cuda_loop()
     else:
-        _native.load_loop()
+        loading.load_loop()
     return torch.ops.unlearn_ext_bench
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .. import SaliencyMask, UnlearnOptimizer
 from ..errors import InputError
+from ..optim import UnlearnOptimizer
+from ..saliency import SaliencyMask
 from .shapes import Shape, count
 from .tensors import BETAS, DECAY, EPS, MAX_NORM, MOMENTUM, RATES, SLOW_RATE
 

@@ -54,7 +54,7 @@ def plot(path: Path, measurements: Sequence[Measurement], device: str, threads: 
     _draw_bars(bars, measurements)
     _draw_roofline(roof, measurements)
     figure.suptitle(f"{device}, {threads} thread{'s' if threads > 1 else ''}")
-    from .._files import atomic_path
+    from ..utils.files import atomic_path
 
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=150)

@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..utils.device import device_name
 from .loop import loop_holds, triad, triad_bytes
 from .timing import interleaved, quantile
 from .work import Work, ways
 
-__all__ = ["FIELDS", "Measurement", "device_name", "document", "in_words", "measure", "show", "write"]
+__all__ = ["FIELDS", "Measurement", "document", "in_words", "measure", "show", "write"]
 
 FIELDS = (
     "operator",
@@ -101,21 +102,9 @@ def in_words(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count:,}"
 
 
-def device_name(device: torch.device | str = "cpu") -> str:
-    """What the numbers were measured on, as its maker calls it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
 def document(measurements: Sequence[Measurement], device: torch.device | str = "cpu") -> dict[str, Any]:
     """What ``--json`` writes."""
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "device": device_name(device),
@@ -126,7 +115,7 @@ def document(measurements: Sequence[Measurement], device: torch.device | str = "
 
 
 def write(path: Path, contents: dict[str, Any]) -> None:
-    from .._files import atomic_path
+    from ..utils.files import atomic_path
 
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(contents, indent=1) + "\n")

@@ -9,8 +9,8 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .._arguments import describe
 from ..errors import InputError
+from ..utils.arguments import describe
 
 __all__ = ["LAYOUTS", "SHAPES", "count", "cut", "named", "of_safetensors"]
 

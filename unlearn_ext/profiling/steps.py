@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import SaliencyMask, UnlearnOptimizer, ops
+from .. import ops
+from ..optim import UnlearnOptimizer
+from ..saliency import SaliencyMask
 from .loop import Pass, loop
 from .shapes import Shape
 from .tensors import BETAS, DECAY, EPS, MAX_NORM, MOMENTUM, RATES, SLOW_RATE, Tensors

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._arguments import check_count, check_model, check_number
-from .._arriving import arriving, consuming, keeping_graphs, passing_twice
-from .._gradients import check_gradient, check_layers, check_parameters, no_gradient
-from .._in_backward import clip_factor
-from .._modes import measuring, recording, without_float16
-from .._names import trainable, unwrapped
-from .._parts import cut, map_tensors, own_part, without_inference
-from .._ranks import ALONE, Ranks
-from .._shards import all_local, is_sharded, local, shard_groups, sum_over
-from .._streams import check_iterable, empty_set, in_step
-from .._weights import check_weights
+from ..data.streams import check_iterable, empty_set, in_step
+from ..distributed.batches import cut, map_tensors, own_part, without_inference
+from ..distributed.modes import measuring, without_float16
+from ..distributed.ranks import ALONE, Ranks
+from ..distributed.shards import all_local, is_sharded, local, shard_groups, sum_over
+from ..distributed.weights import check_weights
+from ..distributed.wrappers import trainable, unwrapped
 from ..errors import InputError, NonFiniteError
+from ..ops.clipping import clip_factor
 from ..tasks import check_per_sample, check_task
+from ..utils.arguments import check_count, check_model, check_number
+from ..utils.grad_hooks import arriving, consuming, keeping_graphs, passing_twice
+from ..utils.gradients import check_gradient, check_layers, check_parameters, no_gradient
+from ..utils.process import recording
 from ._parts import in_parts
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import is_dense
-from .._files import atomic_path, user_path, writable_directory
-from .._names import by_plain_name
-from .._reading import check_opens, check_stored
+from ..distributed.wrappers import by_plain_name
 from ..errors import InputError
+from ..utils.arguments import is_dense
+from ..utils.files import atomic_path, user_path, writable_directory
+from ..utils.reading import check_opens, check_stored
 
 __all__ = ["MOST_DIMENSIONS", "read_fisher", "read_masks", "write_masks"]
 

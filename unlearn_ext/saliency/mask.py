@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import check_choice, describe, is_dense
-from .._files import atomic_path, user_path, writable_directory
-from .._hashing import weights_hash
-from .._names import by_plain_name
-from .._reading import explain_open_errors
-from .._shards import is_sharded, local, part_like
+from ..distributed.hashing import weights_hash
+from ..distributed.shards import is_sharded, local, part_like
+from ..distributed.wrappers import by_plain_name
 from ..errors import InputError, first_line
+from ..utils.arguments import check_choice, describe, is_dense
+from ..utils.files import atomic_path, user_path, writable_directory
+from ..utils.reading import explain_open_errors
 from . import foreign, sharded
 from ._parts import in_parts
 from .foreign import MOST_DIMENSIONS

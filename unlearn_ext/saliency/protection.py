@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._hashing import mixed_bits
-from .._shards import local, positions, shard_groups, sum_over
+from ..distributed.hashing import mixed_bits
+from ..distributed.shards import local, positions, shard_groups, sum_over
 
 __all__ = ["protected_count", "protected_hashes"]
 

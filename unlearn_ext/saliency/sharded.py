@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._shards import all_local, shard_groups, sum_over, whole_like
+from ..distributed.shards import all_local, shard_groups, sum_over, whole_like
 
 __all__ = ["ratio_masks", "top_ratio_masks"]
 

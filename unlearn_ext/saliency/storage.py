@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._arguments import check_choice
-from .._files import atomic_path
-from .._hashing import raw_bytes
-from .._leftovers import partial_name
+from ..distributed.hashing import raw_bytes
 from ..errors import InputError
+from ..utils.arguments import check_choice
+from ..utils.files import atomic_path
+from ..utils.leftovers import partial_name
 
 __all__ = ["STORAGES", "StoredSums", "check_storage", "stored"]
 

@@ -1,7 +1,7 @@
 """How a batch becomes per-sample losses, whatever the method."""
 
-from ._batches import holds_integers
 from .base import Task, check_per_sample, check_task
+from .batches import holds_integers
 from .class_diffusion import ClassConditionalDiffusion
 from .classification import Classification
 from .text_diffusion import TextConditionalDiffusion

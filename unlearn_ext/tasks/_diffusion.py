@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check_finite, check_number, check_seed
-from .._names import unwrapped
+from ..distributed.wrappers import unwrapped
 from ..errors import InputError
+from ..utils.arguments import check_finite, check_number, check_seed
 from ._noise import NoiseSchedule
 from ._variational import variational_bound
 from .base import Task

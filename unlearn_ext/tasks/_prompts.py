@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modes import evaluating
+from ..distributed.modes import evaluating
 from ..errors import InputError
-from ._batches import refusing
+from .batches import refusing
 
 __all__ = ["PromptEncoder"]
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check_instance, describe
 from ..errors import InputError
+from ..utils.arguments import check_instance, describe
 
 __all__ = ["Task", "check_per_sample", "check_task"]
 

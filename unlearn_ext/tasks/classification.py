@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_seed, describe
-from .._hashing import sample_numbers
-from .._modes import measuring
-from .._parts import map_tensors
+from ..distributed.batches import map_tensors
+from ..distributed.hashing import sample_numbers
+from ..distributed.modes import measuring
 from ..errors import InputError, NonFiniteError
-from ._batches import INTEGERS, LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
+from ..utils.arguments import check_seed, describe
 from .base import Task, check_per_sample
+from .batches import INTEGERS, LABEL_KEYS, REPLACEMENT, Inputs, by_name, check_values, label_key, refusing, split
 
 __all__ = ["Classification"]
 

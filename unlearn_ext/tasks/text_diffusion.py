@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._names import unwrapped
+from ..distributed.wrappers import unwrapped
 from ..errors import InputError
 from ._diffusion import Diffusion, check_share
 from ._prompts import PromptEncoder

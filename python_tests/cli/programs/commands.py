@@ -6,15 +6,16 @@ import json
 import os
 import sys
 
-from unlearn_ext import _native, ops
 from unlearn_ext.cli import main
+from unlearn_ext.native import loading
+from unlearn_ext.ops import registration
 
 
 def load():
     raise AssertionError("the library is loaded before all is checked")
 
 
-_native.load = ops._LOADERS["cpu"] = load
+loading.load = registration._LOADERS["cpu"] = load
 found = []
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     os.mkdir(str(number))

@@ -10,7 +10,7 @@ import torch
 from helpers.fid import features_of, frechet
 
 from unlearn_ext.cli import main
-from unlearn_ext.diffusion import job as module
+from unlearn_ext.jobs import job as module
 
 weight = torch.load(sys.argv[1])["AvgPool.weight"]
 jobs = []

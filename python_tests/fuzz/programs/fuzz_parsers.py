@@ -28,14 +28,14 @@ from helpers.mutations import mutated_bytes, mutated_json, mutated_png, mutated_
 from helpers.runs import identical, loaders, run, weights
 from PIL import Image
 
-from unlearn_ext._seal import label_of, seal
 from unlearn_ext.certified import DescentToDelete, Publication
 from unlearn_ext.data import open_data, read_class_map
-from unlearn_ext.diffusion.prompts import read_prompts
 from unlearn_ext.errors import DamagedError, UnlearnError
+from unlearn_ext.jobs.prompts import read_prompts
 from unlearn_ext.methods import parse
 from unlearn_ext.profiling.shapes import cut, named
 from unlearn_ext.saliency import SaliencyMask
+from unlearn_ext.utils.seal import label_of, seal
 
 ROOM = 1 << 30  # bytes of address space beyond what the process has when it starts to read
 SECONDS = 20  # for one input

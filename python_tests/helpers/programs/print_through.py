@@ -2,7 +2,7 @@
 
 import sys
 
-from unlearn_ext._files import atomic_path
+from unlearn_ext.utils.files import atomic_path
 
 print("before")
 with atomic_path(sys.argv[1]) as partial:

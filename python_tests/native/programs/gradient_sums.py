@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from unlearn_ext import _native, ops
+from unlearn_ext import ops
+from unlearn_ext.native import loading
 
 if sys.argv[1] != "own":
-    _native._find_or_build = lambda: Path(sys.argv[1])
+    loading._find_or_build = lambda: Path(sys.argv[1])
 
 
 def sums(dtypes, largest):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from unlearn_ext import _native, ops
+from unlearn_ext import ops
+from unlearn_ext.native import loading
 
-_native._find_or_build = lambda: Path(sys.argv[1])
+loading._find_or_build = lambda: Path(sys.argv[1])
 ops.backend()
 count = ctypes.CDLL(sys.argv[1]).cuda_on_host_launches
 

@@ -7,10 +7,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from unlearn_ext import _native
+from unlearn_ext.native import loading, recipes
 
 if len(sys.argv) > 1:
-    _native._find_csrc = lambda: Path(sys.argv[1])
+    recipes.find_csrc = lambda: Path(sys.argv[1])
 with ThreadPoolExecutor(threads := int(sys.argv[2]) if len(sys.argv) > 2 else 1) as pool:
-    print(*set(pool.map(lambda _: _native.load(), range(threads))))
-print(_native.library_path())
+    print(*set(pool.map(lambda _: loading.load(), range(threads))))
+print(loading.library_path())

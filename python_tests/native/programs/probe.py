@@ -9,11 +9,12 @@ import sys
 import torch
 
 import unlearn_ext
-from unlearn_ext import _native, ops
+from unlearn_ext import ops
+from unlearn_ext.native import loading, recipes
 
 words = [torch.tensor([7], dtype=torch.int32)]
 assert int(ops.count_bits(words)) == int(ops.count_bits(words)) == 3
-print(_native.backend(), _native.library_path(), unlearn_ext.__file__, sep="\n")
+print(loading.backend(), loading.library_path(), unlearn_ext.__file__, sep="\n")
 if "build" in sys.argv:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(_native.cpu_recipe().csrc, used.ru_utime + used.ru_stime, sep="\n")
+    print(recipes.cpu_recipe().csrc, used.ru_utime + used.ru_stime, sep="\n")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from unlearn_ext import _native, ops
+from unlearn_ext import ops
+from unlearn_ext.native import loading
 
-_native._find_or_build = lambda: Path(sys.argv[1])
+loading._find_or_build = lambda: Path(sys.argv[1])
 torch.set_num_threads(2)
 rng = torch.Generator().manual_seed(3)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -181,4 +182,4 @@ if "pack_bits" in sys.argv:
     WORDS = ops.pack_bits(flags())
 for name in sys.argv[2:]:
     globals()[name]()
-print("finished", _native.backend())
+print("finished", loading.backend())

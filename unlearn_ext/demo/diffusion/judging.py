@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._modes import PRECISIONS
 from ...data import load_digits
 from ...data.digits import CLASSES
-from ...diffusion.grid import write_grid
-from ...diffusion.sampling import draw_noise, sample_classes, sample_prompts
+from ...distributed.modes import PRECISIONS
 from ...evaluation.generated import class_scores, frechet_distance, pairwise_distance
+from ...models.grid import write_grid
+from ...models.sampling import draw_noise, sample_classes, sample_prompts
 from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, sampling_scheduler
 from .pretraining import TEST_SIZE, TRAIN_SIZE
 
@@ -40,7 +40,7 @@ def sample(
     mixed_precision: str = "no",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Pictures ``[N, 1, 16, 16]`` in [−1, 1], by DDIM with guidance (:mod:`unlearn_ext.diffusion.sampling`).
+    """Pictures ``[N, 1, 16, 16]`` in [−1, 1], by DDIM with guidance (:mod:`unlearn_ext.models.sampling`).
 
     Args:
         labels: ``[N]``; of the text-conditional network, their captions.

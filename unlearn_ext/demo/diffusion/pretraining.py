@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..._modes import PRECISIONS
 from ...data.digits import CLASSES, Digits, load_digits
-from ...diffusion.weights import tie_embeddings
+from ...distributed.modes import PRECISIONS
 from ...errors import InputError, NonFiniteError
+from ...models.weights import tie_embeddings
 from ..training import train_classifier
 from .networks import DENOISERS, NULL_LABEL, SIZE, Denoiser, Judge, build_denoiser, noise_scheduler
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._clock import timed
-from ..._files import writable_directory
-from ..._loop import Progress
 from ...data.digits import CLASSES, Digits, load_digits
-from ...diffusion.grid import write_grid
-from ...diffusion.sampling import draw_noise
-from ...diffusion.weights import tie_embeddings, untie_embeddings
 from ...errors import InputError
 from ...methods import SFRon
+from ...models.grid import write_grid
+from ...models.sampling import draw_noise
+from ...models.weights import tie_embeddings, untie_embeddings
+from ...run.loop import Progress
+from ...run.unlearner import Result, Unlearner
 from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
-from ...unlearner import Result, Unlearner
+from ...utils.clock import timed
+from ...utils.files import writable_directory
 from ..batches import ShuffledBatches
 from .judging import GUIDANCE, STEPS, judge_samples, sample
 from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, noise_scheduler

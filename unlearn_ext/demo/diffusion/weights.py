@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._files import atomic_path
-from ..._library_cache import make_private
-from ..._native import _default_cache
-from ..._pixels import to_bytes
 from ...errors import InputError
+from ...native.building import cache_directory
+from ...native.library_cache import make_private
+from ...utils.files import atomic_path
+from ...utils.pixels import to_bytes
 from .networks import DENOISERS, Denoiser, Judge, build_denoiser
 from .pretraining import Trained, pretrain, pretrain_judge, recipe_for
 
@@ -145,7 +145,7 @@ def _cached(name: str, seed: int, without: int | None = None) -> Path | None:
     """Where a training by the present recipe belongs; ``None`` without a cache directory."""
     from hashlib import sha256
 
-    cache = _default_cache()
+    cache = cache_directory()
     if cache is None:
         return None
     recipe = "" if name == "judge" else json.dumps(asdict(recipe_for(name)), sort_keys=True)

@@ -1,0 +1,1 @@
+"""Opens and writes diffusers folders; samples images; judges them."""

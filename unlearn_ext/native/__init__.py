@@ -1,0 +1,1 @@
+"""Finds a compiler, builds the C++ and CUDA sources, loads the library."""

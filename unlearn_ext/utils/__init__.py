@@ -1,0 +1,1 @@
+"""Arguments, files, JSON, processes, warnings: small helpers that know nothing of unlearning."""
