@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -62,6 +63,7 @@ def _rank(variables: dict[str, object], output: Path, function: Callable[..., ob
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through again
     function(*arguments)
 
 

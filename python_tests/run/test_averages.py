@@ -25,13 +25,7 @@ def test_protected_zeros_keep_their_sign(dtype) -> None:
     with torch.no_grad():
         model.head.weight[:, ::2] = -0.0
         model.head.weight[0] = 0.0
-    mask = SaliencyMask.from_dict({n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters()})
-    mask = SaliencyMask.from_dict(
-        {
-            n: torch.ones(p.shape, dtype=torch.bool) if n == "conv.bias" else torch.zeros(p.shape, dtype=torch.bool)
-            for n, p in model.named_parameters()
-        }
-    )
+    mask = SaliencyMask.from_dict({n: torch.full(p.shape, n == "conv.bias") for n, p in model.named_parameters()})
     data = {"forget": batches(2, 6, seed=1, dtype=dtype), "retain": batches(2, 6, seed=2, dtype=dtype)}
     settings = method(gamma=None, mask=mask, mask_scope="all", protect=True, iterations=4)
     result = Unlearner(model, Classification(), settings, ema_decay=0.9).run(**data)

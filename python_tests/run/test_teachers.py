@@ -58,19 +58,25 @@ def pruned(model: nn.Module) -> None:
 CHANGES = [old_norms, new_norms, pruned]
 
 
+def moved_on(model: nn.Module, x: Tensor) -> nn.Module:
+    """Moves the weights; a teacher made before answers as the model did then."""
+    expected = model(x).detach()
+    (teacher,) = make_teachers(model, Scrub()).values()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher(x).requires_grad
+    return teacher
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_teacher_answers_as_the_model_did(change) -> None:
     model, x = flat(change), DATA["forget"][0][0]
     model(x).sum().backward()  # after a pass, weights stand there that autograd has computed
-    model.eval()
-    expected, before = model(x).detach(), weights(model)
-    (teacher,) = make_teachers(model, Scrub()).values()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
-    assert torch.equal(teacher(x), expected) and identical(weights(teacher), before)
-    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher(x).requires_grad
+    before = weights(model.eval())
+    assert identical(weights(moved_on(model, x)), before)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -161,31 +167,19 @@ def compiled_as_a_whole(model: nn.Module) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [with_a_compiled_block, compiled_as_a_whole, torch.jit.script])
 def test_compiled_and_scripted_models_have_teachers(wrap) -> None:
-    model, x = wrap(flat(lambda model: None)).eval(), DATA["forget"][0][0]
-    expected = model(x).detach()
-    (teacher,) = make_teachers(model, Scrub()).values()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
-    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
-    assert not any(p.requires_grad for p in teacher.parameters())
+    moved_on(wrap(flat(lambda model: None)).eval(), DATA["forget"][0][0])
 
 
 def test_a_forward_that_belongs_to_its_module_is_copied() -> None:
     def doubled(self, x: Tensor) -> Tensor:
         return 2 * type(self).forward(self, x)
 
-    model, x = flat(lambda model: None), DATA["forget"][0][0]
+    model = flat(lambda model: None)
     model[1].forward = types.MethodType(doubled, model[1])
     model[4].forward = functools.partial(doubled, model[4])  # as accelerate's hooks have it
     model.eval()
     Unlearner(model, Classification(), Scrub())
-    expected = model(x).detach()
-    (teacher,) = make_teachers(model, Scrub()).values()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
-    assert torch.equal(teacher(x), expected) and not torch.equal(model(x), expected)
+    moved_on(model, DATA["forget"][0][0])
 
 
 def run_with(model: nn.Module, method: BadTeacher) -> None:

@@ -435,8 +435,7 @@ def test_when_train_mode_hides_what_eval_mode_knows(forget, now, accuracy, retai
 # --- Runs that are cut ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 5, 14])
+@pytest.mark.parametrize("at", [5, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 14))])
 @pytest.mark.parametrize("case", ["still", "grown"])
 def test_a_resumed_run_says_what_the_whole_one_says(at: int, case: str, tmp_path) -> None:
     x, y = clusters(120)

@@ -174,7 +174,7 @@ class FisherDiagonal:
             self._add_batch(batch, count, where)
         elif self.chunk == 1 and self.ranks.size == 1:  # several ranks would average what their samples give
             for i in range(count):
-                self._add_batch(_samples(batch, i, i + 1), 1, where)
+                self._add_batch(cut(batch, slice(i, i + 1)), 1, where)
         else:
             self._add_per_sample(batch, count, where)
 
@@ -260,7 +260,7 @@ class FisherDiagonal:
         gradients_of = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0), randomness="different")
         for start in range(0, count, self.chunk):
             try:
-                gradients, losses = gradients_of(values, _samples(batch, start, start + self.chunk))
+                gradients, losses = gradients_of(values, cut(batch, slice(start, start + self.chunk)))
             except RuntimeError as error:
                 if not str(error).startswith("vmap:"):
                     raise
@@ -314,8 +314,3 @@ class FisherDiagonal:
 def _check_finite(loss: Tensor, name: str, where: str) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"{name}: the loss of {where} is {loss.item()}; check the data and the precision")
-
-
-def _samples(batch: Any, start: int, stop: int) -> Any:
-    """These samples of a prepared batch."""
-    return cut(batch, slice(start, stop))

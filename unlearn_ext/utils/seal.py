@@ -71,14 +71,19 @@ def damage(directory: Path, label: str | None = None, *, alone: bool = False) ->
         try:
             found = file_hash(directory / path)
         except FileNotFoundError:
-            return f"its {name if name.isprintable() else repr(name)} is missing"  # a damaged list holds any name
+            return f"its {_printable(name)} is missing"
         except OSError as error:
-            return f"its {name} cannot be read ({error.strerror})"
+            return f"its {_printable(name)} cannot be read ({error.strerror})"
         if found != expected:
-            return f"its {name} is not as it was written"
+            return f"its {_printable(name)} is not as it was written"
     if alone and (name := _unlisted(directory, {PurePosixPath(entry[2]).as_posix() for entry in entries})) is not None:
-        return f"it holds {name if name.isprintable() else repr(name)}, which is not in its {SEAL}"
+        return f"it holds {_printable(name)}, which is not in its {SEAL}"
     return None
+
+
+def _printable(name: str) -> str:
+    """A damaged list holds any name."""
+    return name if name.isprintable() else repr(name)
 
 
 def _unlisted(directory: Path, names: set[str]) -> str | None:
