@@ -1,1 +1,0 @@
-"""What diffusion models need beside tasks and methods: diffusers' folders, trained weights, sampling, grids."""
