@@ -37,7 +37,7 @@ def _run(arguments: Sequence[str]) -> int:
     from safetensors import SafetensorError
 
     from ..errors import UnlearnError, first_line, is_out_of_memory
-    from ..native.loading import BuildError, ToolchainError
+    from ..native.toolchain import BuildError, ToolchainError
     from .arguments import hyphens
     from .ending import plain_warnings
     from .report import plain_console

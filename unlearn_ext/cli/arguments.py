@@ -11,9 +11,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ..data.labels import decoded
 from ..errors import InputError
 from ..utils.files import user_path
+from ..utils.text import decoded
 
 __all__ = ["OnceCommand", "check_heeded", "checked", "hyphens"]
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..run.signs import missed
 from ..utils.warn import PACKAGE
 from .report import plain_console
 
@@ -37,6 +36,8 @@ def end(found: Mapping[str, str]) -> int:
 
 
 def _is_unmet(key: str) -> bool:
+    from ..run.signs import missed  # which loads torch: a command's help does not
+
     return missed([key]) or key.partition(" ")[0] in _UNMET_WARNINGS
 
 

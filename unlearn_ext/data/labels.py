@@ -10,18 +10,11 @@ from pathlib import Path
 from ..errors import InputError
 from ..utils.files import user_path
 from ..utils.json_files import parse_json, read_text
+from ..utils.text import decoded
 
-__all__ = ["composed", "decoded", "fold", "label_names", "parse_classes", "printable", "read_class_map", "whole_number"]
+__all__ = ["composed", "fold", "label_names", "parse_classes", "printable", "read_class_map", "whole_number"]
 
 _MOST_DIGITS = 18  # of a class: it fits into 64 bits
-
-
-def decoded(text: str) -> str:
-    """What was typed, or a file's name, as in a UTF-8 locale: Python leaves such bytes undecoded in an ASCII one."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode()
-    except UnicodeError:  # other bytes
-        return text
 
 
 def composed(text: str) -> str:
