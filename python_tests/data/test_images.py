@@ -455,7 +455,7 @@ def test_classes_by_index_and_by_text():
         parse_classes("tench", 4, {})
 
 
-def test_a_number_that_is_an_index_and_another_classs_text_is_refused():
+def test_a_number_that_is_an_index_and_the_text_of_another_class_is_refused():
     names = label_names({0: "5", 1: "1", 2: "12", 3: "0"}, {"cat": 1, "2": 3})
     for text in ("0", "2", "1, 2"):
         with pytest.raises(InputError, match=r"say 'index (0|2)' or 'label (0|2)'"):

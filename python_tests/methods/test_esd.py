@@ -88,7 +88,7 @@ def test_update_is_the_transcriptions_for_prompts(replaced) -> None:
 
 
 @pytest.mark.slow
-def test_the_forgotten_classs_prediction_moves_to_its_target() -> None:
+def test_the_prediction_for_the_forgotten_class_moves_to_its_target() -> None:
     """On digits that it was not run on, at other noise; those of other classes stay nearer to where they were."""
     digits = shared_digits.digits()
     pixels = digits.pixels(8)

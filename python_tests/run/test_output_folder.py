@@ -253,7 +253,7 @@ def _wait(ready, end) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_childs_copy_of_the_lock_does_not_outlive_the_run(tmp_path: Path) -> None:
+def test_a_copy_of_the_lock_in_a_child_does_not_outlive_the_run(tmp_path: Path) -> None:
     """A loader's worker that is still there would else hold the folder of a run that was killed."""
     context = multiprocessing.get_context("fork")
     ready, end = context.Event(), context.Event()

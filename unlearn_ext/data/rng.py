@@ -100,7 +100,7 @@ def check_form(state: Any, roots: Mapping[str, Any]) -> None:
         states = [("torch.cpu", state["torch"]), ("random", state["python"]), (of_numpy, state["numpy"])]
         for entry in state["generators"]:
             present = [now[path] for path in entry["paths"] if path in now]
-            if not present or _is_librarys(present[0]):  # else of the user's, which reads its own
+            if not present or _is_of_library(present[0]):  # else of the user's, which reads its own
                 states.append((entry["kind"], entry["state"]))
         whole = all(_is_of(kind, saved) for kind, saved in states) and all(map(len, map(_decode, state["cuda"])))
         whole &= all(map(_is_count, state["epochs"].values()))
@@ -117,7 +117,7 @@ def check_form(state: Any, roots: Mapping[str, Any]) -> None:
         raise DamagedError("the checkpoint is damaged: its random state cannot be read; resume from an earlier one")
 
 
-def _is_librarys(generator: Any) -> bool:
+def _is_of_library(generator: Any) -> bool:
     bits = getattr(generator, "bit_generator", generator)
     return all(type(part).__module__.partition(".")[0] in ("numpy", "random", "torch") for part in (generator, bits))
 

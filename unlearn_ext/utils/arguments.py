@@ -77,7 +77,7 @@ def check_number(name: str, value: Any, expected: str, fits: Callable[[float], b
         raise InputError(f"{name}: expected {expected}, got what no float holds") from None
     except RuntimeError:  # a complex tensor, or one without values
         good = False
-    if not good:
+    if number is None or not good:
         raise InputError(f"{name}: expected {expected}, got {_got(value, number)}")
     return number
 

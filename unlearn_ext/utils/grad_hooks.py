@@ -46,6 +46,7 @@ def consuming(
                 )
             taken.add(i)
             gradient, p.grad = p.grad, None
+            assert gradient is not None  # the hook comes after it
             with torch.no_grad():
                 take(i, gradient)
 

@@ -75,7 +75,8 @@ def _is_orphan(name: str) -> bool:
 def _machine() -> str:
     """Names the space that process numbers are counted in: a machine since it started, or a container."""
     parts = [platform.node()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
-        with contextlib.suppress(OSError):
-            parts.append(read())
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=4).hexdigest()

@@ -62,7 +62,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     return str(value)
 
 
-def _with_text_keys(values: Mapping, depth: int) -> dict[str, Any]:
+def _with_text_keys(values: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     """Keys of one text, such as 1 and "1", stay apart: the second has its type with it."""
     found: dict[str, Any] = {}
     for key, item in values.items():
@@ -83,7 +83,7 @@ def _key(key: Any) -> str:
     return repr(float(key)) if isinstance(key, float) else str(key)
 
 
-def _sorted(values: Set) -> list[Any]:
+def _sorted(values: Set[Any]) -> list[Any]:
     try:
         return sorted(values)
     except TypeError:

@@ -21,7 +21,8 @@ _CALLBACKS = ("evaluate", "progress")
 
 def _devices() -> list[str]:
     """Types of devices for which autocast may be on."""
-    return ["cpu"] + ([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 @contextlib.contextmanager
@@ -66,9 +67,11 @@ def in_run_modes(run: Callable[P, T]) -> Callable[P, T]:
 
             return call
 
-        callbacks = {name: in_callers_modes(kwargs[name]) for name in _CALLBACKS if kwargs.get(name) is not None}
+        for name in _CALLBACKS:
+            if callable(callback := kwargs.get(name)):
+                kwargs[name] = in_callers_modes(callback)
         with run_modes():
-            return run(*args, **{**kwargs, **callbacks})
+            return run(*args, **kwargs)
 
     return wrapped
 

@@ -59,8 +59,8 @@ def damage(directory: Path, label: str | None = None, *, alone: bool = False) ->
     except (OSError, ValueError):
         return f"its {SEAL} cannot be read"
     first, *lines = text.split("\n")
-    header, entries = _HEADER.fullmatch(first), [_LINE.fullmatch(line) for line in lines[:-1]]
-    if header is None or lines[-1:] != [""] or not all(entries) or int(header[2]) != len(entries):
+    header, entries = _HEADER.fullmatch(first), [entry for line in lines[:-1] if (entry := _LINE.fullmatch(line))]
+    if header is None or lines[-1:] != [""] or not int(header[2]) == len(entries) == len(lines) - 1:
         return f"its {SEAL} cannot be read"
     if label not in (None, header[1]):
         return f"its {SEAL} cannot be read"

@@ -10,7 +10,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 __all__ = ["escape_unprintable", "is_unicode", "outlive_readers"]
 
@@ -81,9 +81,10 @@ def outlive_readers() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
         elif _is_pipe(stream):
             stream.flush()
-            buffer = io.BufferedWriter(_Pipe(stream.fileno(), "wb", closefd=False))
+            pipe: io.RawIOBase = _Pipe(stream.fileno(), "wb", closefd=False)
             settings = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
-            setattr(sys, name, io.TextIOWrapper(buffer, **settings, write_through=stream.write_through))
+            writer = io.TextIOWrapper(io.BufferedWriter(pipe), **settings, write_through=stream.write_through)
+            setattr(sys, name, writer)
     try:
         yield
     finally:
@@ -94,7 +95,7 @@ def outlive_readers() -> Iterator[None]:
 
 
 class _Pipe(io.FileIO):
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -105,8 +106,10 @@ class _Pipe(io.FileIO):
 
 
 def _is_pipe(stream: TextIO | None) -> bool:
+    if not isinstance(stream, io.TextIOWrapper):
+        return False
     try:
         mode = os.fstat(stream.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # none, closed, or an object
+    except (OSError, ValueError):  # closed, or above no file
         return False
-    return isinstance(stream, io.TextIOWrapper) and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
