@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import rank_cases, rank_jobs, runs
+from helpers import rank_cases, rank_jobs, rank_runs, runs
 from helpers.models import make
 from helpers.normed import around
 from helpers.rank_cases import CASES
@@ -42,7 +42,7 @@ def run_ranks(ranks: int, main: Callable[..., None], *arguments: object) -> None
 def results(tmp_path_factory) -> Path:
     """What every case gave with every wrapper on 2 and on 4 ranks."""
     directory = tmp_path_factory.mktemp("ranks")
-    rank_cases.go(None, output_dir=directory / "run-None-1", checkpointing_steps=2, arguments={"ema_decay": 0.9})
+    rank_runs.go(None, output_dir=directory / "run-None-1", checkpointing_steps=2, arguments={"ema_decay": 0.9})
     for ranks in WORLDS:
         run_ranks(ranks, rank_cases.main, directory, *WRAPPERS, "continued")
     return directory
@@ -132,7 +132,7 @@ def test_what_the_cases_are_about(alone):
     assert alone("protected")["protection"].startswith("0 of")
     assert alone("not_finite")["error"].startswith("NonFiniteError: iteration 0: the forget loss is nan")
     assert whole["weights_hash"] and whole["forget_hash"]
-    before = rank_cases.weights(rank_cases.network(None))
+    before = rank_runs.weights(rank_runs.network(None))
     assert whole["weights"]["frozen.weight"] == before["frozen.weight"]
     assert whole["weights"]["scale"] != before["scale"]
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_alone(results, alone, wrapper):
     assert files == ["SHA256SUMS", "history.jsonl", "mask.safetensors", "state.json", "tensors"]
     assert all(path.suffix == ".safetensors" for path in (directory / "checkpoint-2" / "tensors").iterdir())
     again = {"resume_from_checkpoint": directory / "checkpoint-2", "arguments": {"ema_decay": 0.9}}
-    found = rank_cases.go(None, **again)
+    found = rank_runs.go(None, **again)
     assert_same(found["weights"], expected["weights"])
     assert_same(found["ema"], expected["ema"])
     assert_same(found["history"], expected["history"])
@@ -179,11 +179,11 @@ def test_a_part_of_a_checkpoint_that_is_missing_is_noticed(results, tmp_path, wr
         ),
     ):
         damage()
-        model = rank_cases.network(None)
-        before = rank_cases.weights(model)
+        model = rank_runs.network(None)
+        before = rank_runs.weights(model)
         with pytest.raises(InputError, match=message):
-            rank_cases.go(None, model=model, resume_from_checkpoint=checkpoint, arguments={"ema_decay": 0.9})
-        assert rank_cases.weights(model) == before
+            rank_runs.go(None, model=model, resume_from_checkpoint=checkpoint, arguments={"ema_decay": 0.9})
+        assert rank_runs.weights(model) == before
 
 
 # --- What can go wrong, and accelerate -----------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_sets_of_different_lengths_are_told_on_all_ranks(others):
 
 def test_the_fisher_can_follow_a_pass_without_gradients(others, alone):
     found = json.loads((others / "sampled_before-ddp-2.json").read_text())
-    diagonal = FisherDiagonal(rank_cases.network(None), Classification()).measure(rank_cases.batches(3, 5, 1))
+    diagonal = FisherDiagonal(rank_runs.network(None), Classification()).measure(rank_runs.batches(3, 5, 1))
     assert_same(found, {name: value.flatten().tolist() for name, value in diagonal.means().items()})
 
 
@@ -273,8 +273,8 @@ def test_a_rank_that_ends_ends_the_job_and_the_last_checkpoint_goes_on_alone(tmp
     assert told in first.output.replace("unlearn_ext.errors.", "")
     checkpoints = sorted(path.name for path in (tmp_path / "lost").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
-    found = rank_cases.go(None, output_dir=tmp_path / "lost", resume_from_checkpoint="latest")
-    assert_same(found["weights"], rank_cases.go(None)["weights"])
+    found = rank_runs.go(None, output_dir=tmp_path / "lost", resume_from_checkpoint="latest")
+    assert_same(found["weights"], rank_runs.go(None)["weights"])
     assert len(found["history"]) == 6
 
 
