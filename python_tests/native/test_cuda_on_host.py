@@ -17,6 +17,8 @@ from helpers import cuda_host, sanitizers
 from helpers.backends import PYTHON_BACKEND
 from helpers.processes import run_program
 
+from unlearn_ext.native import building
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.build, pytest.mark.skipif(PYTHON_BACKEND, reason="there are no kernels in this session")]
@@ -97,7 +99,7 @@ LOOP = Path(__file__).parent / "programs" / "same_traffic_loop.py"
 def test_the_loop_leaves_everything_as_it_is_and_misses_nothing(tmp_path: Path) -> None:
     """With a mask of 0 nothing may change, with one of all bits every number of every stream by what the others hold;
     nothing beyond a tensor's ends may be written either way."""
-    library = cuda_host._native.build_cached(cuda_host.loop_recipe(), tmp_path)
+    library = building.build_cached(cuda_host.loop_recipe(), tmp_path)
     done = run_program(LOOP, library)
     assert done.returncode == 0 and done.stdout.split() == ["finished"], done.stderr[-4000:]
 

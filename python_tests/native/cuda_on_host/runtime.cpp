@@ -1,6 +1,8 @@
 // Runs grids on fibers, and answers what the kernels' launcher asks of PyTorch about CUDA.
+#undef _FORTIFY_SOURCE // refuses jumps to other stacks
 #include "cuda_runtime.h"
 
+#include <setjmp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <ucontext.h>
 
@@ -18,14 +20,35 @@ namespace {
 
 constexpr std::size_t kStackBytes = 128 * 1024;
 
-struct Fiber {
+// A place on a stack to go on from. swapcontext asks the kernel for the signal mask each time, which here takes longer
+// than most threads run; jumps do not ask, but the address sanitizer takes them for the end of what they leave.
+struct Place {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+#if !defined(__SANITIZE_ADDRESS__)
+  jmp_buf jump;
+#endif
+  bool reached = true;
+};
+
+void go(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.context, &to.context);
+#else
+  if (_setjmp(from.jump) != 0) return;
+  if (to.reached) _longjmp(to.jump, 1);
+  to.reached = true;
+  setcontext(&to.context);
+#endif
+}
+
+struct Fiber {
+  Place place;
+  std::vector<char> stack; // empty until it is first used
   void* fake_stack = nullptr; // the address sanitizer's
   bool finished = false;
 };
 
-ucontext_t scheduler;
+Place scheduler;
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_bottom = nullptr;
 std::size_t scheduler_bytes = 0;
@@ -46,18 +69,30 @@ void finish_switch([[maybe_unused]] void* saved, [[maybe_unused]] const void** b
 #endif
 }
 
-void to_scheduler(bool last) {
-  Fiber& own = fibers[current];
-  start_switch(last ? nullptr : &own.fake_stack, scheduler_bottom, scheduler_bytes);
-  swapcontext(&own.context, &scheduler);
-  finish_switch(own.fake_stack, &scheduler_bottom, &scheduler_bytes);
+void to_scheduler() {
+  Fiber& fiber = fibers[current];
+  start_switch(&fiber.fake_stack, scheduler_bottom, scheduler_bytes);
+  go(fiber.place, scheduler);
+  finish_switch(fiber.fake_stack, &scheduler_bottom, &scheduler_bytes);
 }
 
 void enter() {
   finish_switch(nullptr, &scheduler_bottom, &scheduler_bytes);
-  (*body)();
-  fibers[current].finished = true;
-  to_scheduler(true);
+  for (;;) { // one thread of a block after another
+    (*body)();
+    fibers[current].finished = true;
+    to_scheduler();
+  }
+}
+
+void start(Fiber& fiber) {
+  fiber.stack.resize(kStackBytes);
+  getcontext(&fiber.place.context);
+  fiber.place.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.place.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.place.context.uc_link = nullptr;
+  fiber.place.reached = false;
+  makecontext(&fiber.place.context, enter, 0);
 }
 
 } // namespace
@@ -71,13 +106,8 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
   for (unsigned b = 0; b < grid.x; ++b) {
     if (__start_shared_memory) std::memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
     for (unsigned t = 0; t < block.x; ++t) {
-      Fiber& fiber = fibers[t];
-      fiber.finished = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, enter, 0);
+      fibers[t].finished = false;
+      if (fibers[t].stack.empty()) start(fibers[t]);
     }
     for (unsigned running = block.x; running > 0;) {
       for (unsigned t = 0; t < block.x; ++t) {
@@ -86,7 +116,7 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
         blockIdx.x = b;
         threadIdx.x = t;
         start_switch(&scheduler_fake_stack, fibers[t].stack.data(), fibers[t].stack.size());
-        swapcontext(&scheduler, &fibers[t].context);
+        go(scheduler, fibers[t].place);
         finish_switch(scheduler_fake_stack, nullptr, nullptr);
         running -= fibers[t].finished;
       }
@@ -97,7 +127,7 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
 } // namespace cuda_on_host
 
 void __syncthreads() {
-  cuda_on_host::to_scheduler(false);
+  cuda_on_host::to_scheduler();
 }
 
 extern "C" {
