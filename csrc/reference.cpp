@@ -1,7 +1,7 @@
 // The mathematics of math/ in float64 on NumPy arrays, as a Python module: for tests, teaching and notebooks.
 //
 // It has no lists, chunks, dtypes or threads, so a difference between it and an operator is a fault in those. Built
-// on request by unlearn_ext._native.build_reference(); arrays are C-contiguous float64, bits uint32.
+// on request by unlearn_ext.native.loading.build_reference(); arrays are C-contiguous float64, bits uint32.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,7 +15,7 @@
 #include "math/reduce.h"
 #include "math/rounding.h"
 #include "math/saliency.h"
-#include "math/update.h"
+#include "math/step.h"
 
 namespace py = pybind11;
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../math/update.h"
+#include "../math/step.h"
 #include "../tensors/operands.h"
 #include "table.cuh"
 

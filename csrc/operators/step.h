@@ -1,7 +1,7 @@
 // step_: the fused update of a list of weights in one pass over memory.
 #pragma once
 
-#include "../math/update.h"
+#include "../math/step.h"
 #include "../tensors/operands.h"
 
 namespace unlearn {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../math/update.h"
+#include "../math/step.h"
 #include "../tensors/operands.h"
 #include "step.h"
 

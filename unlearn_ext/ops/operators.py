@@ -114,7 +114,7 @@ def step_(
         RuntimeError: operands that do not fit together, or weights that autograd is following.
         ValueError: an unknown rule or mask scope, or a negative seed.
 
-    Source: SFR-on, arXiv 2409.19732; csrc/math/update.h.
+    Source: SFR-on, arXiv 2409.19732; csrc/math/step.h.
     """
     if rule not in RULES:
         raise ValueError(f"step_: rule: expected one of {', '.join(RULES)}, got {rule!r}")
@@ -342,7 +342,7 @@ def update(
         RuntimeError: operands that do not fit together.
         ValueError: an unknown mask scope, or a scalar with more than one element.
 
-    Source: csrc/math/update.h.
+    Source: csrc/math/step.h.
     """
     mask_retain = _mask_retain("update", mask_scope)
     weights, slow, forget_grads, retain_grads, bits = _listed(

@@ -23,7 +23,7 @@ UNLEARN_INLINE constexpr bool has_second_moment(Rule rule) {
   return rule == Rule::adam || rule == Rule::adamw;
 }
 
-// Layout of the float64 scalar tensor of a step; `SCALARS` in unlearn_ext/ops.py lists the same names.
+// Layout of the float64 scalar tensor of a step; `SCALARS` in unlearn_ext/ops/layout.py lists the same names.
 // The scalars live in a tensor so that a step never synchronises and can be captured and replayed.
 enum ScalarIndex : int {
   kLr,
