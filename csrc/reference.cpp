@@ -71,8 +71,8 @@ void step(
     MaybeArray forget,
     MaybeArray retain,
     MaybeArray slow,
-    MaybeArray first,
-    MaybeArray second,
+    MaybeArray exp_avg,
+    MaybeArray exp_avg_sq,
     std::optional<Words> bits,
     bool mask_retain,
     bool protect) {
@@ -82,8 +82,8 @@ void step(
   double* f = data_of("forget_grad", forget, n);
   double* r = data_of("retain_grad", retain, n);
   double* z = data_of("slow", slow, n);
-  double* m = data_of("first_moment", first, n);
-  double* v = data_of("second_moment", second, n);
+  double* m = data_of("first_moment", exp_avg, n);
+  double* v = data_of("second_moment", exp_avg_sq, n);
   if (bits) expect_size("bits", bits->size(), unlearn::word_count(n));
   if (rule < 0 || rule > int(Rule::adamw)) throw std::invalid_argument("rule: expected 0 (sgd) to 3 (adamw)");
   if (!f && !r) throw std::invalid_argument("forget_grad, retain_grad: expected at least one");
@@ -98,15 +98,15 @@ void step(
     unlearn::WeightState<double> w{theta.data()[i], m ? m[i] : 0, v ? v[i] : 0, z ? z[i] : 0};
     w = update(w, f ? f[i] : 0, r ? r[i] : 0, bit(words, i), mask_retain, protect, s);
     theta.mutable_data()[i] = w.theta;
-    if (m) m[i] = w.first;
-    if (v) v[i] = w.second;
+    if (m) m[i] = w.exp_avg;
+    if (v) v[i] = w.exp_avg_sq;
     if (z) z[i] = w.slow;
   }
 }
 
 // Gradients of a plain step's operands (none for those that are absent) and of its scalars.
 py::tuple update_gradient(
-    Array output_grad,
+    Array grad_output,
     Array theta,
     Array scalars,
     MaybeArray forget,
@@ -115,7 +115,7 @@ py::tuple update_gradient(
     std::optional<Words> bits,
     bool mask_retain) {
   const py::ssize_t n = theta.size();
-  expect_size("output_grad", output_grad.size(), n);
+  expect_size("output_grad", grad_output.size(), n);
   expect_size("scalars", scalars.size(), unlearn::kScalarCount);
   const double* f = data_of("forget_grad", forget, n);
   const double* r = data_of("retain_grad", retain, n);
@@ -133,7 +133,7 @@ py::tuple update_gradient(
     const auto all = [](bool set) { return set ? ~std::uint64_t(0) : std::uint64_t(0); };
     const bool keep = bit(words, i);
     const unlearn::UpdateGradient<double> gradient = derive(
-        output_grad.data()[i], {theta.data()[i], 0, 0, z ? z[i] : 0}, f ? f[i] : 0, r ? r[i] : 0, all(keep),
+        grad_output.data()[i], {theta.data()[i], 0, 0, z ? z[i] : 0}, f ? f[i] : 0, r ? r[i] : 0, all(keep),
         all(keep || !mask_retain), s);
     d_theta.mutable_data()[i] = gradient.theta;
     d_slow.mutable_data()[i] = gradient.slow;

@@ -70,10 +70,10 @@ Products sum_of(const RawList& f, const RawList& r, const RawList& bits, bool ma
   std::vector<Products> partials(size_t(std::max<std::int64_t>(work.blocks(), 1)));
   for_each_block(work, [&](std::int64_t block) {
     LaneSums sums;
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      const bool wide = (forget && f.dtype[t] == ScalarType::Double) || (retain && r.dtype[t] == ScalarType::Double);
-      for_each_strip(first, count, [&](std::int64_t start, int n) {
-        if (wide) {
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      const bool f64 = (forget && f.dtype[t] == ScalarType::Double) || (retain && r.dtype[t] == ScalarType::Double);
+      for_each_strip(begin, count, [&](std::int64_t start, int n) {
+        if (f64) {
           add_strip<forget, retain, double>(sums, f, r, bits, mask_retain, t, start, n);
         } else {
           add_strip<forget, retain, float>(sums, f, r, bits, mask_retain, t, start, n);

@@ -64,11 +64,11 @@ void write_ratio_bits(
   const RawList f(forget_fisher), r(retain_fisher), b(bits);
   const WorkRange work(sizes_of(forget_fisher));
   for_each_block(work, [&](std::int64_t block) {
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      const bool wide = f.dtype[t] == ScalarType::Double || r.dtype[t] == ScalarType::Double;
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      const bool f64 = f.dtype[t] == ScalarType::Double || r.dtype[t] == ScalarType::Double;
       std::int64_t sum = 0;
-      for_each_strip(first, count, [&](std::int64_t start, int n) {
-        sum += wide ? ratio_strip<double>(f, r, b, options, t, start, n)
+      for_each_strip(begin, count, [&](std::int64_t start, int n) {
+        sum += f64 ? ratio_strip<double>(f, r, b, options, t, start, n)
                     : ratio_strip<float>(f, r, b, options, t, start, n);
       });
       __atomic_fetch_add(kept + t, sum, __ATOMIC_RELAXED); // integers: any order gives the same sum

@@ -52,48 +52,48 @@ void float_to_half(const float* from, std::uint16_t* to, int n) {
 }
 
 template <typename T>
-void convert_strip(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
+void convert_strip(const RawList& list, size_t tensor, std::int64_t begin, int n, T* buffer) {
   switch (list.dtype[tensor]) {
     case ScalarType::Double: {
-      const double* from = list.at<double>(tensor, first);
+      const double* from = list.at<double>(tensor, begin);
       for (int i = 0; i < n; ++i) buffer[i] = T(from[i]);
       break;
     }
     case ScalarType::Float: {
-      const float* from = list.at<float>(tensor, first);
+      const float* from = list.at<float>(tensor, begin);
       for (int i = 0; i < n; ++i) buffer[i] = T(from[i]);
       break;
     }
     case ScalarType::BFloat16: {
-      const std::uint16_t* from = list.at<std::uint16_t>(tensor, first);
+      const std::uint16_t* from = list.at<std::uint16_t>(tensor, begin);
       for (int i = 0; i < n; ++i) buffer[i] = T(bfloat16_to_float(from[i]));
       break;
     }
     default: // Half; the checks admit no other dtype
-      half_to_float(list.at<std::uint16_t>(tensor, first), buffer, n);
+      half_to_float(list.at<std::uint16_t>(tensor, begin), buffer, n);
   }
 }
 
 template <typename T>
-void store_strip(const RawList& list, size_t tensor, std::int64_t first, int n, const T* values) {
+void store_strip(const RawList& list, size_t tensor, std::int64_t begin, int n, const T* values) {
   switch (list.dtype[tensor]) {
     case ScalarType::Double:
-      std::copy(values, values + n, list.at<double>(tensor, first));
+      std::copy(values, values + n, list.at<double>(tensor, begin));
       break;
     case ScalarType::Float: {
-      float* to = list.at<float>(tensor, first);
+      float* to = list.at<float>(tensor, begin);
       for (int i = 0; i < n; ++i) to[i] = float(values[i]);
       break;
     }
     case ScalarType::BFloat16: {
-      std::uint16_t* to = list.at<std::uint16_t>(tensor, first);
+      std::uint16_t* to = list.at<std::uint16_t>(tensor, begin);
       for (int i = 0; i < n; ++i) to[i] = float_to_bfloat16(float(values[i]));
       break;
     }
     default: { // Half
       float narrow[kStrip];
       for (int i = 0; i < n; ++i) narrow[i] = float(values[i]);
-      float_to_half(narrow, list.at<std::uint16_t>(tensor, first), n);
+      float_to_half(narrow, list.at<std::uint16_t>(tensor, begin), n);
     }
   }
 }

@@ -69,14 +69,14 @@ void with_update_parts(const UpdateCall& call, const Body& body) {
 template <typename Body>
 void visit_update_block(const UpdateLists& lists, const double* scalars, const WorkRange& work, std::int64_t block,
                         const Body& body) {
-  const StepScalars<float> single(scalars);
-  const StepScalars<double> wide(scalars);
-  work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-    for_each_strip(first, count, [&](std::int64_t start, int n) {
+  const StepScalars<float> f32(scalars);
+  const StepScalars<double> f64(scalars);
+  work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+    for_each_strip(begin, count, [&](std::int64_t start, int n) {
       if (lists.weights.dtype[t] == ScalarType::Double) {
-        body(wide, t, start, n);
+        body(f64, t, start, n);
       } else {
-        body(single, t, start, n);
+        body(f32, t, start, n);
       }
     });
   });
@@ -155,17 +155,17 @@ struct UpdateLaneSums {
 };
 
 struct UpdateGradientLists {
-  RawList output, weights, slow, forget, retain;
+  RawList grad_output, weights, slow, forget, retain;
 };
 
-// Where a strip's gradients go. One that nobody asked for goes to a buffer and no further: a store to the first-level
+// Where a strip's gradients go. One that no caller needs goes to a buffer and no further: a store to the first-level
 // cache costs less than a loop of its own for each choice of gradients.
 template <typename T>
 struct GradientStrip {
   T *theta, *slow, *forget, *retain;
 };
 
-// sums: the gradients of the scalars were asked for; without them no operand is read.
+// sums: whether the scalars' gradients are needed; without them no operand is read.
 template <bool sums, bool forget, bool retain, bool interpolate, typename T>
 inline __attribute__((always_inline)) void differentiate_word(
     const T* __restrict d,
@@ -213,7 +213,7 @@ void differentiate_strip(
     UpdateLaneSums& lanes) {
   UpdateBuffers<T> buffers, results;
   T output_buffer[kStrip];
-  const T* d = load_words(gradients.output, t, start, n, output_buffer);
+  const T* d = load_words(gradients.grad_output, t, start, n, output_buffer);
   UpdateStrip<T> strip;
   if constexpr (sums) strip = load_update<forget, retain, interpolate>(lists, t, start, n, buffers);
   const auto place = [&](const RawList& list, T* buffer) {
@@ -235,9 +235,9 @@ void differentiate_strip(
   store(gradients.retain, results.retain, to.retain);
 }
 
-void differentiate_update(const UpdateCall& call, const TensorList& output_grads, const UpdateGradients& gradients) {
+void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs, const UpdateGradients& gradients) {
   const UpdateLists lists(call);
-  const UpdateGradientLists to{RawList(output_grads), RawList(gradients.weights), RawList(gradients.slow),
+  const UpdateGradientLists to{RawList(grad_outputs), RawList(gradients.weights), RawList(gradients.slow),
                                RawList(gradients.forget), RawList(gradients.retain)};
   const double* scalars = static_cast<const double*>(call.scalars.data_ptr());
   const WorkRange work(sizes_of(call.weights));

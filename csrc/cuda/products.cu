@@ -22,9 +22,9 @@ struct Quad {
   std::uint32_t word[kQuad];
 };
 
-__device__ __forceinline__ void load(Quad& quad, Code code, const char* base, std::int64_t first, int n) {
+__device__ __forceinline__ void load(Quad& quad, Storage storage, const char* base, std::int64_t first, int n) {
   const bool vector = n == kQuad && is_aligned(base);
-  if (code == Code::single) {
+  if (storage == Storage::f32) {
     const float* from = reinterpret_cast<const float*>(base) + first;
     if (vector) {
       load_quad(from, quad.word);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void load(Quad& quad, Code code, const char* base, st
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) quad.word[k] = k < n ? to_bits(from[k]) : 0u;
     }
-  } else if (code != Code::wide) {
+  } else if (storage != Storage::f64) {
     const std::uint16_t* from = reinterpret_cast<const std::uint16_t*>(base) + first;
     if (vector) {
       const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
@@ -49,18 +49,18 @@ __device__ __forceinline__ void load(Quad& quad, Code code, const char* base, st
 }
 
 __device__ __forceinline__ void widen(
-    const Quad& quad, Code code, const char* base, std::int64_t first, int n, double* values) {
-  if (code == Code::single) {
+    const Quad& quad, Storage storage, const char* base, std::int64_t first, int n, double* values) {
+  if (storage == Storage::f32) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = double(from_bits<float>(quad.word[k]));
-  } else if (code == Code::wide) {
+  } else if (storage == Storage::f64) {
     const double* from = reinterpret_cast<const double*>(base) + first;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = k < n ? from[k] : 0.0;
   } else {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      values[k] = double(narrow_to_float(std::uint16_t(quad.word[k / 2] >> (16 * (k % 2))), code));
+      values[k] = double(narrow_to_float(std::uint16_t(quad.word[k / 2] >> (16 * (k % 2))), storage));
     }
   }
 }
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
     const char* f_base = forget ? table.pointer(0, t) : nullptr;
     const char* r_base = retain ? table.pointer(forget ? 1 : 0, t) : nullptr;
     const char* bits = has_bits ? table.pointer(int(forget) + int(retain), t) : nullptr;
-    const Code f_code = forget ? table.code(0, t) : Code::single;
-    const Code r_code = retain ? table.code(forget ? 1 : 0, t) : Code::single;
+    const Storage f_storage = forget ? table.storage(0, t) : Storage::f32;
+    const Storage r_storage = retain ? table.storage(forget ? 1 : 0, t) : Storage::f32;
     for (; word < stop; word += kAhead) {
       Quad f_quad[kAhead], r_quad[kAhead];
       std::uint32_t keep[kAhead];
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
         if (word + a < stop) {
           const std::int64_t i = first + a * kWordBits;
           const int n = size - i < kQuad ? int(size - i) : kQuad; // not positive beyond the end
-          if constexpr (forget) load(f_quad[a], f_code, f_base, i, n);
-          if constexpr (retain) load(r_quad[a], r_code, r_base, i, n);
+          if constexpr (forget) load(f_quad[a], f_storage, f_base, i, n);
+          if constexpr (retain) load(r_quad[a], r_storage, r_base, i, n);
           keep[a] = bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - begin] >> (member * kQuad) : ~0u;
         }
       }
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
           const std::int64_t i = first + a * kWordBits;
           const int n = size - i < kQuad ? int(size - i) : kQuad;
           double f[kQuad], r[kQuad];
-          if constexpr (forget) widen(f_quad[a], f_code, f_base, i, n, f);
-          if constexpr (retain) widen(r_quad[a], r_code, r_base, i, n, r);
+          if constexpr (forget) widen(f_quad[a], f_storage, f_base, i, n, f);
+          if constexpr (retain) widen(r_quad[a], r_storage, r_base, i, n, r);
           const std::uint32_t keep_retain = mask_retain ? keep[a] : ~0u;
 #pragma unroll
           for (int k = 0; k < kQuad; ++k) {
@@ -144,8 +144,8 @@ void sum_products(
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
   const RawList f(forget_grads), r(retain_grads), b(bits);
   Columns columns;
-  columns.add(f, /*coded=*/true);
-  columns.add(r, /*coded=*/true);
+  columns.add(f, /*mixed=*/true);
+  columns.add(r, /*mixed=*/true);
   columns.add(b);
   const auto sizes = sizes_of(forget ? forget_grads : retain_grads);
   std::int64_t count = 0;

@@ -20,8 +20,8 @@ struct UpdateCall {
   }
 };
 
-// The gradients to compute, in the weights' memory order, and the sums for those of the scalars. What nobody asked
-// for is an empty list, or a scalar gradient without elements.
+// The gradients to compute, in the weights' memory order, and the sums for those of the scalars. One that no
+// caller needs is an empty list, or a scalar gradient without elements.
 struct UpdateGradients {
   TensorList weights, slow, forget, retain;
   Tensor scalars;
@@ -36,7 +36,7 @@ inline void arrange_update(
     TensorList& retain_grads,
     TensorList& bits,
     const Tensor& scalars,
-    TensorList* output_grads = nullptr) {
+    TensorList* grad_outputs = nullptr) {
   if (weights.empty()) fail(std::string(op) + ": weights: expected at least one tensor, got none");
   check_scalars(op, scalars, weights[0]);
   if (forget_grads.empty() && retain_grads.empty() && slow.empty()) {
@@ -48,11 +48,11 @@ inline void arrange_update(
   operands.check_list({"retain_grads", &retain_grads}, kWeightDtypes);
   operands.check_state({"slow", &slow}, /*required=*/false);
   operands.check_bits({"bits", &bits});
-  if (output_grads) operands.check_list({"output_grads", output_grads}, kWeightDtypes, /*may_be_absent=*/false);
+  if (grad_outputs) operands.check_list({"output_grads", grad_outputs}, kWeightDtypes, /*may_be_absent=*/false);
 
   operands.make_reference_dense(/*written=*/false);
   for (TensorList* list : {&slow, &forget_grads, &retain_grads}) operands.align(*list, /*written=*/false);
-  if (output_grads) operands.align(*output_grads, /*written=*/false);
+  if (grad_outputs) operands.align(*grad_outputs, /*written=*/false);
 }
 
 // run(call, results): the backend's kernel. Without gradients only the interpolation happens.
@@ -73,11 +73,11 @@ TensorList update(
   return results;
 }
 
-// run(call, output gradients, gradients): the backend's kernel. It reads what a gradient that was asked for needs,
+// run(call, output gradients, gradients): the backend's kernel. It reads what a gradient that is needed takes,
 // once, and sums the gradients of the scalars in the same pass and in a fixed order.
 template <auto run>
 std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> update_backward(
-    TensorList output_grads,
+    TensorList grad_outputs,
     TensorList weights,
     TensorList slow,
     TensorList forget_grads,
@@ -90,10 +90,10 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> update_backwa
     bool for_forget,
     bool for_retain,
     bool for_scalars) {
-  arrange_update("update_backward", weights, slow, forget_grads, retain_grads, bits, scalars, &output_grads);
-  const auto gradients_of = [&](const TensorList& list, bool wanted) {
+  arrange_update("update_backward", weights, slow, forget_grads, retain_grads, bits, scalars, &grad_outputs);
+  const auto gradients_of = [&](const TensorList& list, bool needed) {
     TensorList gradients;
-    for (size_t i = 0; wanted && i < list.size(); ++i) {
+    for (size_t i = 0; needed && i < list.size(); ++i) {
       gradients.push_back(empty_in_order(weights[i], list[i].scalar_type()));
     }
     return gradients;
@@ -101,7 +101,7 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> update_backwa
   const UpdateGradients gradients{gradients_of(weights, for_weights), gradients_of(slow, for_slow),
                                   gradients_of(forget_grads, for_forget), gradients_of(retain_grads, for_retain),
                                   empty_flat(scalars, for_scalars ? kScalarCount : 0, ScalarType::Double)};
-  run(UpdateCall{weights, slow, forget_grads, retain_grads, bits, scalars, mask_retain}, output_grads, gradients);
+  run(UpdateCall{weights, slow, forget_grads, retain_grads, bits, scalars, mask_retain}, grad_outputs, gradients);
   return {gradients.weights, gradients.slow, gradients.forget, gradients.retain, gradients.scalars};
 }
 

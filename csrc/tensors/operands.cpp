@@ -262,9 +262,9 @@ void Operands::check_state(NamedList list, bool required) {
   const auto& [argument, tensors] = list;
   const auto& infos = infos_of(*tensors);
   for (size_t i = 0; i < infos.size(); ++i) {
-    const bool wide = reference_infos_[i].dtype == ScalarType::Double;
-    if ((infos[i].dtype == ScalarType::Double) != wide) {
-      fail_at(argument, i, wide ? "dtype Double, as its weight is Double" : "dtype Float",
+    const bool f64 = reference_infos_[i].dtype == ScalarType::Double;
+    if ((infos[i].dtype == ScalarType::Double) != f64) {
+      fail_at(argument, i, f64 ? "dtype Double, as its weight is Double" : "dtype Float",
               dtype_in_words(infos[i].dtype));
     }
   }

@@ -86,8 +86,8 @@ struct RawList {
     return data.empty();
   }
   template <typename T>
-  T* at(size_t tensor, std::int64_t first) const {
-    return reinterpret_cast<T*>(data[tensor]) + first;
+  T* at(size_t tensor, std::int64_t begin) const {
+    return reinterpret_cast<T*>(data[tensor]) + begin;
   }
 };
 
