@@ -16,6 +16,7 @@
 #include "math/rounding.h"
 #include "math/saliency.h"
 #include "math/step.h"
+#include "operators/dispatch.h"
 
 namespace py = pybind11;
 
@@ -51,18 +52,6 @@ unlearn::WeightState<double> updated(
       w, f, r, all(keep), all(keep || !mask_retain), all(keep || !protect), s);
 }
 
-template <unlearn::Rule rule, bool forget, bool retain>
-auto with_interpolation(bool interpolate) {
-  return interpolate ? &updated<rule, forget, retain, true> : &updated<rule, forget, retain, false>;
-}
-
-template <unlearn::Rule rule>
-auto with_parts(bool forget, bool retain, bool interpolate) {
-  if (forget && retain) return with_interpolation<rule, true, true>(interpolate);
-  if (forget) return with_interpolation<rule, true, false>(interpolate);
-  return with_interpolation<rule, false, true>(interpolate);
-}
-
 // The operator step_ on one array, in place.
 void step(
     Array theta,
@@ -89,10 +78,10 @@ void step(
   if (!f && !r) throw std::invalid_argument("forget_grad, retain_grad: expected at least one");
   if (scalars.data()[unlearn::kSkip] != 0.0) return;
   const unlearn::StepScalars<double> s(scalars.data());
-  const auto update = rule == int(Rule::sgd) ? with_parts<Rule::sgd>(f, r, z)
-      : rule == int(Rule::momentum)          ? with_parts<Rule::momentum>(f, r, z)
-      : rule == int(Rule::adam)              ? with_parts<Rule::adam>(f, r, z)
-                                             : with_parts<Rule::adamw>(f, r, z);
+  const auto update = unlearn::with_step(
+      Rule(rule), f, r, z, [](auto rule, auto forget, auto retain, auto interpolate) {
+        return &updated<rule.value, forget.value, retain.value, interpolate.value>;
+      });
   const Words* words = bits ? &*bits : nullptr;
   for (py::ssize_t i = 0; i < n; ++i) {
     unlearn::WeightState<double> w{theta.data()[i], m ? m[i] : 0, v ? v[i] : 0, z ? z[i] : 0};

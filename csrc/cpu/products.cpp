@@ -2,6 +2,7 @@
 #include "../operators/gradient_products.h"
 
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 
 #include "strips.h"
 
@@ -95,9 +96,9 @@ void sum_products(
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
   const RawList f(forget_grads), r(retain_grads), b(bits);
   const WorkRange work(sizes_of(forget ? forget_grads : retain_grads));
-  const Products sum = forget && retain ? sum_of<true, true>(f, r, b, mask_retain, work)
-      : forget                          ? sum_of<true, false>(f, r, b, mask_retain, work)
-                                        : sum_of<false, true>(f, r, b, mask_retain, work);
+  const Products sum = with_gradients(forget, retain, [&](auto forget, auto retain) {
+    return sum_of<forget.value, retain.value>(f, r, b, mask_retain, work);
+  });
   double* out = static_cast<double*>(result.data_ptr());
   out[0] = sum.forget_square;
   out[1] = sum.retain_square;

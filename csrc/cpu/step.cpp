@@ -1,9 +1,8 @@
 // step_ on the CPU.
 #include "../operators/step.h"
 
-#include <array>
-
 #include "../math/rounding.h"
+#include "../operators/dispatch.h"
 #include "strips.h"
 
 namespace unlearn {
@@ -133,7 +132,7 @@ void update_strip(
       if (slow) std::copy(p.slow, p.slow + lanes, in_memory.slow);
     }
   }
-  // Store: only weights are ever converted, and those to half width.
+  // Store: weights of half width alone were updated in a buffer.
   if constexpr (sizeof(T) == 4) {
     if (!in_place) store_half(lists, call, t, start, n, theta);
   }
@@ -156,13 +155,6 @@ void update_all(const StepLists& lists, const StepCall& call, const double* scal
   });
 }
 
-template <Rule rule>
-auto select_parts(bool forget, bool retain, bool interpolate) {
-  if (forget && retain) return interpolate ? update_all<rule, true, true, true> : update_all<rule, true, true, false>;
-  if (forget) return interpolate ? update_all<rule, true, false, true> : update_all<rule, true, false, false>;
-  return interpolate ? update_all<rule, false, true, true> : update_all<rule, false, true, false>;
-}
-
 void update(const StepCall& call) {
   const double* s = static_cast<const double*>(call.scalars.data_ptr());
   if (s[kSkip] != 0.0) return;
@@ -170,15 +162,9 @@ void update(const StepCall& call) {
                         RawList(call.forget),  RawList(call.retain), RawList(call.bits)};
   const WorkRange work(sizes_of(call.weights));
   const bool forget = !call.forget.empty(), retain = !call.retain.empty(), interpolate = !call.slow.empty();
-  if (!forget && !retain) {
-    update_all<Rule::sgd, false, false, true>(lists, call, s, work);
-    return;
-  }
-  using Run = void (*)(const StepLists&, const StepCall&, const double*, const WorkRange&);
-  const std::array<Run, 4> runs{
-      select_parts<Rule::sgd>(forget, retain, interpolate), select_parts<Rule::momentum>(forget, retain, interpolate),
-      select_parts<Rule::adam>(forget, retain, interpolate), select_parts<Rule::adamw>(forget, retain, interpolate)};
-  runs[size_t(call.rule)](lists, call, s, work);
+  with_step(call.rule, forget, retain, interpolate, [&](auto rule, auto forget, auto retain, auto interpolate) {
+    update_all<rule.value, forget.value, retain.value, interpolate.value>(lists, call, s, work);
+  });
 }
 
 } // namespace

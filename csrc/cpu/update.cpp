@@ -1,9 +1,8 @@
 // update and its derivative on the CPU.
 #include "../operators/update.h"
 
-#include <type_traits>
-
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 
 #include "strips.h"
 
@@ -43,25 +42,10 @@ inline UpdateStrip<T> load_update(
   return strip;
 }
 
-// Calls body with the parts that a call has as compile-time constants: forget, retain, interpolate.
+// Calls body with the parts that a call has: forget, retain, interpolate.
 template <typename Body>
-void with_update_parts(const UpdateCall& call, const Body& body) {
-  const auto with_slow = [&](auto forget, auto retain) {
-    if (call.slow.empty()) {
-      body(forget, retain, std::false_type());
-    } else {
-      body(forget, retain, std::true_type());
-    }
-  };
-  if (!call.stepped()) {
-    body(std::false_type(), std::false_type(), std::true_type());
-  } else if (call.retain.empty()) {
-    with_slow(std::true_type(), std::false_type());
-  } else if (call.forget.empty()) {
-    with_slow(std::false_type(), std::true_type());
-  } else {
-    with_slow(std::true_type(), std::true_type());
-  }
+void with_parts_of(const UpdateCall& call, const Body& body) {
+  with_parts(!call.forget.empty(), !call.retain.empty(), !call.slow.empty(), body);
 }
 
 // Calls body(scalars, tensor, first weight, number of weights) for every strip of a block, with the scalars in the
@@ -131,7 +115,7 @@ void update_into(const UpdateCall& call, const TensorList& results) {
   const RawList out(results);
   const double* scalars = static_cast<const double*>(call.scalars.data_ptr());
   const WorkRange work(sizes_of(call.weights));
-  with_update_parts(call, [&](auto forget, auto retain, auto interpolate) {
+  with_parts_of(call, [&](auto forget, auto retain, auto interpolate) {
     for_each_block(work, [&](std::int64_t block) {
       visit_update_block(lists, scalars, work, block, [&](const auto& s, size_t t, std::int64_t start, int n) {
         updated_strip<forget.value, retain.value, interpolate.value>(lists, out, call.mask_retain, s, t, start, n);
@@ -243,8 +227,8 @@ void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs
   const WorkRange work(sizes_of(call.weights));
   const bool for_scalars = gradients.scalars.numel() != 0;
   std::vector<UpdateSums> partials(size_t(std::max<std::int64_t>(work.blocks(), 1)));
-  with_update_parts(call, [&](auto forget, auto retain, auto interpolate) {
-    const auto run = [&](auto sums) {
+  with_parts_of(call, [&](auto forget, auto retain, auto interpolate) {
+    with_flag(for_scalars, [&](auto sums) {
       for_each_block(work, [&](std::int64_t block) {
         UpdateLaneSums lanes;
         visit_update_block(lists, scalars, work, block, [&](const auto& s, size_t t, std::int64_t start, int n) {
@@ -253,12 +237,7 @@ void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs
         });
         partials[size_t(block)] = lanes.total();
       });
-    };
-    if (for_scalars) {
-      run(std::true_type());
-    } else {
-      run(std::false_type());
-    }
+    });
   });
   if (!for_scalars) return;
   combine_in_fixed_order(partials.data(), std::int64_t(partials.size()));

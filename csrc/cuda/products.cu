@@ -3,6 +3,7 @@
 #include "../operators/gradient_products.h"
 
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 #include "../tensors/chunks.h"
 
 #include "launch.cuh"
@@ -155,9 +156,9 @@ void sum_products(
     return;
   }
   Partials<Products> partials(result, count);
-  const ProductsKernel kernel = forget && retain ? products_kernel<true, true>
-      : forget                                   ? products_kernel<true, false>
-                                                 : products_kernel<false, true>;
+  const auto kernel = with_gradients(forget, retain, [](auto forget, auto retain) -> ProductsKernel {
+    return products_kernel<forget.value, retain.value>;
+  });
   Products* next = partials.data();
   columns.for_each_table(sizes, word_count, every_tensor, [&](const Table& table) {
     const std::int64_t blocks = blocks_of(table.units);

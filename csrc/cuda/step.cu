@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "../operators/dispatch.h"
 #include "launch.cuh"
 #include "octet.cuh"
 
@@ -123,30 +124,6 @@ __global__ void __launch_bounds__(kThreads)
 
 using StepKernel = void (*)(Table, StepLaunch);
 
-template <typename T, Rule rule>
-StepKernel select_parts(bool forget, bool retain, bool interpolate) {
-  if (forget && retain) {
-    return interpolate ? step_kernel<rule, true, true, true, T> : step_kernel<rule, true, true, false, T>;
-  }
-  if (forget) return interpolate ? step_kernel<rule, true, false, true, T> : step_kernel<rule, true, false, false, T>;
-  if (retain) return interpolate ? step_kernel<rule, false, true, true, T> : step_kernel<rule, false, true, false, T>;
-  return step_kernel<Rule::sgd, false, false, true, T>;
-}
-
-template <typename T>
-StepKernel select_kernel(Rule rule, bool forget, bool retain, bool interpolate) {
-  switch (rule) {
-    case Rule::sgd:
-      return select_parts<T, Rule::sgd>(forget, retain, interpolate);
-    case Rule::momentum:
-      return select_parts<T, Rule::momentum>(forget, retain, interpolate);
-    case Rule::adam:
-      return select_parts<T, Rule::adam>(forget, retain, interpolate);
-    default:
-      return select_parts<T, Rule::adamw>(forget, retain, interpolate);
-  }
-}
-
 void update(const StepCall& call) {
   const OnDevice device(call.weights[0]);
   const bool forget = !call.forget.empty(), retain = !call.retain.empty(), interpolate = !call.slow.empty();
@@ -173,8 +150,12 @@ void update(const StepCall& call) {
 
   const auto sizes = sizes_of(call.weights);
   for (const bool f64 : {false, true}) {
-    const StepKernel kernel = f64 ? select_kernel<double>(call.rule, forget, retain, interpolate)
-                                   : select_kernel<float>(call.rule, forget, retain, interpolate);
+    const auto kernel = with_step(
+        call.rule, forget, retain, interpolate,
+        [f64](auto rule, auto forget, auto retain, auto interpolate) -> StepKernel {
+          return f64 ? step_kernel<rule.value, forget.value, retain.value, interpolate.value, double>
+                     : step_kernel<rule.value, forget.value, retain.value, interpolate.value, float>;
+        });
     columns.for_each_table(
         sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == f64; },
         [&](const Table& table) { device.launch("step_", kernel, table.units, table, launch); });

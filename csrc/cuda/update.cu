@@ -6,6 +6,7 @@
 #include <new>
 
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 
 #include "launch.cuh"
 #include "octet.cuh"
@@ -167,23 +168,23 @@ __global__ void scalar_gradients_kernel(
 using UpdateKernel = void (*)(Table, UpdateLaunch);
 using DifferentiateKernel = void (*)(Table, UpdateLaunch, UpdateSums*);
 
-struct UpdateKernels {
-  UpdateKernel update;
-  DifferentiateKernel differentiate;
-};
-
-template <bool forget, bool retain, bool interpolate, typename T>
-constexpr UpdateKernels kernels_of() {
-  return {update_kernel<forget, retain, interpolate, T>, differentiate_kernel<forget, retain, interpolate, T>};
+// Kernels of the opmath type and the parts that a call has.
+UpdateKernel select_update(const UpdateCall& call, bool f64) {
+  return with_parts(
+      !call.forget.empty(), !call.retain.empty(), !call.slow.empty(),
+      [f64](auto forget, auto retain, auto interpolate) -> UpdateKernel {
+        return f64 ? update_kernel<forget.value, retain.value, interpolate.value, double>
+                   : update_kernel<forget.value, retain.value, interpolate.value, float>;
+      });
 }
 
-template <typename T>
-UpdateKernels select_update(const UpdateCall& call) {
-  const bool forget = !call.forget.empty(), retain = !call.retain.empty(), interpolate = !call.slow.empty();
-  if (forget && retain) return interpolate ? kernels_of<true, true, true, T>() : kernels_of<true, true, false, T>();
-  if (forget) return interpolate ? kernels_of<true, false, true, T>() : kernels_of<true, false, false, T>();
-  if (retain) return interpolate ? kernels_of<false, true, true, T>() : kernels_of<false, true, false, T>();
-  return kernels_of<false, false, true, T>();
+DifferentiateKernel select_differentiate(const UpdateCall& call, bool f64) {
+  return with_parts(
+      !call.forget.empty(), !call.retain.empty(), !call.slow.empty(),
+      [f64](auto forget, auto retain, auto interpolate) -> DifferentiateKernel {
+        return f64 ? differentiate_kernel<forget.value, retain.value, interpolate.value, double>
+                   : differentiate_kernel<forget.value, retain.value, interpolate.value, float>;
+      });
 }
 
 UpdateLaunch launch_of(const UpdateCall& call) {
@@ -212,7 +213,7 @@ void update_into(const UpdateCall& call, const TensorList& results) {
   launch.to_weights = columns.add(out);
   const auto sizes = sizes_of(call.weights);
   for (const bool f64 : {false, true}) {
-    const UpdateKernel kernel = f64 ? select_update<double>(call).update : select_update<float>(call).update;
+    const UpdateKernel kernel = select_update(call, f64);
     columns.for_each_table(
         sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == f64; },
         [&](const Table& table) { device.launch("update", kernel, table.units, table, launch); });
@@ -246,8 +247,7 @@ void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs
   if (launch.sums && blocks == 0) device.zero(op, partials.data(), sizeof(UpdateSums));
   UpdateSums* next = partials.data();
   for (const bool f64 : {false, true}) {
-    const DifferentiateKernel kernel =
-        f64 ? select_update<double>(call).differentiate : select_update<float>(call).differentiate;
+    const DifferentiateKernel kernel = select_differentiate(call, f64);
     columns.for_each_table(
         sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == f64; },
         [&](const Table& table) {
