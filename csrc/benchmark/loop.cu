@@ -24,7 +24,7 @@ __device__ __forceinline__ bool is_narrow(Storage storage) {
 
 // The stored bits of one number of an octet.
 __device__ __forceinline__ std::uint32_t stored_bits(const Octet<float>& octet, Storage storage, int k) {
-  return is_narrow(storage) ? half_bits(octet, k) : octet.word[k];
+  return is_narrow(storage) ? half_bits(octet.word, k) : octet.word[k];
 }
 
 __device__ __forceinline__ void store_bits(

@@ -51,34 +51,56 @@ __device__ __forceinline__ std::uint16_t round_to_half(float value, Storage stor
   return storage == Storage::bf16 ? float_to_bfloat16(value) : __half_as_ushort(__float2half_rn(value));
 }
 
-// Loads `n` of the weights from `begin`, a multiple of 8; the rest are zero.
+// Loads the first `n` of N float32 numbers from `begin`, a multiple of N; the rest are zero.
+template <int N>
+__device__ __forceinline__ void load_floats(std::uint32_t* words, const char* base, std::int64_t begin, int n) {
+  const float* from = reinterpret_cast<const float*>(base) + begin;
+  if (n == N && is_aligned(base)) {
+#pragma unroll
+    for (int k = 0; k < N; k += 4) load_quad(from + k, words + k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) words[k] = k < n ? to_bits(from[k]) : 0u;
+  }
+}
+
+// The same for half-width numbers, two to a word.
+template <int N>
+__device__ __forceinline__ void load_halves(std::uint32_t* words, const char* base, std::int64_t begin, int n) {
+  const std::uint16_t* from = reinterpret_cast<const std::uint16_t*>(base) + begin;
+  if (n == N && is_aligned(base)) {
+    if constexpr (N == 4) {
+      const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
+      words[0] = pair.x;
+      words[1] = pair.y;
+    } else {
+      load_quad(from, words);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) {
+      const std::uint32_t low = 2 * k < n ? from[2 * k] : 0u, high = 2 * k + 1 < n ? from[2 * k + 1] : 0u;
+      words[k] = low | high << 16;
+    }
+  }
+}
+
+// The bits of one of them.
+__device__ __forceinline__ std::uint16_t half_bits(const std::uint32_t* words, int k) {
+  return std::uint16_t(words[k / 2] >> (16 * (k % 2)));
+}
+
+// Loads the first `n` of eight weights from `begin`, a multiple of 8; the rest are zero.
 __device__ __forceinline__ void load_octet(
     Octet<float>& octet, Storage storage, const char* base, std::int64_t begin, int n) {
-  const bool vector = n == kOctet && is_aligned(base);
   if (storage == Storage::f32) {
-    const float* from = reinterpret_cast<const float*>(base) + begin;
-    if (vector) {
-      load_quad(from, octet.word);
-      load_quad(from + 4, octet.word + 4);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kOctet; ++k) octet.word[k] = k < n ? to_bits(from[k]) : 0u;
-    }
+    load_floats<kOctet>(octet.word, base, begin, n);
   } else if (storage == Storage::f64) {
     const double* from = reinterpret_cast<const double*>(base) + begin;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) octet.word[k] = k < n ? to_bits(float(from[k])) : 0u;
   } else {
-    const std::uint16_t* from = reinterpret_cast<const std::uint16_t*>(base) + begin;
-    if (vector) {
-      load_quad(from, octet.word);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kOctet / 2; ++k) {
-        const std::uint32_t low = 2 * k < n ? from[2 * k] : 0u, high = 2 * k + 1 < n ? from[2 * k + 1] : 0u;
-        octet.word[k] = low | high << 16;
-      }
-    }
+    load_halves<kOctet>(octet.word, base, begin, n);
   }
 }
 
@@ -108,15 +130,10 @@ __device__ __forceinline__ void load_octet(
   }
 }
 
-// The stored bits of a half-width number.
-__device__ __forceinline__ std::uint16_t half_bits(const Octet<float>& octet, int k) {
-  return std::uint16_t(octet.word[k / 2] >> (16 * (k % 2)));
-}
-
 __device__ __forceinline__ void widen(const Octet<float>& octet, Storage storage, float* values) {
   if (storage == Storage::bf16 || storage == Storage::f16) {
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) values[k] = narrow_to_float(half_bits(octet, k), storage);
+    for (int k = 0; k < kOctet; ++k) values[k] = narrow_to_float(half_bits(octet.word, k), storage);
   } else {
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) values[k] = from_bits<float>(octet.word[k]);

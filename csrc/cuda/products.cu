@@ -23,46 +23,26 @@ struct Quad {
   std::uint32_t word[kQuad];
 };
 
-__device__ __forceinline__ void load(Quad& quad, Storage storage, const char* base, std::int64_t first, int n) {
-  const bool vector = n == kQuad && is_aligned(base);
+__device__ __forceinline__ void load(Quad& quad, Storage storage, const char* base, std::int64_t begin, int n) {
   if (storage == Storage::f32) {
-    const float* from = reinterpret_cast<const float*>(base) + first;
-    if (vector) {
-      load_quad(from, quad.word);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) quad.word[k] = k < n ? to_bits(from[k]) : 0u;
-    }
+    load_floats<kQuad>(quad.word, base, begin, n);
   } else if (storage != Storage::f64) {
-    const std::uint16_t* from = reinterpret_cast<const std::uint16_t*>(base) + first;
-    if (vector) {
-      const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
-      quad.word[0] = pair.x;
-      quad.word[1] = pair.y;
-    } else {
-#pragma unroll
-      for (int k = 0; k < kQuad / 2; ++k) {
-        const std::uint32_t low = 2 * k < n ? from[2 * k] : 0u, high = 2 * k + 1 < n ? from[2 * k + 1] : 0u;
-        quad.word[k] = low | high << 16;
-      }
-    }
+    load_halves<kQuad>(quad.word, base, begin, n);
   }
 }
 
 __device__ __forceinline__ void widen(
-    const Quad& quad, Storage storage, const char* base, std::int64_t first, int n, double* values) {
+    const Quad& quad, Storage storage, const char* base, std::int64_t begin, int n, double* values) {
   if (storage == Storage::f32) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = double(from_bits<float>(quad.word[k]));
   } else if (storage == Storage::f64) {
-    const double* from = reinterpret_cast<const double*>(base) + first;
+    const double* from = reinterpret_cast<const double*>(base) + begin;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = k < n ? from[k] : 0.0;
   } else {
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      values[k] = double(narrow_to_float(std::uint16_t(quad.word[k / 2] >> (16 * (k % 2))), storage));
-    }
+    for (int k = 0; k < kQuad; ++k) values[k] = double(narrow_to_float(half_bits(quad.word, k), storage));
   }
 }
 
@@ -78,8 +58,8 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
   Products lanes[kQuad];
   std::int64_t word = block * kBlockWords;
   for (int t = word < end ? table.tensor_of(std::uint32_t(word)) : 0; word < end; ++t) {
-    const std::int64_t size = table.size(t), begin = table.first_unit(t);
-    const std::int64_t stop = begin + word_count(size) < end ? begin + word_count(size) : end;
+    const std::int64_t size = table.size(t), first_word = table.first_unit(t);
+    const std::int64_t stop = first_word + word_count(size) < end ? first_word + word_count(size) : end;
     const char* f_base = forget ? table.pointer(0, t) : nullptr;
     const char* r_base = retain ? table.pointer(forget ? 1 : 0, t) : nullptr;
     const char* bits = has_bits ? table.pointer(int(forget) + int(retain), t) : nullptr;
@@ -88,21 +68,21 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
     for (; word < stop; word += kAhead) {
       Quad f_quad[kAhead], r_quad[kAhead];
       std::uint32_t keep[kAhead];
-      const std::int64_t first = (word - begin) * kWordBits + member * kQuad;
+      const std::int64_t begin = (word - first_word) * kWordBits + member * kQuad;
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         if (word + a < stop) {
-          const std::int64_t i = first + a * kWordBits;
+          const std::int64_t i = begin + a * kWordBits;
           const int n = size - i < kQuad ? int(size - i) : kQuad; // not positive beyond the end
           if constexpr (forget) load(f_quad[a], f_storage, f_base, i, n);
           if constexpr (retain) load(r_quad[a], r_storage, r_base, i, n);
-          keep[a] = bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - begin] >> (member * kQuad) : ~0u;
+          keep[a] = bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - first_word] >> (member * kQuad) : ~0u;
         }
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         if (word + a < stop) {
-          const std::int64_t i = first + a * kWordBits;
+          const std::int64_t i = begin + a * kWordBits;
           const int n = size - i < kQuad ? int(size - i) : kQuad;
           double f[kQuad], r[kQuad];
           if constexpr (forget) widen(f_quad[a], f_storage, f_base, i, n, f);

@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_weights(
   // A weight that may not be touched keeps its stored bits: there and back, a NaN could change its payload.
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    if (!((touch >> k) & 1u)) rounded[k] = half_bits(before, k);
+    if (!((touch >> k) & 1u)) rounded[k] = half_bits(before.word, k);
   }
   store_halves(base, begin, n, rounded);
 }
