@@ -125,7 +125,8 @@ class Operands {
   // One contiguous int32 tensor of ceil(n / 32) words each, or none.
   void check_bits(NamedList bits, bool may_be_absent = true);
 
-  // No element may be reachable through two of the tensors that will be written.
+  // No two of the tensors that will be written may overlap, from their first to their last element: slices that
+  // interleave are refused as well.
   void check_writable(std::initializer_list<NamedList> lists);
 
   // After the checks: makes the reference list dense. Copies stand in for views with gaps until write_back().

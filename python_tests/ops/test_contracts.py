@@ -431,9 +431,10 @@ def aliasing_errors() -> Iterator[tuple[str, dict[str, Any]]]:
     yield r"weights\[[02]\].*weights\[[02]\]", steps(weights[0], weights[1], weights[0].t())
     yield r"weights\[1\].*weights\[0\]", steps(buffer[:40], buffer[39:])
     yield r"weights\[1\].*weights\[0\]", steps(buffer[::2], buffer[::2])
-    # Views with gaps: two that share every other element, and one that runs into a dense neighbour.
+    # Views with gaps: two that share every other element, one that runs into a neighbour, and two that interleave.
     yield r"weights\[1\].*weights\[0\]", steps(buffer[0:40:2], buffer[20:60:2])
     yield r"weights\[1\].*weights\[0\]", steps(buffer.view(6, 10)[:, ::2], buffer[30:35])
+    yield r"weights\[1\].*weights\[0\]", steps(buffer[::2], buffer[1::2])
     yield r"weights\[0\]", steps(torch.zeros(3).expand(5, 3))
     yield r"weights\[1\]", steps(weights[0], torch.zeros(1).expand(9))
     yield r"weights\[0\]", steps(torch.zeros(20).as_strided((4, 4), (2, 1)))

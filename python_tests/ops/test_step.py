@@ -372,14 +372,6 @@ def test_a_list_gives_the_bits_that_each_tensor_gives_alone(rng: torch.Generator
         assert all(same_bits(a, b) for a, b in zip(tensors, alone[name], strict=True)), name
 
 
-def test_interleaved_slices_of_one_buffer_are_separate_weights(rng: torch.Generator) -> None:
-    buffer = normal(rng, (40, 6))
-    expected = buffer - 0.5 * torch.tensor([1.0, 2.0]).repeat(3)
-    ones = torch.ones(40, 3, dtype=torch.float64)
-    call({"theta": [buffer[:, ::2], buffer[:, 1::2]]}, retain=[ones, 2 * ones], rule="sgd", lr=0.5)
-    assert torch.equal(buffer, expected)
-
-
 def test_an_empty_list_is_no_work() -> None:
     assert ops.step_([], rule="sgd", scalars=ops.scalars(lr=1.0)) is None
 

@@ -94,7 +94,8 @@ def step_(
     the interpolation happens.
 
     Args:
-        weights: float64, float32, bfloat16 or float16 tensors, n of them.
+        weights: float64, float32, bfloat16 or float16 tensors, n of them. Tensors that are written must lie apart:
+            slices of one buffer that interleave are refused.
         rule: ``sgd``, ``momentum`` (torch.optim.SGD's convention), ``adam`` (coupled decay) or ``adamw``
             (decoupled decay), each as in torch.optim.
         scalars: from :func:`scalars`.
