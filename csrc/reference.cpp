@@ -28,8 +28,8 @@ using MaybeArray = std::optional<Array>;
 
 void expect_size(const char* name, py::ssize_t got, py::ssize_t expected) {
   if (got != expected) {
-    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) + " numbers, got " +
-                                std::to_string(got));
+    throw std::invalid_argument(
+        std::string(name) + ": expected " + std::to_string(expected) + " numbers, got " + std::to_string(got));
   }
 }
 
@@ -54,17 +54,8 @@ unlearn::WeightState<double> updated(
 
 // The operator step_ on one array, in place.
 void step(
-    Array theta,
-    Array scalars,
-    int rule,
-    MaybeArray forget,
-    MaybeArray retain,
-    MaybeArray slow,
-    MaybeArray exp_avg,
-    MaybeArray exp_avg_sq,
-    std::optional<Words> bits,
-    bool mask_retain,
-    bool protect) {
+    Array theta, Array scalars, int rule, MaybeArray forget, MaybeArray retain, MaybeArray slow, MaybeArray exp_avg,
+    MaybeArray exp_avg_sq, std::optional<Words> bits, bool mask_retain, bool protect) {
   using unlearn::Rule;
   const py::ssize_t n = theta.size();
   expect_size("scalars", scalars.size(), unlearn::kScalarCount);
@@ -78,8 +69,8 @@ void step(
   if (!f && !r) throw std::invalid_argument("forget_grad, retain_grad: expected at least one");
   if (scalars.data()[unlearn::kSkip] != 0.0) return;
   const unlearn::StepScalars<double> s(scalars.data());
-  const auto update = unlearn::with_step(
-      Rule(rule), f, r, z, [](auto rule, auto forget, auto retain, auto interpolate) {
+  const auto update =
+      unlearn::with_step(Rule(rule), f, r, z, [](auto rule, auto forget, auto retain, auto interpolate) {
         return &updated<rule.value, forget.value, retain.value, interpolate.value>;
       });
   const Words* words = bits ? &*bits : nullptr;
@@ -95,14 +86,8 @@ void step(
 
 // Gradients of a plain step's operands (none for those that are absent) and of its scalars.
 py::tuple update_gradient(
-    Array grad_output,
-    Array theta,
-    Array scalars,
-    MaybeArray forget,
-    MaybeArray retain,
-    MaybeArray slow,
-    std::optional<Words> bits,
-    bool mask_retain) {
+    Array grad_output, Array theta, Array scalars, MaybeArray forget, MaybeArray retain, MaybeArray slow,
+    std::optional<Words> bits, bool mask_retain) {
   const py::ssize_t n = theta.size();
   expect_size("output_grad", grad_output.size(), n);
   expect_size("scalars", scalars.size(), unlearn::kScalarCount);
@@ -117,8 +102,8 @@ py::tuple update_gradient(
   std::vector<unlearn::UpdateSums> terms(size_t(n) + 1);
   for (py::ssize_t i = 0; i < n; ++i) {
     // An absent gradient is one of zero; without slow weights the interpolation is left out.
-    const auto derive = z ? &unlearn::update_gradient<true, true, true, double>
-                          : &unlearn::update_gradient<true, true, false, double>;
+    const auto derive =
+        z ? &unlearn::update_gradient<true, true, true, double> : &unlearn::update_gradient<true, true, false, double>;
     const auto all = [](bool set) { return set ? ~std::uint64_t(0) : std::uint64_t(0); };
     const bool keep = bit(words, i);
     const unlearn::UpdateGradient<double> gradient = derive(
@@ -165,7 +150,8 @@ void accumulate_fisher(Array fisher, Array gradient, double weight) {
   }
 }
 
-py::array_t<bool> salient(Array forget, Array retain, double gamma, double eps, double forget_scale, double retain_scale) {
+py::array_t<bool> salient(
+    Array forget, Array retain, double gamma, double eps, double forget_scale, double retain_scale) {
   expect_size("retain_fisher", retain.size(), forget.size());
   py::array_t<bool> result(forget.size());
   for (py::ssize_t i = 0; i < forget.size(); ++i) {
@@ -189,20 +175,25 @@ float bfloat16_stochastic(float value, std::uint64_t seed, std::uint64_t tensor,
 PYBIND11_MODULE(reference, m) {
   m.doc() = "unlearn_ext's mathematics in float64 on NumPy arrays; see csrc/math.";
   // noconvert: an array of another dtype would be copied, and the copy updated.
-  m.def("step", &step, py::arg("theta").noconvert(), py::arg("scalars"), py::kw_only(), py::arg("rule"),
-        py::arg("forget_grad") = py::none(), py::arg("retain_grad") = py::none(),
-        py::arg("slow").noconvert() = py::none(), py::arg("first_moment").noconvert() = py::none(),
-        py::arg("second_moment").noconvert() = py::none(), py::arg("bits") = py::none(),
-        py::arg("mask_retain") = false, py::arg("protect") = false);
-  m.def("update_gradient", &update_gradient, py::arg("output_grad"), py::arg("theta"), py::arg("scalars"),
-        py::kw_only(), py::arg("forget_grad") = py::none(), py::arg("retain_grad") = py::none(),
-        py::arg("slow") = py::none(), py::arg("bits") = py::none(), py::arg("mask_retain") = false);
-  m.def("gradient_products", &gradient_products, py::arg("forget_grad"), py::arg("retain_grad"),
-        py::arg("bits") = py::none(), py::arg("mask_retain") = false);
-  m.def("accumulate_fisher", &accumulate_fisher, py::arg("fisher").noconvert(), py::arg("gradient"),
-        py::arg("weight") = 1.0);
-  m.def("salient", &salient, py::arg("forget_fisher"), py::arg("retain_fisher"), py::arg("gamma") = 1.0,
-        py::arg("eps") = 1e-15, py::arg("forget_scale") = 1.0, py::arg("retain_scale") = 1.0);
+  m.def(
+      "step", &step, py::arg("theta").noconvert(), py::arg("scalars"), py::kw_only(), py::arg("rule"),
+      py::arg("forget_grad") = py::none(), py::arg("retain_grad") = py::none(),
+      py::arg("slow").noconvert() = py::none(), py::arg("first_moment").noconvert() = py::none(),
+      py::arg("second_moment").noconvert() = py::none(), py::arg("bits") = py::none(), py::arg("mask_retain") = false,
+      py::arg("protect") = false);
+  m.def(
+      "update_gradient", &update_gradient, py::arg("output_grad"), py::arg("theta"), py::arg("scalars"), py::kw_only(),
+      py::arg("forget_grad") = py::none(), py::arg("retain_grad") = py::none(), py::arg("slow") = py::none(),
+      py::arg("bits") = py::none(), py::arg("mask_retain") = false);
+  m.def(
+      "gradient_products", &gradient_products, py::arg("forget_grad"), py::arg("retain_grad"),
+      py::arg("bits") = py::none(), py::arg("mask_retain") = false);
+  m.def(
+      "accumulate_fisher", &accumulate_fisher, py::arg("fisher").noconvert(), py::arg("gradient"),
+      py::arg("weight") = 1.0);
+  m.def(
+      "salient", &salient, py::arg("forget_fisher"), py::arg("retain_fisher"), py::arg("gamma") = 1.0,
+      py::arg("eps") = 1e-15, py::arg("forget_scale") = 1.0, py::arg("retain_scale") = 1.0);
   m.def("bfloat16_nearest", &bfloat16_nearest);
   m.def("bfloat16_stochastic", &bfloat16_stochastic);
 }

@@ -65,10 +65,12 @@ using Pass = std::uint32_t (*)(const Traffic&, size_t, std::int64_t, std::int64_
 template <typename First, typename Read, int updated, int read>
 Pass select_counts(size_t updated_streams, size_t read_streams) {
   if constexpr (updated > 0) {
-    if (updated_streams < size_t(updated)) return select_counts<First, Read, updated - 1, read>(updated_streams, read_streams);
+    if (updated_streams < size_t(updated))
+      return select_counts<First, Read, updated - 1, read>(updated_streams, read_streams);
   }
   if constexpr (read > 0) {
-    if (read_streams < size_t(read)) return select_counts<First, Read, updated, read - 1>(updated_streams, read_streams);
+    if (read_streams < size_t(read))
+      return select_counts<First, Read, updated, read - 1>(updated_streams, read_streams);
   }
   return pass<First, Read, updated, read>;
 }
@@ -84,11 +86,7 @@ bool is_narrow(const TensorList& list) {
 }
 
 std::int64_t same_traffic(
-    TensorList updated,
-    TensorList read,
-    TensorList words_read,
-    TensorList words_written,
-    std::int64_t tensors,
+    TensorList updated, TensorList read, TensorList words_read, TensorList words_written, std::int64_t tensors,
     std::int64_t mask) {
   const size_t n = size_t(tensors), updated_streams = updated.size() / n, read_streams = read.size() / n;
   if (updated_streams > kMaxUpdated || read_streams > kMaxRead) {
@@ -96,8 +94,8 @@ std::int64_t same_traffic(
   }
   const Pass run = is_narrow(updated) ? select_read<std::uint16_t>(is_narrow(read), updated_streams, read_streams)
                                       : select_read<std::uint32_t>(is_narrow(read), updated_streams, read_streams);
-  const Traffic traffic{RawList(updated),       RawList(read), RawList(words_read),
-                        RawList(words_written), n,             std::uint32_t(mask)};
+  const Traffic traffic{RawList(updated),   RawList(read), RawList(words_read), RawList(words_written), n,
+                        std::uint32_t(mask)};
   std::vector<std::int64_t> sizes = sizes_of(updated.empty() ? read : updated);
   sizes.resize(n);
   const WorkRange work(std::move(sizes));

@@ -118,11 +118,7 @@ TrafficKernel select_counts(int updated_streams, int read_streams) {
 }
 
 std::int64_t same_traffic(
-    TensorList updated,
-    TensorList read,
-    TensorList words_read,
-    TensorList words_written,
-    std::int64_t tensors,
+    TensorList updated, TensorList read, TensorList words_read, TensorList words_written, std::int64_t tensors,
     std::int64_t mask) {
   const size_t n = size_t(tensors), updated_streams = updated.size() / n, read_streams = read.size() / n;
   if (updated_streams > kMaxUpdated || read_streams > kMaxRead || updated_streams + read_streams == 0) {

@@ -22,8 +22,8 @@ void pack_all(const TensorList& masks, const TensorList& bits) {
       const std::uint8_t* flags = from.at<std::uint8_t>(t, begin);
       std::uint32_t* words = to.at<std::uint32_t>(t, 0) + begin / kWordBits;
       for (std::int64_t done = 0; done < count; done += kWordBits) {
-        words[done / kWordBits] = count - done >= kWordBits ? pack_word(flags + done, kWordBits)
-                                                            : pack_word(flags + done, int(count - done));
+        words[done / kWordBits] =
+            count - done >= kWordBits ? pack_word(flags + done, kWordBits) : pack_word(flags + done, int(count - done));
       }
     });
   });

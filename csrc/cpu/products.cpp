@@ -26,10 +26,7 @@ struct LaneSums {
 
 template <bool forget, bool retain, typename T>
 inline __attribute__((always_inline)) void add_word(
-    LaneSums& sums,
-    const T* __restrict g_forget,
-    const T* __restrict g_retain,
-    std::uint32_t keep_forget,
+    LaneSums& sums, const T* __restrict g_forget, const T* __restrict g_retain, std::uint32_t keep_forget,
     std::uint32_t keep_retain) {
   for (int i = 0; i < kWordBits; ++i) {
     add_products<forget, retain>(
@@ -40,14 +37,8 @@ inline __attribute__((always_inline)) void add_word(
 
 template <bool forget, bool retain, typename T>
 void add_strip(
-    LaneSums& sums,
-    const RawList& forget_list,
-    const RawList& retain_list,
-    const RawList& bits,
-    bool mask_retain,
-    size_t t,
-    std::int64_t start,
-    int n) {
+    LaneSums& sums, const RawList& forget_list, const RawList& retain_list, const RawList& bits, bool mask_retain,
+    size_t t, std::int64_t start, int n) {
   T forget_buffer[kStrip], retain_buffer[kStrip];
   const T* f = forget ? load_strip(forget_list, t, start, n, forget_buffer) : nullptr;
   const T* r = retain ? load_strip(retain_list, t, start, n, retain_buffer) : nullptr;
@@ -88,10 +79,7 @@ Products sum_of(const RawList& f, const RawList& r, const RawList& bits, bool ma
 }
 
 void sum_products(
-    const TensorList& forget_grads,
-    const TensorList& retain_grads,
-    const TensorList& bits,
-    bool mask_retain,
+    const TensorList& forget_grads, const TensorList& retain_grads, const TensorList& bits, bool mask_retain,
     const Tensor& result) {
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
   const RawList f(forget_grads), r(retain_grads), b(bits);

@@ -22,10 +22,7 @@ struct WordPointers {
 // With a constant trip count and lanes that do not alias the compiler turns this loop into full-width vector code.
 template <Rule rule, bool forget, bool retain, bool interpolate, typename T>
 inline __attribute__((always_inline)) void update_word(
-    const WordPointers<T>& p,
-    std::uint32_t keep_forget,
-    std::uint32_t keep_retain,
-    std::uint32_t touch,
+    const WordPointers<T>& p, std::uint32_t keep_forget, std::uint32_t keep_retain, std::uint32_t touch,
     const StepScalars<T>& s) {
   constexpr bool with_exp_avg = (forget || retain) && has_exp_avg(rule);
   constexpr bool with_exp_avg_sq = (forget || retain) && has_exp_avg_sq(rule);
@@ -37,8 +34,9 @@ inline __attribute__((always_inline)) void update_word(
   const T* __restrict g_retain = p.retain;
   UNLEARN_LANES
   for (int i = 0; i < kWordBits; ++i) {
-    WeightState<T> w{theta[i], with_exp_avg ? exp_avg[i] : T(0), with_exp_avg_sq ? exp_avg_sq[i] : T(0),
-                     interpolate ? slow[i] : T(0)};
+    WeightState<T> w{
+        theta[i], with_exp_avg ? exp_avg[i] : T(0), with_exp_avg_sq ? exp_avg_sq[i] : T(0),
+        interpolate ? slow[i] : T(0)};
     w = update_weight<rule, forget, retain, interpolate>(
         w, forget ? g_forget[i] : T(0), retain ? g_retain[i] : T(0), lane_mask<T>(keep_forget, i),
         lane_mask<T>(keep_retain, i), lane_mask<T>(touch, i), s);
@@ -52,12 +50,7 @@ inline __attribute__((always_inline)) void update_word(
 // Writes a strip of half-width weights. A weight that may not be touched keeps its stored bits: converting a NaN
 // there and back would change its payload.
 void store_half(
-    const StepLists& lists,
-    const StepCall& call,
-    size_t t,
-    std::int64_t start,
-    int n,
-    const float* values) {
+    const StepLists& lists, const StepCall& call, size_t t, std::int64_t start, int n, const float* values) {
   std::uint16_t* to = lists.weights.at<std::uint16_t>(t, start);
   if (lists.weights.dtype[t] == ScalarType::BFloat16 && !call.stochastic && !call.protect) {
     UNLEARN_LANES
@@ -86,12 +79,7 @@ void store_half(
 
 template <Rule rule, bool forget, bool retain, bool interpolate, typename T>
 void update_strip(
-    const StepLists& lists,
-    const StepCall& call,
-    const StepScalars<T>& s,
-    size_t t,
-    std::int64_t start,
-    int n) {
+    const StepLists& lists, const StepCall& call, const StepScalars<T>& s, size_t t, std::int64_t start, int n) {
   // Load: in the opmath type, in place where that is the tensor's own.
   T theta_buffer[kStrip], forget_buffer[kStrip], retain_buffer[kStrip];
   const bool in_place = lists.weights.dtype[t] == kOpmath<T>;
@@ -112,8 +100,8 @@ void update_strip(
   const auto moved = [](auto* pointer, int offset) { return pointer ? pointer + offset : pointer; };
   PaddedWord<T> padded[6];
   for (int offset = 0; offset < n; offset += kWordBits) {
-    const WordPointers<T> in_memory{moved(theta, offset), moved(exp_avg, offset),    moved(exp_avg_sq, offset),
-                              moved(slow, offset),  moved(g_forget, offset), moved(g_retain, offset)};
+    const WordPointers<T> in_memory{moved(theta, offset), moved(exp_avg, offset),  moved(exp_avg_sq, offset),
+                                    moved(slow, offset),  moved(g_forget, offset), moved(g_retain, offset)};
     const int lanes = n - offset;
     WordPointers<T> p = in_memory;
     if (lanes < kWordBits) {

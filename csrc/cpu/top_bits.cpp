@@ -31,12 +31,7 @@ void score_strip(const T* values, const T* other, const TopOptions& options, int
 // The scores of n weights, in the tensor's own memory or in `buffer`. Every pass must see the same bits, so there is
 // one copy of this code: inlined twice, it could be contracted to fused multiplications in two ways.
 template <typename T>
-__attribute__((noinline)) const T* load_scores(
-    const ScoredList& list,
-    size_t t,
-    std::int64_t start,
-    int n,
-    T* buffer) {
+__attribute__((noinline)) const T* load_scores(const ScoredList& list, size_t t, std::int64_t start, int n, T* buffer) {
   if constexpr (sizeof(T) == 8) {
     if (!list.is_f64(t)) { // the opmath type is the tensor's, whatever the others are; widening keeps the order
       float narrow[kStrip];
@@ -109,12 +104,8 @@ inline __attribute__((always_inline)) std::uint32_t above_of(const RadixSearch<K
 // wait for one that has just been written, were measured to be slower.
 template <typename T>
 void count_digits(
-    const ScoredList& list,
-    const WorkRange& work,
-    std::int64_t pieces,
-    std::int64_t piece,
-    const RadixSearch<bits_t<T>> search,
-    std::int64_t* counts) {
+    const ScoredList& list, const WorkRange& work, std::int64_t pieces, std::int64_t piece,
+    const RadixSearch<bits_t<T>> search, std::int64_t* counts) {
   std::fill_n(counts, kBins, 0);
   visit_piece(work, pieces, piece, [&](size_t t, std::int64_t begin, std::int64_t count) {
     for_each_word<T>(list, t, begin, count, [&](std::int64_t, std::uint32_t valid, const bits_t<T>* keys) {
@@ -133,14 +124,8 @@ void count_digits(
 // Writes the words of a piece that keeps the first `left` of its ties.
 template <typename T>
 void write_piece(
-    const ScoredList& list,
-    const WorkRange& work,
-    std::int64_t pieces,
-    std::int64_t piece,
-    const RadixSearch<bits_t<T>> search,
-    std::int64_t left,
-    const RawList& bits,
-    std::int64_t* kept) {
+    const ScoredList& list, const WorkRange& work, std::int64_t pieces, std::int64_t piece,
+    const RadixSearch<bits_t<T>> search, std::int64_t left, const RawList& bits, std::int64_t* kept) {
   visit_piece(work, pieces, piece, [&](size_t t, std::int64_t begin, std::int64_t count) {
     std::int64_t sum = 0;
     std::uint32_t* words = bits.at<std::uint32_t>(t, 0);
@@ -179,10 +164,7 @@ void select_top(const ScoredList& list, const WorkRange& work, const RawList& bi
 }
 
 void write_top_bits(
-    const TensorList& scores,
-    const TensorList& other,
-    const TopOptions& options,
-    const TensorList& bits,
+    const TensorList& scores, const TensorList& other, const TopOptions& options, const TensorList& bits,
     const Tensor& counts) {
   std::int64_t* kept = static_cast<std::int64_t*>(counts.data_ptr());
   std::fill(kept, kept + scores.size(), 0);

@@ -29,11 +29,7 @@ struct UpdateBuffers {
 
 template <bool forget, bool retain, bool interpolate, typename T>
 inline UpdateStrip<T> load_update(
-    const UpdateLists& lists,
-    size_t t,
-    std::int64_t start,
-    int n,
-    UpdateBuffers<T>& buffers) {
+    const UpdateLists& lists, size_t t, std::int64_t start, int n, UpdateBuffers<T>& buffers) {
   UpdateStrip<T> strip;
   strip.theta = load_words(lists.weights, t, start, n, buffers.theta);
   if constexpr (interpolate) strip.slow = load_words(lists.slow, t, start, n, buffers.slow);
@@ -51,8 +47,8 @@ void with_parts_of(const UpdateCall& call, const Body& body) {
 // Calls body(scalars, tensor, first weight, number of weights) for every strip of a block, with the scalars in the
 // tensor's opmath type.
 template <typename Body>
-void visit_update_block(const UpdateLists& lists, const double* scalars, const WorkRange& work, std::int64_t block,
-                        const Body& body) {
+void visit_update_block(
+    const UpdateLists& lists, const double* scalars, const WorkRange& work, std::int64_t block, const Body& body) {
   const StepScalars<float> f32(scalars);
   const StepScalars<double> f64(scalars);
   work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
@@ -70,11 +66,7 @@ void visit_update_block(const UpdateLists& lists, const double* scalars, const W
 
 template <bool forget, bool retain, bool interpolate, typename T>
 inline __attribute__((always_inline)) void updated_word(
-    const UpdateStrip<T>& p,
-    int offset,
-    std::uint32_t keep_forget,
-    std::uint32_t keep_retain,
-    const StepScalars<T>& s,
+    const UpdateStrip<T>& p, int offset, std::uint32_t keep_forget, std::uint32_t keep_retain, const StepScalars<T>& s,
     T* __restrict result) {
   const T* __restrict theta = p.theta + offset;
   const T* __restrict slow = interpolate ? p.slow + offset : nullptr;
@@ -92,13 +84,8 @@ inline __attribute__((always_inline)) void updated_word(
 
 template <bool forget, bool retain, bool interpolate, typename T>
 void updated_strip(
-    const UpdateLists& lists,
-    const RawList& results,
-    bool mask_retain,
-    const StepScalars<T>& s,
-    size_t t,
-    std::int64_t start,
-    int n) {
+    const UpdateLists& lists, const RawList& results, bool mask_retain, const StepScalars<T>& s, size_t t,
+    std::int64_t start, int n) {
   UpdateBuffers<T> buffers;
   T result_buffer[kStrip];
   const UpdateStrip<T> strip = load_update<forget, retain, interpolate>(lists, t, start, n, buffers);
@@ -152,14 +139,8 @@ struct GradientStrip {
 // sums: whether the scalars' gradients are needed; without them no operand is read.
 template <bool sums, bool forget, bool retain, bool interpolate, typename T>
 inline __attribute__((always_inline)) void differentiate_word(
-    const T* __restrict d,
-    const UpdateStrip<T>& p,
-    int offset,
-    std::uint32_t keep_forget,
-    std::uint32_t keep_retain,
-    const StepScalars<T>& s,
-    const GradientStrip<T>& to,
-    UpdateLaneSums& lanes) {
+    const T* __restrict d, const UpdateStrip<T>& p, int offset, std::uint32_t keep_forget, std::uint32_t keep_retain,
+    const StepScalars<T>& s, const GradientStrip<T>& to, UpdateLaneSums& lanes) {
   const T* __restrict theta = sums ? p.theta + offset : nullptr;
   const T* __restrict slow = sums && interpolate ? p.slow + offset : nullptr;
   const T* __restrict g_forget = sums && forget ? p.forget + offset : nullptr;
@@ -187,14 +168,8 @@ inline __attribute__((always_inline)) void differentiate_word(
 
 template <bool sums, bool forget, bool retain, bool interpolate, typename T>
 void differentiate_strip(
-    const UpdateLists& lists,
-    const UpdateGradientLists& gradients,
-    bool mask_retain,
-    const StepScalars<T>& s,
-    size_t t,
-    std::int64_t start,
-    int n,
-    UpdateLaneSums& lanes) {
+    const UpdateLists& lists, const UpdateGradientLists& gradients, bool mask_retain, const StepScalars<T>& s, size_t t,
+    std::int64_t start, int n, UpdateLaneSums& lanes) {
   UpdateBuffers<T> buffers, results;
   T output_buffer[kStrip];
   const T* d = load_words(gradients.grad_output, t, start, n, output_buffer);
@@ -203,8 +178,9 @@ void differentiate_strip(
   const auto place = [&](const RawList& list, T* buffer) {
     return list.empty() ? buffer : place_words(list, t, start, n, buffer);
   };
-  const GradientStrip<T> to{place(gradients.weights, results.theta), place(gradients.slow, results.slow),
-                            place(gradients.forget, results.forget), place(gradients.retain, results.retain)};
+  const GradientStrip<T> to{
+      place(gradients.weights, results.theta), place(gradients.slow, results.slow),
+      place(gradients.forget, results.forget), place(gradients.retain, results.retain)};
   for (int offset = 0; offset < n; offset += kWordBits) {
     const std::uint32_t word = word_at(lists.bits, t, (start + offset) / kWordBits);
     differentiate_word<sums, forget, retain, interpolate>(
@@ -221,8 +197,9 @@ void differentiate_strip(
 
 void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs, const UpdateGradients& gradients) {
   const UpdateLists lists(call);
-  const UpdateGradientLists to{RawList(grad_outputs), RawList(gradients.weights), RawList(gradients.slow),
-                               RawList(gradients.forget), RawList(gradients.retain)};
+  const UpdateGradientLists to{
+      RawList(grad_outputs), RawList(gradients.weights), RawList(gradients.slow), RawList(gradients.forget),
+      RawList(gradients.retain)};
   const double* scalars = static_cast<const double*>(call.scalars.data_ptr());
   const WorkRange work(sizes_of(call.weights));
   const bool for_scalars = gradients.scalars.numel() != 0;

@@ -44,10 +44,11 @@ class Partials {
   // Writes the sum of them all; needs at least one.
   void combine(const OnDevice& device, const char* op, Partial* result) const {
     Partial *from = data(), *to = from + count_;
-    for (std::int64_t count = count_, groups; ; count = groups) {
+    for (std::int64_t count = count_, groups;; count = groups) {
       groups = groups_of(count);
-      device.launch(op, combine_kernel<Partial>, std::uint32_t(groups), static_cast<const Partial*>(from), count,
-                    groups == 1 ? result : to);
+      device.launch(
+          op, combine_kernel<Partial>, std::uint32_t(groups), static_cast<const Partial*>(from), count,
+          groups == 1 ? result : to);
       if (groups == 1) return;
       std::swap(from, to);
     }

@@ -13,10 +13,10 @@
 namespace unlearn {
 namespace {
 
-constexpr int kQuad = 4;                              // lanes of a thread
-constexpr int kGroup = kWordBits / kQuad;             // threads that share a block of words
-constexpr int kGroups = kThreads / kGroup;            // blocks of words in a thread block
-constexpr int kAhead = 4;                             // words whose loads are under way at once
+constexpr int kQuad = 4;                   // lanes of a thread
+constexpr int kGroup = kWordBits / kQuad;  // threads that share a block of words
+constexpr int kGroups = kThreads / kGroup; // blocks of words in a thread block
+constexpr int kAhead = 4;                  // words whose loads are under way at once
 
 // Four numbers as they are stored; float64 is read when it is needed.
 struct Quad {
@@ -49,8 +49,8 @@ __device__ __forceinline__ void widen(
 // A group of threads sums one block of words as csrc/cpu/products.cpp does: lane i of every word into sum i, then the
 // 32 sums by the tree of combine_in_fixed_order.
 template <bool forget, bool retain>
-__global__ void __launch_bounds__(kThreads) products_kernel(
-    const __grid_constant__ Table table, bool has_bits, bool mask_retain, Products* partials) {
+__global__ void __launch_bounds__(kThreads)
+    products_kernel(const __grid_constant__ Table table, bool has_bits, bool mask_retain, Products* partials) {
   __shared__ Products sums[kThreads];
   const int member = threadIdx.x % kGroup;
   const std::int64_t block = std::int64_t(blockIdx.x) * kGroups + threadIdx.x / kGroup;
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
           const int n = size - i < kQuad ? int(size - i) : kQuad; // not positive beyond the end
           if constexpr (forget) load(f_quad[a], f_storage, f_base, i, n);
           if constexpr (retain) load(r_quad[a], r_storage, r_base, i, n);
-          keep[a] = bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - first_word] >> (member * kQuad) : ~0u;
+          keep[a] =
+              bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - first_word] >> (member * kQuad) : ~0u;
         }
       }
 #pragma unroll
@@ -116,10 +117,7 @@ std::int64_t blocks_of(std::int64_t words) {
 }
 
 void sum_products(
-    const TensorList& forget_grads,
-    const TensorList& retain_grads,
-    const TensorList& bits,
-    bool mask_retain,
+    const TensorList& forget_grads, const TensorList& retain_grads, const TensorList& bits, bool mask_retain,
     const Tensor& result) {
   const OnDevice device(result);
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
@@ -142,8 +140,9 @@ void sum_products(
   Products* next = partials.data();
   columns.for_each_table(sizes, word_count, every_tensor, [&](const Table& table) {
     const std::int64_t blocks = blocks_of(table.units);
-    device.launch("gradient_products", kernel, std::uint32_t((blocks + kGroups - 1) / kGroups), table, !bits.empty(),
-                  mask_retain, next);
+    device.launch(
+        "gradient_products", kernel, std::uint32_t((blocks + kGroups - 1) / kGroups), table, !bits.empty(), mask_retain,
+        next);
     next += blocks;
   });
   partials.combine(device, "gradient_products", static_cast<Products*>(result.data_ptr()));

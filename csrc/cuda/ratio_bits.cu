@@ -48,11 +48,8 @@ __global__ void __launch_bounds__(kThreads) ratio_kernel(
 }
 
 void write_ratio_bits(
-    const TensorList& forget_fisher,
-    const TensorList& retain_fisher,
-    const RatioOptions& options,
-    const TensorList& bits,
-    const Tensor& counts) {
+    const TensorList& forget_fisher, const TensorList& retain_fisher, const RatioOptions& options,
+    const TensorList& bits, const Tensor& counts) {
   const OnDevice device(forget_fisher[0]);
   device.zero("ratio_bits", counts);
   auto* kept = static_cast<unsigned long long*>(counts.data_ptr());

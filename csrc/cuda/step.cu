@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kThreads)
     Octet<T> stored, stored_exp_avg, stored_exp_avg_sq, stored_slow, stored_forget, stored_retain;
     load_octet(stored, weights_storage, table.pointer(Columns::weights, t), i, n);
     if constexpr (with_exp_avg) load_octet(stored_exp_avg, state_storage, table.pointer(Columns::exp_avg, t), i, n);
-    if constexpr (with_exp_avg_sq) load_octet(stored_exp_avg_sq, state_storage, table.pointer(Columns::exp_avg_sq, t), i, n);
+    if constexpr (with_exp_avg_sq)
+      load_octet(stored_exp_avg_sq, state_storage, table.pointer(Columns::exp_avg_sq, t), i, n);
     if constexpr (interpolate) load_octet(stored_slow, state_storage, table.pointer(Columns::slow, t), i, n);
     if constexpr (forget) load_octet(stored_forget, forget_storage, table.pointer(Columns::forget_grads, t), i, n);
     if constexpr (retain) load_octet(stored_retain, retain_storage, table.pointer(Columns::retain_grads, t), i, n);
@@ -105,8 +106,9 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (retain) widen(stored_retain, retain_storage, g_retain);
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
-      WeightState<T> w{theta[k], with_exp_avg ? exp_avg[k] : T(0), with_exp_avg_sq ? exp_avg_sq[k] : T(0),
-                       interpolate ? slow[k] : T(0)};
+      WeightState<T> w{
+          theta[k], with_exp_avg ? exp_avg[k] : T(0), with_exp_avg_sq ? exp_avg_sq[k] : T(0),
+          interpolate ? slow[k] : T(0)};
       w = update_weight<rule, forget, retain, interpolate>(
           w, forget ? g_forget[k] : T(0), retain ? g_retain[k] : T(0), lane_mask<T>(mask, k),
           lane_mask<T>(keep_retain, k), lane_mask<T>(touch, k), s);
@@ -115,7 +117,8 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (with_exp_avg_sq) exp_avg_sq[k] = w.exp_avg_sq;
       if constexpr (interpolate) slow[k] = w.slow;
     }
-    store_weights(launch, table.index(t), weights_storage, table.pointer(Columns::weights, t), i, n, touch, stored, theta);
+    store_weights(
+        launch, table.index(t), weights_storage, table.pointer(Columns::weights, t), i, n, touch, stored, theta);
     if constexpr (with_exp_avg) store_octet(table.pointer(Columns::exp_avg, t), i, n, exp_avg);
     if constexpr (with_exp_avg_sq) store_octet(table.pointer(Columns::exp_avg_sq, t), i, n, exp_avg_sq);
     if constexpr (interpolate) store_octet(table.pointer(Columns::slow, t), i, n, slow);

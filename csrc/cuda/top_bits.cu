@@ -32,7 +32,7 @@ __device__ __forceinline__ void score_octet(Score score, const T* values, const 
   const T sf = T(o.forget_scale), sr = T(o.retain_scale), eps = T(o.eps);
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    to[k] = score == Score::value ? score_of<Score::value>(values[k], other[k], sf, sr, eps)
+    to[k] = score == Score::value   ? score_of<Score::value>(values[k], other[k], sf, sr, eps)
         : score == Score::magnitude ? score_of<Score::magnitude>(values[k], other[k], sf, sr, eps)
         : score == Score::product   ? score_of<Score::product>(values[k], other[k], sf, sr, eps)
                                     : score_of<Score::ratio>(values[k], other[k], sf, sr, eps);
@@ -225,10 +225,7 @@ __global__ void __launch_bounds__(kThreads) share_kernel(int pieces, TopState<Ke
 
 template <typename T>
 void select_top(
-    const OnDevice& device,
-    const Columns& columns,
-    const std::vector<std::int64_t>& sizes,
-    const TopOptions& options,
+    const OnDevice& device, const Columns& columns, const std::vector<std::int64_t>& sizes, const TopOptions& options,
     const Tensor& counts) {
   using Key = bits_t<T>;
   const char* op = "top_bits";
@@ -265,10 +262,7 @@ void select_top(
 }
 
 void write_top_bits(
-    const TensorList& scores,
-    const TensorList& other,
-    const TopOptions& options,
-    const TensorList& bits,
+    const TensorList& scores, const TensorList& other, const TopOptions& options, const TensorList& bits,
     const Tensor& counts) {
   const OnDevice device(scores[0]);
   device.zero("top_bits", counts);

@@ -19,13 +19,14 @@ namespace {
 // weights and gradients are looked up by tensor, in this order.
 struct UpdateLaunch {
   ScalarSource scalars;
-  int weights, forget, retain, slow, bits;                // operands
-  int grad_output, to_weights, to_forget, to_retain, to_slow;  // results, but for grad_output
+  int weights, forget, retain, slow, bits;                    // operands
+  int grad_output, to_weights, to_forget, to_retain, to_slow; // results, but for grad_output
   int weights_storage, forget_storage, retain_storage, grad_output_storage;
   bool mask_retain, sums;
 };
 
-__device__ __forceinline__ void round_and_store(Storage storage, char* base, std::int64_t begin, int n, const float* values) {
+__device__ __forceinline__ void round_and_store(
+    Storage storage, char* base, std::int64_t begin, int n, const float* values) {
   if (storage == Storage::f32) {
     store_octet(base, begin, n, values);
   } else if (storage == Storage::f64) {
@@ -79,8 +80,10 @@ __device__ __forceinline__ void load_operands(
   constexpr Storage state_storage = sizeof(T) == 8 ? Storage::f64 : Storage::f32;
   load_values(table.storage(launch.weights_storage, t), table.pointer(launch.weights, t), i, n, x.theta);
   if constexpr (interpolate) load_values(state_storage, table.pointer(launch.slow, t), i, n, x.slow);
-  if constexpr (forget) load_values(table.storage(launch.forget_storage, t), table.pointer(launch.forget, t), i, n, x.forget);
-  if constexpr (retain) load_values(table.storage(launch.retain_storage, t), table.pointer(launch.retain, t), i, n, x.retain);
+  if constexpr (forget)
+    load_values(table.storage(launch.forget_storage, t), table.pointer(launch.forget, t), i, n, x.forget);
+  if constexpr (retain)
+    load_values(table.storage(launch.retain_storage, t), table.pointer(launch.retain, t), i, n, x.retain);
 }
 
 template <bool forget, bool retain, bool interpolate, typename T>
@@ -97,10 +100,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       const WeightState<T> before{x.theta[k], T(0), T(0), x.slow[k]};
-      x.theta[k] = update_weight<Rule::sgd, forget, retain, interpolate>(
-                       before, x.forget[k], x.retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k),
-                       ~bits_t<T>(0), s)
-                       .theta;
+      x.theta[k] =
+          update_weight<Rule::sgd, forget, retain, interpolate>(
+              before, x.forget[k], x.retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k), ~bits_t<T>(0), s)
+              .theta;
     }
     round_and_store(table.storage(launch.weights_storage, t), table.pointer(launch.to_weights, t), i, n, x.theta);
   });
@@ -261,8 +264,9 @@ void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs
   partials.combine(device, op, total);
   // The scalars' gradients belong where the scalars are.
   Tensor on_device = empty_flat(call.weights[0], kScalarCount, ScalarType::Double);
-  device.launch(op, scalar_gradients_kernel, 1, static_cast<const UpdateSums*>(total), call.stepped(),
-                !call.slow.empty(), launch.scalars, static_cast<double*>(on_device.data_ptr()));
+  device.launch(
+      op, scalar_gradients_kernel, 1, static_cast<const UpdateSums*>(total), call.stepped(), !call.slow.empty(),
+      launch.scalars, static_cast<double*>(on_device.data_ptr()));
   Tensor result = gradients.scalars;
   torch::stable::copy_(result, on_device);
 }

@@ -40,8 +40,8 @@ enum ScalarIndex : int {
   kBiasCorrection1, // 1 - beta1^step
   kBiasCorrection2, // 1 - beta2^step
   kSlowRate,
-  kInverseScale,    // 1 / loss scale, multiplies both gradients
-  kSkip,            // non-zero: a gradient was not finite, nothing may be written
+  kInverseScale, // 1 / loss scale, multiplies both gradients
+  kSkip,         // non-zero: a gradient was not finite, nothing may be written
   kScalarCount
 };
 
@@ -50,12 +50,12 @@ template <typename T>
 struct StepScalars {
   T lr, forget_scale, retain_scale, momentum, weight_decay, slow_rate;
   T lerp_weight, beta2, one_minus_beta2, eps;
-  bits_t<T> from_exp_avg;    // all ones where exp_avg is interpolated from its old value, not from the gradient
-  T step_size;             // lr / bias_correction1
+  bits_t<T> from_exp_avg; // all ones where exp_avg is interpolated from its old value, not from the gradient
+  T step_size;            // lr / bias_correction1
   T sqrt_bias_correction2;
-  T keep_after_decay;      // 1 - lr * weight_decay, the decoupled decay of AdamW
-  T keep_of_slow;          // 1 - slow_rate
-  bits_t<T> decays;        // all zeros without weight decay: 0 * inf would make an infinite weight a NaN
+  T keep_after_decay; // 1 - lr * weight_decay, the decoupled decay of AdamW
+  T keep_of_slow;     // 1 - slow_rate
+  bits_t<T> decays;   // all zeros without weight decay: 0 * inf would make an infinite weight a NaN
 
   UNLEARN_INLINE explicit StepScalars(const double* s)
       : lr(T(s[kLr])),
@@ -113,12 +113,7 @@ UNLEARN_INLINE void apply_rule(WeightState<T>& w, T g, const StepScalars<T>& s) 
 // all (protect=True clears it), so that a protected weight keeps its exact bits, moments and slow weight included.
 template <Rule rule, bool forget, bool retain, bool interpolate, typename T>
 UNLEARN_INLINE WeightState<T> update_weight(
-    const WeightState<T>& before,
-    T g_forget,
-    T g_retain,
-    bits_t<T> keep_forget,
-    bits_t<T> keep_retain,
-    bits_t<T> touch,
+    const WeightState<T>& before, T g_forget, T g_retain, bits_t<T> keep_forget, bits_t<T> keep_retain, bits_t<T> touch,
     const StepScalars<T>& s) {
   WeightState<T> after = before;
   if constexpr (forget || retain) {
@@ -176,12 +171,7 @@ struct UpdateGradient {
 // Template parameters and masks as for update_weight. The terms are exact in double for float operands.
 template <bool forget, bool retain, bool interpolate, typename T>
 UNLEARN_INLINE UpdateGradient<T> update_gradient(
-    T d,
-    const WeightState<T>& before,
-    T g_forget,
-    T g_retain,
-    bits_t<T> keep_forget,
-    bits_t<T> keep_retain,
+    T d, const WeightState<T>& before, T g_forget, T g_retain, bits_t<T> keep_forget, bits_t<T> keep_retain,
     const StepScalars<T>& s) {
   UpdateGradient<T> gradient{};
   const T d_fast = interpolate ? s.slow_rate * d : d; // of theta before the interpolation
@@ -209,11 +199,7 @@ UNLEARN_INLINE UpdateGradient<T> update_gradient(
 // The gradients of the scalars `s`, in their layout, from the sums over all weights. Sums of parts that are absent
 // are zero, and so are the gradients of scalars that the step did not use.
 UNLEARN_INLINE void update_scalar_gradients(
-    const UpdateSums& sums,
-    bool stepped,
-    bool interpolate,
-    const double* s,
-    double* gradients) {
+    const UpdateSums& sums, bool stepped, bool interpolate, const double* s, double* gradients) {
   for (int i = 0; i < kScalarCount; ++i) gradients[i] = 0.0;
   const double forget = s[kForgetWeight] * s[kForgetClip] * sums.forget;
   const double retain = s[kRetainWeight] * s[kRetainClip] * sums.retain;

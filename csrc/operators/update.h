@@ -29,14 +29,8 @@ struct UpdateGradients {
 
 // The checks and the arrangement that the function and its derivative have in common.
 inline void arrange_update(
-    const char* op,
-    TensorList& weights,
-    TensorList& slow,
-    TensorList& forget_grads,
-    TensorList& retain_grads,
-    TensorList& bits,
-    const Tensor& scalars,
-    TensorList* grad_outputs = nullptr) {
+    const char* op, TensorList& weights, TensorList& slow, TensorList& forget_grads, TensorList& retain_grads,
+    TensorList& bits, const Tensor& scalars, TensorList* grad_outputs = nullptr) {
   if (weights.empty()) fail(std::string(op) + ": weights: expected at least one tensor, got none");
   check_scalars(op, scalars, weights[0]);
   if (forget_grads.empty() && retain_grads.empty() && slow.empty()) {
@@ -58,13 +52,8 @@ inline void arrange_update(
 // run(call, results): the backend's kernel. Without gradients only the interpolation happens.
 template <auto run>
 TensorList update(
-    TensorList weights,
-    TensorList slow,
-    TensorList forget_grads,
-    TensorList retain_grads,
-    TensorList bits,
-    Tensor scalars,
-    bool mask_retain) {
+    TensorList weights, TensorList slow, TensorList forget_grads, TensorList retain_grads, TensorList bits,
+    Tensor scalars, bool mask_retain) {
   arrange_update("update", weights, slow, forget_grads, retain_grads, bits, scalars);
   TensorList results;
   results.reserve(weights.size());
@@ -77,19 +66,9 @@ TensorList update(
 // once, and sums the gradients of the scalars in the same pass and in a fixed order.
 template <auto run>
 std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> update_backward(
-    TensorList grad_outputs,
-    TensorList weights,
-    TensorList slow,
-    TensorList forget_grads,
-    TensorList retain_grads,
-    TensorList bits,
-    Tensor scalars,
-    bool mask_retain,
-    bool for_weights,
-    bool for_slow,
-    bool for_forget,
-    bool for_retain,
-    bool for_scalars) {
+    TensorList grad_outputs, TensorList weights, TensorList slow, TensorList forget_grads, TensorList retain_grads,
+    TensorList bits, Tensor scalars, bool mask_retain, bool for_weights, bool for_slow, bool for_forget,
+    bool for_retain, bool for_scalars) {
   arrange_update("update_backward", weights, slow, forget_grads, retain_grads, bits, scalars, &grad_outputs);
   const auto gradients_of = [&](const TensorList& list, bool needed) {
     TensorList gradients;
@@ -98,9 +77,9 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> update_backwa
     }
     return gradients;
   };
-  const UpdateGradients gradients{gradients_of(weights, for_weights), gradients_of(slow, for_slow),
-                                  gradients_of(forget_grads, for_forget), gradients_of(retain_grads, for_retain),
-                                  empty_flat(scalars, for_scalars ? kScalarCount : 0, ScalarType::Double)};
+  const UpdateGradients gradients{
+      gradients_of(weights, for_weights), gradients_of(slow, for_slow), gradients_of(forget_grads, for_forget),
+      gradients_of(retain_grads, for_retain), empty_flat(scalars, for_scalars ? kScalarCount : 0, ScalarType::Double)};
   run(UpdateCall{weights, slow, forget_grads, retain_grads, bits, scalars, mask_retain}, grad_outputs, gradients);
   return {gradients.weights, gradients.slow, gradients.forget, gradients.retain, gradients.scalars};
 }

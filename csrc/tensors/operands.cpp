@@ -178,9 +178,10 @@ void Operands::fail_at(const char* argument, size_t index, const std::string& ex
 void Operands::check_length(NamedList list, bool may_be_absent) const {
   const auto& [argument, tensors] = list;
   if (tensors->size() == reference_.size() || (may_be_absent && tensors->empty())) return;
-  fail(std::string(op_) + ": " + argument + ": expected " + std::to_string(reference_.size()) +
-       " tensors (one for each of " + name_ + ")" + (may_be_absent ? " or none" : "") + ", got " +
-       std::to_string(tensors->size()));
+  fail(
+      std::string(op_) + ": " + argument + ": expected " + std::to_string(reference_.size()) +
+      " tensors (one for each of " + name_ + ")" + (may_be_absent ? " or none" : "") + ", got " +
+      std::to_string(tensors->size()));
 }
 
 void Operands::check_device(NamedList list) {
@@ -214,8 +215,8 @@ void Operands::check_state(NamedList list, bool required) {
   for (size_t i = 0; i < infos.size(); ++i) {
     const bool f64 = reference_infos_[i].dtype == ScalarType::Double;
     if ((infos[i].dtype == ScalarType::Double) != f64) {
-      fail_at(argument, i, f64 ? "dtype Double, as its weight is Double" : "dtype Float",
-              dtype_in_words(infos[i].dtype));
+      fail_at(
+          argument, i, f64 ? "dtype Double, as its weight is Double" : "dtype Float", dtype_in_words(infos[i].dtype));
     }
   }
 }
@@ -228,8 +229,9 @@ void Operands::check_bits(NamedList list, bool may_be_absent) {
     const TensorInfo& info = infos[i];
     const std::int64_t words = word_count(reference_infos_[i].numel);
     if (info.dtype != ScalarType::Int || info.dim != 1 || info.numel != words || !is_contiguous(info)) {
-      fail_at(argument, i, "contiguous words of dtype Int and shape [" + std::to_string(words) + "]",
-              dtype_in_words(info.dtype) + " and shape " + shape_of((*bits)[i]));
+      fail_at(
+          argument, i, "contiguous words of dtype Int and shape [" + std::to_string(words) + "]",
+          dtype_in_words(info.dtype) + " and shape " + shape_of((*bits)[i]));
     }
   }
   check_device(list);
@@ -255,9 +257,9 @@ void Operands::check_writable(std::initializer_list<NamedList> lists) {
   for (size_t i = 1; i < ranges.size(); ++i) {
     const WrittenRange &before = ranges[i - 1], &range = ranges[i];
     if (range.begin < before.end) {
-      fail_at(range.argument, range.index, "memory of its own",
-              std::string("a range of memory that overlaps ") + before.argument + "[" + std::to_string(before.index) +
-                  "]");
+      fail_at(
+          range.argument, range.index, "memory of its own",
+          std::string("a range of memory that overlaps ") + before.argument + "[" + std::to_string(before.index) + "]");
     }
   }
 }

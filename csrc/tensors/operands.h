@@ -138,8 +138,8 @@ class Operands {
   void write_back();
 
  private:
-  [[noreturn]] void fail_at(const char* argument, size_t index, const std::string& expected, const std::string& got)
-      const;
+  [[noreturn]] void fail_at(
+      const char* argument, size_t index, const std::string& expected, const std::string& got) const;
   void check_length(NamedList list, bool may_be_absent) const;
   void check_device(NamedList list);
   std::vector<TensorInfo>& infos_of(const TensorList& list);
@@ -150,7 +150,7 @@ class Operands {
   TensorList& reference_;
   std::vector<TensorInfo> reference_infos_;
   std::deque<std::pair<const TensorList*, std::vector<TensorInfo>>> infos_; // of the other lists
-  std::vector<std::pair<Tensor, Tensor>> written_copies_; // original, copy
+  std::vector<std::pair<Tensor, Tensor>> written_copies_;                   // original, copy
 };
 
 } // namespace unlearn
