@@ -27,16 +27,16 @@ struct Traffic {
 // One piece of a tensor. First: what the first updated stream holds, the weights; the others are float32. Read: what
 // the gradients hold.
 template <typename First, typename Read, int updated, int read>
-std::uint32_t pass(const Traffic& traffic, size_t t, std::int64_t first, std::int64_t count) {
-  First* to_first = updated ? traffic.updated.at<First>(t, first) : nullptr;
+std::uint32_t pass(const Traffic& traffic, size_t t, std::int64_t begin, std::int64_t count) {
+  First* to_first = updated ? traffic.updated.at<First>(t, begin) : nullptr;
   std::array<std::uint32_t*, kMaxUpdated> to{};
-  for (size_t s = 1; s < updated; ++s) to[s] = traffic.updated.at<std::uint32_t>(s * traffic.tensors + t, first);
+  for (size_t s = 1; s < updated; ++s) to[s] = traffic.updated.at<std::uint32_t>(s * traffic.tensors + t, begin);
   std::array<const Read*, kMaxRead> from{};
-  for (size_t s = 0; s < read; ++s) from[s] = traffic.read.at<Read>(s * traffic.tensors + t, first);
+  for (size_t s = 0; s < read; ++s) from[s] = traffic.read.at<Read>(s * traffic.tensors + t, begin);
 
   std::uint32_t sink[kWordBits] = {};
   const auto fold = [&](std::int64_t offset, int lanes) __attribute__((always_inline)) {
-    const std::int64_t word = (first + offset) / kWordBits;
+    const std::int64_t word = (begin + offset) / kWordBits;
     const std::uint32_t bits = traffic.words_read.empty() ? 0u : traffic.words_read.at<std::uint32_t>(t, 0)[word];
     UNLEARN_LANES
     for (int i = 0; i < lanes; ++i) {
@@ -65,10 +65,12 @@ using Pass = std::uint32_t (*)(const Traffic&, size_t, std::int64_t, std::int64_
 template <typename First, typename Read, int updated, int read>
 Pass select_counts(size_t updated_streams, size_t read_streams) {
   if constexpr (updated > 0) {
-    if (updated_streams < size_t(updated)) return select_counts<First, Read, updated - 1, read>(updated_streams, read_streams);
+    if (updated_streams < size_t(updated))
+      return select_counts<First, Read, updated - 1, read>(updated_streams, read_streams);
   }
   if constexpr (read > 0) {
-    if (read_streams < size_t(read)) return select_counts<First, Read, updated, read - 1>(updated_streams, read_streams);
+    if (read_streams < size_t(read))
+      return select_counts<First, Read, updated, read - 1>(updated_streams, read_streams);
   }
   return pass<First, Read, updated, read>;
 }
@@ -84,11 +86,7 @@ bool is_narrow(const TensorList& list) {
 }
 
 std::int64_t same_traffic(
-    TensorList updated,
-    TensorList read,
-    TensorList words_read,
-    TensorList words_written,
-    std::int64_t tensors,
+    TensorList updated, TensorList read, TensorList words_read, TensorList words_written, std::int64_t tensors,
     std::int64_t mask) {
   const size_t n = size_t(tensors), updated_streams = updated.size() / n, read_streams = read.size() / n;
   if (updated_streams > kMaxUpdated || read_streams > kMaxRead) {
@@ -96,16 +94,16 @@ std::int64_t same_traffic(
   }
   const Pass run = is_narrow(updated) ? select_read<std::uint16_t>(is_narrow(read), updated_streams, read_streams)
                                       : select_read<std::uint32_t>(is_narrow(read), updated_streams, read_streams);
-  const Traffic traffic{RawList(updated),       RawList(read), RawList(words_read),
-                        RawList(words_written), n,             std::uint32_t(mask)};
+  const Traffic traffic{RawList(updated),   RawList(read), RawList(words_read), RawList(words_written), n,
+                        std::uint32_t(mask)};
   std::vector<std::int64_t> sizes = sizes_of(updated.empty() ? read : updated);
   sizes.resize(n);
   const WorkRange work(std::move(sizes));
   std::uint32_t sink = 0;
   for_each_block(work, [&](std::int64_t block) {
     std::uint32_t all = 0;
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      all ^= run(traffic, t, first, count);
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      all ^= run(traffic, t, begin, count);
     });
     __atomic_fetch_xor(&sink, all, __ATOMIC_RELAXED);
   });
@@ -118,9 +116,9 @@ void triad(TensorList a, TensorList b, TensorList c, double scale) {
   const RawList to(a), left(b), right(c);
   const WorkRange work(sizes_of(a));
   for_each_block(work, [&](std::int64_t block) {
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      float* x = to.at<float>(t, first);
-      const float *y = left.at<float>(t, first), *z = right.at<float>(t, first);
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      float* x = to.at<float>(t, begin);
+      const float *y = left.at<float>(t, begin), *z = right.at<float>(t, begin);
       const float s = float(scale);
       UNLEARN_LANES
       for (std::int64_t i = 0; i < count; ++i) x[i] = y[i] + s * z[i];

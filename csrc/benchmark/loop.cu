@@ -18,27 +18,27 @@ struct Traffic {
   unsigned int* sink; // where the numbers go when there is no stream to write
 };
 
-__device__ __forceinline__ bool is_narrow(Code code) {
-  return code == Code::bfloat16 || code == Code::half;
+__device__ __forceinline__ bool is_narrow(Storage storage) {
+  return storage == Storage::bf16 || storage == Storage::f16;
 }
 
 // The stored bits of one number of an octet.
-__device__ __forceinline__ std::uint32_t stored_bits(const Octet<float>& octet, Code code, int k) {
-  return is_narrow(code) ? half_bits(octet, k) : octet.word[k];
+__device__ __forceinline__ std::uint32_t stored_bits(const Octet<float>& octet, Storage storage, int k) {
+  return is_narrow(storage) ? half_bits(octet.word, k) : octet.word[k];
 }
 
 __device__ __forceinline__ void store_bits(
-    char* base, Code code, std::int64_t first, int n, const std::uint32_t* bits) {
-  if (is_narrow(code)) {
+    char* base, Storage storage, std::int64_t begin, int n, const std::uint32_t* bits) {
+  if (is_narrow(storage)) {
     std::uint16_t narrow[kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) narrow[k] = std::uint16_t(bits[k]);
-    store_halves(base, first, n, narrow);
+    store_halves(base, begin, n, narrow);
   } else {
     float values[kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) values[k] = from_bits<float>(bits[k]);
-    store_octet(base, first, n, values);
+    store_octet(base, begin, n, values);
   }
 }
 
@@ -48,31 +48,31 @@ template <int updated, int read>
 __global__ void __launch_bounds__(kThreads)
     traffic_kernel(const __grid_constant__ Table table, const __grid_constant__ Traffic traffic) {
   const int t = table.tensor_of(blockIdx.x);
-  Code code[updated + read];
+  Storage storage[updated + read];
 #pragma unroll
   for (int s = 0; s < updated + read; ++s) {
-    const bool coded = s == 0 || s >= updated;
-    code[s] = coded ? table.code(s < updated ? 0 : s - updated + (updated > 0), t) : Code::single;
+    const bool mixed = s == 0 || s >= updated;
+    storage[s] = mixed ? table.storage(s < updated ? 0 : s - updated + (updated > 0), t) : Storage::f32;
   }
   std::uint32_t sink = 0;
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     Octet<float> stored[updated + read];
 #pragma unroll
-    for (int s = 0; s < updated + read; ++s) load_octet(stored[s], code[s], table.pointer(s, t), i, n);
+    for (int s = 0; s < updated + read; ++s) load_octet(stored[s], storage[s], table.pointer(s, t), i, n);
     const std::uint32_t byte = traffic.words_read ? load_mask(table.pointer(updated + read, t), i) : 0u;
     std::uint32_t all[kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       all[k] = byte;
 #pragma unroll
-      for (int s = updated; s < updated + read; ++s) all[k] ^= stored_bits(stored[s], code[s], k);
+      for (int s = updated; s < updated + read; ++s) all[k] ^= stored_bits(stored[s], storage[s], k);
     }
 #pragma unroll
     for (int s = 0; s < updated; ++s) {
       std::uint32_t bits[kOctet];
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) bits[k] = stored_bits(stored[s], code[s], k) ^ (all[k] & traffic.mask);
-      store_bits(table.pointer(s, t), code[s], i, n, bits);
+      for (int k = 0; k < kOctet; ++k) bits[k] = stored_bits(stored[s], storage[s], k) ^ (all[k] & traffic.mask);
+      store_bits(table.pointer(s, t), storage[s], i, n, bits);
     }
     std::uint32_t folded = 0;
 #pragma unroll
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kThreads) triad_kernel(const __grid_constant__
   const int t = table.tensor_of(blockIdx.x);
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     Octet<float> left, right;
-    load_octet(left, Code::single, table.pointer(1, t), i, n);
-    load_octet(right, Code::single, table.pointer(2, t), i, n);
+    load_octet(left, Storage::f32, table.pointer(1, t), i, n);
+    load_octet(right, Storage::f32, table.pointer(2, t), i, n);
     float values[kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
@@ -118,11 +118,7 @@ TrafficKernel select_counts(int updated_streams, int read_streams) {
 }
 
 std::int64_t same_traffic(
-    TensorList updated,
-    TensorList read,
-    TensorList words_read,
-    TensorList words_written,
-    std::int64_t tensors,
+    TensorList updated, TensorList read, TensorList words_read, TensorList words_written, std::int64_t tensors,
     std::int64_t mask) {
   const size_t n = size_t(tensors), updated_streams = updated.size() / n, read_streams = read.size() / n;
   if (updated_streams > kMaxUpdated || read_streams > kMaxRead || updated_streams + read_streams == 0) {
@@ -134,9 +130,9 @@ std::int64_t same_traffic(
   streams.reserve(updated_streams + read_streams);
   Columns columns;
   for (const TensorList* list : {&updated, &read}) {
-    for (size_t first = 0; first < list->size(); first += n) {
-      streams.emplace_back(TensorList(list->begin() + first, list->begin() + first + n));
-      columns.add(streams.back(), /*coded=*/list == &read || first == 0);
+    for (size_t begin = 0; begin < list->size(); begin += n) {
+      streams.emplace_back(TensorList(list->begin() + begin, list->begin() + begin + n));
+      columns.add(streams.back(), /*mixed=*/list == &read || begin == 0);
     }
   }
   const RawList masks(words_read), written(words_written);

@@ -18,12 +18,12 @@ void pack_all(const TensorList& masks, const TensorList& bits) {
   const RawList from(masks), to(bits);
   const WorkRange work(sizes_of(masks));
   for_each_block(work, [&](std::int64_t block) {
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      const std::uint8_t* flags = from.at<std::uint8_t>(t, first);
-      std::uint32_t* words = to.at<std::uint32_t>(t, 0) + first / kWordBits;
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      const std::uint8_t* flags = from.at<std::uint8_t>(t, begin);
+      std::uint32_t* words = to.at<std::uint32_t>(t, 0) + begin / kWordBits;
       for (std::int64_t done = 0; done < count; done += kWordBits) {
-        words[done / kWordBits] = count - done >= kWordBits ? pack_word(flags + done, kWordBits)
-                                                            : pack_word(flags + done, int(count - done));
+        words[done / kWordBits] =
+            count - done >= kWordBits ? pack_word(flags + done, kWordBits) : pack_word(flags + done, int(count - done));
       }
     });
   });
@@ -33,10 +33,10 @@ void unpack_all(const TensorList& bits, const TensorList& masks) {
   const RawList from(bits), to(masks);
   const WorkRange work(sizes_of(masks));
   for_each_block(work, [&](std::int64_t block) {
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      std::uint8_t* flags = to.at<std::uint8_t>(t, first);
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      std::uint8_t* flags = to.at<std::uint8_t>(t, begin);
       for (std::int64_t i = 0; i < count; ++i) {
-        flags[i] = std::uint8_t((word_at(from, t, (first + i) / kWordBits) >> (i % kWordBits)) & 1u);
+        flags[i] = std::uint8_t((word_at(from, t, (begin + i) / kWordBits) >> (i % kWordBits)) & 1u);
       }
     });
   });

@@ -21,8 +21,8 @@ void accumulate(const TensorList& fisher, const TensorList& grads, double weight
   const RawList f(fisher), g(grads);
   const WorkRange work(sizes_of(fisher));
   for_each_block(work, [&](std::int64_t block) {
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      for_each_strip(first, count, [&](std::int64_t start, int n) {
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      for_each_strip(begin, count, [&](std::int64_t start, int n) {
         if (f.dtype[t] == ScalarType::Double) {
           accumulate_strip<double>(f, g, weight, t, start, n);
         } else {

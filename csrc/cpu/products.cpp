@@ -2,6 +2,7 @@
 #include "../operators/gradient_products.h"
 
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 
 #include "strips.h"
 
@@ -25,10 +26,7 @@ struct LaneSums {
 
 template <bool forget, bool retain, typename T>
 inline __attribute__((always_inline)) void add_word(
-    LaneSums& sums,
-    const T* __restrict g_forget,
-    const T* __restrict g_retain,
-    std::uint32_t keep_forget,
+    LaneSums& sums, const T* __restrict g_forget, const T* __restrict g_retain, std::uint32_t keep_forget,
     std::uint32_t keep_retain) {
   for (int i = 0; i < kWordBits; ++i) {
     add_products<forget, retain>(
@@ -39,14 +37,8 @@ inline __attribute__((always_inline)) void add_word(
 
 template <bool forget, bool retain, typename T>
 void add_strip(
-    LaneSums& sums,
-    const RawList& forget_list,
-    const RawList& retain_list,
-    const RawList& bits,
-    bool mask_retain,
-    size_t t,
-    std::int64_t start,
-    int n) {
+    LaneSums& sums, const RawList& forget_list, const RawList& retain_list, const RawList& bits, bool mask_retain,
+    size_t t, std::int64_t start, int n) {
   T forget_buffer[kStrip], retain_buffer[kStrip];
   const T* f = forget ? load_strip(forget_list, t, start, n, forget_buffer) : nullptr;
   const T* r = retain ? load_strip(retain_list, t, start, n, retain_buffer) : nullptr;
@@ -70,10 +62,10 @@ Products sum_of(const RawList& f, const RawList& r, const RawList& bits, bool ma
   std::vector<Products> partials(size_t(std::max<std::int64_t>(work.blocks(), 1)));
   for_each_block(work, [&](std::int64_t block) {
     LaneSums sums;
-    work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-      const bool wide = (forget && f.dtype[t] == ScalarType::Double) || (retain && r.dtype[t] == ScalarType::Double);
-      for_each_strip(first, count, [&](std::int64_t start, int n) {
-        if (wide) {
+    work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+      const bool f64 = (forget && f.dtype[t] == ScalarType::Double) || (retain && r.dtype[t] == ScalarType::Double);
+      for_each_strip(begin, count, [&](std::int64_t start, int n) {
+        if (f64) {
           add_strip<forget, retain, double>(sums, f, r, bits, mask_retain, t, start, n);
         } else {
           add_strip<forget, retain, float>(sums, f, r, bits, mask_retain, t, start, n);
@@ -87,17 +79,14 @@ Products sum_of(const RawList& f, const RawList& r, const RawList& bits, bool ma
 }
 
 void sum_products(
-    const TensorList& forget_grads,
-    const TensorList& retain_grads,
-    const TensorList& bits,
-    bool mask_retain,
+    const TensorList& forget_grads, const TensorList& retain_grads, const TensorList& bits, bool mask_retain,
     const Tensor& result) {
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
   const RawList f(forget_grads), r(retain_grads), b(bits);
   const WorkRange work(sizes_of(forget ? forget_grads : retain_grads));
-  const Products sum = forget && retain ? sum_of<true, true>(f, r, b, mask_retain, work)
-      : forget                          ? sum_of<true, false>(f, r, b, mask_retain, work)
-                                        : sum_of<false, true>(f, r, b, mask_retain, work);
+  const Products sum = with_gradients(forget, retain, [&](auto forget, auto retain) {
+    return sum_of<forget.value, retain.value>(f, r, b, mask_retain, work);
+  });
   double* out = static_cast<double*>(result.data_ptr());
   out[0] = sum.forget_square;
   out[1] = sum.retain_square;

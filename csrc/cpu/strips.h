@@ -28,25 +28,25 @@ static_assert(kStrip % kWordBits == 0, "a strip is made of whole words");
 template <typename T>
 constexpr ScalarType kOpmath = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Converts `n` values from element `first` into `buffer`; the dtype differs from T.
+// Converts `n` values from element `begin` into `buffer`; the dtype differs from T.
 template <typename T>
-void convert_strip(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer);
+void convert_strip(const RawList& list, size_t tensor, std::int64_t begin, int n, T* buffer);
 
 // Rounds n floats to float16, to nearest even.
 void float_to_half(const float* from, std::uint16_t* to, int n);
 
-// Returns `n` values from element `first` in the opmath type: the tensor's own memory, or `buffer` after conversion.
+// Returns `n` values from element `begin` in the opmath type: the tensor's own memory, or `buffer` after conversion.
 template <typename T>
-inline const T* load_strip(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
-  if (list.dtype[tensor] == kOpmath<T>) return list.at<T>(tensor, first);
-  convert_strip(list, tensor, first, n, buffer);
+inline const T* load_strip(const RawList& list, size_t tensor, std::int64_t begin, int n, T* buffer) {
+  if (list.dtype[tensor] == kOpmath<T>) return list.at<T>(tensor, begin);
+  convert_strip(list, tensor, begin, n, buffer);
   return buffer;
 }
 
 // As load_strip, for loops over whole words: a partial last word is read from `buffer`, padded with zeros.
 template <typename T>
-inline const T* load_words(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
-  const T* values = load_strip(list, tensor, first, n, buffer);
+inline const T* load_words(const RawList& list, size_t tensor, std::int64_t begin, int n, T* buffer) {
+  const T* values = load_strip(list, tensor, begin, n, buffer);
   if (n % kWordBits == 0) return values;
   if (values != buffer) std::copy(values, values + n, buffer);
   std::fill(buffer + n, buffer + word_count(n) * kWordBits, T(0));
@@ -55,13 +55,13 @@ inline const T* load_words(const RawList& list, size_t tensor, std::int64_t firs
 
 // Where a loop over whole words may write its results: the tensor's own memory, or `buffer`.
 template <typename T>
-inline T* place_words(const RawList& list, size_t tensor, std::int64_t first, int n, T* buffer) {
-  return list.dtype[tensor] == kOpmath<T> && n % kWordBits == 0 ? list.at<T>(tensor, first) : buffer;
+inline T* place_words(const RawList& list, size_t tensor, std::int64_t begin, int n, T* buffer) {
+  return list.dtype[tensor] == kOpmath<T> && n % kWordBits == 0 ? list.at<T>(tensor, begin) : buffer;
 }
 
-// Rounds `n` values to the tensor's dtype, to nearest even, and writes them from element `first`.
+// Rounds `n` values to the tensor's dtype, to nearest even, and writes them from element `begin`.
 template <typename T>
-void store_strip(const RawList& list, size_t tensor, std::int64_t first, int n, const T* values);
+void store_strip(const RawList& list, size_t tensor, std::int64_t begin, int n, const T* values);
 
 // A tensor's last, partial word as a full one, so that the inner loops run over exactly 32 lanes and are
 // instantiated once. The padding is zero.
@@ -100,9 +100,9 @@ inline void for_each_block(const WorkRange& work, const Body& body) {
 
 // Cuts one piece of a tensor into strips: body(first weight, number of weights <= kStrip).
 template <typename Body>
-inline void for_each_strip(std::int64_t first, std::int64_t count, const Body& body) {
+inline void for_each_strip(std::int64_t begin, std::int64_t count, const Body& body) {
   for (std::int64_t done = 0; done < count; done += kStrip) {
-    body(first + done, int(std::min<std::int64_t>(kStrip, count - done)));
+    body(begin + done, int(std::min<std::int64_t>(kStrip, count - done)));
   }
 }
 

@@ -16,7 +16,7 @@ struct ScoredList {
   RawList values, other;
   const TopOptions& options;
 
-  bool is_wide(size_t t) const {
+  bool is_f64(size_t t) const {
     return values.dtype[t] == ScalarType::Double || (!other.empty() && other.dtype[t] == ScalarType::Double);
   }
 };
@@ -31,14 +31,9 @@ void score_strip(const T* values, const T* other, const TopOptions& options, int
 // The scores of n weights, in the tensor's own memory or in `buffer`. Every pass must see the same bits, so there is
 // one copy of this code: inlined twice, it could be contracted to fused multiplications in two ways.
 template <typename T>
-__attribute__((noinline)) const T* load_scores(
-    const ScoredList& list,
-    size_t t,
-    std::int64_t start,
-    int n,
-    T* buffer) {
+__attribute__((noinline)) const T* load_scores(const ScoredList& list, size_t t, std::int64_t start, int n, T* buffer) {
   if constexpr (sizeof(T) == 8) {
-    if (!list.is_wide(t)) { // the opmath type is the tensor's, whatever the others are; widening keeps the order
+    if (!list.is_f64(t)) { // the opmath type is the tensor's, whatever the others are; widening keeps the order
       float narrow[kStrip];
       const float* scores = load_scores<float>(list, t, start, n, narrow);
       std::copy(scores, scores + n, buffer);
@@ -75,8 +70,8 @@ void visit_piece(const WorkRange& work, std::int64_t pieces, std::int64_t piece,
 // Calls visit(word's index, its valid bits, the keys of its 32 weights) for a part of a tensor. T is the widest opmath
 // type in the list.
 template <typename T, typename Visit>
-void for_each_word(const ScoredList& list, size_t t, std::int64_t first, std::int64_t count, const Visit& visit) {
-  for_each_strip(first, count, [&](std::int64_t start, int n) {
+void for_each_word(const ScoredList& list, size_t t, std::int64_t begin, std::int64_t count, const Visit& visit) {
+  for_each_strip(begin, count, [&](std::int64_t start, int n) {
     T buffer[kStrip];
     const T* scores = load_scores(list, t, start, n, buffer);
     for (int offset = 0; offset < n; offset += kWordBits) {
@@ -109,15 +104,11 @@ inline __attribute__((always_inline)) std::uint32_t above_of(const RadixSearch<K
 // wait for one that has just been written, were measured to be slower.
 template <typename T>
 void count_digits(
-    const ScoredList& list,
-    const WorkRange& work,
-    std::int64_t pieces,
-    std::int64_t piece,
-    const RadixSearch<bits_t<T>> search,
-    std::int64_t* counts) {
+    const ScoredList& list, const WorkRange& work, std::int64_t pieces, std::int64_t piece,
+    const RadixSearch<bits_t<T>> search, std::int64_t* counts) {
   std::fill_n(counts, kBins, 0);
-  visit_piece(work, pieces, piece, [&](size_t t, std::int64_t first, std::int64_t count) {
-    for_each_word<T>(list, t, first, count, [&](std::int64_t, std::uint32_t valid, const bits_t<T>* keys) {
+  visit_piece(work, pieces, piece, [&](size_t t, std::int64_t begin, std::int64_t count) {
+    for_each_word<T>(list, t, begin, count, [&](std::int64_t, std::uint32_t valid, const bits_t<T>* keys) {
       std::uint32_t ties = ties_of(search, keys) & valid;
       if (ties == ~0u) { // as in the first pass
         std::uint32_t digits[kWordBits];
@@ -133,18 +124,12 @@ void count_digits(
 // Writes the words of a piece that keeps the first `left` of its ties.
 template <typename T>
 void write_piece(
-    const ScoredList& list,
-    const WorkRange& work,
-    std::int64_t pieces,
-    std::int64_t piece,
-    const RadixSearch<bits_t<T>> search,
-    std::int64_t left,
-    const RawList& bits,
-    std::int64_t* kept) {
-  visit_piece(work, pieces, piece, [&](size_t t, std::int64_t first, std::int64_t count) {
+    const ScoredList& list, const WorkRange& work, std::int64_t pieces, std::int64_t piece,
+    const RadixSearch<bits_t<T>> search, std::int64_t left, const RawList& bits, std::int64_t* kept) {
+  visit_piece(work, pieces, piece, [&](size_t t, std::int64_t begin, std::int64_t count) {
     std::int64_t sum = 0;
     std::uint32_t* words = bits.at<std::uint32_t>(t, 0);
-    for_each_word<T>(list, t, first, count, [&](std::int64_t word, std::uint32_t valid, const bits_t<T>* keys) {
+    for_each_word<T>(list, t, begin, count, [&](std::int64_t word, std::uint32_t valid, const bits_t<T>* keys) {
       std::uint32_t ties = ties_of(search, keys) & valid;
       if (count_word(ties) > left) ties = lowest_bits(ties, left);
       left -= count_word(ties);
@@ -179,10 +164,7 @@ void select_top(const ScoredList& list, const WorkRange& work, const RawList& bi
 }
 
 void write_top_bits(
-    const TensorList& scores,
-    const TensorList& other,
-    const TopOptions& options,
-    const TensorList& bits,
+    const TensorList& scores, const TensorList& other, const TopOptions& options, const TensorList& bits,
     const Tensor& counts) {
   std::int64_t* kept = static_cast<std::int64_t*>(counts.data_ptr());
   std::fill(kept, kept + scores.size(), 0);
@@ -193,9 +175,9 @@ void write_top_bits(
     return;
   }
   const WorkRange work(sizes_of(scores));
-  bool wide = false;
-  for (size_t t = 0; t < scores.size(); ++t) wide = wide || list.is_wide(t);
-  if (wide) {
+  bool f64 = false;
+  for (size_t t = 0; t < scores.size(); ++t) f64 = f64 || list.is_f64(t);
+  if (f64) {
     select_top<double>(list, work, words, kept);
   } else {
     select_top<float>(list, work, words, kept);

@@ -1,9 +1,8 @@
 // update and its derivative on the CPU.
 #include "../operators/update.h"
 
-#include <type_traits>
-
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 
 #include "strips.h"
 
@@ -30,11 +29,7 @@ struct UpdateBuffers {
 
 template <bool forget, bool retain, bool interpolate, typename T>
 inline UpdateStrip<T> load_update(
-    const UpdateLists& lists,
-    size_t t,
-    std::int64_t start,
-    int n,
-    UpdateBuffers<T>& buffers) {
+    const UpdateLists& lists, size_t t, std::int64_t start, int n, UpdateBuffers<T>& buffers) {
   UpdateStrip<T> strip;
   strip.theta = load_words(lists.weights, t, start, n, buffers.theta);
   if constexpr (interpolate) strip.slow = load_words(lists.slow, t, start, n, buffers.slow);
@@ -43,40 +38,25 @@ inline UpdateStrip<T> load_update(
   return strip;
 }
 
-// Calls body with the parts that a call has as compile-time constants: forget, retain, interpolate.
+// Calls body with the parts that a call has: forget, retain, interpolate.
 template <typename Body>
-void with_update_parts(const UpdateCall& call, const Body& body) {
-  const auto with_slow = [&](auto forget, auto retain) {
-    if (call.slow.empty()) {
-      body(forget, retain, std::false_type());
-    } else {
-      body(forget, retain, std::true_type());
-    }
-  };
-  if (!call.stepped()) {
-    body(std::false_type(), std::false_type(), std::true_type());
-  } else if (call.retain.empty()) {
-    with_slow(std::true_type(), std::false_type());
-  } else if (call.forget.empty()) {
-    with_slow(std::false_type(), std::true_type());
-  } else {
-    with_slow(std::true_type(), std::true_type());
-  }
+void with_parts_of(const UpdateCall& call, const Body& body) {
+  with_parts(!call.forget.empty(), !call.retain.empty(), !call.slow.empty(), body);
 }
 
 // Calls body(scalars, tensor, first weight, number of weights) for every strip of a block, with the scalars in the
 // tensor's opmath type.
 template <typename Body>
-void visit_update_block(const UpdateLists& lists, const double* scalars, const WorkRange& work, std::int64_t block,
-                        const Body& body) {
-  const StepScalars<float> single(scalars);
-  const StepScalars<double> wide(scalars);
-  work.visit_block(block, [&](size_t t, std::int64_t first, std::int64_t count) {
-    for_each_strip(first, count, [&](std::int64_t start, int n) {
+void visit_update_block(
+    const UpdateLists& lists, const double* scalars, const WorkRange& work, std::int64_t block, const Body& body) {
+  const StepScalars<float> f32(scalars);
+  const StepScalars<double> f64(scalars);
+  work.visit_block(block, [&](size_t t, std::int64_t begin, std::int64_t count) {
+    for_each_strip(begin, count, [&](std::int64_t start, int n) {
       if (lists.weights.dtype[t] == ScalarType::Double) {
-        body(wide, t, start, n);
+        body(f64, t, start, n);
       } else {
-        body(single, t, start, n);
+        body(f32, t, start, n);
       }
     });
   });
@@ -86,11 +66,7 @@ void visit_update_block(const UpdateLists& lists, const double* scalars, const W
 
 template <bool forget, bool retain, bool interpolate, typename T>
 inline __attribute__((always_inline)) void updated_word(
-    const UpdateStrip<T>& p,
-    int offset,
-    std::uint32_t keep_forget,
-    std::uint32_t keep_retain,
-    const StepScalars<T>& s,
+    const UpdateStrip<T>& p, int offset, std::uint32_t keep_forget, std::uint32_t keep_retain, const StepScalars<T>& s,
     T* __restrict result) {
   const T* __restrict theta = p.theta + offset;
   const T* __restrict slow = interpolate ? p.slow + offset : nullptr;
@@ -108,13 +84,8 @@ inline __attribute__((always_inline)) void updated_word(
 
 template <bool forget, bool retain, bool interpolate, typename T>
 void updated_strip(
-    const UpdateLists& lists,
-    const RawList& results,
-    bool mask_retain,
-    const StepScalars<T>& s,
-    size_t t,
-    std::int64_t start,
-    int n) {
+    const UpdateLists& lists, const RawList& results, bool mask_retain, const StepScalars<T>& s, size_t t,
+    std::int64_t start, int n) {
   UpdateBuffers<T> buffers;
   T result_buffer[kStrip];
   const UpdateStrip<T> strip = load_update<forget, retain, interpolate>(lists, t, start, n, buffers);
@@ -131,7 +102,7 @@ void update_into(const UpdateCall& call, const TensorList& results) {
   const RawList out(results);
   const double* scalars = static_cast<const double*>(call.scalars.data_ptr());
   const WorkRange work(sizes_of(call.weights));
-  with_update_parts(call, [&](auto forget, auto retain, auto interpolate) {
+  with_parts_of(call, [&](auto forget, auto retain, auto interpolate) {
     for_each_block(work, [&](std::int64_t block) {
       visit_update_block(lists, scalars, work, block, [&](const auto& s, size_t t, std::int64_t start, int n) {
         updated_strip<forget.value, retain.value, interpolate.value>(lists, out, call.mask_retain, s, t, start, n);
@@ -155,27 +126,21 @@ struct UpdateLaneSums {
 };
 
 struct UpdateGradientLists {
-  RawList output, weights, slow, forget, retain;
+  RawList grad_output, weights, slow, forget, retain;
 };
 
-// Where a strip's gradients go. One that nobody asked for goes to a buffer and no further: a store to the first-level
+// Where a strip's gradients go. One that no caller needs goes to a buffer and no further: a store to the first-level
 // cache costs less than a loop of its own for each choice of gradients.
 template <typename T>
 struct GradientStrip {
   T *theta, *slow, *forget, *retain;
 };
 
-// sums: the gradients of the scalars were asked for; without them no operand is read.
+// sums: whether the scalars' gradients are needed; without them no operand is read.
 template <bool sums, bool forget, bool retain, bool interpolate, typename T>
 inline __attribute__((always_inline)) void differentiate_word(
-    const T* __restrict d,
-    const UpdateStrip<T>& p,
-    int offset,
-    std::uint32_t keep_forget,
-    std::uint32_t keep_retain,
-    const StepScalars<T>& s,
-    const GradientStrip<T>& to,
-    UpdateLaneSums& lanes) {
+    const T* __restrict d, const UpdateStrip<T>& p, int offset, std::uint32_t keep_forget, std::uint32_t keep_retain,
+    const StepScalars<T>& s, const GradientStrip<T>& to, UpdateLaneSums& lanes) {
   const T* __restrict theta = sums ? p.theta + offset : nullptr;
   const T* __restrict slow = sums && interpolate ? p.slow + offset : nullptr;
   const T* __restrict g_forget = sums && forget ? p.forget + offset : nullptr;
@@ -203,24 +168,19 @@ inline __attribute__((always_inline)) void differentiate_word(
 
 template <bool sums, bool forget, bool retain, bool interpolate, typename T>
 void differentiate_strip(
-    const UpdateLists& lists,
-    const UpdateGradientLists& gradients,
-    bool mask_retain,
-    const StepScalars<T>& s,
-    size_t t,
-    std::int64_t start,
-    int n,
-    UpdateLaneSums& lanes) {
+    const UpdateLists& lists, const UpdateGradientLists& gradients, bool mask_retain, const StepScalars<T>& s, size_t t,
+    std::int64_t start, int n, UpdateLaneSums& lanes) {
   UpdateBuffers<T> buffers, results;
   T output_buffer[kStrip];
-  const T* d = load_words(gradients.output, t, start, n, output_buffer);
+  const T* d = load_words(gradients.grad_output, t, start, n, output_buffer);
   UpdateStrip<T> strip;
   if constexpr (sums) strip = load_update<forget, retain, interpolate>(lists, t, start, n, buffers);
   const auto place = [&](const RawList& list, T* buffer) {
     return list.empty() ? buffer : place_words(list, t, start, n, buffer);
   };
-  const GradientStrip<T> to{place(gradients.weights, results.theta), place(gradients.slow, results.slow),
-                            place(gradients.forget, results.forget), place(gradients.retain, results.retain)};
+  const GradientStrip<T> to{
+      place(gradients.weights, results.theta), place(gradients.slow, results.slow),
+      place(gradients.forget, results.forget), place(gradients.retain, results.retain)};
   for (int offset = 0; offset < n; offset += kWordBits) {
     const std::uint32_t word = word_at(lists.bits, t, (start + offset) / kWordBits);
     differentiate_word<sums, forget, retain, interpolate>(
@@ -235,16 +195,17 @@ void differentiate_strip(
   store(gradients.retain, results.retain, to.retain);
 }
 
-void differentiate_update(const UpdateCall& call, const TensorList& output_grads, const UpdateGradients& gradients) {
+void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs, const UpdateGradients& gradients) {
   const UpdateLists lists(call);
-  const UpdateGradientLists to{RawList(output_grads), RawList(gradients.weights), RawList(gradients.slow),
-                               RawList(gradients.forget), RawList(gradients.retain)};
+  const UpdateGradientLists to{
+      RawList(grad_outputs), RawList(gradients.weights), RawList(gradients.slow), RawList(gradients.forget),
+      RawList(gradients.retain)};
   const double* scalars = static_cast<const double*>(call.scalars.data_ptr());
   const WorkRange work(sizes_of(call.weights));
   const bool for_scalars = gradients.scalars.numel() != 0;
   std::vector<UpdateSums> partials(size_t(std::max<std::int64_t>(work.blocks(), 1)));
-  with_update_parts(call, [&](auto forget, auto retain, auto interpolate) {
-    const auto run = [&](auto sums) {
+  with_parts_of(call, [&](auto forget, auto retain, auto interpolate) {
+    with_flag(for_scalars, [&](auto sums) {
       for_each_block(work, [&](std::int64_t block) {
         UpdateLaneSums lanes;
         visit_update_block(lists, scalars, work, block, [&](const auto& s, size_t t, std::int64_t start, int n) {
@@ -253,12 +214,7 @@ void differentiate_update(const UpdateCall& call, const TensorList& output_grads
         });
         partials[size_t(block)] = lanes.total();
       });
-    };
-    if (for_scalars) {
-      run(std::true_type());
-    } else {
-      run(std::false_type());
-    }
+    });
   });
   if (!for_scalars) return;
   combine_in_fixed_order(partials.data(), std::int64_t(partials.size()));

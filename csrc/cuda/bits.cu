@@ -64,12 +64,12 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const int t = table.tensor_of(blockIdx.x);
   const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(table.pointer(0, t));
-  unsigned int own = 0;
+  unsigned int thread_kept = 0;
   for_each_octet(table, t, [&](std::int64_t i, int n) {
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) own += k < n ? unsigned(count_word(words[i + k])) : 0u;
+    for (int k = 0; k < kOctet; ++k) thread_kept += k < n ? unsigned(count_word(words[i + k])) : 0u;
   });
-  atomicAdd(&kept, own);
+  atomicAdd(&kept, thread_kept);
   __syncthreads();
   if (threadIdx.x == 0) atomicAdd(counts + table.index(t), static_cast<unsigned long long>(kept));
 }
@@ -78,10 +78,10 @@ __global__ void __launch_bounds__(kThreads)
 void run_on(
     const char* op, void (*kernel)(Table), const TensorList& masks, const TensorList& from, const TensorList& to) {
   const OnDevice device(masks[0]);
-  const RawList first(from), second(to);
+  const RawList inputs(from), outputs(to);
   Columns columns;
-  columns.add(first);
-  columns.add(second);
+  columns.add(inputs);
+  columns.add(outputs);
   columns.for_each_table(sizes_of(masks), chunks_of, every_tensor, [&](const Table& table) {
     device.launch(op, kernel, table.units, table);
   });

@@ -11,16 +11,16 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) fisher_kernel(const __grid_constant__ Table table, T weight) {
-  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
+  constexpr Storage state_storage = sizeof(T) == 8 ? Storage::f64 : Storage::f32;
   const int t = table.tensor_of(blockIdx.x);
-  const Code grads_code = table.code(0, t);
+  const Storage grads_storage = table.storage(0, t);
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     Octet<T> stored, stored_grads;
-    load_octet(stored, state_code, table.pointer(0, t), i, n);
-    load_octet(stored_grads, grads_code, table.pointer(1, t), i, n);
+    load_octet(stored, state_storage, table.pointer(0, t), i, n);
+    load_octet(stored_grads, grads_storage, table.pointer(1, t), i, n);
     T fisher[kOctet], grads[kOctet];
-    widen(stored, state_code, fisher);
-    widen(stored_grads, grads_code, grads);
+    widen(stored, state_storage, fisher);
+    widen(stored_grads, grads_storage, grads);
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) fisher[k] = accumulate_fisher(fisher[k], grads[k], weight);
     store_octet(table.pointer(0, t), i, n, fisher);
@@ -32,13 +32,13 @@ void accumulate(const TensorList& fisher, const TensorList& grads, double weight
   const RawList f(fisher), g(grads);
   Columns columns;
   columns.add(f);
-  columns.add(g, /*coded=*/true);
+  columns.add(g, /*mixed=*/true);
   const auto sizes = sizes_of(fisher);
-  for (const bool wide : {false, true}) {
+  for (const bool f64 : {false, true}) {
     columns.for_each_table(
-        sizes, chunks_of, [&](size_t t) { return (f.dtype[t] == ScalarType::Double) == wide; },
+        sizes, chunks_of, [&](size_t t) { return (f.dtype[t] == ScalarType::Double) == f64; },
         [&](const Table& table) {
-          if (wide) {
+          if (f64) {
             device.launch("accumulate_fisher_", fisher_kernel<double>, table.units, table, weight);
           } else {
             device.launch("accumulate_fisher_", fisher_kernel<float>, table.units, table, float(weight));

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../math/update.h"
+#include "../math/step.h"
 #include "../tensors/operands.h"
 #include "table.cuh"
 
@@ -38,13 +38,13 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
-  template <typename... Expected, typename... Given>
-  void launch(const char* op, void (*kernel)(Expected...), std::uint32_t blocks, Given&&... arguments) const {
+  template <typename... Expected, typename... Arguments>
+  void launch(const char* op, void (*kernel)(Expected...), std::uint32_t blocks, Arguments&&... arguments) const {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(kThreads);
     config.stream = stream_;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(arguments)...), op);
+    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
   }
 
   void zero(const char* op, void* memory, size_t bytes) const {
@@ -81,27 +81,27 @@ inline ScalarSource source_of(const Tensor& scalars, const Tensor& weight) {
   return source;
 }
 
-inline Code code_of(ScalarType dtype) {
+inline Storage storage_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
-      return Code::wide;
+      return Storage::f64;
     case ScalarType::BFloat16:
-      return Code::bfloat16;
+      return Storage::bf16;
     case ScalarType::Half:
-      return Code::half;
+      return Storage::f16;
     default:
-      return Code::single;
+      return Storage::f32;
   }
 }
 
 // Operands as columns of a table. Lists that are absent are left out; the kernels know from their parameters.
 class Columns {
  public:
-  // coded: the column's dtype is looked up for each tensor, in the order in which coded columns are added. Returns the
+  // mixed: the column's dtype is looked up for each tensor, in the order in which mixed columns are added. Returns the
   // column's place, or -1 for a list that is absent.
-  int add(const RawList& list, bool coded = false) {
+  int add(const RawList& list, bool mixed = false) {
     if (list.empty()) return -1;
-    if (coded) coded_.push_back(&list);
+    if (mixed) mixed_.push_back(&list);
     lists_.push_back(&list);
     return int(lists_.size()) - 1;
   }
@@ -125,8 +125,8 @@ class Columns {
       if (sizes[t] == 0 || !chosen(t)) continue;
       const std::int64_t work = units(sizes[t]);
       if (table.tensors == table.capacity || std::int64_t(table.units) + work > 0x7fffffff) flush();
-      std::uint64_t rest = std::uint64_t(table.units) << 32 | std::uint64_t(t) << (2 * Table::kCodes);
-      for (size_t k = 0; k < coded_.size(); ++k) rest |= std::uint64_t(code_of(coded_[k]->dtype[t])) << (2 * k);
+      std::uint64_t rest = std::uint64_t(table.units) << 32 | std::uint64_t(t) << (2 * Table::kMixed);
+      for (size_t k = 0; k < mixed_.size(); ++k) rest |= std::uint64_t(storage_of(mixed_[k]->dtype[t])) << (2 * k);
       for (size_t c = 0; c < lists_.size(); ++c) {
         table.words[c * table.capacity + table.tensors] = reinterpret_cast<std::uintptr_t>(lists_[c]->data[t]);
       }
@@ -139,7 +139,7 @@ class Columns {
   }
 
  private:
-  std::vector<const RawList*> lists_, coded_;
+  std::vector<const RawList*> lists_, mixed_;
 };
 
 inline std::int64_t chunks_of(std::int64_t size) {

@@ -18,13 +18,13 @@ template <typename Partial>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Partial* partials, std::int64_t count, Partial* combined) {
   __shared__ Partial sums[kCombined];
-  const std::int64_t first = std::int64_t(blockIdx.x) * kCombined;
-  const int here = count - first < kCombined ? int(count - first) : int(kCombined);
-  for (int i = threadIdx.x; i < here; i += kThreads) sums[i] = partials[first + i];
-  for (int stride = 1; stride < here; stride *= 2) {
+  const std::int64_t begin = std::int64_t(blockIdx.x) * kCombined;
+  const int n = count - begin < kCombined ? int(count - begin) : int(kCombined);
+  for (int i = threadIdx.x; i < n; i += kThreads) sums[i] = partials[begin + i];
+  for (int stride = 1; stride < n; stride *= 2) {
     __syncthreads();
     const int i = 2 * stride * threadIdx.x;
-    if (i + stride < here) sums[i].add(sums[i + stride]);
+    if (i + stride < n) sums[i].add(sums[i + stride]);
   }
   __syncthreads();
   if (threadIdx.x == 0) combined[blockIdx.x] = sums[0];
@@ -44,10 +44,11 @@ class Partials {
   // Writes the sum of them all; needs at least one.
   void combine(const OnDevice& device, const char* op, Partial* result) const {
     Partial *from = data(), *to = from + count_;
-    for (std::int64_t count = count_, groups; ; count = groups) {
+    for (std::int64_t count = count_, groups;; count = groups) {
       groups = groups_of(count);
-      device.launch(op, combine_kernel<Partial>, std::uint32_t(groups), static_cast<const Partial*>(from), count,
-                    groups == 1 ? result : to);
+      device.launch(
+          op, combine_kernel<Partial>, std::uint32_t(groups), static_cast<const Partial*>(from), count,
+          groups == 1 ? result : to);
       if (groups == 1) return;
       std::swap(from, to);
     }

@@ -3,6 +3,7 @@
 #include "../operators/gradient_products.h"
 
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 #include "../tensors/chunks.h"
 
 #include "launch.cuh"
@@ -12,64 +13,44 @@
 namespace unlearn {
 namespace {
 
-constexpr int kQuad = 4;                              // lanes of a thread
-constexpr int kGroup = kWordBits / kQuad;             // threads that share a block of words
-constexpr int kGroups = kThreads / kGroup;            // blocks of words in a thread block
-constexpr int kAhead = 4;                             // words whose loads are under way at once
+constexpr int kQuad = 4;                   // lanes of a thread
+constexpr int kGroup = kWordBits / kQuad;  // threads that share a block of words
+constexpr int kGroups = kThreads / kGroup; // blocks of words in a thread block
+constexpr int kAhead = 4;                  // words whose loads are under way at once
 
 // Four numbers as they are stored; float64 is read when it is needed.
 struct Quad {
   std::uint32_t word[kQuad];
 };
 
-__device__ __forceinline__ void load(Quad& quad, Code code, const char* base, std::int64_t first, int n) {
-  const bool vector = n == kQuad && is_aligned(base);
-  if (code == Code::single) {
-    const float* from = reinterpret_cast<const float*>(base) + first;
-    if (vector) {
-      load_quad(from, quad.word);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) quad.word[k] = k < n ? to_bits(from[k]) : 0u;
-    }
-  } else if (code != Code::wide) {
-    const std::uint16_t* from = reinterpret_cast<const std::uint16_t*>(base) + first;
-    if (vector) {
-      const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
-      quad.word[0] = pair.x;
-      quad.word[1] = pair.y;
-    } else {
-#pragma unroll
-      for (int k = 0; k < kQuad / 2; ++k) {
-        const std::uint32_t low = 2 * k < n ? from[2 * k] : 0u, high = 2 * k + 1 < n ? from[2 * k + 1] : 0u;
-        quad.word[k] = low | high << 16;
-      }
-    }
+__device__ __forceinline__ void load(Quad& quad, Storage storage, const char* base, std::int64_t begin, int n) {
+  if (storage == Storage::f32) {
+    load_floats<kQuad>(quad.word, base, begin, n);
+  } else if (storage != Storage::f64) {
+    load_halves<kQuad>(quad.word, base, begin, n);
   }
 }
 
 __device__ __forceinline__ void widen(
-    const Quad& quad, Code code, const char* base, std::int64_t first, int n, double* values) {
-  if (code == Code::single) {
+    const Quad& quad, Storage storage, const char* base, std::int64_t begin, int n, double* values) {
+  if (storage == Storage::f32) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = double(from_bits<float>(quad.word[k]));
-  } else if (code == Code::wide) {
-    const double* from = reinterpret_cast<const double*>(base) + first;
+  } else if (storage == Storage::f64) {
+    const double* from = reinterpret_cast<const double*>(base) + begin;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) values[k] = k < n ? from[k] : 0.0;
   } else {
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      values[k] = double(narrow_to_float(std::uint16_t(quad.word[k / 2] >> (16 * (k % 2))), code));
-    }
+    for (int k = 0; k < kQuad; ++k) values[k] = double(narrow_to_float(half_bits(quad.word, k), storage));
   }
 }
 
 // A group of threads sums one block of words as csrc/cpu/products.cpp does: lane i of every word into sum i, then the
 // 32 sums by the tree of combine_in_fixed_order.
 template <bool forget, bool retain>
-__global__ void __launch_bounds__(kThreads) products_kernel(
-    const __grid_constant__ Table table, bool has_bits, bool mask_retain, Products* partials) {
+__global__ void __launch_bounds__(kThreads)
+    products_kernel(const __grid_constant__ Table table, bool has_bits, bool mask_retain, Products* partials) {
   __shared__ Products sums[kThreads];
   const int member = threadIdx.x % kGroup;
   const std::int64_t block = std::int64_t(blockIdx.x) * kGroups + threadIdx.x / kGroup;
@@ -77,35 +58,36 @@ __global__ void __launch_bounds__(kThreads) products_kernel(
   Products lanes[kQuad];
   std::int64_t word = block * kBlockWords;
   for (int t = word < end ? table.tensor_of(std::uint32_t(word)) : 0; word < end; ++t) {
-    const std::int64_t size = table.size(t), begin = table.first_unit(t);
-    const std::int64_t stop = begin + word_count(size) < end ? begin + word_count(size) : end;
+    const std::int64_t size = table.size(t), first_word = table.first_unit(t);
+    const std::int64_t stop = first_word + word_count(size) < end ? first_word + word_count(size) : end;
     const char* f_base = forget ? table.pointer(0, t) : nullptr;
     const char* r_base = retain ? table.pointer(forget ? 1 : 0, t) : nullptr;
     const char* bits = has_bits ? table.pointer(int(forget) + int(retain), t) : nullptr;
-    const Code f_code = forget ? table.code(0, t) : Code::single;
-    const Code r_code = retain ? table.code(forget ? 1 : 0, t) : Code::single;
+    const Storage f_storage = forget ? table.storage(0, t) : Storage::f32;
+    const Storage r_storage = retain ? table.storage(forget ? 1 : 0, t) : Storage::f32;
     for (; word < stop; word += kAhead) {
       Quad f_quad[kAhead], r_quad[kAhead];
       std::uint32_t keep[kAhead];
-      const std::int64_t first = (word - begin) * kWordBits + member * kQuad;
+      const std::int64_t begin = (word - first_word) * kWordBits + member * kQuad;
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         if (word + a < stop) {
-          const std::int64_t i = first + a * kWordBits;
+          const std::int64_t i = begin + a * kWordBits;
           const int n = size - i < kQuad ? int(size - i) : kQuad; // not positive beyond the end
-          if constexpr (forget) load(f_quad[a], f_code, f_base, i, n);
-          if constexpr (retain) load(r_quad[a], r_code, r_base, i, n);
-          keep[a] = bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - begin] >> (member * kQuad) : ~0u;
+          if constexpr (forget) load(f_quad[a], f_storage, f_base, i, n);
+          if constexpr (retain) load(r_quad[a], r_storage, r_base, i, n);
+          keep[a] =
+              bits ? reinterpret_cast<const std::uint32_t*>(bits)[word + a - first_word] >> (member * kQuad) : ~0u;
         }
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         if (word + a < stop) {
-          const std::int64_t i = first + a * kWordBits;
+          const std::int64_t i = begin + a * kWordBits;
           const int n = size - i < kQuad ? int(size - i) : kQuad;
           double f[kQuad], r[kQuad];
-          if constexpr (forget) widen(f_quad[a], f_code, f_base, i, n, f);
-          if constexpr (retain) widen(r_quad[a], r_code, r_base, i, n, r);
+          if constexpr (forget) widen(f_quad[a], f_storage, f_base, i, n, f);
+          if constexpr (retain) widen(r_quad[a], r_storage, r_base, i, n, r);
           const std::uint32_t keep_retain = mask_retain ? keep[a] : ~0u;
 #pragma unroll
           for (int k = 0; k < kQuad; ++k) {
@@ -135,17 +117,14 @@ std::int64_t blocks_of(std::int64_t words) {
 }
 
 void sum_products(
-    const TensorList& forget_grads,
-    const TensorList& retain_grads,
-    const TensorList& bits,
-    bool mask_retain,
+    const TensorList& forget_grads, const TensorList& retain_grads, const TensorList& bits, bool mask_retain,
     const Tensor& result) {
   const OnDevice device(result);
   const bool forget = !forget_grads.empty(), retain = !retain_grads.empty();
   const RawList f(forget_grads), r(retain_grads), b(bits);
   Columns columns;
-  columns.add(f, /*coded=*/true);
-  columns.add(r, /*coded=*/true);
+  columns.add(f, /*mixed=*/true);
+  columns.add(r, /*mixed=*/true);
   columns.add(b);
   const auto sizes = sizes_of(forget ? forget_grads : retain_grads);
   std::int64_t count = 0;
@@ -155,14 +134,15 @@ void sum_products(
     return;
   }
   Partials<Products> partials(result, count);
-  const ProductsKernel kernel = forget && retain ? products_kernel<true, true>
-      : forget                                   ? products_kernel<true, false>
-                                                 : products_kernel<false, true>;
+  const auto kernel = with_gradients(forget, retain, [](auto forget, auto retain) -> ProductsKernel {
+    return products_kernel<forget.value, retain.value>;
+  });
   Products* next = partials.data();
   columns.for_each_table(sizes, word_count, every_tensor, [&](const Table& table) {
     const std::int64_t blocks = blocks_of(table.units);
-    device.launch("gradient_products", kernel, std::uint32_t((blocks + kGroups - 1) / kGroups), table, !bits.empty(),
-                  mask_retain, next);
+    device.launch(
+        "gradient_products", kernel, std::uint32_t((blocks + kGroups - 1) / kGroups), table, !bits.empty(), mask_retain,
+        next);
     next += blocks;
   });
   partials.combine(device, "gradient_products", static_cast<Products*>(result.data_ptr()));

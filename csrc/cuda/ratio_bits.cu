@@ -16,18 +16,18 @@ __global__ void __launch_bounds__(kThreads) ratio_kernel(
   if (threadIdx.x == 0) kept = 0;
   __syncthreads();
   const int t = table.tensor_of(blockIdx.x);
-  const Code forget_code = table.code(0, t), retain_code = table.code(1, t);
+  const Storage forget_storage = table.storage(0, t), retain_storage = table.storage(1, t);
   const T forget_scale = T(options.forget_scale), retain_scale = T(options.retain_scale);
   const T eps = T(options.eps), gamma = T(options.gamma);
   std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(2, t));
-  unsigned int own = 0;
+  unsigned int thread_kept = 0;
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     Octet<T> stored_forget, stored_retain;
-    load_octet(stored_forget, forget_code, table.pointer(0, t), i, n);
-    load_octet(stored_retain, retain_code, table.pointer(1, t), i, n);
+    load_octet(stored_forget, forget_storage, table.pointer(0, t), i, n);
+    load_octet(stored_retain, retain_storage, table.pointer(1, t), i, n);
     T forget[kOctet], retain[kOctet];
-    widen(stored_forget, forget_code, forget);
-    widen(stored_retain, retain_code, retain);
+    widen(stored_forget, forget_storage, forget);
+    widen(stored_retain, retain_storage, retain);
     std::uint32_t byte = 0;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
@@ -35,39 +35,36 @@ __global__ void __launch_bounds__(kThreads) ratio_kernel(
     }
     byte &= valid_bits(n);
     bits[i / kOctet] = std::uint8_t(byte);
-    own += unsigned(count_word(byte));
+    thread_kept += unsigned(count_word(byte));
     // The last word's bytes beyond the tensor's end have no thread of their own.
     if (i + kOctet >= table.size(t)) {
       for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
     }
   });
-  atomicAdd(&kept, own);
+  atomicAdd(&kept, thread_kept);
   __syncthreads();
   // Integers: any order gives the same sum.
   if (threadIdx.x == 0) atomicAdd(counts + table.index(t), static_cast<unsigned long long>(kept));
 }
 
 void write_ratio_bits(
-    const TensorList& forget_fisher,
-    const TensorList& retain_fisher,
-    const RatioOptions& options,
-    const TensorList& bits,
-    const Tensor& counts) {
+    const TensorList& forget_fisher, const TensorList& retain_fisher, const RatioOptions& options,
+    const TensorList& bits, const Tensor& counts) {
   const OnDevice device(forget_fisher[0]);
   device.zero("ratio_bits", counts);
   auto* kept = static_cast<unsigned long long*>(counts.data_ptr());
   const RawList f(forget_fisher), r(retain_fisher), b(bits);
   Columns columns;
-  columns.add(f, /*coded=*/true);
-  columns.add(r, /*coded=*/true);
+  columns.add(f, /*mixed=*/true);
+  columns.add(r, /*mixed=*/true);
   columns.add(b);
-  const auto is_wide = [&](size_t t) { return f.dtype[t] == ScalarType::Double || r.dtype[t] == ScalarType::Double; };
+  const auto is_f64 = [&](size_t t) { return f.dtype[t] == ScalarType::Double || r.dtype[t] == ScalarType::Double; };
   const auto sizes = sizes_of(forget_fisher);
-  for (const bool wide : {false, true}) {
+  for (const bool f64 : {false, true}) {
     columns.for_each_table(
-        sizes, chunks_of, [&](size_t t) { return is_wide(t) == wide; },
+        sizes, chunks_of, [&](size_t t) { return is_f64(t) == f64; },
         [&](const Table& table) {
-          const auto kernel = wide ? ratio_kernel<double> : ratio_kernel<float>;
+          const auto kernel = f64 ? ratio_kernel<double> : ratio_kernel<float>;
           device.launch("ratio_bits", kernel, table.units, table, options, kept);
         });
   }

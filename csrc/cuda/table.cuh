@@ -23,12 +23,12 @@ constexpr int kPasses = 2; // octets of a thread
 constexpr std::int64_t kChunk = std::int64_t(kThreads) * kOctet * kPasses; // weights of a block
 
 // How a column's numbers are stored.
-enum class Code : std::uint32_t { single = 0, bfloat16 = 1, half = 2, wide = 3 };
+enum class Storage : std::uint32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 // Which part of a list a launch has, column by column. A column is one operand's pointers.
 struct Table {
   static constexpr int kWords = 4032;
-  static constexpr int kCodes = 4; // columns, at the most, whose storage may differ from tensor to tensor
+  static constexpr int kMixed = 4; // columns, at the most, whose storage may differ from tensor to tensor
   static constexpr int kIndexBits = 24;
 
   std::uint32_t tensors = 0, columns = 0, capacity = 0, units = 0;
@@ -51,10 +51,10 @@ struct Table {
   }
   // The tensor's place in the operator's list.
   UNLEARN_INLINE std::uint32_t index(int tensor) const {
-    return std::uint32_t(words[(columns + 1) * capacity + tensor] >> (2 * kCodes)) & ((1u << kIndexBits) - 1);
+    return std::uint32_t(words[(columns + 1) * capacity + tensor] >> (2 * kMixed)) & ((1u << kIndexBits) - 1);
   }
-  UNLEARN_INLINE Code code(int which, int tensor) const {
-    return Code(std::uint32_t(words[(columns + 1) * capacity + tensor] >> (2 * which)) & 3u);
+  UNLEARN_INLINE Storage storage(int which, int tensor) const {
+    return Storage(std::uint32_t(words[(columns + 1) * capacity + tensor] >> (2 * which)) & 3u);
   }
   // The tensor that has a unit: the last one that begins at it or before. Launches have no empty tensors.
   UNLEARN_INLINE int tensor_of(std::uint32_t unit) const {
@@ -72,6 +72,6 @@ struct Table {
 };
 
 static_assert(Table::capacity_for(5) >= 538, "diffusers' DiT-XL/2 has 538 tensors; AdamW's two steps take 5 columns");
-static_assert(2 * Table::kCodes + Table::kIndexBits == 32, "codes and index share half a word");
+static_assert(2 * Table::kMixed + Table::kIndexBits == 32, "storages and index share half a word");
 
 } // namespace unlearn

@@ -32,7 +32,7 @@ __device__ __forceinline__ void score_octet(Score score, const T* values, const 
   const T sf = T(o.forget_scale), sr = T(o.retain_scale), eps = T(o.eps);
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    to[k] = score == Score::value ? score_of<Score::value>(values[k], other[k], sf, sr, eps)
+    to[k] = score == Score::value   ? score_of<Score::value>(values[k], other[k], sf, sr, eps)
         : score == Score::magnitude ? score_of<Score::magnitude>(values[k], other[k], sf, sr, eps)
         : score == Score::product   ? score_of<Score::product>(values[k], other[k], sf, sr, eps)
                                     : score_of<Score::ratio>(values[k], other[k], sf, sr, eps);
@@ -45,10 +45,10 @@ __device__ __forceinline__ void load_scores(
     const Table& table, const TopOptions& o, int t, std::int64_t i, int n, T* scores) {
   Octet<T> stored, stored_other;
   T values[kOctet], other[kOctet] = {};
-  load_octet(stored, table.code(0, t), table.pointer(0, t), i, n);
-  if (takes_two(o.score)) load_octet(stored_other, table.code(1, t), table.pointer(1, t), i, n);
-  widen(stored, table.code(0, t), values);
-  if (takes_two(o.score)) widen(stored_other, table.code(1, t), other);
+  load_octet(stored, table.storage(0, t), table.pointer(0, t), i, n);
+  if (takes_two(o.score)) load_octet(stored_other, table.storage(1, t), table.pointer(1, t), i, n);
+  widen(stored, table.storage(0, t), values);
+  if (takes_two(o.score)) widen(stored_other, table.storage(1, t), other);
   score_octet(o.score, values, other, o, scores);
 }
 
@@ -57,9 +57,9 @@ template <typename T>
 __device__ __forceinline__ void load_keys(
     const Table& table, const TopOptions& o, int t, std::int64_t i, int n, bits_t<T>* keys) {
   if constexpr (sizeof(T) == 8) {
-    const bool wide = table.code(0, t) == Code::wide || (takes_two(o.score) && table.code(1, t) == Code::wide);
+    const bool f64 = table.storage(0, t) == Storage::f64 || (takes_two(o.score) && table.storage(1, t) == Storage::f64);
     double scores[kOctet];
-    if (wide) {
+    if (f64) {
       load_scores(table, o, t, i, n, scores);
     } else {
       float narrow[kOctet];
@@ -77,10 +77,10 @@ __device__ __forceinline__ void load_keys(
   }
 }
 
-// How many of the block's ties stand before this thread's, its own being `own`. Every thread must take part.
-__device__ __forceinline__ unsigned ties_before(unsigned own, unsigned* room) {
+// How many of the block's ties stand before those of this thread, which has `ties`. Every thread must take part.
+__device__ __forceinline__ unsigned ties_before(unsigned ties, unsigned* room) {
   unsigned before = 0;
-  room[threadIdx.x] = own;
+  room[threadIdx.x] = ties;
   for (int stride = 1; stride < kThreads; stride *= 2) {
     __syncthreads();
     const unsigned lower = int(threadIdx.x) >= stride ? room[threadIdx.x - stride] : 0u;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
     TopState<bits_t<T>> state) {
   using Key = bits_t<T>;
   __shared__ unsigned room[kBins > kThreads ? kBins : kThreads];
-  __shared__ unsigned found;
+  __shared__ unsigned block_sum;
   const RadixSearch<Key> search = *state.search;
   if (pass == Pass::count_digits && search.ended) return;
   const int piece = first_piece + int(blockIdx.x);
@@ -106,16 +106,16 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
   if (pass == Pass::count_digits) {
     for (int digit = threadIdx.x; digit < kBins; digit += kThreads) room[digit] = 0;
   }
-  if (threadIdx.x == 0) found = 0;
+  if (threadIdx.x == 0) block_sum = 0;
   __syncthreads();
 
   const unsigned long long piece_ties = pass == Pass::write ? state.ties[piece] : 0;
   unsigned long long left = pass == Pass::write ? state.left[piece] : 0;
-  unsigned own_ties = 0;
+  unsigned thread_ties = 0;
   for (std::int64_t chunk = begin; chunk < end; ++chunk) {
     const int t = table.tensor_of(std::uint32_t(chunk));
     const std::int64_t size = table.size(t), start = (chunk - table.first_unit(t)) * kChunk;
-    unsigned own_kept = 0;
+    unsigned thread_kept = 0;
 #pragma unroll 1
     for (int part = 0; part < kPasses; ++part) {
       const std::int64_t i = start + (std::int64_t(part) * kThreads + threadIdx.x) * kOctet;
@@ -138,13 +138,13 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
           if ((ties >> k) & 1u) atomicAdd(room + search.digit_of(keys[k]), 1u);
         }
       } else if (pass == Pass::count_ties) {
-        own_ties += unsigned(count_word(ties));
+        thread_ties += unsigned(count_word(ties));
       } else {
         // Only the piece in which the kept ties end must know their order.
         if (left == 0) {
           ties = 0;
         } else if (state.left[piece] != piece_ties) {
-          const unsigned own = unsigned(count_word(ties)), before = ties_before(own, room);
+          const unsigned before = ties_before(unsigned(count_word(ties)), room);
           ties = before < left ? lowest_bits(ties, std::int64_t(left - before)) : 0u;
           __syncthreads();
           const unsigned all = room[kThreads - 1];
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
         if (n > 0) {
           std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(takes_two(options.score) ? 2 : 1, t));
           bits[i / kOctet] = std::uint8_t(above | ties);
-          own_kept += unsigned(count_word(above | ties));
+          thread_kept += unsigned(count_word(above | ties));
           // The last word's bytes beyond the tensor's end have no thread of their own.
           if (i + kOctet >= size) {
             for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
@@ -163,19 +163,19 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
       }
     }
     if (pass == Pass::write) { // integers: any order gives the same sum
-      atomicAdd(&found, own_kept);
+      atomicAdd(&block_sum, thread_kept);
       __syncthreads();
       if (threadIdx.x == 0) {
-        atomicAdd(state.kept + table.index(t), static_cast<unsigned long long>(found));
-        found = 0;
+        atomicAdd(state.kept + table.index(t), static_cast<unsigned long long>(block_sum));
+        block_sum = 0;
       }
       __syncthreads();
     }
   }
 
-  if (pass == Pass::count_ties) atomicAdd(&found, own_ties);
+  if (pass == Pass::count_ties) atomicAdd(&block_sum, thread_ties);
   __syncthreads();
-  if (pass == Pass::count_ties && threadIdx.x == 0) state.ties[piece] = found;
+  if (pass == Pass::count_ties && threadIdx.x == 0) state.ties[piece] = block_sum;
   if (pass == Pass::count_digits) {
     for (int digit = threadIdx.x; digit < kBins; digit += kThreads) {
       if (room[digit]) atomicAdd(state.totals + digit, static_cast<unsigned long long>(room[digit]));
@@ -207,28 +207,25 @@ __global__ void __launch_bounds__(kThreads) share_kernel(int pieces, TopState<Ke
   __shared__ unsigned long long ties[kPieces];
   __shared__ unsigned long long rest;
   if (threadIdx.x == 0) rest = static_cast<unsigned long long>(state.search->left);
-  for (int first = 0; first < pieces; first += kPieces) {
-    const int here = pieces - first < kPieces ? pieces - first : kPieces;
+  for (int begin = 0; begin < pieces; begin += kPieces) {
+    const int n = pieces - begin < kPieces ? pieces - begin : kPieces;
     __syncthreads();
-    for (int p = threadIdx.x; p < here; p += kThreads) ties[p] = state.ties[first + p];
+    for (int p = threadIdx.x; p < n; p += kThreads) ties[p] = state.ties[begin + p];
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int p = 0; p < here; ++p) {
+      for (int p = 0; p < n; ++p) {
         ties[p] = ties[p] < rest ? ties[p] : rest;
         rest -= ties[p];
       }
     }
     __syncthreads();
-    for (int p = threadIdx.x; p < here; p += kThreads) state.left[first + p] = ties[p];
+    for (int p = threadIdx.x; p < n; p += kThreads) state.left[begin + p] = ties[p];
   }
 }
 
 template <typename T>
 void select_top(
-    const OnDevice& device,
-    const Columns& columns,
-    const std::vector<std::int64_t>& sizes,
-    const TopOptions& options,
+    const OnDevice& device, const Columns& columns, const std::vector<std::int64_t>& sizes, const TopOptions& options,
     const Tensor& counts) {
   using Key = bits_t<T>;
   const char* op = "top_bits";
@@ -247,10 +244,10 @@ void select_top(
   state.kept = static_cast<unsigned long long*>(counts.data_ptr());
 
   const auto run = [&](Pass pass) {
-    int first = 0;
+    int begin = 0;
     columns.for_each_table(sizes, chunks_of, every_tensor, [&](const Table& table) {
-      device.launch(op, top_kernel<T>, std::uint32_t(pieces_of(table)), table, options, pass, first, state);
-      first += pieces_of(table);
+      device.launch(op, top_kernel<T>, std::uint32_t(pieces_of(table)), table, options, pass, begin, state);
+      begin += pieces_of(table);
     });
   };
   device.launch(op, begin_kernel<Key>, 1, options.k, state);
@@ -265,10 +262,7 @@ void select_top(
 }
 
 void write_top_bits(
-    const TensorList& scores,
-    const TensorList& other,
-    const TopOptions& options,
-    const TensorList& bits,
+    const TensorList& scores, const TensorList& other, const TopOptions& options, const TensorList& bits,
     const Tensor& counts) {
   const OnDevice device(scores[0]);
   device.zero("top_bits", counts);
@@ -278,14 +272,14 @@ void write_top_bits(
   }
   const RawList values(scores), others(other), words(bits);
   Columns columns;
-  columns.add(values, /*coded=*/true);
-  columns.add(others, /*coded=*/true);
+  columns.add(values, /*mixed=*/true);
+  columns.add(others, /*mixed=*/true);
   columns.add(words);
-  bool wide = false;
+  bool f64 = false;
   for (size_t t = 0; t < scores.size(); ++t) {
-    wide = wide || values.dtype[t] == ScalarType::Double || (!others.empty() && others.dtype[t] == ScalarType::Double);
+    f64 = f64 || values.dtype[t] == ScalarType::Double || (!others.empty() && others.dtype[t] == ScalarType::Double);
   }
-  if (wide) {
+  if (f64) {
     select_top<double>(device, columns, sizes_of(scores), options, counts);
   } else {
     select_top<float>(device, columns, sizes_of(scores), options, counts);

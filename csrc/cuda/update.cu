@@ -6,6 +6,7 @@
 #include <new>
 
 #include "../math/reduce.h"
+#include "../operators/dispatch.h"
 
 #include "launch.cuh"
 #include "octet.cuh"
@@ -18,45 +19,46 @@ namespace {
 // weights and gradients are looked up by tensor, in this order.
 struct UpdateLaunch {
   ScalarSource scalars;
-  int weights, forget, retain, slow, bits;                // operands
-  int output, to_weights, to_forget, to_retain, to_slow;  // results; `output` is the gradient that comes in
-  int weights_code, forget_code, retain_code, output_code;
+  int weights, forget, retain, slow, bits;                    // operands
+  int grad_output, to_weights, to_forget, to_retain, to_slow; // results, but for grad_output
+  int weights_storage, forget_storage, retain_storage, grad_output_storage;
   bool mask_retain, sums;
 };
 
-__device__ __forceinline__ void round_and_store(Code code, char* base, std::int64_t first, int n, const float* values) {
-  if (code == Code::single) {
-    store_octet(base, first, n, values);
-  } else if (code == Code::wide) {
-    double wide[kOctet];
+__device__ __forceinline__ void round_and_store(
+    Storage storage, char* base, std::int64_t begin, int n, const float* values) {
+  if (storage == Storage::f32) {
+    store_octet(base, begin, n, values);
+  } else if (storage == Storage::f64) {
+    double f64[kOctet];
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) wide[k] = double(values[k]);
-    store_octet(base, first, n, wide);
+    for (int k = 0; k < kOctet; ++k) f64[k] = double(values[k]);
+    store_octet(base, begin, n, f64);
   } else {
     std::uint16_t rounded[kOctet];
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) rounded[k] = round_to_half(values[k], code);
-    store_halves(base, first, n, rounded);
+    for (int k = 0; k < kOctet; ++k) rounded[k] = round_to_half(values[k], storage);
+    store_halves(base, begin, n, rounded);
   }
 }
 
 __device__ __forceinline__ void round_and_store(
-    Code code, char* base, std::int64_t first, int n, const double* values) {
-  if (code == Code::wide) {
-    store_octet(base, first, n, values);
+    Storage storage, char* base, std::int64_t begin, int n, const double* values) {
+  if (storage == Storage::f64) {
+    store_octet(base, begin, n, values);
   } else {
     float narrow[kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) narrow[k] = float(values[k]);
-    round_and_store(code, base, first, n, narrow);
+    round_and_store(storage, base, begin, n, narrow);
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void load_values(Code code, const char* base, std::int64_t first, int n, T* values) {
+__device__ __forceinline__ void load_values(Storage storage, const char* base, std::int64_t begin, int n, T* values) {
   Octet<T> stored;
-  load_octet(stored, code, base, first, n);
-  widen(stored, code, values);
+  load_octet(stored, storage, base, begin, n);
+  widen(stored, storage, values);
 }
 
 template <typename T>
@@ -75,11 +77,13 @@ struct UpdateOctet {
 template <bool forget, bool retain, bool interpolate, typename T>
 __device__ __forceinline__ void load_operands(
     const Table& table, const UpdateLaunch& launch, int t, std::int64_t i, int n, UpdateOctet<T>& x) {
-  constexpr Code state_code = sizeof(T) == 8 ? Code::wide : Code::single;
-  load_values(table.code(launch.weights_code, t), table.pointer(launch.weights, t), i, n, x.theta);
-  if constexpr (interpolate) load_values(state_code, table.pointer(launch.slow, t), i, n, x.slow);
-  if constexpr (forget) load_values(table.code(launch.forget_code, t), table.pointer(launch.forget, t), i, n, x.forget);
-  if constexpr (retain) load_values(table.code(launch.retain_code, t), table.pointer(launch.retain, t), i, n, x.retain);
+  constexpr Storage state_storage = sizeof(T) == 8 ? Storage::f64 : Storage::f32;
+  load_values(table.storage(launch.weights_storage, t), table.pointer(launch.weights, t), i, n, x.theta);
+  if constexpr (interpolate) load_values(state_storage, table.pointer(launch.slow, t), i, n, x.slow);
+  if constexpr (forget)
+    load_values(table.storage(launch.forget_storage, t), table.pointer(launch.forget, t), i, n, x.forget);
+  if constexpr (retain)
+    load_values(table.storage(launch.retain_storage, t), table.pointer(launch.retain, t), i, n, x.retain);
 }
 
 template <bool forget, bool retain, bool interpolate, typename T>
@@ -96,12 +100,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       const WeightState<T> before{x.theta[k], T(0), T(0), x.slow[k]};
-      x.theta[k] = update_weight<Rule::sgd, forget, retain, interpolate>(
-                       before, x.forget[k], x.retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k),
-                       ~bits_t<T>(0), s)
-                       .theta;
+      x.theta[k] =
+          update_weight<Rule::sgd, forget, retain, interpolate>(
+              before, x.forget[k], x.retain[k], lane_mask<T>(mask, k), lane_mask<T>(keep_retain, k), ~bits_t<T>(0), s)
+              .theta;
     }
-    round_and_store(table.code(launch.weights_code, t), table.pointer(launch.to_weights, t), i, n, x.theta);
+    round_and_store(table.storage(launch.weights_storage, t), table.pointer(launch.to_weights, t), i, n, x.theta);
   });
 }
 
@@ -113,10 +117,10 @@ __global__ void __launch_bounds__(kThreads, 2) differentiate_kernel(
   __shared__ UpdateSums sums[kThreads];
   const StepScalars<T>& s = shared_scalars<T>(launch, room);
   const int t = table.tensor_of(blockIdx.x);
-  UpdateSums own;
+  UpdateSums thread_sums;
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     T d[kOctet];
-    load_values(table.code(launch.output_code, t), table.pointer(launch.output, t), i, n, d);
+    load_values(table.storage(launch.grad_output_storage, t), table.pointer(launch.grad_output, t), i, n, d);
     UpdateOctet<T> x;
     if (launch.sums) load_operands<forget, retain, interpolate>(table, launch, t, i, n, x);
     const std::uint32_t mask = launch.bits >= 0 ? load_mask(table.pointer(launch.bits, t), i) : 0xffu;
@@ -131,27 +135,27 @@ __global__ void __launch_bounds__(kThreads, 2) differentiate_kernel(
       x.slow[k] = gradient.slow;
       x.forget[k] = gradient.forget;
       x.retain[k] = gradient.retain;
-      own.add(gradient.terms);
+      thread_sums.add(gradient.terms);
     }
     if (launch.to_weights >= 0) {
-      round_and_store(table.code(launch.weights_code, t), table.pointer(launch.to_weights, t), i, n, x.theta);
+      round_and_store(table.storage(launch.weights_storage, t), table.pointer(launch.to_weights, t), i, n, x.theta);
     }
     if constexpr (interpolate) {
       if (launch.to_slow >= 0) store_octet(table.pointer(launch.to_slow, t), i, n, x.slow);
     }
     if constexpr (forget) {
       if (launch.to_forget >= 0) {
-        round_and_store(table.code(launch.forget_code, t), table.pointer(launch.to_forget, t), i, n, x.forget);
+        round_and_store(table.storage(launch.forget_storage, t), table.pointer(launch.to_forget, t), i, n, x.forget);
       }
     }
     if constexpr (retain) {
       if (launch.to_retain >= 0) {
-        round_and_store(table.code(launch.retain_code, t), table.pointer(launch.to_retain, t), i, n, x.retain);
+        round_and_store(table.storage(launch.retain_storage, t), table.pointer(launch.to_retain, t), i, n, x.retain);
       }
     }
   });
   if (!launch.sums) return;
-  sums[threadIdx.x] = own;
+  sums[threadIdx.x] = thread_sums;
   for (int stride = 1; stride < kThreads; stride *= 2) {
     __syncthreads();
     if (threadIdx.x % (2 * stride) == 0) sums[threadIdx.x].add(sums[threadIdx.x + stride]);
@@ -167,34 +171,34 @@ __global__ void scalar_gradients_kernel(
 using UpdateKernel = void (*)(Table, UpdateLaunch);
 using DifferentiateKernel = void (*)(Table, UpdateLaunch, UpdateSums*);
 
-struct UpdateKernels {
-  UpdateKernel update;
-  DifferentiateKernel differentiate;
-};
-
-template <bool forget, bool retain, bool interpolate, typename T>
-constexpr UpdateKernels kernels_of() {
-  return {update_kernel<forget, retain, interpolate, T>, differentiate_kernel<forget, retain, interpolate, T>};
+// Kernels of the opmath type and the parts that a call has.
+UpdateKernel select_update(const UpdateCall& call, bool f64) {
+  return with_parts(
+      !call.forget.empty(), !call.retain.empty(), !call.slow.empty(),
+      [f64](auto forget, auto retain, auto interpolate) -> UpdateKernel {
+        return f64 ? update_kernel<forget.value, retain.value, interpolate.value, double>
+                   : update_kernel<forget.value, retain.value, interpolate.value, float>;
+      });
 }
 
-template <typename T>
-UpdateKernels select_update(const UpdateCall& call) {
-  const bool forget = !call.forget.empty(), retain = !call.retain.empty(), interpolate = !call.slow.empty();
-  if (forget && retain) return interpolate ? kernels_of<true, true, true, T>() : kernels_of<true, true, false, T>();
-  if (forget) return interpolate ? kernels_of<true, false, true, T>() : kernels_of<true, false, false, T>();
-  if (retain) return interpolate ? kernels_of<false, true, true, T>() : kernels_of<false, true, false, T>();
-  return kernels_of<false, false, true, T>();
+DifferentiateKernel select_differentiate(const UpdateCall& call, bool f64) {
+  return with_parts(
+      !call.forget.empty(), !call.retain.empty(), !call.slow.empty(),
+      [f64](auto forget, auto retain, auto interpolate) -> DifferentiateKernel {
+        return f64 ? differentiate_kernel<forget.value, retain.value, interpolate.value, double>
+                   : differentiate_kernel<forget.value, retain.value, interpolate.value, float>;
+      });
 }
 
 UpdateLaunch launch_of(const UpdateCall& call) {
   UpdateLaunch launch{};
   launch.scalars = source_of(call.scalars, call.weights[0]);
   launch.mask_retain = call.mask_retain;
-  launch.output = launch.to_weights = launch.to_forget = launch.to_retain = launch.to_slow = -1;
-  launch.weights_code = 0;
-  launch.forget_code = 1;
-  launch.retain_code = launch.forget_code + !call.forget.empty();
-  launch.output_code = launch.retain_code + !call.retain.empty();
+  launch.grad_output = launch.to_weights = launch.to_forget = launch.to_retain = launch.to_slow = -1;
+  launch.weights_storage = 0;
+  launch.forget_storage = 1;
+  launch.retain_storage = launch.forget_storage + !call.forget.empty();
+  launch.grad_output_storage = launch.retain_storage + !call.retain.empty();
   return launch;
 }
 
@@ -204,34 +208,34 @@ void update_into(const UpdateCall& call, const TensorList& results) {
   const RawList out(results);
   UpdateLaunch launch = launch_of(call);
   Columns columns;
-  launch.weights = columns.add(weights, /*coded=*/true);
-  launch.forget = columns.add(forget, /*coded=*/true);
-  launch.retain = columns.add(retain, /*coded=*/true);
+  launch.weights = columns.add(weights, /*mixed=*/true);
+  launch.forget = columns.add(forget, /*mixed=*/true);
+  launch.retain = columns.add(retain, /*mixed=*/true);
   launch.slow = columns.add(slow);
   launch.bits = columns.add(bits);
   launch.to_weights = columns.add(out);
   const auto sizes = sizes_of(call.weights);
-  for (const bool wide : {false, true}) {
-    const UpdateKernel kernel = wide ? select_update<double>(call).update : select_update<float>(call).update;
+  for (const bool f64 : {false, true}) {
+    const UpdateKernel kernel = select_update(call, f64);
     columns.for_each_table(
-        sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == wide; },
+        sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == f64; },
         [&](const Table& table) { device.launch("update", kernel, table.units, table, launch); });
   }
 }
 
-void differentiate_update(const UpdateCall& call, const TensorList& output_grads, const UpdateGradients& gradients) {
+void differentiate_update(const UpdateCall& call, const TensorList& grad_outputs, const UpdateGradients& gradients) {
   const char* op = "update_backward";
   const OnDevice device(call.weights[0]);
   const RawList weights(call.weights), slow(call.slow), forget(call.forget), retain(call.retain), bits(call.bits);
-  const RawList output(output_grads), to_weights(gradients.weights), to_slow(gradients.slow);
+  const RawList grad_output(grad_outputs), to_weights(gradients.weights), to_slow(gradients.slow);
   const RawList to_forget(gradients.forget), to_retain(gradients.retain);
   UpdateLaunch launch = launch_of(call);
   launch.sums = gradients.scalars.numel() != 0;
   Columns columns;
-  launch.weights = columns.add(weights, /*coded=*/true);
-  launch.forget = columns.add(forget, /*coded=*/true);
-  launch.retain = columns.add(retain, /*coded=*/true);
-  launch.output = columns.add(output, /*coded=*/true);
+  launch.weights = columns.add(weights, /*mixed=*/true);
+  launch.forget = columns.add(forget, /*mixed=*/true);
+  launch.retain = columns.add(retain, /*mixed=*/true);
+  launch.grad_output = columns.add(grad_output, /*mixed=*/true);
   launch.slow = columns.add(slow);
   launch.bits = columns.add(bits);
   launch.to_weights = columns.add(to_weights);
@@ -245,11 +249,10 @@ void differentiate_update(const UpdateCall& call, const TensorList& output_grads
   Partials<UpdateSums> partials(call.weights[0], launch.sums ? std::max<std::int64_t>(blocks, 1) : 0);
   if (launch.sums && blocks == 0) device.zero(op, partials.data(), sizeof(UpdateSums));
   UpdateSums* next = partials.data();
-  for (const bool wide : {false, true}) {
-    const DifferentiateKernel kernel =
-        wide ? select_update<double>(call).differentiate : select_update<float>(call).differentiate;
+  for (const bool f64 : {false, true}) {
+    const DifferentiateKernel kernel = select_differentiate(call, f64);
     columns.for_each_table(
-        sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == wide; },
+        sizes, chunks_of, [&](size_t t) { return (weights.dtype[t] == ScalarType::Double) == f64; },
         [&](const Table& table) {
           device.launch(op, kernel, table.units, table, launch, next);
           if (launch.sums) next += table.units;
@@ -260,11 +263,12 @@ void differentiate_update(const UpdateCall& call, const TensorList& output_grads
   UpdateSums* total = static_cast<UpdateSums*>(sum.data_ptr());
   partials.combine(device, op, total);
   // The scalars' gradients belong where the scalars are.
-  Tensor own = empty_flat(call.weights[0], kScalarCount, ScalarType::Double);
-  device.launch(op, scalar_gradients_kernel, 1, static_cast<const UpdateSums*>(total), call.stepped(),
-                !call.slow.empty(), launch.scalars, static_cast<double*>(own.data_ptr()));
+  Tensor on_device = empty_flat(call.weights[0], kScalarCount, ScalarType::Double);
+  device.launch(
+      op, scalar_gradients_kernel, 1, static_cast<const UpdateSums*>(total), call.stepped(), !call.slow.empty(),
+      launch.scalars, static_cast<double*>(on_device.data_ptr()));
   Tensor result = gradients.scalars;
-  torch::stable::copy_(result, own);
+  torch::stable::copy_(result, on_device);
 }
 
 } // namespace

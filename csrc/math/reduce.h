@@ -24,14 +24,8 @@ struct Products {
 // so that an inf or a NaN there leaves no trace. A list that is absent passes zeros.
 template <bool forget, bool retain, typename T, typename Count>
 UNLEARN_INLINE void add_products(
-    T g_forget,
-    T g_retain,
-    bits_t<T> keep_forget,
-    bits_t<T> keep_retain,
-    double& forget_square,
-    double& retain_square,
-    double& cross,
-    Count& non_finite) {
+    T g_forget, T g_retain, bits_t<T> keep_forget, bits_t<T> keep_retain, double& forget_square, double& retain_square,
+    double& cross, Count& non_finite) {
   const T f = forget ? keep_or_zero(keep_forget, g_forget) : T(0);
   const T r = retain ? keep_or_zero(keep_retain, g_retain) : T(0);
   if constexpr (forget) forget_square += double(f) * double(f);

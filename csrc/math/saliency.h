@@ -25,7 +25,7 @@ UNLEARN_INLINE bool is_salient(T fisher_forget, T fisher_retain, T forget_scale,
   return fisher_ratio(fisher_forget, fisher_retain, forget_scale, retain_scale, eps) >= gamma;
 }
 
-// What top_bits ranks weights by; `SCORES` in unlearn_ext/ops.py lists the same names.
+// What top_bits ranks weights by; `SCORES` in unlearn_ext/ops/layout.py lists the same names.
 enum class Score : int { value = 0, magnitude = 1, product = 2, ratio = 3 };
 
 UNLEARN_INLINE constexpr bool takes_two(Score score) {

@@ -14,11 +14,7 @@ struct RatioOptions {
 // run(forget, retain, options, bits, counts): the backend's kernel; it writes every word and every count.
 template <auto run>
 std::tuple<TensorList, Tensor> ratio_bits(
-    TensorList forget_fisher,
-    TensorList retain_fisher,
-    double gamma,
-    double eps,
-    double forget_scale,
+    TensorList forget_fisher, TensorList retain_fisher, double gamma, double eps, double forget_scale,
     double retain_scale) {
   if (forget_fisher.empty()) fail("ratio_bits: forget_fisher: expected at least one tensor, got none");
   Operands operands("ratio_bits", "forget_fisher", forget_fisher);

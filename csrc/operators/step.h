@@ -1,14 +1,14 @@
 // step_: the fused update of a list of weights in one pass over memory.
 #pragma once
 
-#include "../math/update.h"
+#include "../math/step.h"
 #include "../tensors/operands.h"
 
 namespace unlearn {
 
 // One call, checked, with every list in the weights' memory order. Lists that are absent are empty.
 struct StepCall {
-  const TensorList &weights, &slow, &first, &second, &forget, &retain, &bits;
+  const TensorList &weights, &slow, &exp_avg, &exp_avg_sq, &forget, &retain, &bits;
   const Tensor& scalars; // kScalarCount doubles, on the weights' device or on the CPU
   Rule rule;
   bool mask_retain, protect, stochastic;
@@ -21,17 +21,8 @@ void check_scalars(const char* op, const Tensor& scalars, const Tensor& weight);
 // interpolation happens.
 template <auto run>
 void step_(
-    TensorList weights,
-    TensorList slow,
-    TensorList first_moments,
-    TensorList second_moments,
-    TensorList forget_grads,
-    TensorList retain_grads,
-    TensorList bits,
-    Tensor scalars,
-    std::int64_t rule_code,
-    bool mask_retain,
-    bool protect,
+    TensorList weights, TensorList slow, TensorList exp_avg, TensorList exp_avg_sq, TensorList forget_grads,
+    TensorList retain_grads, TensorList bits, Tensor scalars, std::int64_t rule_code, bool mask_retain, bool protect,
     std::int64_t rounding_seed) {
   if (weights.empty()) fail("step_: weights: expected at least one tensor, got none");
   if (rule_code < 0 || rule_code > int(Rule::adamw)) {
@@ -50,19 +41,18 @@ void step_(
   operands.check_list({"forget_grads", &forget_grads}, kWeightDtypes);
   operands.check_list({"retain_grads", &retain_grads}, kWeightDtypes);
   operands.check_state({"slow", &slow}, /*required=*/false);
-  operands.check_state({"first_moments", &first_moments}, /*required=*/stepped && has_first_moment(rule));
-  operands.check_state({"second_moments", &second_moments}, /*required=*/stepped && has_second_moment(rule));
+  operands.check_state({"first_moments", &exp_avg}, /*required=*/stepped && has_exp_avg(rule));
+  operands.check_state({"second_moments", &exp_avg_sq}, /*required=*/stepped && has_exp_avg_sq(rule));
   operands.check_bits({"bits", &bits});
-  operands.check_writable({{"weights", &weights},
-                           {"slow", &slow},
-                           {"first_moments", &first_moments},
-                           {"second_moments", &second_moments}});
+  operands.check_writable(
+      {{"weights", &weights}, {"slow", &slow}, {"first_moments", &exp_avg}, {"second_moments", &exp_avg_sq}});
 
   operands.make_reference_dense(/*written=*/true);
-  for (TensorList* list : {&slow, &first_moments, &second_moments}) operands.align(*list, /*written=*/true);
+  for (TensorList* list : {&slow, &exp_avg, &exp_avg_sq}) operands.align(*list, /*written=*/true);
   for (TensorList* list : {&forget_grads, &retain_grads}) operands.align(*list, /*written=*/false);
-  run(StepCall{weights, slow, first_moments, second_moments, forget_grads, retain_grads, bits, scalars, rule,
-               mask_retain, protect, rounding_seed >= 0, std::uint64_t(rounding_seed)});
+  run(StepCall{
+      weights, slow, exp_avg, exp_avg_sq, forget_grads, retain_grads, bits, scalars, rule, mask_retain, protect,
+      rounding_seed >= 0, std::uint64_t(rounding_seed)});
   operands.write_back();
 }
 

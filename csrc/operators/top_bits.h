@@ -17,12 +17,7 @@ struct TopOptions {
 // run(scores, other, options, bits, counts): the backend's kernel; it writes every word and every count.
 template <auto run>
 std::tuple<TensorList, Tensor> top_bits(
-    TensorList scores,
-    TensorList other,
-    std::int64_t k,
-    std::int64_t score_code,
-    double eps,
-    double forget_scale,
+    TensorList scores, TensorList other, std::int64_t k, std::int64_t score_code, double eps, double forget_scale,
     double retain_scale) {
   if (scores.empty()) fail("top_bits: scores: expected at least one tensor, got none");
   if (score_code < 0 || score_code > int(Score::ratio)) {

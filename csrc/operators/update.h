@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../math/update.h"
+#include "../math/step.h"
 #include "../tensors/operands.h"
 #include "step.h"
 
@@ -20,8 +20,8 @@ struct UpdateCall {
   }
 };
 
-// The gradients to compute, in the weights' memory order, and the sums for those of the scalars. What nobody asked
-// for is an empty list, or a scalar gradient without elements.
+// The gradients to compute, in the weights' memory order, and the sums for those of the scalars. One that no
+// caller needs is an empty list, or a scalar gradient without elements.
 struct UpdateGradients {
   TensorList weights, slow, forget, retain;
   Tensor scalars;
@@ -29,14 +29,8 @@ struct UpdateGradients {
 
 // The checks and the arrangement that the function and its derivative have in common.
 inline void arrange_update(
-    const char* op,
-    TensorList& weights,
-    TensorList& slow,
-    TensorList& forget_grads,
-    TensorList& retain_grads,
-    TensorList& bits,
-    const Tensor& scalars,
-    TensorList* output_grads = nullptr) {
+    const char* op, TensorList& weights, TensorList& slow, TensorList& forget_grads, TensorList& retain_grads,
+    TensorList& bits, const Tensor& scalars, TensorList* grad_outputs = nullptr) {
   if (weights.empty()) fail(std::string(op) + ": weights: expected at least one tensor, got none");
   check_scalars(op, scalars, weights[0]);
   if (forget_grads.empty() && retain_grads.empty() && slow.empty()) {
@@ -48,23 +42,18 @@ inline void arrange_update(
   operands.check_list({"retain_grads", &retain_grads}, kWeightDtypes);
   operands.check_state({"slow", &slow}, /*required=*/false);
   operands.check_bits({"bits", &bits});
-  if (output_grads) operands.check_list({"output_grads", output_grads}, kWeightDtypes, /*may_be_absent=*/false);
+  if (grad_outputs) operands.check_list({"output_grads", grad_outputs}, kWeightDtypes, /*may_be_absent=*/false);
 
   operands.make_reference_dense(/*written=*/false);
   for (TensorList* list : {&slow, &forget_grads, &retain_grads}) operands.align(*list, /*written=*/false);
-  if (output_grads) operands.align(*output_grads, /*written=*/false);
+  if (grad_outputs) operands.align(*grad_outputs, /*written=*/false);
 }
 
 // run(call, results): the backend's kernel. Without gradients only the interpolation happens.
 template <auto run>
 TensorList update(
-    TensorList weights,
-    TensorList slow,
-    TensorList forget_grads,
-    TensorList retain_grads,
-    TensorList bits,
-    Tensor scalars,
-    bool mask_retain) {
+    TensorList weights, TensorList slow, TensorList forget_grads, TensorList retain_grads, TensorList bits,
+    Tensor scalars, bool mask_retain) {
   arrange_update("update", weights, slow, forget_grads, retain_grads, bits, scalars);
   TensorList results;
   results.reserve(weights.size());
@@ -73,35 +62,25 @@ TensorList update(
   return results;
 }
 
-// run(call, output gradients, gradients): the backend's kernel. It reads what a gradient that was asked for needs,
+// run(call, output gradients, gradients): the backend's kernel. It reads what a gradient that is needed takes,
 // once, and sums the gradients of the scalars in the same pass and in a fixed order.
 template <auto run>
 std::tuple<TensorList, TensorList, TensorList, TensorList, Tensor> update_backward(
-    TensorList output_grads,
-    TensorList weights,
-    TensorList slow,
-    TensorList forget_grads,
-    TensorList retain_grads,
-    TensorList bits,
-    Tensor scalars,
-    bool mask_retain,
-    bool for_weights,
-    bool for_slow,
-    bool for_forget,
-    bool for_retain,
-    bool for_scalars) {
-  arrange_update("update_backward", weights, slow, forget_grads, retain_grads, bits, scalars, &output_grads);
-  const auto gradients_of = [&](const TensorList& list, bool wanted) {
+    TensorList grad_outputs, TensorList weights, TensorList slow, TensorList forget_grads, TensorList retain_grads,
+    TensorList bits, Tensor scalars, bool mask_retain, bool for_weights, bool for_slow, bool for_forget,
+    bool for_retain, bool for_scalars) {
+  arrange_update("update_backward", weights, slow, forget_grads, retain_grads, bits, scalars, &grad_outputs);
+  const auto gradients_of = [&](const TensorList& list, bool needed) {
     TensorList gradients;
-    for (size_t i = 0; wanted && i < list.size(); ++i) {
+    for (size_t i = 0; needed && i < list.size(); ++i) {
       gradients.push_back(empty_in_order(weights[i], list[i].scalar_type()));
     }
     return gradients;
   };
-  const UpdateGradients gradients{gradients_of(weights, for_weights), gradients_of(slow, for_slow),
-                                  gradients_of(forget_grads, for_forget), gradients_of(retain_grads, for_retain),
-                                  empty_flat(scalars, for_scalars ? kScalarCount : 0, ScalarType::Double)};
-  run(UpdateCall{weights, slow, forget_grads, retain_grads, bits, scalars, mask_retain}, output_grads, gradients);
+  const UpdateGradients gradients{
+      gradients_of(weights, for_weights), gradients_of(slow, for_slow), gradients_of(forget_grads, for_forget),
+      gradients_of(retain_grads, for_retain), empty_flat(scalars, for_scalars ? kScalarCount : 0, ScalarType::Double)};
+  run(UpdateCall{weights, slow, forget_grads, retain_grads, bits, scalars, mask_retain}, grad_outputs, gradients);
   return {gradients.weights, gradients.slow, gradients.forget, gradients.retain, gradients.scalars};
 }
 

@@ -38,8 +38,8 @@ class WorkRange {
     for (; word < end; ++t) {
       const std::int64_t stop = std::min(end, first_word_[t + 1]);
       if (stop == word) continue; // an empty tensor
-      const std::int64_t first = (word - first_word_[t]) * kWordBits;
-      visit(t, first, std::min(sizes_[t] - first, (stop - word) * kWordBits));
+      const std::int64_t begin = (word - first_word_[t]) * kWordBits;
+      visit(t, begin, std::min(sizes_[t] - begin, (stop - word) * kWordBits));
       word = stop;
     }
   }

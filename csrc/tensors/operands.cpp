@@ -68,57 +68,7 @@ struct WrittenRange {
   std::uintptr_t begin, end;
   const char* argument;
   size_t index;
-  const Tensor* tensor;
-  bool dense;
 };
-
-// Calls visit(byte offset) for every element.
-template <typename Visit>
-void for_each_element(const Tensor& tensor, const Visit& visit) {
-  const std::int64_t dims = tensor.dim(), width = std::int64_t(tensor.element_size());
-  std::vector<std::int64_t> position(size_t(dims), 0);
-  for (std::int64_t n = tensor.numel(), offset = 0; n > 0; --n) {
-    visit(offset * width);
-    for (std::int64_t d = dims - 1; d >= 0; --d) {
-      offset += tensor.stride(d);
-      if (++position[size_t(d)] < tensor.size(d)) break;
-      offset -= tensor.stride(d) * tensor.size(d);
-      position[size_t(d)] = 0;
-    }
-  }
-}
-
-// Marks the bytes of a tensor's elements; true if one was marked before.
-bool mark_elements(const WrittenRange& range, std::uintptr_t bottom, std::vector<bool>& used) {
-  bool marked = false;
-  for_each_element(*range.tensor, [&](std::int64_t offset) {
-    const size_t first = range.begin - bottom + size_t(offset);
-    for (size_t byte = first; byte < first + range.tensor->element_size(); ++byte) {
-      marked = marked || used[byte];
-      used[byte] = true;
-    }
-  });
-  return marked;
-}
-
-// Two of the ranges that share an element, or null pointers. Tensors whose ranges meet share one for certain where all
-// are dense. Slices of one buffer may interleave without sharing any, so there every address is looked at; such views
-// are rare, and are copied anyway.
-std::pair<const WrittenRange*, const WrittenRange*> find_shared(const WrittenRange* begin, const WrittenRange* end) {
-  if (std::all_of(begin, end, [](const WrittenRange& range) { return range.dense; })) return {begin, begin + 1};
-  std::uintptr_t top = begin->end;
-  for (const WrittenRange* range = begin; range != end; ++range) top = std::max(top, range->end);
-  std::vector<bool> used(top - begin->begin, false); // one bit per byte
-  for (const WrittenRange* range = begin; range != end; ++range) {
-    if (!mark_elements(*range, begin->begin, used)) continue;
-    for (const WrittenRange* other = begin; other != range; ++other) {
-      used.assign(used.size(), false);
-      mark_elements(*other, begin->begin, used);
-      if (mark_elements(*range, begin->begin, used)) return {other, range};
-    }
-  }
-  return {nullptr, nullptr};
-}
 
 bool is_state_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double;
@@ -228,9 +178,10 @@ void Operands::fail_at(const char* argument, size_t index, const std::string& ex
 void Operands::check_length(NamedList list, bool may_be_absent) const {
   const auto& [argument, tensors] = list;
   if (tensors->size() == reference_.size() || (may_be_absent && tensors->empty())) return;
-  fail(std::string(op_) + ": " + argument + ": expected " + std::to_string(reference_.size()) +
-       " tensors (one for each of " + name_ + ")" + (may_be_absent ? " or none" : "") + ", got " +
-       std::to_string(tensors->size()));
+  fail(
+      std::string(op_) + ": " + argument + ": expected " + std::to_string(reference_.size()) +
+      " tensors (one for each of " + name_ + ")" + (may_be_absent ? " or none" : "") + ", got " +
+      std::to_string(tensors->size()));
 }
 
 void Operands::check_device(NamedList list) {
@@ -262,10 +213,10 @@ void Operands::check_state(NamedList list, bool required) {
   const auto& [argument, tensors] = list;
   const auto& infos = infos_of(*tensors);
   for (size_t i = 0; i < infos.size(); ++i) {
-    const bool wide = reference_infos_[i].dtype == ScalarType::Double;
-    if ((infos[i].dtype == ScalarType::Double) != wide) {
-      fail_at(argument, i, wide ? "dtype Double, as its weight is Double" : "dtype Float",
-              dtype_in_words(infos[i].dtype));
+    const bool f64 = reference_infos_[i].dtype == ScalarType::Double;
+    if ((infos[i].dtype == ScalarType::Double) != f64) {
+      fail_at(
+          argument, i, f64 ? "dtype Double, as its weight is Double" : "dtype Float", dtype_in_words(infos[i].dtype));
     }
   }
 }
@@ -278,8 +229,9 @@ void Operands::check_bits(NamedList list, bool may_be_absent) {
     const TensorInfo& info = infos[i];
     const std::int64_t words = word_count(reference_infos_[i].numel);
     if (info.dtype != ScalarType::Int || info.dim != 1 || info.numel != words || !is_contiguous(info)) {
-      fail_at(argument, i, "contiguous words of dtype Int and shape [" + std::to_string(words) + "]",
-              dtype_in_words(info.dtype) + " and shape " + shape_of((*bits)[i]));
+      fail_at(
+          argument, i, "contiguous words of dtype Int and shape [" + std::to_string(words) + "]",
+          dtype_in_words(info.dtype) + " and shape " + shape_of((*bits)[i]));
     }
   }
   check_device(list);
@@ -292,29 +244,23 @@ void Operands::check_writable(std::initializer_list<NamedList> lists) {
     for (size_t i = 0; i < infos.size(); ++i) {
       const TensorInfo& info = infos[i];
       if (info.numel == 0) continue;
-      const bool dense = is_dense(info);
-      if (!dense && may_overlap_itself(info)) {
+      if (!is_dense(info) && may_overlap_itself(info)) {
         fail_at(argument, i, "a tensor whose elements do not share memory", "an expanded or overlapping view");
       }
       std::int64_t reach = 1;
       for (std::int64_t d = 0; d < info.dim; ++d) reach += (info.sizes[d] - 1) * info.strides[d];
       const auto begin = reinterpret_cast<std::uintptr_t>(info.data);
-      ranges.push_back({begin, begin + reach * (*list)[i].element_size(), argument, i, &(*list)[i], dense});
+      ranges.push_back({begin, begin + reach * (*list)[i].element_size(), argument, i});
     }
   }
   std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
-  for (size_t first = 0; first < ranges.size();) {
-    std::uintptr_t end = ranges[first].end;
-    size_t last = first + 1;
-    for (; last < ranges.size() && ranges[last].begin < end; ++last) end = std::max(end, ranges[last].end);
-    if (last - first > 1) {
-      const auto [one, other] = find_shared(&ranges[first], &ranges[last - 1] + 1);
-      if (one) {
-        fail_at(other->argument, other->index, "memory of its own",
-                std::string("memory shared with ") + one->argument + "[" + std::to_string(one->index) + "]");
-      }
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    const WrittenRange &before = ranges[i - 1], &range = ranges[i];
+    if (range.begin < before.end) {
+      fail_at(
+          range.argument, range.index, "memory of its own",
+          std::string("a range of memory that overlaps ") + before.argument + "[" + std::to_string(before.index) + "]");
     }
-    first = last;
   }
 }
 

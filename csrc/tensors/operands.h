@@ -86,8 +86,8 @@ struct RawList {
     return data.empty();
   }
   template <typename T>
-  T* at(size_t tensor, std::int64_t first) const {
-    return reinterpret_cast<T*>(data[tensor]) + first;
+  T* at(size_t tensor, std::int64_t begin) const {
+    return reinterpret_cast<T*>(data[tensor]) + begin;
   }
 };
 
@@ -125,7 +125,8 @@ class Operands {
   // One contiguous int32 tensor of ceil(n / 32) words each, or none.
   void check_bits(NamedList bits, bool may_be_absent = true);
 
-  // No element may be reachable through two of the tensors that will be written.
+  // No two of the tensors that will be written may overlap, from their first to their last element: slices that
+  // interleave are refused as well.
   void check_writable(std::initializer_list<NamedList> lists);
 
   // After the checks: makes the reference list dense. Copies stand in for views with gaps until write_back().
@@ -137,8 +138,8 @@ class Operands {
   void write_back();
 
  private:
-  [[noreturn]] void fail_at(const char* argument, size_t index, const std::string& expected, const std::string& got)
-      const;
+  [[noreturn]] void fail_at(
+      const char* argument, size_t index, const std::string& expected, const std::string& got) const;
   void check_length(NamedList list, bool may_be_absent) const;
   void check_device(NamedList list);
   std::vector<TensorInfo>& infos_of(const TensorList& list);
@@ -149,7 +150,7 @@ class Operands {
   TensorList& reference_;
   std::vector<TensorInfo> reference_infos_;
   std::deque<std::pair<const TensorList*, std::vector<TensorInfo>>> infos_; // of the other lists
-  std::vector<std::pair<Tensor, Tensor>> written_copies_; // original, copy
+  std::vector<std::pair<Tensor, Tensor>> written_copies_;                   // original, copy
 };
 
 } // namespace unlearn

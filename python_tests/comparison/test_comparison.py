@@ -159,7 +159,7 @@ def test_a_result_of_other_kernels_is_not_used_again(digits, tmp_path, models_di
         return OneSeed(TINY, digits, 0, models_dir, Records(tmp_path)).run(runner)[1]
 
     assert [found(), found()] == [False, True], "where the sources lie makes no difference"
-    header = csrc / "math" / "update.h"
+    header = csrc / "math" / "step.h"
     header.write_text(header.read_text() + "// another update\n")
     assert [found(), found()] == [False, True] and runner.calls == 2
     header.write_text(header.read_text().replace("// another update\n", ""))

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from helpers.layouts import (
-    normal,
-    opmath,
-)
+from helpers import oracles
+from helpers.layouts import assert_ulps, normal, opmath
 from torch import Tensor
 
 from unlearn_ext import ops
@@ -52,3 +50,35 @@ def call(state: State, forget: Sequence[Tensor] = (), retain: Sequence[Tensor] =
     weights = tensors.pop("weights")
     scalars = ops.scalars(**options)
     ops.step_(weights, scalars=scalars, forget_grads=forget, retain_grads=retain, **tensors, **own_options)
+
+
+def expect(
+    state: State,
+    forget: Sequence[Tensor] = (),
+    retain: Sequence[Tensor] = (),
+    masks: Sequence[Tensor] = (),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The transcription's answer for every tensor of a list."""
+    return [
+        oracles.step(
+            {name: tensors[i].double().numpy() for name, tensors in state.items()},
+            forget=forget[i].double().numpy() if forget else None,
+            retain=retain[i].double().numpy() if retain else None,
+            mask=masks[i].numpy() if masks else None,
+            **options,
+        )
+        for i in range(len(state["theta"]))
+    ]
+
+
+def assert_state(state: State, expected: Sequence[dict[str, Any]]) -> None:
+    """8 ulp of the opmath type, as the scalars are rounded to it too; half types: the last rounding and little more."""
+    for name, tensors in state.items():
+        for got, want in zip(tensors, expected, strict=True):
+            limit = 8.0 if got.dtype in (torch.float32, torch.float64) else 0.51
+            assert_ulps(got, want[name], limit, want.get(f"{name}_scale"))
+
+
+def clone(state: State) -> State:
+    return {name: [tensor.clone() for tensor in tensors] for name, tensors in state.items()}

@@ -16,7 +16,7 @@ RULES = ("sgd", "momentum", "adam", "adamw")
 MASK_SCOPES = ("forget", "all")
 SCORES = ("value", "magnitude", "product", "ratio")
 
-# Layout of the scalar tensor; enum ScalarIndex in csrc/math/update.h lists the same names.
+# Layout of the scalar tensor; enum ScalarIndex in csrc/math/step.h lists the same names.
 SCALARS = (
     "lr",
     "forget_weight",

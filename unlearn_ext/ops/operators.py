@@ -94,7 +94,8 @@ def step_(
     the interpolation happens.
 
     Args:
-        weights: float64, float32, bfloat16 or float16 tensors, n of them.
+        weights: float64, float32, bfloat16 or float16 tensors, n of them. Tensors that are written must lie apart:
+            slices of one buffer that interleave are refused.
         rule: ``sgd``, ``momentum`` (torch.optim.SGD's convention), ``adam`` (coupled decay) or ``adamw``
             (decoupled decay), each as in torch.optim.
         scalars: from :func:`scalars`.
@@ -114,7 +115,7 @@ def step_(
         RuntimeError: operands that do not fit together, or weights that autograd is following.
         ValueError: an unknown rule or mask scope, or a negative seed.
 
-    Source: SFR-on, arXiv 2409.19732; csrc/math/update.h.
+    Source: SFR-on, arXiv 2409.19732; csrc/math/step.h.
     """
     if rule not in RULES:
         raise ValueError(f"step_: rule: expected one of {', '.join(RULES)}, got {rule!r}")
@@ -342,7 +343,7 @@ def update(
         RuntimeError: operands that do not fit together.
         ValueError: an unknown mask scope, or a scalar with more than one element.
 
-    Source: csrc/math/update.h.
+    Source: csrc/math/step.h.
     """
     mask_retain = _mask_retain("update", mask_scope)
     weights, slow, forget_grads, retain_grads, bits = _listed(

@@ -268,7 +268,7 @@ def _update(
     corrections: Tensor,
     slow: Sequence[Tensor] | None,
 ) -> None:
-    """The mathematics of csrc/math/update.h for torch.compile, which fuses it for each tensor."""
+    """The mathematics of csrc/math/step.h for torch.compile, which fuses it for each tensor."""
     rate = RATES[rule]
     for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
         w, g = weight.float(), gradient

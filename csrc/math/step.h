@@ -16,14 +16,14 @@ namespace unlearn {
 
 enum class Rule : int { sgd = 0, momentum = 1, adam = 2, adamw = 3 };
 
-UNLEARN_INLINE constexpr bool has_first_moment(Rule rule) {
+UNLEARN_INLINE constexpr bool has_exp_avg(Rule rule) {
   return rule != Rule::sgd;
 }
-UNLEARN_INLINE constexpr bool has_second_moment(Rule rule) {
+UNLEARN_INLINE constexpr bool has_exp_avg_sq(Rule rule) {
   return rule == Rule::adam || rule == Rule::adamw;
 }
 
-// Layout of the float64 scalar tensor of a step; `SCALARS` in unlearn_ext/ops.py lists the same names.
+// Layout of the float64 scalar tensor of a step; `SCALARS` in unlearn_ext/ops/layout.py lists the same names.
 // The scalars live in a tensor so that a step never synchronises and can be captured and replayed.
 enum ScalarIndex : int {
   kLr,
@@ -40,8 +40,8 @@ enum ScalarIndex : int {
   kBiasCorrection1, // 1 - beta1^step
   kBiasCorrection2, // 1 - beta2^step
   kSlowRate,
-  kInverseScale,    // 1 / loss scale, multiplies both gradients
-  kSkip,            // non-zero: a gradient was not finite, nothing may be written
+  kInverseScale, // 1 / loss scale, multiplies both gradients
+  kSkip,         // non-zero: a gradient was not finite, nothing may be written
   kScalarCount
 };
 
@@ -49,13 +49,13 @@ enum ScalarIndex : int {
 template <typename T>
 struct StepScalars {
   T lr, forget_scale, retain_scale, momentum, weight_decay, slow_rate;
-  T first_weight, beta2, one_minus_beta2, eps;
-  bits_t<T> from_first;    // all ones where the first moment is interpolated from its old value, not from the gradient
-  T step_size;             // lr / bias_correction1
+  T lerp_weight, beta2, one_minus_beta2, eps;
+  bits_t<T> from_exp_avg; // all ones where exp_avg is interpolated from its old value, not from the gradient
+  T step_size;            // lr / bias_correction1
   T sqrt_bias_correction2;
-  T keep_after_decay;      // 1 - lr * weight_decay, the decoupled decay of AdamW
-  T keep_of_slow;          // 1 - slow_rate
-  bits_t<T> decays;        // all zeros without weight decay: 0 * inf would make an infinite weight a NaN
+  T keep_after_decay; // 1 - lr * weight_decay, the decoupled decay of AdamW
+  T keep_of_slow;     // 1 - slow_rate
+  bits_t<T> decays;   // all zeros without weight decay: 0 * inf would make an infinite weight a NaN
 
   UNLEARN_INLINE explicit StepScalars(const double* s)
       : lr(T(s[kLr])),
@@ -64,11 +64,11 @@ struct StepScalars {
         momentum(T(s[kMomentum])),
         weight_decay(T(s[kWeightDecay])),
         slow_rate(T(s[kSlowRate])),
-        first_weight(T(s[kBeta1] > 0.5 ? 1.0 - s[kBeta1] : -s[kBeta1])),
+        lerp_weight(T(s[kBeta1] > 0.5 ? 1.0 - s[kBeta1] : -s[kBeta1])),
         beta2(T(s[kBeta2])),
         one_minus_beta2(T(1.0 - s[kBeta2])),
         eps(T(s[kEps])),
-        from_first(bits_t<T>(0) - bits_t<T>(s[kBeta1] > 0.5)),
+        from_exp_avg(bits_t<T>(0) - bits_t<T>(s[kBeta1] > 0.5)),
         step_size(T(s[kLr] / s[kBiasCorrection1])),
         sqrt_bias_correction2(T(std::sqrt(s[kBiasCorrection2]))),
         keep_after_decay(T(1.0 - s[kLr] * s[kWeightDecay])),
@@ -76,30 +76,35 @@ struct StepScalars {
         decays(bits_t<T>(0) - bits_t<T>(s[kWeightDecay] != 0.0)) {}
 };
 
-// What one weight owns. Members a rule does not use are never read.
+// A weight and its state, by torch's names. The momentum rule keeps its momentum_buffer where Adam keeps exp_avg.
+// Members that a rule does not use are never read.
 template <typename T>
 struct WeightState {
-  T theta, first, second, slow;
+  T theta, exp_avg, exp_avg_sq, slow;
 };
 
 template <Rule rule, typename T>
 UNLEARN_INLINE void apply_rule(WeightState<T>& w, T g, const StepScalars<T>& s) {
+  // Weight decay: of the weight itself (AdamW), or added to the gradient (all others).
   if constexpr (rule == Rule::adamw) {
     w.theta = w.theta * s.keep_after_decay;
   } else {
     g = g + s.weight_decay * keep_or_zero(s.decays, w.theta);
   }
+  // The rule.
   if constexpr (rule == Rule::sgd) {
     w.theta = w.theta - s.lr * g;
   } else if constexpr (rule == Rule::momentum) {
-    w.first = s.momentum * w.first + g;
-    w.theta = w.theta - s.lr * w.first;
+    T& momentum_buffer = w.exp_avg;
+    momentum_buffer = s.momentum * momentum_buffer + g;
+    w.theta = w.theta - s.lr * momentum_buffer;
   } else {
-    // From the nearer end, as torch.lerp does: with beta1 = 0 the moment is the gradient exactly.
-    w.first = select(s.from_first, w.first, g) + s.first_weight * (g - w.first);
-    w.second = s.beta2 * w.second + s.one_minus_beta2 * g * g;
-    const T denominator = std::sqrt(w.second) / s.sqrt_bias_correction2 + s.eps;
-    w.theta = w.theta - s.step_size * w.first / denominator;
+    // Moments. From the nearer end, as torch.lerp does: with beta1 = 0 the moment is the gradient exactly.
+    w.exp_avg = select(s.from_exp_avg, w.exp_avg, g) + s.lerp_weight * (g - w.exp_avg);
+    w.exp_avg_sq = s.beta2 * w.exp_avg_sq + s.one_minus_beta2 * g * g;
+    // The step, with the moments' bias corrected.
+    const T denominator = std::sqrt(w.exp_avg_sq) / s.sqrt_bias_correction2 + s.eps;
+    w.theta = w.theta - s.step_size * w.exp_avg / denominator;
   }
 }
 
@@ -108,15 +113,11 @@ UNLEARN_INLINE void apply_rule(WeightState<T>& w, T g, const StepScalars<T>& s) 
 // all (protect=True clears it), so that a protected weight keeps its exact bits, moments and slow weight included.
 template <Rule rule, bool forget, bool retain, bool interpolate, typename T>
 UNLEARN_INLINE WeightState<T> update_weight(
-    const WeightState<T>& before,
-    T g_forget,
-    T g_retain,
-    bits_t<T> keep_forget,
-    bits_t<T> keep_retain,
-    bits_t<T> touch,
+    const WeightState<T>& before, T g_forget, T g_retain, bits_t<T> keep_forget, bits_t<T> keep_retain, bits_t<T> touch,
     const StepScalars<T>& s) {
   WeightState<T> after = before;
   if constexpr (forget || retain) {
+    // One gradient of the two, each weighed and masked by itself.
     T g = T(0);
     if constexpr (forget) {
       g = keep_or_zero(keep_forget, s.forget_scale * g_forget);
@@ -126,17 +127,19 @@ UNLEARN_INLINE WeightState<T> update_weight(
     }
     apply_rule<rule>(after, g, s);
   }
+  // The round closes: slow weights follow the fast ones part of the way, and the fast ones go back to them.
   if constexpr (interpolate) {
     after.slow = before.slow + s.slow_rate * (after.theta - before.slow);
     after.theta = after.slow;
     after.slow = select(touch, after.slow, before.slow);
   }
+  // A protected weight takes everything back.
   after.theta = select(touch, after.theta, before.theta);
-  if constexpr ((forget || retain) && has_first_moment(rule)) {
-    after.first = select(touch, after.first, before.first);
+  if constexpr ((forget || retain) && has_exp_avg(rule)) {
+    after.exp_avg = select(touch, after.exp_avg, before.exp_avg);
   }
-  if constexpr ((forget || retain) && has_second_moment(rule)) {
-    after.second = select(touch, after.second, before.second);
+  if constexpr ((forget || retain) && has_exp_avg_sq(rule)) {
+    after.exp_avg_sq = select(touch, after.exp_avg_sq, before.exp_avg_sq);
   }
   return after;
 }
@@ -168,12 +171,7 @@ struct UpdateGradient {
 // Template parameters and masks as for update_weight. The terms are exact in double for float operands.
 template <bool forget, bool retain, bool interpolate, typename T>
 UNLEARN_INLINE UpdateGradient<T> update_gradient(
-    T d,
-    const WeightState<T>& before,
-    T g_forget,
-    T g_retain,
-    bits_t<T> keep_forget,
-    bits_t<T> keep_retain,
+    T d, const WeightState<T>& before, T g_forget, T g_retain, bits_t<T> keep_forget, bits_t<T> keep_retain,
     const StepScalars<T>& s) {
   UpdateGradient<T> gradient{};
   const T d_fast = interpolate ? s.slow_rate * d : d; // of theta before the interpolation
@@ -201,11 +199,7 @@ UNLEARN_INLINE UpdateGradient<T> update_gradient(
 // The gradients of the scalars `s`, in their layout, from the sums over all weights. Sums of parts that are absent
 // are zero, and so are the gradients of scalars that the step did not use.
 UNLEARN_INLINE void update_scalar_gradients(
-    const UpdateSums& sums,
-    bool stepped,
-    bool interpolate,
-    const double* s,
-    double* gradients) {
+    const UpdateSums& sums, bool stepped, bool interpolate, const double* s, double* gradients) {
   for (int i = 0; i < kScalarCount; ++i) gradients[i] = 0.0;
   const double forget = s[kForgetWeight] * s[kForgetClip] * sums.forget;
   const double retain = s[kRetainWeight] * s[kRetainClip] * sums.retain;
