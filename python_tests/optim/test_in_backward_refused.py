@@ -84,7 +84,7 @@ def test_on_a_device_it_is_told_at_the_next_look() -> None:
     optimizer = optimizer_of(model, rule="sgd")
     with optimizer.step_in_backward("retain"):
         loss_of(model, 0).backward()
-    optimizer._non_finite = torch.tensor(True)  # as a step on a GPU leaves it
+    optimizer.non_finite = torch.tensor(True)  # as a step on a GPU leaves it
     with pytest.raises(NonFiniteError, match="left out weights whose gradient was not finite, and others moved: go on"):
         optimizer.raise_if_non_finite()
     with pytest.raises(InputError, match="load weights and optimizer of a checkpoint"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unlearn_ext import InputError, SaliencyMask, UnlearnOptimizer, ops
 from unlearn_ext.methods import Projected
-from unlearn_ext.optim.optimizer import _conflict
+from unlearn_ext.optim.step import _conflict
 
 SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 2)}
 

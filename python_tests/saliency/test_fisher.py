@@ -17,7 +17,7 @@ from unlearn_ext import ops
 from unlearn_ext.errors import InputError, NonFiniteError
 from unlearn_ext.saliency import FisherDiagonal, SaliencyMask, _parts
 from unlearn_ext.saliency import fisher as fisher_module
-from unlearn_ext.saliency.mask import _on_host
+from unlearn_ext.saliency.selection import _on_host
 from unlearn_ext.tasks import Classification
 from unlearn_ext.utils import grad_hooks
 

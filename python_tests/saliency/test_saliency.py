@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from unlearn_ext import ops
 from unlearn_ext.errors import InputError
 from unlearn_ext.saliency import SaliencyMask
-from unlearn_ext.saliency.mask import _part_of
+from unlearn_ext.saliency.selection import _part_of
 
 # --- Masks --------------------------------------------------------------------------------------------------
 

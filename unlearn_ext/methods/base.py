@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
-from ..saliency.mask import check_fraction
+from ..saliency.selection import check_fraction
 from ..utils.arguments import LARGEST_COUNT, check_choice, check_count, check_finite, check_number, describe, nearest
 from ..utils.plain import plain_numbers
 from . import schedules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,188 +12,171 @@ from torch import Tensor
 from .. import ops
 from ..errors import InputError, NonFiniteError
 from ..ops.clipping import as_scalar, clip_factor
-from ..utils.arguments import check_choice
 from ..utils.grad_hooks import arriving, passing_twice
 from ..utils.gradients import check_gradient, fits
+from .config import parameter_names
+from .gradients import align_gradients
+from .step import (
+    Bucket,
+    Step,
+    clip,
+    close_step,
+    first_non_finite,
+    make_slow_weights,
+    no_gradients,
+    raise_non_finite,
+    step_bucket,
+)
 
-if TYPE_CHECKING:
-    from . import UnlearnOptimizer
-    from .optimizer import _Bucket
+__all__ = ["LIMITS", "measuring", "stepping"]
 
-__all__ = ["measuring", "stepping"]
-
-_LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}
+LIMITS = {"forget": "max_norm", "retain": "retain_max_norm"}  # side -> the optimizer's name of its limit
 
 
 @contextlib.contextmanager
-def measuring(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
+def measuring(step: Step, side: str) -> Iterator[None]:
     """The norm for a step that clips; :meth:`UnlearnOptimizer.norm_in_backward`."""
-    norm = _Norm(optimizer, side)
-    with passing_twice(), arriving(norm.parameters, norm.name, norm.take):
+    norm = _NormPass(step, side)
+    with passing_twice(), arriving(step.parameters, norm.name, norm.take):
         yield
     norm.finish()
 
 
 @contextlib.contextmanager
-def stepping(optimizer: UnlearnOptimizer, side: str) -> Iterator[None]:
+def stepping(step: Step, side: str) -> Iterator[None]:
     """One forget or retain step, made by the backward pass of the block; :meth:`UnlearnOptimizer.step_in_backward`."""
-    step = _Step(optimizer, side)
+    moving = _StepPass(step, side)
     try:
-        with arriving(step.parameters, step.name, step.take):
+        with arriving(step.parameters, moving.name, moving.take):
             yield
     except BaseException as error:
-        if step.made:
-            optimizer.broken = (
-                f"{len(step.made)} of {len(step.parameters)} parameters have made a step that the others have not"
-            )
-        if step.made and isinstance(error, NonFiniteError) and (name := step.first_non_finite()) is not None:
+        if not moving.moved:
+            raise
+        broken = f"{len(moving.moved)} of {len(step.parameters)} parameters have made a step that the others have not"
+        step.record.broken = broken
+        if isinstance(error, NonFiniteError) and (first := first_non_finite(step)) is not None:
             raise NonFiniteError(
-                f"{side}_step: the gradient of {name} is not finite, and {optimizer.broken} (the last "
-                f"was {step.name(step.made[-1])}): go on from a checkpoint, with a lower learning rate or forget_alpha"
+                f"{step.op}: the gradient of {first[1]} is not finite, and {broken} (the last was "
+                f"{moving.name(moving.moved[-1])}): go on from a checkpoint, with a lower learning rate or forget_alpha"
             ) from None
         raise
-    step.finish()
+    moving.finish()
 
 
 class _Pass:
-    """What both passes know of a side, one parameter at a time, in whatever order gradients appear."""
+    """What both passes know of a side. Gradients appear in any order, and stand in the step's lists while in use."""
 
-    def __init__(self, optimizer: UnlearnOptimizer, side: str):
-        check_choice("side", side, _LIMITS)
-        optimizer.check_whole()
-        self.optimizer, self.side, self.op = optimizer, side, f"{side}_step"
-        self.limit = getattr(optimizer, _LIMITS[side])
-        self.parameters = optimizer._parameters()
-        self.masked = optimizer.mask_bits is not None and (side == "forget" or optimizer.mask_scope == "all")
-        self.places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
-        # As the optimizer's own methods take them: a list of each side, here with one gradient at a time.
-        self.gradients: dict[str, list[Tensor | None]] = {s: [None] * len(self.parameters) for s in _LIMITS}
+    def __init__(self, step: Step, side: str):
+        self.step, self.side = step, side
+        self.gradients = step.forget if side == "forget" else step.retain
+        self.limit = step.limits[list(LIMITS).index(side)]
+        self.places = [(group, i) for group in step.groups for i in range(len(group["params"]))]
 
     def name(self, i: int) -> str:
-        return self.optimizer._names()[i]
+        return parameter_names(self.step.groups)[i]
 
     def take(self, gradients: dict[int, Tensor]) -> None:
+        op, indices = self.step.op, list(gradients)
         for i, gradient in gradients.items():
             if not fits(gradient):
-                check_gradient(self.op, self.name(i), gradient)
-        own, found = self.gradients[self.side], list(gradients)
-        aligned = self.optimizer._aligned(self.op, list(gradients.values()), [self.parameters[i] for i in found])
-        for i, gradient in zip(found, aligned, strict=True):
-            own[i] = gradient
-        self.use(found)
-        for i in found:
-            own[i] = None
+                check_gradient(op, self.name(i), gradient)
+        parameters = [self.step.parameters[i] for i in indices]
+        aligned = align_gradients(op, list(gradients.values()), parameters, lambda at: self.name(indices[at]))
+        for i, fitting in zip(indices, aligned, strict=True):
+            self.gradients[i] = fitting
+        self.use(indices)
+        for i in indices:
+            self.gradients[i] = None
 
-    def use(self, found: list[int]) -> None:
+    def use(self, indices: list[int]) -> None:
         raise NotImplementedError
 
-    def check_any(self, found: Collection[int]) -> None:
-        if not found:
-            raise InputError(f"{self.op}: every gradient is None; call backward() on a loss of these parameters first")
+    def check_any(self, indices: Collection[int]) -> None:
+        if not indices:
+            raise no_gradients(self.step.op)
 
 
-class _Norm(_Pass):
-    def __init__(self, optimizer: UnlearnOptimizer, side: str):
-        super().__init__(optimizer, side)
-        self.found: dict[int, Any] = {}  # the weighted square, and how many entries are not finite
+class _NormPass(_Pass):
+    def __init__(self, step: Step, side: str):
+        super().__init__(step, side)
+        self.squares: dict[int, tuple[Any, Any]] = {}  # the weighted square, and how many entries are not finite
 
-    def use(self, found: list[int]) -> None:
-        optimizer = self.optimizer
-        for i in found:
-            forget, retain = ([g[i]] if g[i] is not None else () for g in self.gradients.values())
-            bits = [optimizer.mask_bits[i]] if self.masked else ()
-            products = ops.gradient_products(forget, retain, bits, optimizer.mask_scope)
-            if self.parameters[i].device.type == "cpu":
+    def use(self, indices: list[int]) -> None:
+        step = self.step
+        for i in indices:
+            forget, retain = ([g] if (g := side[i]) is not None else [] for side in (step.forget, step.retain))
+            bits = [] if step.bits is None else [step.bits[i]]
+            products: Any = ops.gradient_products(forget, retain, bits, step.mask_scope)
+            if step.parameters[i].device.type == "cpu":
                 products = products.tolist()
                 if products[3]:
-                    optimizer._raise_non_finite(self.op, self.parameters, *self.gradients.values(), self.masked)
+                    raise_non_finite(step)
             square = products[0 if forget else 1] * self.places[i][0][f"{self.side}_weight"] ** 2
-            self.found[i] = square, products[3]
+            self.squares[i] = square, products[3]
 
     def finish(self) -> None:
         """Summed in the parameters' order, not in that of their gradients."""
-        self.check_any(self.found)
-        squares, non_finite = zip(*(self.found[i] for i in sorted(self.found)), strict=True)
-        self.optimizer.measured[self.side] = clip_factor(self.limit, sum(squares)), sum(non_finite) > 0
+        self.check_any(self.squares)
+        squares, non_finite = zip(*(self.squares[i] for i in sorted(self.squares)), strict=True)
+        self.step.record.measured[self.side] = clip_factor(self.limit, sum(squares)), sum(non_finite) > 0
 
 
-class _Step(_Pass):
-    """What :meth:`UnlearnOptimizer._step` does."""
+class _StepPass(_Pass):
+    """What :func:`~unlearn_ext.optim.step.run_step` does, a few parameters at a time."""
 
-    def __init__(self, optimizer: UnlearnOptimizer, side: str):
-        super().__init__(optimizer, side)
-        self.clip, self.skip = optimizer.measured.pop(side, (None, False))
-        if self.clip is None and self.limit is not None:
+    def __init__(self, step: Step, side: str):
+        super().__init__(step, side)
+        measured = step.record.measured
+        self.factor, self.skip = measured.pop(side, (None, False))
+        if self.factor is None and self.limit is not None:
             raise InputError(
-                f"step_in_backward: {_LIMITS[side]} clips by the norm of all gradients: measure it first, in a "
+                f"step_in_backward: {LIMITS[side]} clips by the norm of all gradients: measure it first, in a "
                 "backward pass of its own within norm_in_backward"
             )
-        optimizer.measured.clear()  # the weights will be others
-        self.states = optimizer._states(self.parameters)
-        optimizer._make_slow_weights(self.states)
-        own_state = side == "forget" and optimizer.dual_state
-        self.prefix = "forget_" if own_state else ""
-        self.rule = optimizer.forget_rule if own_state else optimizer.rule
-        closes = (optimizer.param_groups[0]["retain_steps"] + 1) % optimizer.slow_freq == 0
-        self.interpolate = side == "retain" and closes
+        measured.clear()  # the weights will be others
+        make_slow_weights(step)
         # Noise by place, not by the order in which gradients appear.
-        self.seeds = {id(group): group["rounding_seed"] for group in optimizer.param_groups}
-        self.made: list[int] = []
+        self.seeds = {id(group): group["rounding_seed"] for group in step.groups}
+        self.moved: list[int] = []
 
-    def first_non_finite(self) -> str | None:
-        """A name among the gradients at which the step ended, or None where something else was not finite."""
-        found = self.optimizer._first_non_finite(self.parameters, *self.gradients.values(), self.masked)
-        return None if found is None else found[1]
-
-    def use(self, found: list[int]) -> None:
-        optimizer, both = self.optimizer, (*self.gradients.values(),)
-        buckets = self._buckets(found)
-        clips, skip = optimizer._clip(self.op, self.parameters, *both, buckets, self.masked)
+    def use(self, indices: list[int]) -> None:
+        buckets = self._buckets(indices)
+        factors, skip = clip(self.step, buckets)
         if self.limit is not None:  # that was of some gradients
-            clips, skip = (self.clip, self.clip), self.skip
+            factors, skip = (self.factor, self.factor), self.skip
         else:
             self.skip = self.skip | skip
         for bucket in buckets:
             group = bucket.group
             if group["rounding_seed"] is not None:
                 group["rounding_seed"] = self.seeds[id(group)] + self.places[bucket.indices[0]][1]
-            optimizer._step_bucket(
-                bucket, self.parameters, self.states, *both, self.rule, self.prefix, self.masked, clips, skip,
-                self.interpolate, self.side == "forget",
-            )  # fmt: skip
-            optimizer.in_parts |= self.limit is None  # else none moves where one gradient is not finite
-            self.made += bucket.indices
+            step_bucket(self.step, bucket, factors, skip)
+            # Else none moves where one gradient is not finite.
+            self.step.record.in_parts |= self.limit is None
+            self.moved += bucket.indices
 
-    def _buckets(self, found: list[int]) -> list[_Bucket]:
+    def _buckets(self, indices: list[int]) -> list[Bucket]:
         """What a call may take together: of one group and count, and alone where the noise goes by place."""
-        from .optimizer import _Bucket
-
+        step = self.step
         members: dict[tuple[Any, ...], list[int]] = {}
-        for i in found:
+        for i in indices:
             group = self.places[i][0]
-            count = self.states[i].get(f"{self.prefix}step", 0) + 1
+            count = step.states[i].get(f"{step.prefix}step", 0) + 1
             alone = i if group["rounding_seed"] is not None else None
-            members.setdefault((id(group), count, self.parameters[i].device, alone), []).append(i)
+            members.setdefault((id(group), count, step.parameters[i].device, alone), []).append(i)
         return [
-            _Bucket(self.places[some[0]][0], some, self.side == "forget", self.side == "retain", count, ())
+            Bucket(self.places[some[0]][0], some, self.side == "forget", self.side == "retain", count, ())
             for (_, count, _, _), some in members.items()
         ]
 
     def finish(self) -> None:
         """Once for all parameters: what closes a step and a round."""
-        optimizer = self.optimizer
-        self.check_any(self.made)
+        step = self.step
+        self.check_any(self.moved)
         if self.side == "forget" and self.limit is not None:
-            optimizer.last_clip = as_scalar(self.clip)
-        for group in optimizer.param_groups:
+            step.record.last_clip = as_scalar(self.factor)
+        for group in step.groups:
             if group["rounding_seed"] is not None:
                 group["rounding_seed"] = self.seeds[id(group)] + len(group["params"])
         with torch.no_grad():
-            if self.interpolate:
-                left = set(range(len(self.parameters))).difference(self.made)
-                left = [i for i in sorted(left) if "slow" in self.states[i]]
-                optimizer._interpolate(left, self.parameters, self.masked, self.skip)
-        if self.side == "retain":
-            for group in optimizer.param_groups:
-                group["retain_steps"] += 1
-        optimizer._opt_called = True
+            close_step(step, self.moved, self.skip)

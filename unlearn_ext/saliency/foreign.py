@@ -23,9 +23,9 @@ from ..utils.arguments import is_dense
 from ..utils.files import atomic_path, user_path, writable_directory
 from ..utils.reading import check_opens, check_stored
 
-__all__ = ["MOST_DIMENSIONS", "read_fisher", "read_masks", "write_masks"]
+__all__ = ["MOST_DIMENSIONS", "read_fishers", "read_masks", "write_masks"]
 
-_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES: tuple[torch.dtype, ...] = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_DIMENSIONS = 64  # that torch's operators take
 _LARGEST_SHARE = 8  # bytes of tensors for each byte of the file: weights that are tied share theirs
@@ -51,21 +51,48 @@ def read_masks(path: str | Path, shapes: Shapes | None = None) -> dict[str, Tens
     return _some(path, masks)
 
 
-def read_fisher(path: str | Path) -> dict[str, Tensor | None]:
+def _read_fisher(path: str | Path) -> dict[str, Tensor | None]:
     """Float32 or float64 tensors by plain name; None where the file has a plain 0."""
     fisher: dict[str, Tensor | None] = {}
     for name, value in _read(path).items():
         if _is_zero(value):
             fisher[name] = None
             continue
-        found = _dense(path, name, value)
-        if not found.is_floating_point():
-            raise InputError(f"{path} is no Fisher diagonal: {name} is of {found.dtype}, expected a floating dtype")
-        found = found if found.dtype in (torch.float32, torch.float64) else found.float()
-        if not bool(((found >= 0) & (found < torch.inf)).all()):
+        squares = _dense(path, name, value)
+        if not squares.is_floating_point():
+            raise InputError(f"{path} is no Fisher diagonal: {name} is of {squares.dtype}, expected a floating dtype")
+        squares = squares if squares.dtype in (torch.float32, torch.float64) else squares.float()
+        if not bool(((squares >= 0) & (squares < torch.inf)).all()):
             raise InputError(f"{path} is no Fisher diagonal: {name} holds numbers that are negative or not finite")
-        fisher[name] = found
+        fisher[name] = squares
     return _some(path, fisher)
+
+
+def read_fishers(
+    forget: str | Path, retain: str | Path, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The two diagonals of one model, of equal names and shapes: zeros where a file has a plain 0.
+
+    A name that has a 0 in both files takes the shape of the trained one of ``parameters``, or is left out.
+    """
+    both = _read_fisher(forget), _read_fisher(retain)
+    if both[0].keys() != both[1].keys():
+        raise InputError(f"{forget} and {retain} hold different parameters: take two files of the same model")
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    filled: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    for name in both[0]:
+        pair = [fisher[name] for fisher in both]
+        shapes = [tensor.shape for tensor in (*pair, trained.get(name)) if tensor is not None]
+        if not shapes:
+            continue
+        for fisher, squares in zip(filled, pair, strict=True):
+            fisher[name] = torch.zeros(shapes[0], device="cpu", dtype=torch.float32) if squares is None else squares
+        if shapes[0] != filled[1][name].shape:
+            raise InputError(
+                f"{name} has shape {list(shapes[0])} in {forget} and {list(filled[1][name].shape)} in {retain}: take "
+                "two files of the same model"
+            )
+    return filled
 
 
 def write_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,22 +13,16 @@ from .. import ops
 from ..distributed.hashing import weights_hash
 from ..distributed.shards import is_sharded, local, part_like
 from ..distributed.wrappers import by_plain_name
-from ..errors import InputError, first_line
-from ..utils.arguments import check_choice, describe, is_dense
-from ..utils.files import atomic_path, user_path, writable_directory
-from ..utils.reading import explain_open_errors
-from . import foreign, sharded
-from ._parts import in_parts
-from .foreign import MOST_DIMENSIONS
-from .storage import StoredSums
+from ..errors import InputError
+from ..utils.arguments import describe, is_dense
+from . import foreign
+from .files import as_text, numel, read_mask, write_mask
+from .selection import bits_by_ratio, bits_by_score, no_bits
 
 if TYPE_CHECKING:
     from .fisher import FisherDiagonal
 
 __all__ = ["SaliencyMask"]
-
-_FORMAT = "unlearn_ext.saliency_mask.1"
-_RESERVED = ("format", "shapes")  # keys of the header
 
 
 class SaliencyMask:
@@ -53,7 +46,7 @@ class SaliencyMask:
     ):
         self._bits = dict(bits)
         self._shapes = {name: tuple(shapes[name]) for name in bits}
-        self.metadata = _as_text(metadata or {})
+        self.metadata = as_text(metadata or {})
 
     @classmethod
     def from_dict(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> SaliencyMask:
@@ -93,31 +86,8 @@ class SaliencyMask:
                 :func:`~unlearn_ext.ops.top_bits`; ``magnitude`` for gradients.
             other: the second number of each weight, for ``product`` and ``ratio``.
         """
-        if not scores:
-            raise InputError("scores of no tensors were given: pass one tensor per parameter name")
-        named, others = by_plain_name(scores.items()), by_plain_name((other or {}).items())
-        for name, value in (*named.items(), *others.items()):
-            if not is_dense(value) or not value.is_floating_point():
-                raise InputError(f"score of {name}: expected a dense tensor of a floating dtype, got {describe(value)}")
-        check_choice("score", score, ops.SCORES)
-        if others.keys() != (named.keys() if score in ("product", "ratio") else set()):
-            raise InputError(f"score {score!r}: expected other to have the names of scores for product and ratio only")
-        for name, value in others.items():
-            if value.shape != named[name].shape:
-                raise InputError(
-                    f"other of {name} has shape {list(value.shape)} and its score {list(named[name].shape)}: pass "
-                    "tensors of equal shapes"
-                )
-        check_fraction("fraction", fraction)
-        shapes = {name: tuple(value.shape) for name, value in named.items()}
-        bits, _ = ops.top_bits(
-            [value.detach().contiguous() for value in named.values()],
-            _part_of(sum(map(_numel, shapes.values())), fraction),
-            other=[others[name].detach() for name in named if others],
-            score=score,
-        )
-        words = {name: word.cpu() for name, word in zip(named, bits, strict=True)}
-        return cls(words, shapes, {"mask_fraction": repr(float(fraction)), **(metadata or {})})
+        bits, shapes = bits_by_score(scores, fraction, score, other)
+        return cls(bits, shapes, {"mask_fraction": repr(float(fraction)), **(metadata or {})})
 
     @classmethod
     def from_fisher(
@@ -168,30 +138,7 @@ class SaliencyMask:
         metadata: Mapping[str, str] | None,
         **ratio: float,
     ) -> SaliencyMask:
-        """From Fisher sums of equal names; those that were not ``seen`` are kept out."""
-        if gamma is not None and mask_fraction is not None:
-            raise InputError("gamma and mask_fraction both say which weights are salient: give one of them")
-        if not forget:
-            raise InputError("Fisher diagonals of no tensors were given: none holds a gradient")
-        names = [name for name in forget if name in seen]
-        if mask_fraction is None:
-            gamma = 1.0 if gamma is None else gamma
-            kept = _ratio_words(forget, retain, names, gamma=gamma, **ratio)
-            origin = {"gamma": repr(gamma)}
-        else:
-            check_fraction("mask_fraction", mask_fraction)
-            # Ties are broken in logical order.
-            f, r = [forget[name].contiguous() for name in names], [retain[name] for name in names]
-            wanted = _part_of(sum(total.numel() for total in retain.values()), mask_fraction)
-            k = min(wanted, sum(total.numel() for total in f))
-            if any(map(is_sharded, f)):
-                words = _on_host(ops.pack_bits(sharded.top_ratio_masks(f, r, k, **ratio)))
-            else:
-                bits, _ = ops.top_bits(f, k, other=r, score="ratio", **ratio)
-                words = _logical(bits, f)
-            kept = dict(zip(names, words, strict=True))
-            origin = {"mask_fraction": repr(float(mask_fraction))}
-        words = {name: kept[name] if name in kept else _no_bits(retain[name]) for name in forget}
+        words, origin = bits_by_ratio(forget, retain, seen, gamma=gamma, mask_fraction=mask_fraction, **ratio)
         shapes = {name: tuple(retain[name].shape) for name in forget}
         return cls(by_plain_name(words.items()), by_plain_name(shapes.items()), {**origin, **(metadata or {})})
 
@@ -217,7 +164,7 @@ class SaliencyMask:
 
     @property
     def total(self) -> int:
-        return sum(_numel(shape) for shape in self._shapes.values())
+        return sum(numel(shape) for shape in self._shapes.values())
 
     @property
     def density(self) -> float:
@@ -228,7 +175,7 @@ class SaliencyMask:
     def densities(self) -> dict[str, float]:
         """The kept fraction of each tensor; 0 for an empty one."""
         counts = ops.count_bits(list(self._bits.values())).tolist()
-        sizes = map(_numel, self._shapes.values())
+        sizes = map(numel, self._shapes.values())
         return {name: k / n if n else 0.0 for name, k, n in zip(self._bits, counts, sizes, strict=True)}
 
     def __repr__(self) -> str:
@@ -240,7 +187,7 @@ class SaliencyMask:
         same_shapes = self._shapes == other._shapes
         return same_shapes and all(torch.equal(word, other._bits[name]) for name, word in self._bits.items())
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as Python does for a class with __eq__
 
     # --- To a model -----------------------------------------------------------------------------------------
 
@@ -270,14 +217,14 @@ class SaliencyMask:
                 )
         bound = []
         for name, p in named.items():
-            bits, own = self._bits.get(name), local(p)
+            bits, part = self._bits.get(name), local(p)
             if bits is None:
-                bits = _no_bits(own)
-            elif is_sharded(p) or not own.is_contiguous():
+                bits = no_bits(part)
+            elif is_sharded(p) or not part.is_contiguous():
                 logical = ops.unpack_bits([bits], [torch.empty(p.shape, dtype=torch.bool, device="cpu")])[0]
-                part = torch.empty_like(own, dtype=torch.bool, device="cpu").copy_(part_like(logical, p))
-                bits = ops.pack_bits([part])[0]
-            bound.append(bits.to(own.device))
+                keep = torch.empty_like(part, dtype=torch.bool, device="cpu").copy_(part_like(logical, p))
+                bits = ops.pack_bits([keep])[0]
+            bound.append(bits.to(part.device))
         return bound
 
     def check_model(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -288,8 +235,8 @@ class SaliencyMask:
         """
         named = list(named_parameters)
         self.bind(named)
-        own = weights_hash(named) if "weights_hash" in self.metadata else None
-        if self.metadata.get("weights_hash") != own:
+        current = weights_hash(named) if "weights_hash" in self.metadata else None
+        if self.metadata.get("weights_hash") != current:
             raise InputError(
                 "the mask was made for other weights: measure a new one, or delete mask.metadata['weights_hash'] to "
                 "use it all the same"
@@ -299,13 +246,7 @@ class SaliencyMask:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file: the words by name, shapes and metadata in the header."""
-        from safetensors.torch import save_file
-
-        # The user may have added to the metadata.
-        header = {**_as_text(self.metadata), "format": _FORMAT, "shapes": json.dumps(self._shapes)}
-        writable_directory(Path(path).parent)
-        with atomic_path(path) as partial:
-            save_file({name: word.contiguous() for name, word in self._bits.items()}, partial, metadata=header)
+        write_mask(path, self._bits, self._shapes, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> SaliencyMask:
@@ -314,23 +255,7 @@ class SaliencyMask:
         Raises:
             InputError: no such file, or not a mask.
         """
-        header, bits = _read(user_path(path))
-        if header.pop("format", None) != _FORMAT:
-            raise InputError(f"{path} is not a saliency mask of this package: save one with SaliencyMask.save")
-        try:
-            shapes = {name: _shape(sizes) for name, sizes in json.loads(header.pop("shapes")).items()}
-        except (KeyError, ValueError, AttributeError, TypeError, RuntimeError, RecursionError):
-            raise InputError(f"{path} is damaged: its shapes cannot be read") from None
-        if shapes.keys() != bits.keys():
-            raise InputError(f"{path} is damaged: it has bits and shapes of different parameters")
-        shapes, bits = by_plain_name(shapes.items()), by_plain_name(bits.items())
-        ordered = {name: bits[name] for name in shapes}  # safetensors sorts by size, shapes keep the model's order
-        for name, word in ordered.items():
-            size = _numel(shapes[name])
-            fits = word.dtype == torch.int32 and word.shape == ((size + 31) // 32,)
-            if not fits or (size % 32 and int(word[-1]) >> size % 32 != 0):
-                raise InputError(f"{path} is damaged: the bits of {name} do not fit its shape {list(shapes[name])}")
-        return cls(ordered, shapes, header)
+        return cls(*read_mask(path))
 
     # --- Files of other projects ----------------------------------------------------------------------------
 
@@ -375,23 +300,7 @@ class SaliencyMask:
         Args:
             named_parameters: of the model, as in :meth:`from_pt`.
         """
-        f, r = foreign.read_fisher(forget), foreign.read_fisher(retain)
-        if f.keys() != r.keys():
-            raise InputError(f"{forget} and {retain} hold different parameters: take two files of the same model")
-        trained = {n: p for n, p in by_plain_name(named_parameters or ()).items() if p.requires_grad}
-        for name in list(f):
-            like = next((t for t in (f[name], r[name], trained.get(name)) if t is not None), None)
-            if like is None:
-                del f[name], r[name]
-                continue
-            for fisher in (f, r):
-                if fisher[name] is None:
-                    fisher[name] = torch.zeros(like.shape, dtype=torch.float32, device="cpu")
-            if f[name].shape != r[name].shape:
-                raise InputError(
-                    f"{name} has shape {list(f[name].shape)} in {forget} and {list(r[name].shape)} in {retain}: take "
-                    "two files of the same model"
-                )
+        f, r = foreign.read_fishers(forget, retain, by_plain_name(named_parameters or ()))
         seen = {name for name in f if bool(f[name].any()) or bool(r[name].any())}
         # The files hold means: no scales.
         return cls._from_ratio(f, r, seen, gamma=gamma, mask_fraction=mask_fraction, metadata=metadata, eps=eps)
@@ -404,101 +313,5 @@ class SaliencyMask:
         foreign.write_masks(self.unpack(), path)
 
 
-def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a safetensors file of words; nothing larger than the file is made.
-
-    Raises:
-        InputError: no such file, or one that is damaged or holds other tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise InputError(f"there is no mask at {path}")
-    bits = {}
-    try:
-        with explain_open_errors(path), safe_open(path, framework="pt", device="cpu") as file:
-            header = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if file.get_slice(name).get_dtype() != "I32":  # of some dtypes torch has no tensors
-                    raise InputError(f"{path} is no mask: {name} is not of int32 words")
-                with torch.device("cpu"):  # not on torch's default device
-                    bits[name] = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a safetensors file ({first_line(error)})") from None
-    return header, bits
-
-
-def _shape(sizes: Any) -> tuple[int, ...]:
-    """A shape as a tensor can have it, from what a file says; raises what torch, or Python, raises for any other."""
-    if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
-        raise TypeError("a shape is a list of integers")
-    if len(sizes) > MOST_DIMENSIONS:
-        raise ValueError(f"a tensor has at most {MOST_DIMENSIONS} dimensions")
-    return tuple(torch.empty(sizes, dtype=torch.bool, device="meta").shape)
-
-
-def _ratio_words(
-    forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], names: list[str], **ratio: float
-) -> dict[str, Tensor]:
-    """Bits by name, a few tensors at a time; one by one of a forget Fisher that waits elsewhere and comes back here."""
-    kept: dict[str, Tensor] = {}
-    waits = isinstance(forget, StoredSums)
-    for few in (slice(i, i + 1) for i in range(len(names))) if waits else in_parts([retain[name] for name in names]):
-        f, r = [forget[name] for name in names[few]], [retain[name] for name in names[few]]
-        if any(map(is_sharded, f)):
-            words = _on_host(ops.pack_bits(sharded.ratio_masks(f, r, **ratio)))
-        else:
-            bits, _ = ops.ratio_bits(f, r, **ratio)
-            words = _logical(bits, f)
-        kept.update(zip(names[few], words, strict=True))
-    return kept
-
-
-def _logical(bits: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """Bits on the CPU and in logical order, of those in the memory order of ``like``."""
-    words = bits if all(word.device.type == "cpu" for word in bits) else _on_host(bits)
-    for i, tensor in enumerate(like):
-        if not tensor.is_contiguous():
-            ordered = ops.unpack_bits([words[i]], [torch.empty_like(tensor, dtype=torch.bool, device="cpu")])[0]
-            words[i] = ops.pack_bits([ordered.contiguous()])[0]
-    return words
-
-
-def _on_host(words: list[Tensor]) -> list[Tensor]:
-    """In one copy: each would wait for the device."""
-    return list(torch.cat(words).cpu().split([word.numel() for word in words]))
-
-
-def _no_bits(like: Tensor) -> Tensor:
-    return torch.zeros((like.numel() + 31) // 32, dtype=torch.int32, device="cpu")
-
-
-def _as_text(metadata: Mapping[Any, Any]) -> dict[str, str]:
-    """As the header of a file holds it, beside what the file says for itself."""
-    for key in _RESERVED:
-        if key in metadata:
-            raise InputError(f"metadata: {key!r} is what a file of a mask says for itself; choose another name")
-    return {str(key): str(value) for key, value in metadata.items()}
-
-
-def check_fraction(name: str, fraction: float) -> None:
-    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-        raise InputError(f"{name}: expected a number from 0 to 1, got {describe(fraction)}")
-
-
-def _part_of(total: int, fraction: float) -> int:
-    """⌊fraction·total⌋ of the fraction that was meant: the largest k with k/total ≤ fraction in float64."""
-    k = int(fraction * total)
-    while k < total and (k + 1) / total <= fraction:
-        k += 1
-    while k > 0 and k / total > fraction:
-        k -= 1
-    return k
-
-
 def _is_frozen(p: Tensor) -> bool:
     return isinstance(p, torch.nn.Parameter) and not p.requires_grad
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
