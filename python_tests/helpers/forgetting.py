@@ -11,8 +11,8 @@ import pytest
 from torch import Tensor
 
 from unlearn_ext.cli import main
-from unlearn_ext.jobs.job import ForgetJob
 from unlearn_ext.jobs.options import ForgetOptions
+from unlearn_ext.jobs.plan import ForgetPlan, make_plan
 
 SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
 SMALL = [*SHORT, "--fisher-batches", "1"]
@@ -61,7 +61,7 @@ def run_killed_at(iteration: int, monkeypatch, *arguments, **named) -> None:
             run(*arguments, **named)
 
 
-def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
+def plan_of(home: Path, model: str, output: Path, **options) -> ForgetPlan:
     small = {
         "forget_class": "3",
         "max_train_steps": 2,
@@ -70,7 +70,7 @@ def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
         "num_inference_steps": 2,
     }
     paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
-    return ForgetJob(ForgetOptions(**{**paths, **small, **options}))
+    return make_plan(ForgetOptions(**{**paths, **small, **options}))
 
 
 def hashes(folder: Path) -> dict[str, str]:

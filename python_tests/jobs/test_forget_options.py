@@ -18,12 +18,13 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import WEIGHTS, denoiser, hashes, job_of, result, run, run_killed_at, work
+from helpers.forgetting import WEIGHTS, denoiser, hashes, plan_of, result, run, run_killed_at, work
 from helpers.pipelines import (
     NAMES,
     save_classifier,
 )
 
+from unlearn_ext.jobs.dry_run import estimate_run
 from unlearn_ext.jobs.pictures import Pictures
 from unlearn_ext.models.sampling import draw_noise
 from unlearn_ext.run.loop import Loop
@@ -278,8 +279,8 @@ def test_pictures_that_are_not_finite_are_not_judged() -> None:
 def test_the_forgotten_are_shown_first_and_then_eight_of_the_others(
     home: Path, tmp_path: Path, forgotten_classes: str, shown: list[int]
 ) -> None:
-    job = job_of(home, "ddpm", tmp_path / "out", forget_class=forgotten_classes)
-    assert job.pictures.labels.tolist() == shown
+    plan = plan_of(home, "ddpm", tmp_path / "out", forget_class=forgotten_classes)
+    assert plan.pictures.labels.tolist() == shown
 
 
 # --- The method -----------------------------------------------------------------------------------------------------
@@ -595,13 +596,13 @@ def test_ways_to_run_that_change_no_result(home: Path, forgotten: Forgotten, mod
 def test_gradient_checkpointing_keeps_fewer_activations(home: Path, tmp_path: Path, model: str) -> None:
     kept = {}
     for given in (False, True):
-        job = job_of(home, model, tmp_path / "out", gradient_checkpointing=given)
-        kept[given] = job.estimate().memory["iterations"]["activations"]
+        plan = plan_of(home, model, tmp_path / "out", gradient_checkpointing=given)
+        kept[given] = estimate_run(plan).memory["iterations"]["activations"]
     assert 0 < kept[True] < 0.7 * kept[False]
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_convolutions_are_channels_last_when_asked_for(home: Path, tmp_path: Path, given: bool) -> None:
-    job = job_of(home, "ddpm", tmp_path / "out", channels_last=given)
-    kernels = [p for p in job.model.parameters() if p.dim() == 4 and min(p.shape) > 1]
+    plan = plan_of(home, "ddpm", tmp_path / "out", channels_last=given)
+    kernels = [p for p in plan.model.parameters() if p.dim() == 4 and min(p.shape) > 1]
     assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) == given for p in kernels)
