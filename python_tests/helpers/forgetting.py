@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from unlearn_ext.cli import main
-from unlearn_ext.jobs.job import ForgetJob
 from unlearn_ext.jobs.options import ForgetOptions
+from unlearn_ext.jobs.plan import ForgetPlan, make_plan
 
+PROMPTS = ("--forget-prompt", "three", "--replace-prompt", "two")
+TEXT_DIGITS = (1, 3, 2)  # in the order of their names: one, three, two
+DATA = {"dit": "digits", "ddpm": "digits", "text": "named"}
 SHORT = ["--max-train-steps", "2", "--train-batch-size", "4", "--num-inference-steps", "2"]
 SMALL = [*SHORT, "--fisher-batches", "1"]
 WEIGHTS = {
@@ -61,7 +65,7 @@ def run_killed_at(iteration: int, monkeypatch, *arguments, **named) -> None:
             run(*arguments, **named)
 
 
-def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
+def plan_of(home: Path, model: str, output: Path, **options) -> ForgetPlan:
     small = {
         "forget_class": "3",
         "max_train_steps": 2,
@@ -70,7 +74,7 @@ def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
         "num_inference_steps": 2,
     }
     paths = {"pretrained_model_name_or_path": home / model, "data": home / "digits", "output_dir": output}
-    return ForgetJob(ForgetOptions(**{**paths, **small, **options}))
+    return make_plan(ForgetOptions(**{**paths, **small, **options}))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -88,3 +92,8 @@ def denoiser(folder: Path, model: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / WEIGHTS[model])
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that differ."""
+    return {name for name in before if not torch.equal(before[name], after[name])}

@@ -22,7 +22,7 @@ __all__ = ["Ended", "command", "launch"]
 # Nothing is imported that is not installed.
 PRELOADED = ["pytest", "helpers.rank_cases", "helpers.rank_jobs", "torch._dynamo", "torch.distributed.fsdp"]
 PRELOADED += ["torch.distributed.checkpoint", "accelerate", "diffusers.models.transformers", "diffusers.models.unets"]
-PRELOADED += ["unlearn_ext.demo.diffusion.weights", "unlearn_ext.jobs.job"]
+PRELOADED += ["unlearn_ext.demo.diffusion.weights", "unlearn_ext.jobs.run"]
 
 
 class Ended(NamedTuple):

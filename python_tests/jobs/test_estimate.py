@@ -23,11 +23,12 @@ from helpers.pipelines import (
 )
 
 from unlearn_ext.distributed.wrappers import trainable
-from unlearn_ext.jobs import job as job_module
 from unlearn_ext.jobs import pictures as pictures_module
-from unlearn_ext.jobs.dry_run import other_networks
+from unlearn_ext.jobs import run as run_module
+from unlearn_ext.jobs.dry_run import estimate_run, other_networks
 from unlearn_ext.jobs.estimate import Trials, Workload, estimate, sizes_on_disk
-from unlearn_ext.jobs.job import ForgetJob
+from unlearn_ext.jobs.plan import ForgetPlan
+from unlearn_ext.jobs.run import ForgetRun
 from unlearn_ext.jobs.trial import Trial, try_batch, try_samples
 from unlearn_ext.methods import SFRon
 from unlearn_ext.models.judge import Judge
@@ -44,19 +45,19 @@ def home(home: Path) -> Path:
     return home
 
 
-def job_of(home: Path, model: str, output: Path, **options) -> ForgetJob:
+def plan_of(home: Path, model: str, output: Path, **options) -> ForgetPlan:
     """One denoising step; the folders carry names."""
     own = {"class_map": home / "map.json"}
     if model == "text":
         own = {"forget_class": None, "forget_prompt": "three", "replace_prompt": "two"}
-    return forgetting.job_of(home, model, output, **{"num_inference_steps": 1, **own, **options})
+    return forgetting.plan_of(home, model, output, **{"num_inference_steps": 1, **own, **options})
 
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
 
 
 STAGES = {  # stage -> where a run does its work
-    "encoding": (job_module, "encode_latents"),
+    "encoding": (run_module, "encode_latents"),
     "Fisher": (FisherDiagonal, "measure"),
     "mask": (SaliencyMask, "from_fisher"),
     "iterations": (loop.Loop, "run"),
@@ -65,7 +66,7 @@ STAGES = {  # stage -> where a run does its work
 }
 
 
-def peaks(job: ForgetJob, monkeypatch) -> dict[str, int]:
+def peaks(plan: ForgetPlan, monkeypatch) -> dict[str, int]:
     """Stage -> the most bytes alive in a run: weights, buffers, and what PyTorch's allocator took and gave back in the
     run, as its profiler saw it. The trials of an estimate know nothing of either."""
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -79,15 +80,15 @@ def peaks(job: ForgetJob, monkeypatch) -> dict[str, int]:
 
     for stage, (owner, name) in STAGES.items():
         monkeypatch.setattr(owner, name, marked(stage, getattr(owner, name)))
-    weights = [t for network in (job.model, *other_networks(job)) for t in network.state_dict().values()]
+    weights = [t for network in (plan.model, *other_networks(plan)) for t in network.state_dict().values()]
     now = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in weights}.values())
     del weights
-    trained = [(p, p.data) for p in trainable(job.model).values()]
+    trained = [(p, p.data) for p in trainable(plan.model).values()]
     now -= sum(data.untyped_storage().nbytes() for _, data in trained)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         for p, data in trained:  # the profiler does not see the end of what was there before it
             p.data = data.clone()
-        job.run()
+        ForgetRun(plan).run()
     roots = profiled.profiler.kineto_results.experimental_event_tree()
     ranges, moments = [], []
     for event, operator in _walk(roots):
@@ -128,9 +129,9 @@ def _without_scratch(moments):
     return [(moment, size) for place, (moment, size, *_) in enumerate(moments) if place not in scratch]
 
 
-def check_memory(job: ForgetJob, monkeypatch, tolerance: float) -> None:
-    expected = {stage: sum(parts.values()) for stage, parts in job.estimate().memory.items()}
-    measured = peaks(job, monkeypatch)
+def check_memory(plan: ForgetPlan, monkeypatch, tolerance: float) -> None:
+    expected = {stage: sum(parts.values()) for stage, parts in estimate_run(plan).memory.items()}
+    measured = peaks(plan, monkeypatch)
     assert measured == {  # tables and indices of a run are no part of an estimate
         stage: pytest.approx(size, rel=tolerance, abs=150_000) for stage, size in expected.items()
     }
@@ -144,8 +145,8 @@ def test_the_memory_of_a_larger_dit_is_what_was_estimated(home: Path, tmp_path: 
     model = small_dit(sample_size=16, layers=8, heads=6, head_dim=64)
     assert 20e6 < sum(p.numel() for p in model.parameters()) < 30e6
     DiTPipeline(model, small_vae(), DDIMScheduler(num_train_timesteps=50)).save_pretrained(home / "larger")
-    job = job_of(home, "larger", tmp_path / "out", tie_embeddings=False, guidance_scale=1.0)
-    check_memory(job, monkeypatch, 0.02)
+    plan = plan_of(home, "larger", tmp_path / "out", tie_embeddings=False, guidance_scale=1.0)
+    check_memory(plan, monkeypatch, 0.02)
 
 
 @pytest.mark.slow
@@ -162,7 +163,7 @@ def test_the_memory_of_activations_is_what_was_estimated(home: Path, tmp_path, m
     """They are nearly all there is in large batches of small models."""
     if "samples" in options:
         options = {**options, "classifier": home / "judge"}
-    check_memory(job_of(home, model, tmp_path / "out", train_batch_size=32, **options), monkeypatch, 0.1)
+    check_memory(plan_of(home, model, tmp_path / "out", train_batch_size=32, **options), monkeypatch, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -189,17 +190,17 @@ LESS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", LESS, ids=str)
 def test_the_memory_of_each_way_to_need_less_is_what_was_estimated(home, medium, tmp_path, monkeypatch, options):
-    job = job_of(
+    plan = plan_of(
         home, medium, tmp_path / "out", tie_embeddings=False, guidance_scale=1.0, train_batch_size=1, **options
     )
-    check_memory(job, monkeypatch, 0.1)
+    check_memory(plan, monkeypatch, 0.1)
 
 
 @pytest.mark.slow
 def test_each_way_to_need_less_needs_less(home: Path, medium: str, tmp_path: Path) -> None:
     def needed(**options) -> dict[str, int]:
-        job = job_of(home, medium, tmp_path / "out", tie_embeddings=False, train_batch_size=1, **options)
-        return {stage: sum(parts.values()) for stage, parts in job.estimate().memory.items()}
+        plan = plan_of(home, medium, tmp_path / "out", tie_embeddings=False, train_batch_size=1, **options)
+        return {stage: sum(parts.values()) for stage, parts in estimate_run(plan).memory.items()}
 
     plain, count = needed(), sum(p.numel() for p in small_dit(layers=6, heads=4, head_dim=48).parameters())
     freed = needed(optimizer_in_backward=True)
@@ -320,10 +321,10 @@ def test_slow_weights_are_those_of_the_groups_that_have_them() -> None:
 @pytest.mark.slow
 def test_every_stage_of_a_run_has_its_time(home: Path, tmp_path: Path) -> None:
     for model, options in (("text", {"classifier": home / "judge", "samples": 2}), ("ddpm", {})):
-        job = job_of(home, model, tmp_path / model, **options)
-        found = job.estimate()
+        plan = plan_of(home, model, tmp_path / model, **options)
+        found = estimate_run(plan)
         assert all(seconds > 0 for seconds in found.seconds.values())
-        assert set(found.seconds) == set(job.run()["seconds"]) - {"mask"}  # which takes next to none
+        assert set(found.seconds) == set(ForgetRun(plan).run()["seconds"]) - {"mask"}  # which takes next to none
         assert ("judging" in found.memory) == ("judging" in found.seconds) == bool(options)
 
 
@@ -331,9 +332,9 @@ def test_images_that_cannot_be_read_are_no_error(home: Path, tmp_path: Path) -> 
     save_digit_folders(tmp_path / "digits", per_class=4, names=NAMES)
     for path in (tmp_path / "digits").rglob("*.png"):
         path.write_bytes(b"no picture")
-    job = job_of(home, "ddpm", tmp_path / "out", data=tmp_path / "digits")
-    assert job.estimate().seconds["decoding"] > 0
-    assert not job.data.unreadable
+    plan = plan_of(home, "ddpm", tmp_path / "out", data=tmp_path / "digits")
+    assert estimate_run(plan).seconds["decoding"] > 0
+    assert not plan.data.unreadable
 
 
 # --- Nothing is left ------------------------------------------------------------------------------------------------
@@ -341,21 +342,21 @@ def test_images_that_cannot_be_read_are_no_error(home: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("model", ["text", "ddpm"])
 def test_an_estimate_leaves_no_trace(home: Path, tmp_path: Path, model: str) -> None:
-    job = job_of(home, model, tmp_path / "out", classifier=home / "judge", samples=1)
-    networks = [job.model, *other_networks(job)]
+    plan = plan_of(home, model, tmp_path / "out", classifier=home / "judge", samples=1)
+    networks = [plan.model, *other_networks(plan)]
     networks[-1].train()
     files = sorted(home.rglob("*"))
 
     def state() -> list[torch.Tensor]:
-        numbers = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+        numbers = [generator.get_state() for generator in plan.task.generators()] + [torch.get_rng_state()]
         modes = [torch.tensor([m.training for n in networks for m in n.modules()])]
         return numbers + modes + [t.clone() for n in networks for t in n.state_dict().values()]
 
     before = state()
-    job.estimate()
+    estimate_run(plan)
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
     assert all(p.grad is None for n in networks for p in n.parameters())
-    assert not job.pictures.taken and not (tmp_path / "out").exists() and files == sorted(home.rglob("*"))
+    assert not plan.pictures.taken and not (tmp_path / "out").exists() and files == sorted(home.rglob("*"))
 
 
 def test_the_table_of_a_large_model_fits_the_line(capsys) -> None:

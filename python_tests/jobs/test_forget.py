@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import SMALL, hashes, job_of, result, run, work
+from helpers.forgetting import SMALL, hashes, plan_of, result, run, work
 from helpers.pipelines import (
     save_digit_folders,
     save_model_and_scheduler,
 )
 
 from unlearn_ext.cli import main
+from unlearn_ext.jobs.run import ForgetRun
 from unlearn_ext.saliency import SaliencyMask
 
 
@@ -161,9 +162,9 @@ def test_a_small_forget_set_is_measured_once(home: Path, tmp_path: Path) -> None
     """However long the iterations and the other set are."""
     seen: dict[str, tuple[int, int | None]] = {}
     for given, measured in ((None, (1, 9)), (5, (1, 5))):  # of four images and of 36
-        job = job_of(home, "ddpm", tmp_path / str(given), max_train_steps=3, fisher_batches=given)
-        job.progress = lambda stage, done, total: seen.update({stage: (done, total)})
-        assert job.run()["method"]["fisher_batches"] == measured == job.fisher_batches
+        plan = plan_of(home, "ddpm", tmp_path / str(given), max_train_steps=3, fisher_batches=given)
+        plan.progress = lambda stage, done, total: seen.update({stage: (done, total)})
+        assert ForgetRun(plan).run()["method"]["fisher_batches"] == measured == plan.fisher_batches
         assert seen["Fisher, forget set"] == (1, 1) and seen["Fisher, retain set"] == (measured[1],) * 2
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import SMALL, job_of, result, run
+from helpers.forgetting import SMALL, plan_of, result, run
 from helpers.pipelines import save_ddpm_pipeline, save_digit_folders
 
 from unlearn_ext.cli import main
+from unlearn_ext.jobs.run import ForgetRun
 
 
 @pytest.mark.slow
@@ -42,11 +43,12 @@ def test_prompts_of_an_array_come_from_a_map(home: Path, tmp_path: Path, capsys)
 @pytest.mark.parametrize("replace", ["two", "a dog"])
 def test_the_replacement_is_predicted_for_images_of_its_prompt_where_there_are_any(home, tmp_path, replace) -> None:
     wanted = {"forget_class": None, "forget_prompt": "three", "replace_prompt": replace}
-    job = job_of(home, "text", tmp_path / "out", data=home / "named", **wanted)
-    latents = job._encode(tmp_path / "latents")
-    forget, retain = job._loaders(latents)
+    plan = plan_of(home, "text", tmp_path / "out", data=home / "named", **wanted)
+    whole_run = ForgetRun(plan)
+    latents = whole_run._encode(tmp_path / "latents")
+    forget, retain = whole_run._loaders(latents)
     samples = [latents[i] for i in range(len(latents))]
-    folders = {label: name for name, label in job.data.folders.items()}
+    folders = {label: name for name, label in plan.data.folders.items()}
     twos = [sample["latent_mean"] for sample in samples if folders[int(sample["labels"])] == "two"]
     drawn = []
     for batch in forget:

@@ -3,19 +3,19 @@
 from pathlib import Path
 
 import pytest
-from helpers.forgetting import job_of, run
+from helpers.forgetting import plan_of, run
 from helpers.pipelines import NAMES
 
 from unlearn_ext.errors import InputError
-from unlearn_ext.jobs.job import ForgetJob
 from unlearn_ext.jobs.options import ForgetOptions
+from unlearn_ext.jobs.plan import make_plan
 
 SMALL = {"max_train_steps": 2, "train_batch_size": 2, "fisher_batches": 1, "num_inference_steps": 2}
 
 
 def test_names_of_a_models_classes_need_no_map(home, tmp_path):
-    job = job_of(home, "dit", tmp_path / "out", data=home / "named", forget_class="three")
-    assert job.forget_classes == [3] and {row.folder: row.index for row in job.data.mapping} == {
+    plan = plan_of(home, "dit", tmp_path / "out", data=home / "named", forget_class="three")
+    assert plan.forget_classes == [3] and {row.folder: row.index for row in plan.data.mapping} == {
         name: i for i, name in enumerate(NAMES)
     }
 
@@ -33,8 +33,8 @@ def test_a_guess_is_refused_until_it_is_confirmed(home, tmp_path, capsys):
         class_map=Path("sorted"),
         **SMALL,
     )
-    job = ForgetJob(options)
-    assert job.forget_classes == [sorted(NAMES).index("three")] and job.pretrained.classes.null_label == 10
+    plan = make_plan(options)
+    assert plan.forget_classes == [sorted(NAMES).index("three")] and plan.pretrained.classes.null_label == 10
 
 
 def test_home_is_found_in_every_option(home, tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_home_is_found_in_every_option(home, tmp_path, monkeypatch):
         **SMALL,
     )
     assert options.data == home / "named" and options.output_dir == home / "out"
-    assert ForgetJob(options).pretrained.folder == home / "dit"
+    assert make_plan(options).pretrained.folder == home / "dit"
     with pytest.raises(InputError, match=f"--class-map: there is no file {home}/absent.json"):
         ForgetOptions(
             pretrained_model_name_or_path=home / "dit",

@@ -13,10 +13,12 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import denoiser, job_of, result, run, run_killed_at
+from helpers.forgetting import denoiser, plan_of, result, run, run_killed_at
 from helpers.pipelines import NAMES
 
 from unlearn_ext import InputError
+from unlearn_ext.jobs.dry_run import estimate_run
+from unlearn_ext.jobs.run import ForgetRun
 from unlearn_ext.run import loop
 from unlearn_ext.saliency import SaliencyMask
 
@@ -135,11 +137,11 @@ def test_a_mask_is_for_the_weights_that_it_was_measured_on(home: Path, forgotten
     first = forgotten("ddpm", *own)
     mask = str(first / "unlearning" / "mask.safetensors")
     given = {"mask": Path(mask), "fisher_batches": None}
-    job_of(home, "ddpm", tmp_path / "again", weights_dtype="bfloat16", **given).run()
+    ForgetRun(plan_of(home, "ddpm", tmp_path / "again", weights_dtype="bfloat16", **given)).run()
     again = tmp_path / "again" / "unlearning" / "mask.safetensors"
     assert SaliencyMask.load(again) == SaliencyMask.load(mask)
     with pytest.raises(InputError, match="was made for other weights"):
-        job_of(home, "ddpm", tmp_path / "other", **given)
+        plan_of(home, "ddpm", tmp_path / "other", **given)
 
 
 @pytest.mark.slow
@@ -168,10 +170,10 @@ def test_pictures_are_made_in_float32_before_and_after(home: Path, tmp_path: Pat
 
     monkeypatch.setattr(Pictures, "take", watched)
     monkeypatch.setattr(loop.Loop, "start", started)
-    job = job_of(home, "ddpm", tmp_path / "out", weights_dtype="bfloat16")
-    job.estimate()
-    assert dtypes(job.model) == {torch.bfloat16}, "a trial leaves no trace"
-    job.run()
+    plan = plan_of(home, "ddpm", tmp_path / "out", weights_dtype="bfloat16")
+    estimate_run(plan)
+    assert dtypes(plan.model) == {torch.bfloat16}, "a trial leaves no trace"
+    ForgetRun(plan).run()
     assert seen == [("before", {torch.float32}), ("run", {torch.bfloat16}), ("after", {torch.float32})]
 
 
@@ -200,4 +202,4 @@ def test_fp16_is_refused_beside_bfloat16_and_steps_in_the_backward_pass(home: Pa
         ({"weights_dtype": "float8"}, "--weights-dtype: expected one of float32, bfloat16, got 'float8'"),
     ):
         with pytest.raises(InputError, match=words):
-            job_of(home, "dit", tmp_path / "out", mixed_precision="fp16", device="cuda", **option)
+            plan_of(home, "dit", tmp_path / "out", mixed_precision="fp16", device="cuda", **option)

@@ -18,45 +18,33 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import WEIGHTS, denoiser, hashes, job_of, result, run, run_killed_at, work
+from helpers.forgetting import (
+    DATA,
+    PROMPTS,
+    WEIGHTS,
+    denoiser,
+    hashes,
+    moved,
+    plan_of,
+    result,
+    run,
+    run_killed_at,
+    work,
+)
+from helpers.grids import cells, far
 from helpers.pipelines import (
-    NAMES,
     save_classifier,
 )
 
-from unlearn_ext.jobs.pictures import Pictures
-from unlearn_ext.models.sampling import draw_noise
+from unlearn_ext.jobs.dry_run import estimate_run
 from unlearn_ext.run.loop import Loop
 
-PROMPTS = ("--forget-prompt", "three", "--replace-prompt", "two")
-TEXT_DIGITS = (1, 3, 2)  # in the order of their names: one, three, two
-DATA = {"dit": "digits", "ddpm": "digits", "text": "named"}
-SIDE, GAP = 48, 2  # of a picture in the grid, and between pictures: 16 pixels are shown as 48
 Forgotten = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def home(home: Path) -> Path:
-    for name in set(NAMES) - {NAMES[digit] for digit in TEXT_DIGITS}:
-        shutil.rmtree(home / "named" / name)
-    return home
-
-
-@pytest.fixture(scope="module")
-def forgotten(home: Path, tmp_path_factory) -> Forgotten:
-    """The folder that a run with these arguments writes; each is run once."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def make(model: str, *arguments: str) -> Path:
-        if (key := (model, *arguments)) not in made:
-            out = tmp_path_factory.mktemp("run") / "out"
-            what = PROMPTS if model == "text" else ("--forget-class", "3")
-            code = run(home, model, out, *what, *arguments, "--keep-work", data=DATA[model])
-            assert code == (3 if "unmoved" in result(out)["warnings"] else 0)
-            made[key] = out
-        return made[key]
-
-    return make
+def home(few_prompts: Path) -> Path:
+    return few_prompts
 
 
 def refusal(capsys, *arguments, **named) -> str:
@@ -67,10 +55,6 @@ def refusal(capsys, *arguments, **named) -> str:
     assert error.startswith("error: ") and len(error.splitlines()) == 1
     assert not arguments[2].exists()
     return error
-
-
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def update(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:
@@ -140,146 +124,6 @@ def test_copies_that_differ_are_not_tied_but_trained_as_copies(
         assert not torch.equal(after[0][name], after[1][name])
         for old, new in zip(before, after, strict=True):
             assert 0.5e-4 < float((new[name] - old[name]).abs().max()) < 5e-4
-
-
-# --- Pictures -------------------------------------------------------------------------------------------------------
-
-
-def cells(path: Path, rows: int, columns: int) -> np.ndarray:
-    """uint8 [rows, columns, 16, 16, 3] of a grid: pictures lie at its lower right, each pixel three times as large."""
-    from PIL import Image
-
-    canvas = np.asarray(Image.open(path).convert("RGB"))
-    lower = canvas[canvas.shape[0] - rows * (SIDE + GAP) :, canvas.shape[1] - columns * (SIDE + GAP) :]
-    found = lower.reshape(rows, SIDE + GAP, columns, SIDE + GAP, 3).swapaxes(1, 2)
-    assert (found[:, :, SIDE:] == 255).all() and (found[:, :, :, SIDE:] == 255).all()  # white between them
-    small = found[:, :, :SIDE:3, :SIDE:3]
-    assert (found[:, :, :SIDE, :SIDE] == small.repeat(3, axis=2).repeat(3, axis=3)).all()
-    return small
-
-
-def far(a: np.ndarray, b: np.ndarray) -> int:
-    """The largest difference of two pictures, in steps of 255."""
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
-
-
-def sampled(folder: Path, model: str, labels: list[int], guidance: float) -> np.ndarray:
-    """What diffusers' own pipeline makes of the folder, in two steps from the noise of seed 0."""
-    import diffusers
-
-    noise = draw_noise(len(labels), (4, 8, 8), seed=0)
-    common = {"guidance_scale": guidance, "num_inference_steps": 2, "output_type": "np"}
-    if model == "text":
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        prompts = [sorted(NAMES[digit] for digit in TEXT_DIGITS)[label] for label in labels]
-        images = pipe(prompts, latents=noise, **common).images
-    else:
-        pipe = diffusers.DiTPipeline.from_pretrained(folder, local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        drawn = iter(noise)  # the pipeline takes no noise
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *_, **__: torch.stack(list(drawn))
-            )
-            images = pipe(labels, **common).images
-    return (images * 255).round().astype(np.uint8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "guidance"), [("dit", 1.0), ("text", 1.0), ("text", 20.0), ("text", None)], ids=str)
-def test_the_grid_shows_what_diffusers_samples_of_both_models(
-    home: Path, forgotten: Forgotten, model: str, guidance: float | None
-) -> None:
-    """Before over after, the forgotten class first; DiTPipeline cannot guide a model of ten classes."""
-    fast = ("--learning-rate", "0.01")  # or both rows would look alike
-    out = forgotten(model, *fast, *(() if guidance is None else ("--guidance-scale", str(guidance))))
-    guidance = 8.5 if guidance is None else guidance  # of sd-nudity
-    assert result(out)["sampling"]["guidance"] == guidance
-    labels = [1, 0, 2] if model == "text" else [3, 0, 1, 2, 4, 5, 6, 7, 8]
-    grid = cells(out / "unlearning" / "before-after.png", 2, len(labels))
-    expected = [sampled(folder, model, labels, guidance) for folder in (home / model, out)]
-    assert far(grid[0], expected[0]) <= 1 and far(grid[1], expected[1]) <= 1
-    assert far(expected[0], expected[1]) > 5
-    assert model == "dit" or far(expected[0], sampled(home / model, model, labels, guidance + 5)) > 2
-
-
-@pytest.mark.slow
-def test_the_guidance_of_a_unet_reaches_its_pictures(home: Path, forgotten: Forgotten) -> None:
-    """Of DDIM as arXiv 2010.02502 has it, with predictions as arXiv 2207.12598 combines them."""
-    from diffusers import UNet2DModel
-
-    model = UNet2DModel.from_pretrained(home / "ddpm" / "unet", local_files_only=True)
-    labels = torch.tensor([3, 0, 1, 2, 4, 5, 6, 7, 8])
-    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50), 0)  # DDPMScheduler's own betas
-    rows = {}
-    for given, guidance in ((None, 3.0), (1.0, 1.0), (9.0, 9.0)):  # 3 of ddpm-cifar10
-        out = forgotten("ddpm", *(() if given is None else ("--guidance-scale", str(given))))
-        assert result(out)["sampling"]["guidance"] == guidance
-        x = draw_noise(len(labels), (1, 16, 16), seed=0)
-        for t, following in ((25, kept[0]), (0, torch.tensor(1.0))):
-            with torch.no_grad():
-                noise = model(x, t, class_labels=labels).sample
-                if guidance != 1.0:
-                    without = model(x, t, class_labels=torch.full_like(labels, 10)).sample
-                    noise = without + guidance * (noise - without)
-            x0 = ((x - (1 - kept[t]).sqrt() * noise) / kept[t].sqrt()).clamp(-1, 1)
-            noise = (x - kept[t].sqrt() * x0) / (1 - kept[t]).sqrt()
-            x = following.sqrt() * x0 + (1 - following).sqrt() * noise
-        expected = ((x.clamp(-1, 1) + 1) * 127.5).round().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-        rows[guidance] = cells(out / "unlearning" / "before-after.png", 2, len(labels))[0]
-        assert far(rows[guidance], expected) <= 1
-    assert far(rows[1.0], rows[3.0]) > 1 and far(rows[3.0], rows[9.0]) > 1
-    weights = [denoiser(forgotten("ddpm", *given), "ddpm") for given in ((), ("--guidance-scale", "1.0"))]
-    assert not moved(*weights)  # it is of the pictures, not of the training
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_grid_holds_the_first_picture_of_each_class(tmp_path: Path, channels: int) -> None:
-    from PIL import Image
-
-    values = torch.rand(2, 6, channels, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1.5
-    values[:, :, :, 0, :3] = torch.tensor([-1.0, 0.0, 1.0])
-    names = {2: "i", 5: "ii", 7: "iii"}
-    pictures = Pictures(
-        None, None, names, forgotten=[5], retained=[2, 7], each=2, steps=2, guidance=None, seed=0,
-        taken={"before": values[0], "after": values[1]},
-    )  # fmt: skip
-    assert pictures.labels.tolist() == [5, 5, 2, 2, 7, 7]
-    pictures.write_grid(tmp_path / "grid.png")
-    shown = cells(tmp_path / "grid.png", 2, 3)
-    assert shown[:, :, 0, :3, 0].tolist() == [[[0, 128, 255]] * 3] * 2
-    expected = (values[:, ::2].numpy().clip(-1, 1) + 1) * 127.5
-    expected = np.broadcast_to(np.moveaxis(expected, 2, -1), shown.shape)
-    assert np.abs(shown - expected).max() <= 0.5 + 1e-4
-    canvas = np.asarray(Image.open(tmp_path / "grid.png"))
-    top, left = canvas.shape[0] - 2 * (SIDE + GAP), canvas.shape[1] - 3 * (SIDE + GAP)
-    dark = canvas.min(2) < 128
-    heads = [dark[:top, left + i * (SIDE + GAP) :][:, : SIDE + GAP].sum() for i in range(3)]
-    assert heads[1] < heads[0] < heads[2]  # by the letters of their names
-    assert all(dark[top + i * (SIDE + GAP) :, :left][: SIDE + GAP].any() for i in (0, 1))  # and the rows' names
-
-
-def test_pictures_that_are_not_finite_are_not_judged() -> None:
-    """A classifier is shown bytes, and those of a NaN are black."""
-    values = torch.zeros(2, 4, 1, 16, 16)
-    values[1, 3, 0, 0, 0] = torch.nan
-    pictures = Pictures(
-        None, None, {0: "a", 1: "b"}, forgotten=[0], retained=[1], each=2, steps=2, guidance=None, seed=0,
-        judge=object(), taken={"before": values[0], "after": values[1]},
-    )  # fmt: skip
-    assert pictures.verdict() == "not verified: 1 of 4 pictures after hold inf or NaN"
-
-
-@pytest.mark.parametrize(
-    ("forgotten_classes", "shown"),
-    [("3", [3, 0, 1, 2, 4, 5, 6, 7, 8]), ("7,3", [7, 3, 0, 1, 2, 4, 5, 6, 8, 9]), ("0,1,2,3", [*range(10)])],
-)
-def test_the_forgotten_are_shown_first_and_then_eight_of_the_others(
-    home: Path, tmp_path: Path, forgotten_classes: str, shown: list[int]
-) -> None:
-    job = job_of(home, "ddpm", tmp_path / "out", forget_class=forgotten_classes)
-    assert job.pictures.labels.tolist() == shown
 
 
 # --- The method -----------------------------------------------------------------------------------------------------
@@ -595,13 +439,13 @@ def test_ways_to_run_that_change_no_result(home: Path, forgotten: Forgotten, mod
 def test_gradient_checkpointing_keeps_fewer_activations(home: Path, tmp_path: Path, model: str) -> None:
     kept = {}
     for given in (False, True):
-        job = job_of(home, model, tmp_path / "out", gradient_checkpointing=given)
-        kept[given] = job.estimate().memory["iterations"]["activations"]
+        plan = plan_of(home, model, tmp_path / "out", gradient_checkpointing=given)
+        kept[given] = estimate_run(plan).memory["iterations"]["activations"]
     assert 0 < kept[True] < 0.7 * kept[False]
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_convolutions_are_channels_last_when_asked_for(home: Path, tmp_path: Path, given: bool) -> None:
-    job = job_of(home, "ddpm", tmp_path / "out", channels_last=given)
-    kernels = [p for p in job.model.parameters() if p.dim() == 4 and min(p.shape) > 1]
+    plan = plan_of(home, "ddpm", tmp_path / "out", channels_last=given)
+    kernels = [p for p in plan.model.parameters() if p.dim() == 4 and min(p.shape) > 1]
     assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) == given for p in kernels)

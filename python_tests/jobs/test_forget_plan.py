@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import job_of, run, work
+from helpers.forgetting import plan_of, run, work
 
 from unlearn_ext.errors import InputError
 from unlearn_ext.jobs import dry_run
+from unlearn_ext.jobs.dry_run import estimate_run
+from unlearn_ext.jobs.run import ForgetRun
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path, capsys) -> None:
@@ -37,15 +39,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(home: Path, tmp_path: Path
 
 
 def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkeypatch) -> None:
-    job = job_of(home, "dit", tmp_path / "out")
-    job.model.transformer_blocks[0].train()
-    modes = [module.training for module in job.model.modules()]
-    states = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
-    job.estimate()
-    assert modes == [module.training for module in job.model.modules()] and len(set(modes)) == 2
-    after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+    plan = plan_of(home, "dit", tmp_path / "out")
+    plan.model.transformer_blocks[0].train()
+    modes = [module.training for module in plan.model.modules()]
+    states = [generator.get_state() for generator in plan.task.generators()] + [torch.get_rng_state()]
+    estimate_run(plan)
+    assert modes == [module.training for module in plan.model.modules()] and len(set(modes)) == 2
+    after = [generator.get_state() for generator in plan.task.generators()] + [torch.get_rng_state()]
     assert len(states) == 2 and all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
-    assert all(p.grad is None for p in job.model.parameters()) and not (tmp_path / "out").exists()
+    assert all(p.grad is None for p in plan.model.parameters()) and not (tmp_path / "out").exists()
 
     def fail(model, loss, *others, **arguments):
         loss().backward()
@@ -53,11 +55,11 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(dry_run, "try_batch", fail)
     with pytest.raises(InputError, match="a batch of 4 does not fit in the memory of cpu: lower --train-batch-size"):
-        job.estimate()
-    assert modes == [module.training for module in job.model.modules()]
-    after = [generator.get_state() for generator in job.task.generators()] + [torch.get_rng_state()]
+        estimate_run(plan)
+    assert modes == [module.training for module in plan.model.modules()]
+    after = [generator.get_state() for generator in plan.task.generators()] + [torch.get_rng_state()]
     assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
-    assert all(p.grad is None for p in job.model.parameters())
+    assert all(p.grad is None for p in plan.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -68,29 +70,29 @@ def test_an_estimate_leaves_the_run_as_it_was(home: Path, tmp_path: Path, monkey
     ],
 )
 def test_a_run_without_enough_memory_says_which_options_help(home, tmp_path, monkeypatch, error) -> None:
-    job = job_of(home, "dit", tmp_path / "out")
+    plan = plan_of(home, "dit", tmp_path / "out")
 
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(job.task, "losses", fail)
+    monkeypatch.setattr(plan.task, "losses", fail)
     with pytest.raises(
         InputError,
         match=r"a batch of 4 does not fit in the memory of cpu: lower .*checkpointing or --optimizer-in-backward$",
     ):
-        job.run()
+        ForgetRun(plan).run()
     assert not (tmp_path / "out" / "model_index.json").exists()
-    monkeypatch.setattr(job.task, "losses", lambda *_: 1 / 0)  # another error is not taken for it
+    monkeypatch.setattr(plan.task, "losses", lambda *_: 1 / 0)  # another error is not taken for it
     with pytest.raises(ZeroDivisionError):
-        job.run()
+        ForgetRun(plan).run()
 
 
 def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    job = job_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5, keep_work=True)
-    assert job.tied
-    disk = job.estimate().disk
-    job.run()
+    plan = plan_of(home, "dit", out, checkpointing_steps=1, save_weights="ema", ema_decay=0.5, keep_work=True)
+    assert plan.tied
+    disk = estimate_run(plan).disk
+    ForgetRun(plan).run()
 
     def tensors(*patterns: str) -> int:
         files = [path for pattern in patterns for folder in (out, work(out)) for path in folder.glob(pattern)]
@@ -104,14 +106,14 @@ def test_the_disk_takes_what_was_estimated(home: Path, tmp_path: Path) -> None:
 
 def test_a_disk_too_small_for_all_that_is_written_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
     options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
-    job = job_of(home, "dit", tmp_path / "out", **options)
-    needed = sum(job.estimate().disk.values())
-    assert needed > 2 * job._plan.bytes
+    plan = plan_of(home, "dit", tmp_path / "out", **options)
+    needed = sum(estimate_run(plan).disk.values())
+    assert needed > 2 * plan.folder.bytes
     usage = shutil.disk_usage(tmp_path)
     for free, fits in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if fits:
-            job.run()
+            ForgetRun(plan).run()
         else:
             with pytest.raises(InputError, match="GB free, and the run writes"):
-                job.run()
+                ForgetRun(plan).run()

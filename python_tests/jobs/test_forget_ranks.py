@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pipelines
-from helpers.forgetting import SHORT, denoiser, hashes, job_of, result, run
+from helpers.forgetting import SHORT, denoiser, hashes, plan_of, result, run
 from helpers.processes import environment
 from helpers.ranks import command, launch
 
@@ -101,9 +101,10 @@ def test_two_ranks_write_what_one_process_writes(
 
 
 def test_what_ranks_cannot_do_is_refused(home: Path, tmp_path: Path, monkeypatch) -> None:
-    from unlearn_ext.jobs import job
+    from unlearn_ext.jobs import dry_run, plan
 
-    monkeypatch.setattr(job, "world_size", lambda: 2)
+    monkeypatch.setattr(plan, "world_size", lambda: 2)
+    monkeypatch.setattr(dry_run, "world_size", lambda: 2)
     for options, message in (
         ({"weights_dtype": "bfloat16"}, "--weights-dtype bfloat16 is for one process: leave it out, or run without"),
         ({"optimizer_in_backward": True}, "--optimizer-in-backward is for one process"),
@@ -111,12 +112,12 @@ def test_what_ranks_cannot_do_is_refused(home: Path, tmp_path: Path, monkeypatch
         ({"channels_last": True, "parallel": "fsdp"}, "--channels-last with --parallel fsdp is for one process"),
     ):
         with pytest.raises(InputError, match=message):
-            job_of(home, "dit", tmp_path / "out", **options)
+            plan_of(home, "dit", tmp_path / "out", **options)
     with pytest.raises(InputError, match="--parallel: expected one of ddp, fsdp, got 'tp'"):
-        job_of(home, "dit", tmp_path / "out", parallel="tp")
-    monkeypatch.setattr(job, "wrap", lambda model, way: model)
+        plan_of(home, "dit", tmp_path / "out", parallel="tp")
+    monkeypatch.setattr(plan, "wrap", lambda model, way: model)
     with pytest.raises(InputError, match="--dry-run tries batches in one process: run it without torchrun"):
-        job_of(home, "dit", tmp_path / "out").estimate()
+        dry_run.estimate_run(plan_of(home, "dit", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

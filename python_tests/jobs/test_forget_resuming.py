@@ -17,7 +17,7 @@ from helpers.pipelines import save_ddpm_pipeline
 
 from unlearn_ext.cli import main
 from unlearn_ext.data import _folders
-from unlearn_ext.jobs import job as job_module
+from unlearn_ext.jobs import opening
 from unlearn_ext.saliency import SaliencyMask
 from unlearn_ext.utils.leftovers import partial_name
 
@@ -110,7 +110,7 @@ def kill_in_move(home: Path, out: Path, monkeypatch, *, at: int, after: bool = F
 def test_checkpoints_are_not_run_over(home: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     run_killed_at(1, monkeypatch, home, "ddpm", tmp_path / "out", "--forget-class", "3", "--checkpointing-steps", "1")
     capsys.readouterr()
-    monkeypatch.setattr(job_module, "open_pretrained", None)  # refused before anything is opened
+    monkeypatch.setattr(opening, "open_pretrained", None)  # refused before anything is opened
     for more in ((), ("--dry-run",)):
         assert run(home, "ddpm", tmp_path / "out", "--forget-class", "3", *more) == 1
         assert "add --resume-from-checkpoint latest" in capsys.readouterr().err

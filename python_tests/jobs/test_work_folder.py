@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from helpers.forgetting import hashes, job_of, result, run, run_killed_at, work
+from helpers.forgetting import hashes, plan_of, result, run, run_killed_at, work
 
 from unlearn_ext.errors import InputError
 from unlearn_ext.jobs import publishing, space
@@ -168,7 +168,7 @@ def test_a_run_that_fails_before_it_trains_leaves_no_work_folder(home: Path, tmp
         directory.mkdir()
         raise InputError("no latents")
 
-    monkeypatch.setattr("unlearn_ext.jobs.job.ForgetJob._encode", fail)
+    monkeypatch.setattr("unlearn_ext.jobs.run.ForgetRun._encode", fail)
     assert run(home, "dit", tmp_path / "out", "--forget-class", "3") == 1
     assert not list(tmp_path.iterdir())
 
@@ -247,7 +247,7 @@ def test_an_interrupt_after_the_pictures_were_judged(home, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("unlearn_ext.jobs.job.ForgetJob", "nothing was changed; the same command starts again"),
+        ("unlearn_ext.jobs.plan.make_plan", "nothing was changed; the same command starts again"),
         ("unlearn_ext.cli.forget.show_result", "is whole"),
     ],
 )
@@ -357,12 +357,12 @@ def test_two_disks_are_compared_each_for_itself(tmp_path: Path, monkeypatch) -> 
 
 def test_fisher_sums_on_disk_and_what_is_there_are_counted(home: Path, tmp_path: Path, monkeypatch) -> None:
     options = {"checkpointing_steps": 1, "fisher_storage": "disk"}
-    job = job_of(home, "dit", tmp_path / "out", **options)
-    assert job.disk["Fisher sums"] == 4 * job.trained_count
-    whole = sum(job.disk.values())
-    assert sum(room.needed for room in job.rooms()) == whole
+    plan = plan_of(home, "dit", tmp_path / "out", **options)
+    assert plan.disk["Fisher sums"] == 4 * plan.trained_count
+    whole = sum(plan.disk.values())
+    assert sum(room.needed for room in plan.rooms()) == whole
     run_killed_at(1, monkeypatch, home, "dit", tmp_path / "out", *STEPS)
-    job = job_of(home, "dit", tmp_path / "out", resume_from_checkpoint="latest", **options)
-    held = job.work.held()
+    plan = plan_of(home, "dit", tmp_path / "out", resume_from_checkpoint="latest", **options)
+    held = plan.work.held()
     assert held["latents"] > 0 and held["checkpoints"] > 0
-    assert sum(room.needed for room in job.rooms()) < whole
+    assert sum(room.needed for room in plan.rooms()) < whole

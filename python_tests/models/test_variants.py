@@ -73,7 +73,7 @@ def test_denoisers_in_every_form(bare, tmp_path, variant, shards, safe):
     assert opened.variant == variant and same(opened.denoiser, model)
     with torch.no_grad():
         opened.denoiser.conv_in.weight.add_(1)
-    write_result(source, opened, tmp_path / "output", max_shard_size=shards)
+    write_result(source, opened, tmp_path / "output")
     assert not list((tmp_path / "output").glob("*.bin"))  # results are safetensors
     assert same(diffusers.UNet2DModel.from_pretrained(tmp_path / "output", variant=variant), opened.denoiser)
     again = open_pretrained(tmp_path / "output")

@@ -1,7 +1,6 @@
 """What is opened is what it is: models that need more than a run gives them are named and refused."""
 
 import ast
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pipelines
+from helpers.opening import edit, refused
 from safetensors.torch import load_file, save_file
 
 import unlearn_ext
-from unlearn_ext.errors import InputError
 from unlearn_ext.models.conditioning import check_denoiser, check_scheduler
 from unlearn_ext.models.judge import Judge
 from unlearn_ext.models.pretrained import open_pretrained
@@ -22,33 +21,6 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-BUILDERS = {
-    "dit": pipelines.save_dit_pipeline,
-    "ddpm": pipelines.save_ddpm_pipeline,
-    "bare": pipelines.save_model_and_scheduler,
-    "text": pipelines.save_text_pipeline,
-}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: build(root / name) for name, build in BUILDERS.items()}
-
-
-@pytest.fixture
-def copy(built, tmp_path):
-    return lambda name: Path(shutil.copytree(built[name], tmp_path / "source"))
-
-
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def refused(match, action, *args, **kwargs):
-    with pytest.raises(InputError, match=match) as caught:
-        action(*args, **kwargs)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
 # --- Conditions ---------------------------------------------------------------------------------------------
@@ -270,86 +242,6 @@ def test_a_rescaled_scheduler_of_a_model_that_predicts_v(copy):
         source / "scheduler"
     )
     assert float(open_pretrained(source).scheduler.alphas_cumprod[-1]) == 0
-
-
-# --- Tokenizers ---------------------------------------------------------------------------------------------
-
-
-def word_tokenizer(folder: Path, length: int = 8, **tokens: str):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<unk>", *pipelines.NAMES]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=length, unk_token="<unk>", **{"pad_token": "<pad>", **tokens}
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, padding="max_length", truncation=True).input_ids
-
-
-@pytest.mark.parametrize("index", ["its class", "an alias", "none"])
-def test_the_tokenizer_is_of_its_own_class(copy, index):
-    source = copy("text")
-    tokenizer = word_tokenizer(source / "tokenizer")
-    name = {"its class": type(tokenizer).__name__, "an alias": "PreTrainedTokenizerFast"}.get(index)
-    if name is None:
-        (source / "model_index.json").unlink()
-    else:
-        edit(source / "model_index.json", tokenizer=["transformers", name])
-    opened = open_pretrained(source).tokenizer
-    assert all(ids(opened, name) == ids(tokenizer, name) for name in pipelines.NAMES)
-    assert ids(opened, "three") != ids(opened, "two")
-
-
-def test_a_pipeline_and_its_tokenizer_must_agree(copy):
-    source = copy("text")
-    word_tokenizer(source / "tokenizer")
-    refused("is a CLIPTokenizer by the pipeline's model_index.json and a .* by its own", open_pretrained, source)
-
-
-@pytest.mark.parametrize("config", ["kept", "of the fast class", "absent"])
-def test_tokenizers_of_clip(copy, built, config):
-    source = copy("text")
-    shutil.rmtree(source / "tokenizer")
-    pipelines.save_tokenizer(source / "tokenizer")
-    if config != "absent":
-        name = "CLIPTokenizerFast" if config != "kept" else "CLIPTokenizer"
-        (source / "tokenizer" / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": name, "model_max_length": 10**30})
-        )
-    opened, before = (open_pretrained(folder).tokenizer for folder in (source, built["text"]))
-    assert opened("three two").input_ids == before("three two").input_ids
-
-
-@pytest.mark.parametrize(
-    "change, match",
-    [
-        ({"pad_token": None}, "has no padding token"),
-        ({"tokenizer_class": "Nothing"}, "is a Nothing, which this transformers does not have|correct one"),
-        ({"tokenizer_class": ["CLIPTokenizer"]}, "which this transformers does not have"),
-        ({"added_tokens_decoder": 3}, "the tokenizer in .* cannot be opened"),
-    ],
-)
-def test_tokenizers_that_are_refused(copy, change, match):
-    source = copy("text")
-    (source / "model_index.json").unlink()
-    word_tokenizer(source / "tokenizer")
-    edit(source / "tokenizer" / "tokenizer_config.json", **change)
-    refused(match, open_pretrained, source)
-
-
-def test_a_tokenizer_of_more_words_than_the_encoder_knows(copy):
-    source = copy("text")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(source / "tokenizer")
-    tokenizer.add_tokens(["<my-cat>"])
-    tokenizer.save_pretrained(source / "tokenizer")
-    refused("tokens and the text encoder embeddings of", open_pretrained, source)
 
 
 # --- Adapters -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Masks by name: densities, binding to a model's parameters, fractions of the weights."""
+"""Masks by name: density, binding to a model's parameters, fractions of the weights."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ def test_unpack_undoes_from_dict(data: st.DataObject) -> None:
     assert SaliencyMask.from_dict(unpacked) == mask
 
 
-def test_densities() -> None:
+def test_density() -> None:
     mask = SaliencyMask.from_dict(
         {"a": torch.tensor([True, False, False, True]), "b": torch.zeros(0, dtype=torch.bool), "c": torch.tensor(True)}
     )
-    assert mask.densities == {"a": 0.5, "b": 0.0, "c": 1.0}
     assert (mask.kept, mask.total, mask.density) == (3, 5, 0.6)
     assert mask.shapes == {"a": (4,), "b": (0,), "c": ()}
     assert SaliencyMask.from_dict({"b": torch.zeros(0, dtype=torch.bool)}).density == 0.0

@@ -8,13 +8,16 @@ import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .device import Precision, checked_device
 from .forget_report import planned, show_estimate, show_plan, show_result
 from .report import check_file, plain_console, write_report
+
+if TYPE_CHECKING:
+    from ..jobs.options import ForgetOptions
 
 __all__ = ["forget"]
 
@@ -161,50 +164,96 @@ def forget(
     pictures before and after from the same noise, the mask and the history.
     Checkpoints and latents are in a work folder, removed at the end.
     """
-    from ..errors import Terminated
-    from ..jobs.job import ForgetJob
     from ..jobs.options import ForgetOptions
-    from ..jobs.output import RESULT
     from ..jobs.parallel import start_ranks
+
+    options = ForgetOptions(
+        pretrained_model_name_or_path=pretrained_model_name_or_path,
+        data=data,
+        output_dir=output_dir,
+        forget_class=forget_class,
+        class_map=class_map,
+        null_class=null_class,
+        forget_prompt=forget_prompt,
+        replace_prompt=replace_prompt,
+        preset=preset,
+        max_train_steps=max_train_steps,
+        train_batch_size=train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        forget_alpha=forget_alpha,
+        gamma=gamma,
+        mask_fraction=mask_fraction,
+        mask=mask,
+        fisher_batches=fisher_batches,
+        trained_weights=trained_weights,
+        tie_embeddings=tie_embeddings,
+        ema_decay=ema_decay,
+        save_weights=save_weights.value,
+        mixed_precision=mixed_precision.value,
+        weights_dtype=weights_dtype.value,
+        optimizer_in_backward=optimizer_in_backward,
+        fisher_storage=fisher_storage.value,
+        gradient_checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
+        checkpointing_steps=checkpointing_steps,
+        checkpoints_total_limit=checkpoints_total_limit,
+        resume_from_checkpoint=resume_from_checkpoint,
+        work_dir=work_dir,
+        keep_work=keep_work,
+        classifier=classifier,
+        fid_weights=fid_weights,
+        samples=samples,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        strict=strict,
+        seed=seed,
+        device=start_ranks(checked_device(device)),
+        parallel=parallel.value,
+    )
+    return _forget(options, dry_run, json_file)
+
+
+def _forget(options: ForgetOptions, dry_run: bool, json_file: Path | None) -> int:
+    from ..errors import Terminated
+    from ..jobs.dry_run import estimate_run
+    from ..jobs.output import RESULT
+    from ..jobs.plan import make_plan
     from ..jobs.publishing import how_to_go_on
+    from ..jobs.run import ForgetRun
     from ..jobs.space import check_room
     from ..models.written import OWN_FOLDER
     from .backend import load_backend
     from .progress import stages
 
-    given = dict(locals())
-    names = ForgetOptions.__dataclass_fields__
-    chosen = {name: value.value if isinstance(value, Enum) else value for name, value in given.items() if name in names}
-    chosen["device"] = start_ranks(checked_device(device))
-    options = ForgetOptions(**chosen)
-    read = (options.pretrained_model_name_or_path, options.data, options.class_map, options.mask, options.classifier)
-    check_file("--json", json_file, output_dir, inputs=read)
+    inputs = (options.pretrained_model_name_or_path, options.data, options.class_map, options.mask, options.classifier)
+    check_file("--json", json_file, options.output_dir, inputs=inputs)
     quiet = int(os.environ.get("RANK", "0")) > 0  # the first rank tells
     console = plain_console(quiet=quiet, json_file=json_file)
     errors = plain_console(stderr=True, quiet=quiet)
     with errors.status("opening the model and the data"), _without_bars():
-        job = ForgetJob(options)
-    show_plan(job, console)
+        plan = make_plan(options)
+    show_plan(plan, console)
     if dry_run:
         with errors.status("trying single batches"):
-            found = job.estimate()
-        rooms = job.rooms()
-        show_estimate(found, rooms, console)
+            estimate = estimate_run(plan)
+        rooms = plan.rooms()
+        show_estimate(estimate, rooms, console)
         if json_file is not None:
-            write_report(planned(job, found, rooms), json_file)
+            write_report(planned(plan, estimate, rooms), json_file)
         check_room(rooms)
         return 0
     load_backend(errors)
-    file = output_dir / OWN_FOLDER / RESULT
+    file = options.output_dir / OWN_FOLDER / RESULT
     try:
         with stages(errors) as progress:
-            job.progress = progress
-            job.run(lambda report, whole: write_report(report, file, json_file if whole else None))
-        if not job.first:
+            forget_run = ForgetRun(plan, progress)
+            forget_run.run(lambda report, whole: write_report(report, file, json_file if whole else None))
+        if not plan.first:
             return 0
-        return show_result(job, json.loads(file.read_text(encoding="utf-8")), console)
+        return show_result(plan, json.loads(file.read_text(encoding="utf-8")), console)
     except Terminated as stopped:
-        stopped.advice = how_to_go_on(job)
+        stopped.advice = how_to_go_on(plan)
         raise
 
 

@@ -13,41 +13,41 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..jobs.estimate import Estimate
-    from ..jobs.job import ForgetJob
+    from ..jobs.plan import ForgetPlan
     from ..jobs.space import Room
 
 __all__ = ["planned", "show_estimate", "show_plan", "show_result"]
 
 
-def show_plan(job: ForgetJob, console: Console) -> None:
+def show_plan(plan: ForgetPlan, console: Console) -> None:
     """Which folder is which class, and what will be used of it, before anything starts."""
     table = Table(title="What is forgotten and what is kept")
-    numbered = job.concepts is None  # a text model has prompts and no classes
+    numbered = plan.concepts is None  # a text model has prompts and no classes
     for name in ("", *(["class"] if numbered else []), "label" if numbered else "prompt", "folder", "images"):
         table.add_column(name, justify="right" if name in ("class", "images") else "left", overflow="fold")
-    for row in sorted(job.data.mapping, key=lambda row: row.index not in job.forget_classes):
-        label = job.concepts.prompts[row.index] if job.concepts else row.text or ""
-        what = "forget" if row.index in job.forget_classes else "keep"
+    for row in sorted(plan.data.mapping, key=lambda row: row.index not in plan.forget_classes):
+        label = plan.concepts.prompts[row.index] if plan.concepts else row.text or ""
+        what = "forget" if row.index in plan.forget_classes else "keep"
         table.add_row(what, *([str(row.index)] if numbered else []), label, row.folder or "", str(row.count))
     console.print(table)
-    for note in job.notes:
+    for note in plan.notes:
         console.print(note, soft_wrap=True)
-    if job.data.ignored:
-        console.print(f"{job.data.ignored} other files are ignored")
-    if job.concepts is not None:
-        images = "the images of that prompt" if job.concepts.replace_classes else "the forgotten images themselves"
-        console.print(f"replaced by: {job.concepts.replacement}, as predicted for {images}", soft_wrap=True)
-    if type(job.model).__name__ == "UNet2DModel":  # no file of it says so
-        null = job.pretrained.classes.null_label
+    if plan.data.ignored:
+        console.print(f"{plan.data.ignored} other files are ignored")
+    if plan.concepts is not None:
+        images = "the images of that prompt" if plan.concepts.replace_classes else "the forgotten images themselves"
+        console.print(f"replaced by: {plan.concepts.replacement}, as predicted for {images}", soft_wrap=True)
+    if type(plan.model).__name__ == "UNet2DModel":  # no file of it says so
+        null = plan.pretrained.classes.null_label
         console.print("no null class" if null is None else f"the last embedding, {null}, stands for no class")
-    total = sum(p.numel() for p in job.model.parameters())
+    total = sum(p.numel() for p in plan.model.parameters())
     console.print(
-        f"{type(job.model).__name__}, preset {job.preset}: trains {job.trained_count:,} of {total:,} weights, "
-        f"{job.method.iterations} iterations with batches of {job.batch_size}, from {len(job.draw.indices)} images"
+        f"{type(plan.model).__name__}, preset {plan.preset}: trains {plan.trained_count:,} of {total:,} weights, "
+        f"{plan.method.iterations} iterations with batches of {plan.batch_size}, from {len(plan.draw.indices)} images"
     )
-    fid, sampled = job.pictures.fid, len(job.pictures.retained)
-    if sampled < job.retained_count:
-        console.print(f"of {job.retained_count} retained classes {sampled} are sampled, evenly over their order")
+    fid, sampled = plan.pictures.fid, len(plan.pictures.retained)
+    if sampled < plan.retained_count:
+        console.print(f"of {plan.retained_count} retained classes {sampled} are sampled, evenly over their order")
     if fid is not None:
         console.print(
             f"FID: {fid.generated:,} generated against {fid.planned:,} real images, of {len(fid.classes)} retained "
@@ -55,7 +55,7 @@ def show_plan(job: ForgetJob, console: Console) -> None:
         )
 
 
-def planned(job: ForgetJob, found: Estimate, rooms: Sequence[Room]) -> dict[str, Any]:
+def planned(plan: ForgetPlan, found: Estimate, rooms: Sequence[Room]) -> dict[str, Any]:
     """Of a dry run, for its file: bytes and seconds."""
     return {
         "dry_run": True,
@@ -66,9 +66,9 @@ def planned(job: ForgetJob, found: Estimate, rooms: Sequence[Room]) -> dict[str,
             {"paths": [str(path) for path in room.paths], "needed": room.needed, "free": room.free} for room in rooms
         ],
         "seconds": found.seconds,
-        "mapping": [row._asdict() for row in job.data.mapping],
-        "forget_classes": list(job.forget_classes),
-        "options": job.options.settings(),
+        "mapping": [row._asdict() for row in plan.data.mapping],
+        "forget_classes": list(plan.forget_classes),
+        "options": plan.options.settings(),
     }
 
 
@@ -94,7 +94,7 @@ def show_estimate(found: Estimate, rooms: Sequence[Room], console: Console) -> N
     console.print(f"time: about {sum(found.seconds.values()):.0f} s ({times}), from trials of single batches")
 
 
-def show_result(job: ForgetJob, report: dict[str, Any], console: Console) -> int:
+def show_result(plan: ForgetPlan, report: dict[str, Any], console: Console) -> int:
     """What became of the run, and the exit code that says so."""
     from ..models.written import OWN_FOLDER
 
@@ -110,9 +110,9 @@ def show_result(job: ForgetJob, report: dict[str, Any], console: Console) -> int
     if report["fid"] is not None:
         _show_fid(report["fid"], console)
     show_warnings(report["warnings"], console)
-    output = job.options.output_dir
-    if job.work.path.exists():
-        console.print(f"checkpoints and latents, not to be published: {job.work.path}", style="dim", soft_wrap=True)
+    output = plan.options.output_dir
+    if plan.work.path.exists():
+        console.print(f"checkpoints and latents, not to be published: {plan.work.path}", style="dim", soft_wrap=True)
     pictures = output / OWN_FOLDER / "before-after.png"
     console.print(f"model: {output}\npictures before and after: {pictures}", style="dim", soft_wrap=True)
     return end(report["warnings"])

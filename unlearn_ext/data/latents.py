@@ -85,10 +85,10 @@ class LatentData(Dataset):
         if self._positions is None:
             self._positions = {index: i for i, index in enumerate(self.indices.tolist())}
         try:
-            found = [self._positions[index] for index in indices.flatten().tolist()]
+            positions = [self._positions[index] for index in indices.flatten().tolist()]
         except KeyError as error:
             raise InputError(f"sample {error} has not been encoded: encode the indices that the run will use") from None
-        return torch.tensor(found, dtype=torch.int64, device="cpu").view(indices.shape)
+        return torch.tensor(positions, dtype=torch.int64, device="cpu").view(indices.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -137,83 +137,123 @@ def encode_latents(
         raise InputError(f"dtype: expected float32 or float16, got {dtype}")
     if dataset.kind != "pixel_values":
         raise InputError("the data are latents already: they need no VAE")
-    wanted = indices if isinstance(indices, Tensor) else list(indices)
-    wanted = torch.as_tensor(wanted, dtype=torch.int64, device="cpu").flatten()
-    if not len(wanted):
-        raise InputError("no images were chosen to be encoded")
-    if int(wanted.min()) < 0 or int(wanted.max()) >= len(dataset):
-        raise InputError(f"indices: expected 0 to {len(dataset) - 1}, got {int(wanted.min())} to {int(wanted.max())}")
-    directory = writable_directory(directory)
-    manifest = {
-        "format": _FORMAT,
-        "vae_hash": weights_hash(vae.state_dict().items()),
-        "data_hash": dataset.sha256,
-        "data_hash_covers": dataset.sha256_covers,
-        "preprocessing": dataset.preprocessing,
-        "dtype": dtype,
-        "scaling_factor": float(getattr(getattr(vae, "config", None), "scaling_factor", None) or 1.0),
-        "unreadable": {},
-        "enlarged": [],
-    }
-    old = _read_manifest(directory)
-    if old is not None:
-        _check_manifest(directory, old, manifest)
-    shards, where = _read_shards(directory)
-    unique = list(dict.fromkeys(wanted.tolist()))
-    unreadable: dict[str, str] = manifest["unreadable"]
-    if skip_unreadable:  # else they are tried again, and named
-        unreadable.update((old or {}).get("unreadable", {}))
-        dataset.unreadable.update({index: unreadable[str(index)] for index in unique if str(index) in unreadable})
-    enlarged = set((old or {}).get("enlarged", ()))
-    dataset.enlarged.update(enlarged.intersection(unique))
-    manifest["enlarged"] = sorted(enlarged)
-    missing = [index for index in unique if index not in where and str(index) not in unreadable]
-    manifest["indices"] = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
-    # First, so that every shard is accounted for by the manifest.
-    _write_manifest(directory, manifest)
-    # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    pending: list[dict[str, Tensor]] = []
-    noted, done = (len(unreadable), len(enlarged)), 0
-
-    def note() -> None:
-        """What decoding has found; before a shard, behind whose batches another run goes on."""
-        nonlocal noted
-        enlarged.update(dataset.enlarged.copy())  # threads that decode the next batch add to it
-        if noted != (found := (len(unreadable), len(enlarged))):
-            manifest["enlarged"], noted = sorted(enlarged), found
-            _write_manifest(directory, manifest)
-
-    for batch, found in zip(batches, _decoded(dataset, batches), strict=True):
-        done += len(batch)
-        pixels = {}
-        for index, sample in zip(batch, found, strict=True):
-            if isinstance(sample, str):
-                if not skip_unreadable:
-                    raise InputError(f"unreadable image: {sample}: replace or remove it, or set skip_unreadable=True")
-                unreadable[str(index)] = dataset.unreadable[index] = sample
-            else:
-                pixels[index] = sample
-        if pixels:
-            pending.append(encode_batch(vae, torch.stack(list(pixels.values())), list(pixels), _DTYPES[dtype]))
-        # The next batch may be whole where this one was not.
-        if pending and (done == len(missing) or sum(map(_bytes, pending)) + batch_size * _row(pending) > shard_bytes):
-            path = _next_shard(directory, shards)
-            tensors = {key: torch.cat([part[key] for part in pending]) for key in pending[0]}
-            note()
-            _write_shard(path, tensors)
-            where.update((index, (len(shards), row)) for row, index in enumerate(tensors["indices"].tolist()))
-            shards.append(path)
-            pending = []
-        if progress is not None:
-            progress(done, len(missing))
-    note()
-    readable = [index for index in wanted.tolist() if str(index) not in unreadable]
+    chosen = _check_indices(dataset, indices)
+    encoding = _Encoding(dataset, chosen, vae, writable_directory(directory), dtype, skip_unreadable)
+    encoding.encode(batch_size, shard_bytes, progress or (lambda done, total: None))
+    readable = [index for index in chosen if str(index) not in encoding.unreadable]
     if not readable:
-        raise none_readable([unreadable[str(index)] for index in unique])
-    rows = torch.tensor([where[index] for index in readable], dtype=torch.int64, device="cpu")
-    wanted = torch.tensor(readable, dtype=torch.int64, device="cpu")
-    return LatentData(shards, rows, dataset.labels[wanted], wanted, manifest)
+        raise none_readable([encoding.unreadable[str(index)] for index in dict.fromkeys(chosen)])
+    rows = torch.tensor([encoding.where[index] for index in readable], dtype=torch.int64, device="cpu")
+    samples = torch.tensor(readable, dtype=torch.int64, device="cpu")
+    return LatentData(encoding.shards, rows, dataset.labels[samples], samples, encoding.manifest)
+
+
+def _check_indices(dataset: ImageData, indices: Iterable[int] | Tensor) -> list[int]:
+    chosen = indices if isinstance(indices, Tensor) else list(indices)
+    chosen = torch.as_tensor(chosen, dtype=torch.int64, device="cpu").flatten().tolist()
+    if not chosen:
+        raise InputError("no images were chosen to be encoded")
+    if min(chosen) < 0 or max(chosen) >= len(dataset):
+        raise InputError(f"indices: expected 0 to {len(dataset) - 1}, got {min(chosen)} to {max(chosen)}")
+    return chosen
+
+
+class _Encoding:
+    """A directory of latents to which the missing ones of some samples are added; its manifest is written at once.
+
+    Attributes:
+        shards: the files, in order.
+        where: sample -> number of its shard, and its row there.
+        unreadable: of the manifest: sample, as text -> why it has no latents.
+        missing: samples that are to be encoded.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageData,
+        indices: Iterable[int],
+        vae: nn.Module,
+        directory: Path,
+        dtype: str,
+        skip_unreadable: bool,
+    ):
+        self.dataset, self.vae, self.directory = dataset, vae, directory
+        self.dtype, self.skip_unreadable = dtype, skip_unreadable
+        self.manifest: dict[str, Any] = {
+            "format": _FORMAT,
+            "vae_hash": weights_hash(vae.state_dict().items()),
+            "data_hash": dataset.sha256,
+            "data_hash_covers": dataset.sha256_covers,
+            "preprocessing": dataset.preprocessing,
+            "dtype": dtype,
+            "scaling_factor": float(getattr(getattr(vae, "config", None), "scaling_factor", None) or 1.0),
+            "unreadable": {},
+            "enlarged": [],
+        }
+        old = _read_manifest(directory)
+        if old is not None:
+            _check_manifest(directory, old, self.manifest)
+        self.shards, self.where = _read_shards(directory)
+        unique = list(dict.fromkeys(indices))
+        self.unreadable: dict[str, str] = self.manifest["unreadable"]
+        if skip_unreadable:  # else they are tried again, and named
+            self.unreadable.update((old or {}).get("unreadable", {}))
+            known = {index: self.unreadable[str(index)] for index in unique if str(index) in self.unreadable}
+            dataset.unreadable.update(known)
+        self.enlarged = set((old or {}).get("enlarged", ()))
+        dataset.enlarged.update(self.enlarged.intersection(unique))
+        self.manifest["enlarged"] = sorted(self.enlarged)
+        self.missing = [index for index in unique if index not in self.where and str(index) not in self.unreadable]
+        self.manifest["indices"] = list(dict.fromkeys([*(old or {}).get("indices", []), *unique]))
+        # First, so that every shard is accounted for by the manifest.
+        _write_manifest(directory, self.manifest)
+        self._noted = len(self.unreadable), len(self.enlarged)
+
+    def encode(self, batch_size: int, shard_bytes: int, progress: Callable[[int, int], None]) -> None:
+        """Encodes what is missing."""
+        missing, pending, done = self.missing, [], 0
+        # Shards hold whole batches, so that a run that goes on after a kill encodes the very same batches.
+        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+        for batch, samples in zip(batches, _decoded(self.dataset, batches), strict=True):
+            done += len(batch)
+            pixels = self._readable(batch, samples)
+            if pixels:
+                indices, images = list(pixels), torch.stack(list(pixels.values()))
+                pending.append(encode_batch(self.vae, images, indices, _DTYPES[self.dtype]))
+            # The next batch may be whole where this one was not.
+            at_end = done == len(missing)
+            if pending and (at_end or sum(map(_bytes, pending)) + batch_size * _row(pending) > shard_bytes):
+                self._add_shard(pending)
+                pending = []
+            progress(done, len(missing))
+        self._note()
+
+    def _readable(self, batch: Sequence[int], samples: Sequence[Tensor | str]) -> dict[int, Tensor]:
+        """Pixels by sample; what cannot be decoded is refused, or noted."""
+        pixels = {}
+        for index, sample in zip(batch, samples, strict=True):
+            if not isinstance(sample, str):
+                pixels[index] = sample
+            elif self.skip_unreadable:
+                self.unreadable[str(index)] = self.dataset.unreadable[index] = sample
+            else:
+                raise InputError(f"unreadable image: {sample}: replace or remove it, or set skip_unreadable=True")
+        return pixels
+
+    def _add_shard(self, parts: Sequence[dict[str, Tensor]]) -> None:
+        path = _next_shard(self.directory, self.shards)
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        self._note()
+        _write_shard(path, tensors)
+        self.where.update((index, (len(self.shards), row)) for row, index in enumerate(tensors["indices"].tolist()))
+        self.shards.append(path)
+
+    def _note(self) -> None:
+        """What decoding has found; before a shard, behind whose batches another run goes on."""
+        self.enlarged.update(self.dataset.enlarged.copy())  # threads that decode the next batch add to it
+        if self._noted != (counts := (len(self.unreadable), len(self.enlarged))):
+            self.manifest["enlarged"], self._noted = sorted(self.enlarged), counts
+            _write_manifest(self.directory, self.manifest)
 
 
 def _decoded(dataset: ImageData, batches: Sequence[list[int]]) -> Iterator[list[Tensor | str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,94 +12,101 @@ from torch import Tensor, nn
 from ..data import rng
 from ..data.latents import ENCODED_AT_ONCE, encode_batch
 from ..distributed.modes import keeping_modes
+from ..errors import InputError
 from ..evaluation.inception import PICTURES_AT_ONCE
 from ..models.judge import JUDGED_AT_ONCE
 from ..models.sampling import DECODED_AT_ONCE, SAMPLED_AT_ONCE, decode
 from ..run.first_pass import KEPT
 from .estimate import Estimate, Trials, Workload, estimate
+from .parallel import world_size
+from .plan import ForgetPlan
+from .precision import widen_trained
 from .prompts import WithReplacements
+from .space import explain_out_of_memory
 from .trial import Trial, try_batch, try_samples
-
-if TYPE_CHECKING:
-    from .job import ForgetJob
 
 __all__ = ["estimate_run", "other_networks"]
 
 _DECODED_FOR_TRIAL = 4  # pictures of the drawn ones
 
 
-def estimate_run(job: ForgetJob) -> Estimate:
-    """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried."""
-    others, fid = other_networks(job), job.pictures.fid
-    with _undisturbed(job, others):
-        runner = _TrialRunner(job, others)
+def estimate_run(plan: ForgetPlan) -> Estimate:
+    """Memory by stage and part, time and disk: exact sizes, and one batch of each kind that is tried.
+
+    Nothing is written, and the run that may follow is not disturbed.
+    """
+    if world_size() > 1:
+        raise InputError("--dry-run tries batches in one process: run it without torchrun")
+    others, fid = other_networks(plan), plan.pictures.fid
+    with _undisturbed(plan, others):
+        runner = _TrialRunner(plan, others)
         trials = runner.all()
-    used = len(job.draw.indices)
-    kept = 0 if job.encodes and not job.options.strict else used  # of pictures that become latents, none is
+    used = len(plan.draw.indices)
+    kept = 0 if plan.encodes and not plan.options.strict else used  # of pictures that become latents, none is
     work = Workload(
         read=used,
-        held=job.data.held_bytes(kept + (0 if fid is None else fid.planned)),
-        sampled=len(job.pictures.labels),
-        steps=job.options.num_inference_steps,
-        shape=job.pretrained.image_shape,
-        latent_shape=job.pretrained.latent_shape,
-        fisher_batches=sum(job.fisher_batches),
-        waiting=min(KEPT, len(job.draw.retain)) * runner.batch_bytes(),
-        accumulation=job.options.gradient_accumulation_steps,
-        ema=job.ema_decay is not None,
-        in_backward=job.unlearner.optimizer_in_backward,
-        fisher_storage=job.options.fisher_storage,
-        checkpoints=job.checkpoints_at_once() > 0,
+        held=plan.data.held_bytes(kept + (0 if fid is None else fid.planned)),
+        sampled=len(plan.pictures.labels),
+        steps=plan.options.num_inference_steps,
+        shape=plan.pretrained.image_shape,
+        latent_shape=plan.pretrained.latent_shape,
+        fisher_batches=sum(plan.fisher_batches),
+        waiting=min(KEPT, len(plan.draw.retain)) * runner.batch_bytes(),
+        accumulation=plan.options.gradient_accumulation_steps,
+        ema=plan.ema_decay is not None,
+        in_backward=plan.unlearner.optimizer_in_backward,
+        fisher_storage=plan.options.fisher_storage,
+        checkpoints=plan.checkpoints_at_once() > 0,
         real=0 if fid is None else fid.planned,
         generated=0 if fid is None else fid.generated,
         features=0 if fid is None else fid.inception.features,
     )
-    return estimate(job.model, others, job.method, trials, work, job.disk)
+    return estimate(plan.model, others, plan.method, trials, work, plan.disk)
 
 
-def other_networks(job: ForgetJob) -> list[nn.Module]:
+def other_networks(plan: ForgetPlan) -> list[nn.Module]:
     """Networks that are in memory beside the denoiser."""
-    found = [job.pretrained.vae, job.pretrained.text_encoder]
-    if job.pictures.judge is not None:
-        found.append(job.pictures.judge.model)
-    if job.pictures.fid is not None:
-        found.append(job.pictures.fid.inception.network)
+    found = [plan.pretrained.vae, plan.pretrained.text_encoder]
+    if plan.pictures.judge is not None:
+        found.append(plan.pictures.judge.model)
+    if plan.pictures.fid is not None:
+        found.append(plan.pictures.fid.inception.network)
     return [network for network in found if network is not None]
 
 
 @contextlib.contextmanager
-def _undisturbed(job: ForgetJob, others: list[nn.Module]) -> Iterator[None]:
+def _undisturbed(plan: ForgetPlan, others: list[nn.Module]) -> Iterator[None]:
     """Random numbers and modes are afterwards as before, and there are no gradients."""
-    state = rng.capture({"task": job.task.generators()})
+    state = rng.capture({"task": plan.task.generators()})
     try:
         with contextlib.ExitStack() as modes:
-            for network in (job.model, *others):
+            for network in (plan.model, *others):
                 modes.enter_context(keeping_modes(network))
             yield
     finally:
-        rng.restore(state, {"task": job.task.generators()})
-        for p in job.model.parameters():  # a trial that fails may leave some
+        rng.restore(state, {"task": plan.task.generators()})
+        for p in plan.model.parameters():  # a trial that fails may leave some
             p.grad = None
 
 
 class _TrialRunner:
-    def __init__(self, job: ForgetJob, others: list[nn.Module]):
-        self.job, self.others = job, others
-        self.device = next(job.model.parameters()).device
+    def __init__(self, plan: ForgetPlan, others: list[nn.Module]):
+        self.plan, self.others = plan, others
+        self.device = next(plan.model.parameters()).device
 
     def all(self) -> Trials:
-        job, found = self.job, {}
-        pictures, pretrained, task = job.pictures, job.pretrained, job.task
-        used, shown = len(job.draw.indices), len(pictures.labels)
-        if job.data.kind == "pixel_values":
+        plan, found = self.plan, {}
+        pictures, pretrained, task = plan.pictures, plan.pretrained, plan.task
+        used, shown = len(plan.draw.indices), len(pictures.labels)
+        if plan.data.kind == "pixel_values":
             spaced = range(0, used, -(-used // _DECODED_FOR_TRIAL))
-            found["read_seconds"] = job.data.seconds_each(job.draw.indices[list(spaced)].tolist())
-        if job.encodes:
+            found["read_seconds"] = plan.data.seconds_each(plan.draw.indices[list(spaced)].tolist())
+        if plan.encodes:
             found["encode"] = self._samples(
                 lambda n: encode_batch(pretrained.vae, torch.zeros(n, *pretrained.image_shape), range(n)),
                 min(used, ENCODED_AT_ONCE),
             )
-        with job.in_float32():
+        with widen_trained(plan.model, plan.in_bfloat16):
             found["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
         if pretrained.vae is not None:
             found["decode"] = self._samples(
@@ -116,26 +123,26 @@ class _TrialRunner:
                 lambda n: pictures.fid.inception.extract(torch.zeros(n, *pretrained.image_shape)),
                 min(pictures.fid.planned, PICTURES_AT_ONCE),
             )
-        unlearner, steps = job.unlearner, job.options.gradient_accumulation_steps
-        if job.method.needs_fisher:
-            job.model.eval()
+        unlearner, steps = plan.unlearner, plan.options.gradient_accumulation_steps
+        if plan.method.needs_fisher:
+            plan.model.eval()
             found["fisher"] = self._batch(
-                task.fisher_losses, unlearner.fisher_autocast, clipped=job.method.fisher_max_norm is not None
+                task.fisher_losses, unlearner.fisher_autocast, clipped=plan.method.fisher_max_norm is not None
             )
-        job.model.train()
-        clips = job.method.max_norm is not None, job.method.retain_max_norm is not None
+        plan.model.train()
+        clips = plan.method.max_norm is not None, plan.method.retain_max_norm is not None
         found["retain"] = found["forget"] = self._batch(
             task.losses, unlearner.autocast, batches=steps, clipped=clips[1]
         )
-        if job.method.replaces or (unlearner.optimizer_in_backward and clips[0] != clips[1]):
-            losses = task.replacement_losses if job.method.replaces else task.losses
+        if plan.method.replaces or (unlearner.optimizer_in_backward and clips[0] != clips[1]):
+            losses = task.replacement_losses if plan.method.replaces else task.losses
             found["forget"] = self._batch(
-                losses, unlearner.autocast, forget=job.method.replaces, batches=steps, clipped=clips[0]
+                losses, unlearner.autocast, forget=plan.method.replaces, batches=steps, clipped=clips[0]
             )
         return Trials(**found)
 
     def _samples(self, run: Callable[[int], Any], count: int) -> Trial:
-        return try_samples(run, count, self.job.model, self.others)
+        return try_samples(run, count, self.plan.model, self.others)
 
     def _batch(
         self,
@@ -146,30 +153,30 @@ class _TrialRunner:
         batches: int = 1,
         clipped: bool = False,
     ) -> Trial:
-        job, batch = self.job, self._made_up_batch(forget)
-        job.task.begin(job.model, batch)
+        plan, batch = self.plan, self._made_up_batch(forget)
+        plan.task.begin(plan.model, batch)
 
         def loss() -> Tensor:
-            prepared = job.task.prepare(batch, self.device)
+            prepared = plan.task.prepare(batch, self.device)
             with autocast():
-                return losses(job.model, prepared).mean()
+                return losses(plan.model, prepared).mean()
 
-        with job.fitting():
-            passes = (1 + clipped) if job.unlearner.optimizer_in_backward else 0
-            return try_batch(job.model, loss, self.others, batches=batches, passes_in_backward=passes)
+        with explain_out_of_memory(plan.options.device, f"a batch of {plan.batch_size}"):
+            passes = (1 + clipped) if plan.unlearner.optimizer_in_backward else 0
+            return try_batch(plan.model, loss, self.others, batches=batches, passes_in_backward=passes)
 
     def batch_bytes(self) -> int:
         return sum(value.nbytes for value in self._made_up_batch(forget=False).values() if isinstance(value, Tensor))
 
     def _made_up_batch(self, forget: bool) -> dict[str, Any]:
         """As a loader gives it."""
-        job = self.job
-        if job.data.kind == "pixel_values" and not job.encodes:
+        plan = self.plan
+        if plan.data.kind == "pixel_values" and not plan.encodes:
             kinds = ["pixel_values"]
         else:
-            kinds = ["latents"] if job.data.kind == "latents" else ["latent_mean", "latent_std"]
-        sample = dict.fromkeys(kinds, torch.zeros(job.pretrained.latent_shape))
-        sample["labels"] = torch.tensor(job.forget_classes[0])
-        if forget and job.draw.replace is not None:
+            kinds = ["latents"] if plan.data.kind == "latents" else ["latent_mean", "latent_std"]
+        sample = dict.fromkeys(kinds, torch.zeros(plan.pretrained.latent_shape))
+        sample["labels"] = torch.tensor(plan.forget_classes[0])
+        if forget and plan.draw.replace is not None:
             sample = WithReplacements([sample])[0, 0]
-        return job.collate(forget)([sample] * job.batch_size)
+        return plan.collate(forget)([sample] * plan.batch_size)

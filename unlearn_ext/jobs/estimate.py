@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -160,79 +161,110 @@ def _seconds(method: Method, trials: Trials, work: Workload) -> dict[str, float]
 def _memory(
     model: nn.Module, others: Iterable[nn.Module], method: Method, trials: Trials, work: Workload
 ) -> dict[str, dict[str, int]]:
-    on_host = next(model.parameters()).device.type == "cpu"
-
-    def host(size: int) -> int:
-        """Of what is on the CPU wherever the model is."""
-        return size if on_host else 0
-
-    found: dict[str, dict[str, int]] = {}
+    host = partial(_on_host, next(model.parameters()).device.type == "cpu")
     trained = trainable(model)
-    size = max if work.in_backward else sum  # of one weight's gradient at a time, or of all
-    gradients = size(map(_bytes, trained.values()))
-    state, words = _state_bytes(trained.values()), _words_bytes(trained.values())
     weights = sum(map(_bytes, held_tensors([model])))
     network = {"weights": weights, "other networks": sum(map(_bytes, held_tensors([model, *others]))) - weights}
-    picture, latent = 4 * math.prod(work.shape), 4 * math.prod(work.latent_shape)
-    sampled = work.sampled * picture
+    picture, real = 4 * math.prod(work.shape), host(4 * work.features * work.real)
+    stages: dict[str, dict[str, int]] = {}
     if trials.encode is not None:
         # The next batch is decoded while one is encoded; a file's latents are joined to be written.
         ahead = picture * min(work.read, ENCODED_AT_ONCE)
         latents = min(SHARD_BYTES, latents_size(work.latent_shape, work.read))
-        found["encoding"] = {
+        stages["encoding"] = {
             **network,
             "pictures": host(work.held + ahead + latents),
             "activations": max(trials.encode.peak, host(latents)),
         }
-    real = host(4 * work.features * work.real)
-    training = {**network, "pictures": host(work.held + sampled), "features": real}
+    training = {**network, "pictures": host(work.held + work.sampled * picture), "features": real}
+    size = max if work.in_backward else sum  # of one weight's gradient at a time, or of all
+    gradients = size(map(_bytes, trained.values()))
     if trials.fisher is not None:
-        # On the CPU, the host's memory is the device's.
-        away = work.fisher_storage == "disk" or (work.fisher_storage == "host" and not on_host)
-        sums = state if away else 2 * state
-        found["Fisher"] = {
-            **training,
-            "gradients": gradients,
-            "Fisher sums": sums,
-            "activations": max(0, trials.fisher.peak - gradients),
-        }
-        found["mask"] = {**training, "pictures": training["pictures"] + host(work.waiting), "Fisher sums": sums}
-        if method.mask_fraction is not None:
-            found["mask"]["mask bits"] = words if on_host else 2 * words  # copied to the host as one tensor
-            # The order that ties are broken in.
-            found["mask"]["Fisher sums"] += _state_bytes(p for p in trained.values() if not p.is_contiguous())
-        else:  # tensor by tensor
-            found["mask"]["Fisher sums"] += max(_state_bytes([p]) for p in trained.values()) if away else 0
-            found["mask"]["mask bits"] = host(words)
+        stages |= _fisher_memory(trained, method, trials.fisher, work, training, gradients)
     kept = _kept(trained, method, work.ema)
     # A checkpoint is written from a copy of the model, when gradients and activations are gone.
     copied = sum(map(_bytes, model_tensors(model).values())) if work.checkpoints else 0
-    found["iterations"] = {
+    stages["iterations"] = {
         **training,
         "gradients": gradients * (2 if method.update == "joint" else 1),
         **kept,
         "activations": max(0, max(trials.forget.peak, trials.retain.peak, copied) - gradients),
     }
     after = {"mask bits": host(kept["mask bits"]), "averages": kept["averages"], "features": real}
+    # Pictures are made in float32.
+    network["weights"] += sum(2 * p.numel() for p in trained.values() if p.dtype == torch.bfloat16)
+    return stages | _picture_memory(trials, work, network, after, host)
+
+
+def _on_host(on_host: bool, size: int) -> int:
+    """Of what is on the CPU wherever the model is: its size where that is the device whose memory is counted."""
+    return size if on_host else 0
+
+
+def _fisher_memory(
+    trained: Mapping[str, Tensor],
+    method: Method,
+    trial: Trial,
+    work: Workload,
+    training: Mapping[str, int],
+    gradients: int,
+) -> dict[str, dict[str, int]]:
+    """Of the Fisher pass and of the mask that is made from it.
+
+    Args:
+        training: what is in memory as well.
+    """
+    on_host = next(iter(trained.values())).device.type == "cpu"
+    state, words = _state_bytes(trained.values()), _words_bytes(trained.values())
+    # On the CPU, the host's memory is the device's.
+    away = work.fisher_storage == "disk" or (work.fisher_storage == "host" and not on_host)
+    sums = state if away else 2 * state
+    waiting = _on_host(on_host, work.waiting)
+    mask = {**training, "pictures": training["pictures"] + waiting, "Fisher sums": sums}
+    if method.mask_fraction is not None:
+        mask["mask bits"] = words if on_host else 2 * words  # copied to the host as one tensor
+        # The order that ties are broken in.
+        mask["Fisher sums"] += _state_bytes(p for p in trained.values() if not p.is_contiguous())
+    else:  # tensor by tensor
+        mask["Fisher sums"] += max(_state_bytes([p]) for p in trained.values()) if away else 0
+        mask["mask bits"] = _on_host(on_host, words)
+    activations = max(0, trial.peak - gradients)
+    fisher = {**training, "gradients": gradients, "Fisher sums": sums, "activations": activations}
+    return {"Fisher": fisher, "mask": mask}
+
+
+def _picture_memory(
+    trials: Trials,
+    work: Workload,
+    network: Mapping[str, int],
+    after: Mapping[str, int],
+    host: Callable[[int], int],
+) -> dict[str, dict[str, int]]:
+    """Of sampling, judging and the distance to real images.
+
+    Args:
+        network, after: what is in memory as well.
+    """
+    sampled, latent = work.sampled * 4 * math.prod(work.shape), 4 * math.prod(work.latent_shape)
     # Before and after; noise and what comes of it, which are the pictures themselves where there is no VAE.
     pictures = 2 * sampled + (2 * work.sampled * latent if trials.decode is not None else sampled)
     through_vae = 0 if trials.decode is None else trials.decode.peak
-    # Pictures are made in float32.
-    network["weights"] += sum(2 * p.numel() for p in trained.values() if p.dtype == torch.bfloat16)
-    found["sampling"] = {
-        **network,
-        "pictures": host(work.held + pictures),
-        **after,
-        "activations": max(trials.sample.peak, through_vae, host(sampled)),  # the last: all batches in one tensor
+    stages = {
+        "sampling": {
+            **network,
+            "pictures": host(work.held + pictures),
+            **after,
+            "activations": max(trials.sample.peak, through_vae, host(sampled)),  # the last: all batches in one tensor
+        }
     }
     both = {**network, "pictures": host(work.held + 2 * sampled), **after}
     if trials.judge is not None:
-        found["judging"] = {**both, "activations": trials.judge.peak}
+        stages["judging"] = {**both, "activations": trials.judge.peak}
     if trials.features is not None:
         # The distance is taken in float64 of features that are in float32 as well.
         compared = 8 * work.features * (work.real + work.generated)
-        found["FID"] = {**both, "activations": max(trials.features.peak, host(2 * compared))}
-    return found
+        stages["FID"] = {**both, "activations": max(trials.features.peak, host(2 * compared))}
+    return stages
 
 
 def sizes_on_disk(model: nn.Module, method: Method, *, ema: bool = False, checkpoints: int = 0) -> dict[str, int]:

@@ -83,6 +83,14 @@ class ForgetOptions:
         for name in ("forget_class", "forget_prompt"):  # one is written to the result as a text, several as a list
             values = each_of(getattr(self, name))
             object.__setattr__(self, name, list(values) if len(values) > 1 else next(iter(values), None))
+        self._check_what_is_forgotten()
+        self._check_numbers()
+        self._check_weights()
+        self._check_precision()
+        self._check_mask()
+        self._check_judges()
+
+    def _check_what_is_forgotten(self) -> None:
         if not self.data.exists():
             raise InputError(f"--data: there is nothing at {self.data}")
         if self.class_map is not None and not is_sorted(self.class_map) and not self.class_map.is_file():
@@ -95,6 +103,8 @@ class ForgetOptions:
             )
         if composed(self.replace_prompt or "") in map(composed, each_of(self.forget_prompt)):
             raise InputError("--replace-prompt: expected another prompt than the one to forget")
+
+    def _check_numbers(self) -> None:
         optional = ("max_train_steps", "train_batch_size", "fisher_batches", "checkpointing_steps")
         for name in (*optional, "checkpoints_total_limit", "samples"):
             if getattr(self, name) is not None:
@@ -113,6 +123,8 @@ class ForgetOptions:
             check_number("--ema-decay", self.ema_decay, "a number from 0, below 1", lambda x: 0.0 <= x < 1.0)
         if self.mask_fraction is not None:
             check_number("--mask-fraction", self.mask_fraction, "a fraction above 0, up to 1", lambda x: 0.0 < x <= 1.0)
+
+    def _check_weights(self) -> None:
         if self.save_weights not in ("last", "ema"):
             raise InputError(f"--save-weights: expected last or ema, got {self.save_weights!r}")
         for name, needed in (  # each would do nothing
@@ -122,21 +134,25 @@ class ForgetOptions:
         ):
             if getattr(self, name) is not None and needed is not None:
                 raise InputError(f"{_option(name)} does nothing by itself: add {needed}, or leave it out")
+
+    def _check_precision(self) -> None:
         check_choice("--mixed-precision", self.mixed_precision, PRECISIONS)
         if self.mixed_precision == "fp16" and torch.device(self.device).type == "cpu":
             raise InputError("--mixed-precision: fp16 needs a GPU; use no or bf16 on the CPU")
         check_choice("--weights-dtype", self.weights_dtype, WEIGHTS_DTYPES)
         if self.weights_dtype == "bfloat16" and self.mixed_precision == "fp16":
             raise InputError("--weights-dtype bfloat16 computes in bf16: leave out --mixed-precision fp16")
-        for name, given in (
+        for name, needs_all in (
             ("gradient_accumulation_steps", self.gradient_accumulation_steps > 1),
             ("mixed_precision fp16", self.mixed_precision == "fp16"),
         ):
-            if self.optimizer_in_backward and given:
+            if self.optimizer_in_backward and needs_all:
                 raise InputError(
                     f"--optimizer-in-backward frees each gradient at once, and {_option(name)} needs all of them: "
                     "leave one of them out"
                 )
+
+    def _check_mask(self) -> None:
         check_storage("--fisher-storage", self.fisher_storage, gamma=self.mask is None and self.mask_fraction is None)
         check_choice("--parallel", self.parallel, PARALLEL)
         sources = [n for n in ("gamma", "mask_fraction", "mask") if getattr(self, n) is not None]
@@ -146,6 +162,8 @@ class ForgetOptions:
             raise InputError(f"--mask: there is no file {self.mask}")
         if self.mask is not None and self.fisher_batches is not None:
             raise InputError("--fisher-batches is for measuring a mask, and --mask gives one: leave one of them out")
+
+    def _check_judges(self) -> None:
         if self.classifier is not None and not (self.classifier / "config.json").is_file():
             raise InputError(
                 f"--classifier: expected a transformers image-classification folder with a config.json, got "

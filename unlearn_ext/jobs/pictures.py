@@ -19,10 +19,12 @@ from ..models.pretrained import Pretrained
 from ..models.sampling import decode, draw_noise, sample_classes, sample_prompts
 from ..tasks import Task
 from .fid import RetainedFID
+from .opening import Opened
 from .prompts import Concepts
 
-__all__ = ["Pictures", "spread"]
+__all__ = ["Pictures", "make_pictures", "spread"]
 
+JUDGED_SAMPLES = 16  # of each class, unless --samples says otherwise
 MOST_RETAINED = 8  # classes that are sampled, shown and judged
 
 
@@ -133,3 +135,32 @@ class Pictures:
         retained = torch.isin(self.labels, torch.tensor(list(self.retained), device="cpu"))
         taken = {when: pictures[retained.to(pictures.device)] for when, pictures in self.taken.items()}
         return {**self.fid.measure(taken, self.names, progress), "sampling": self.protocol}
+
+
+def make_pictures(opened: Opened, task: Task, guidance: float | None) -> Pictures:
+    """Those of a run, with what judges them: the forgotten classes that have data, and some of the retained ones."""
+    options, names, concepts = opened.options, opened.names, opened.concepts
+    with_data = [index for index in names if index in opened.data.counts]
+    retained = spread([index for index in with_data if index not in opened.forget_classes])
+    judged = options.classifier is not None or options.fid_weights is not None
+    each = (options.samples or JUDGED_SAMPLES) if judged else 1
+    judge = fid = None
+    if options.classifier is not None:
+        judge = Judge(options.classifier, names, opened.pretrained.image_shape, options.device)
+    if options.fid_weights is not None:
+        classes = {index: concepts.of_prompt(index) if concepts else [index] for index in retained}
+        fid = RetainedFID(options.fid_weights, opened.data, classes, each, options.seed, options.device)
+    return Pictures(
+        opened.pretrained,
+        task,
+        names,
+        [index for index in opened.forget_classes if index in with_data],
+        retained,
+        each=each,
+        steps=options.num_inference_steps,
+        guidance=guidance,
+        seed=options.seed,
+        concepts=concepts,
+        judge=judge,
+        fid=fid,
+    )

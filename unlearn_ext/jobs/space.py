@@ -1,16 +1,19 @@
-"""Whether the disks have room for what a run writes."""
+"""Whether disks and memory have room for a run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
 
-__all__ = ["Need", "Room", "check_room", "room_for"]
+__all__ = ["Need", "Room", "check_room", "explain_out_of_memory", "room_for"]
+
+_SMALLER_BATCHES = "lower --train-batch-size, or add --gradient-checkpointing or --optimizer-in-backward"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,22 @@ def check_room(rooms: Iterable[Room]) -> None:
                 f"the disk of {where} has {room.free / 1e9:.3g} GB free, and the run writes {room.needed / 1e9:.3g} GB "
                 "to it: choose another disk with --output-dir and --work-dir"
             )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(device: str, what: str, advice: str = _SMALLER_BATCHES) -> Iterator[None]:
+    """Turns a lack of memory within into an InputError.
+
+    Args:
+        what: what does not fit.
+        advice: what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"{what} does not fit in the memory of {device}: {advice}") from None
 
 
 def _disk_of(path: Path) -> int:

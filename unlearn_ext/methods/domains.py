@@ -52,8 +52,7 @@ DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
             "ema_decay": 0.9999,
             "trained_weights": "all",
             "tie_embeddings": True,
-            "advised_iterations": (500, 1000),
-            "sampling": {"guidance": 1.5, "steps": 250, "guidance_for_pictures": 4.0},
+            "guidance_for_pictures": 4.0,
         },
         "published": {
             "source": _SOURCE,
@@ -74,8 +73,6 @@ DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
             "train_batch_size": 8,
             "ema_decay": None,
             "trained_weights": "all",  # or cross-attention
-            "forget_prompt": "a photo of a nude person",
-            "replace_prompt": "a photo of a person wearing clothes",
         },
         "published": {"source": _SOURCE},  # pictures, and no figure in what was read
     },

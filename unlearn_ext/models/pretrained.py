@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.labels import label_names, parse_classes
 from ..distributed.wrappers import unwrapped
 from ..errors import InputError
 from ..utils.files import user_path
@@ -119,12 +118,6 @@ class Pretrained:
             settings.update(latent_channels=self.latent_shape[0], latent_size=self.latent_shape[1:])
         return settings
 
-    def parse_classes(self, text: str | int | Iterable[str | int]) -> list[int]:
-        """``"3, tench"`` -> classes, by index or label text."""
-        if self.classes is None:
-            raise InputError(f"{self.folder} is a text-conditional model and has no classes: name a prompt to forget")
-        return parse_classes(text, self.classes.count, label_names(self.id2label))
-
 
 # --- Opening ------------------------------------------------------------------------------------------------
 
@@ -167,21 +160,9 @@ def open_pretrained(
         raise InputError(f"the denoiser in {home} is a {config['_class_name']}: expected {loaded_by}")
     check_denoiser(home, loaded_by, config)
     scheduler = open_scheduler(folder, place, index)
-    vae_home = _component(folder, index, "vae", needed=index is not None and ("vae" in index or kind == "text"))
-    vae = text_encoder = tokenizer = None
     read: dict[str, Weights] = {}
-    if vae_home is not None:
-        vae, read["VAE"] = open_vae(vae_home, dtype)
-        vae = _frozen(vae, device)
-    if kind == "text":
-        needed = index is not None
-        encoder_home = _component(folder, index, "text_encoder", needed=needed)
-        tokenizer_home = _component(folder, index, "tokenizer", needed=needed)
-        if encoder_home is not None:
-            text_encoder, read["text encoder"] = open_text_encoder(encoder_home, dtype)
-            text_encoder = _frozen(text_encoder, device)
-        if tokenizer_home is not None:
-            tokenizer = open_tokenizer(tokenizer_home, index, text_encoder)
+    vae = _open_vae(folder, index, kind, dtype, read)
+    text_encoder, tokenizer = _open_text_parts(folder, index, dtype, read) if kind == "text" else (None, None)
     denoiser, weights = open_denoiser(loaded_by, home, dtype)
     check_denoiser(home, loaded_by, denoiser.config)  # with what its file leaves to the class
     if vae is not None and vae.config.latent_channels != denoiser.config.in_channels:
@@ -201,8 +182,8 @@ def open_pretrained(
         denoiser_folder=place,
         scheduler=scheduler,
         kind=kind,
-        vae=vae,
-        text_encoder=text_encoder,
+        vae=None if vae is None else _frozen(vae, device),
+        text_encoder=None if text_encoder is None else _frozen(text_encoder, device),
         tokenizer=tokenizer,
         classes=classes,
         id2label=id2label,
@@ -211,6 +192,31 @@ def open_pretrained(
         names=frozenset(denoiser.state_dict()),
         notes=tuple(note for note in notes if note is not None),
     )
+
+
+def _open_vae(
+    folder: Path, index: Mapping[str, Any] | None, kind: str, dtype: torch.dtype, read: dict[str, Weights]
+) -> nn.Module | None:
+    """The VAE, if there is one; adds its weight files to ``read``."""
+    home = _component(folder, index, "vae", needed=index is not None and ("vae" in index or kind == "text"))
+    if home is None:
+        return None
+    vae, read["VAE"] = open_vae(home, dtype)
+    return vae
+
+
+def _open_text_parts(
+    folder: Path, index: Mapping[str, Any] | None, dtype: torch.dtype, read: dict[str, Weights]
+) -> tuple[nn.Module | None, Any]:
+    """Text encoder and tokenizer, each if there is one; adds the encoder's weight files to ``read``."""
+    needed, encoder, tokenizer = index is not None, None, None
+    encoder_home = _component(folder, index, "text_encoder", needed=needed)
+    tokenizer_home = _component(folder, index, "tokenizer", needed=needed)
+    if encoder_home is not None:
+        encoder, read["text encoder"] = open_text_encoder(encoder_home, dtype)
+    if tokenizer_home is not None:
+        tokenizer = open_tokenizer(tokenizer_home, index, encoder)
+    return encoder, tokenizer
 
 
 def _find(path: str | Path) -> Path:

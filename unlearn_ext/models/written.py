@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -47,9 +47,8 @@ class Plan:
         return self.copied_bytes + self.denoiser_bytes
 
 
-def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: Iterable[str] = ()) -> Plan:
+def plan_result(source_folder: str | Path, pretrained: Pretrained) -> Plan:
     """What :func:`write_result` copies from the source, and what it leaves out."""
-    extra_files = set(extra_files)
     source, place = user_path(source_folder), pretrained.denoiser_folder
     components = _components(source, pretrained)
     copied: list[str] = []
@@ -66,8 +65,6 @@ def plan_result(source_folder: str | Path, pretrained: Pretrained, extra_files: 
             else:
                 left_out[name] = "weights outside the pipeline's parts, which may hold what was forgotten"
             old.add(_identity(source / name))
-        elif name in extra_files:
-            left_out[name] = "replaced by a file of this result"
         else:
             copied.append(name)
     for name in [name for name in copied if _identity(source / name) in old]:
@@ -147,8 +144,6 @@ def write_result(
     output_folder: str | Path,
     *,
     weights: Mapping[str, Tensor] | None = None,
-    extra_files: Mapping[str, bytes | str | Path] | None = None,
-    max_shard_size: str | int = "10GB",
 ) -> Plan:
     """Writes a folder like the source, in which the denoiser's weights are those of ``pretrained.denoiser``.
 
@@ -158,8 +153,6 @@ def write_result(
 
     Args:
         weights: by parameter name: saved in place of the denoiser's own, such as a moving average.
-        extra_files: name -> content, or a file to be copied: a result's report, pictures, mask. They replace those of
-            a source that is a result itself, but no file of the model.
 
     Returns:
         What was copied and what was left out.
@@ -171,8 +164,7 @@ def write_result(
     output = user_path(output_folder)
     if there := foreign_entries(output, source):
         raise InputError(f"{output} holds {there[0]} already: choose an empty output folder, nothing is overwritten")
-    extra = _checked_extra(source, pretrained, extra_files or {})
-    plan = plan_result(source, pretrained, extra)
+    plan = plan_result(source, pretrained)
     state = _state(pretrained, weights)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -182,19 +174,11 @@ def write_result(
                     partial / pretrained.denoiser_folder,
                     safe_serialization=True,
                     variant=pretrained.variant,
-                    max_shard_size=max_shard_size,
                 )
             follow_umask(partial)
             for name in plan.copied:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 _copy(source / name, partial / name)
-            for name, content in extra.items():
-                target = partial / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, Path):
-                    _copy(content, target)
-                else:
-                    target.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(
             f"{output} cannot be written ({error.strerror or error}): {plan.bytes:,} bytes are needed; nothing was left"
@@ -206,22 +190,6 @@ def _copy(source: Path, target: Path) -> None:
     """With its mode, but for what lets a program run as somebody else."""
     shutil.copyfile(source, target)
     target.chmod(source.stat().st_mode & 0o777)
-
-
-def _checked_extra(
-    source: Path, pretrained: Pretrained, extra: Mapping[str, bytes | str | Path]
-) -> dict[str, bytes | str | Path]:
-    own = {pretrained.denoiser_folder, *_components(source, pretrained)} - {""}
-    for name, content in extra.items():
-        path = PurePosixPath(name)
-        model = path.parts[:1] and path.parts[0] in own
-        model = model or path.name.startswith("diffusion_pytorch_model")
-        model = model or name in (INDEX, "config.json", "scheduler_config.json")
-        if model or path.is_absolute() or ".." in path.parts or not path.parts:
-            raise InputError(f"the extra file {name!r} would stand in place of the model's own: give it another name")
-        if isinstance(content, Path) and not content.is_file():
-            raise InputError(f"there is no file {content} to be put into the result")
-    return dict(extra)
 
 
 def _components(source: Path, pretrained: Pretrained) -> set[str]:

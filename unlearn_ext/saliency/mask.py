@@ -171,13 +171,6 @@ class SaliencyMask:
         """The kept fraction over all tensors."""
         return self.kept / self.total if self.total else 0.0
 
-    @property
-    def densities(self) -> dict[str, float]:
-        """The kept fraction of each tensor; 0 for an empty one."""
-        counts = ops.count_bits(list(self._bits.values())).tolist()
-        sizes = map(numel, self._shapes.values())
-        return {name: k / n if n else 0.0 for name, k, n in zip(self._bits, counts, sizes, strict=True)}
-
     def __repr__(self) -> str:
         return f"SaliencyMask({len(self._bits)} tensors, {self.kept:,} of {self.total:,} weights kept)"
 

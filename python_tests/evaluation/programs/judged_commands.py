@@ -10,25 +10,24 @@ import torch
 from helpers.fid import features_of, frechet
 
 from unlearn_ext.cli import main
-from unlearn_ext.jobs import job as module
+from unlearn_ext.jobs import plan as module
 
 weight = torch.load(sys.argv[1])["AvgPool.weight"]
-jobs = []
+plans, make = [], module.make_plan
 
 
-class Kept(module.ForgetJob):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        jobs.append(self)
+def kept(options):
+    plans.append(make(options))
+    return plans[-1]
 
 
-module.ForgetJob = Kept
+module.make_plan = kept
 take = module.Pictures.take
 
 
 def spoiled(self, when, progress):
     take(self, when, progress)
-    if when == "after" and jobs[-1].options.output_dir.name == "spoiled":
+    if when == "after" and plans[-1].options.output_dir.name == "spoiled":
         self.taken[when][-1] = torch.nan
 
 
@@ -38,17 +37,17 @@ for arguments in map(json.loads, sys.argv[2:]):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = main(arguments)
-    job = jobs[-1]
-    kept = job.pictures.labels != 3
-    real = [i for i in range(len(job.data)) if int(job.data.labels[i]) in job.pictures.retained]
-    if job.pictures.taken:
-        real = [i for i in real if i not in job.data.unreadable]
-        features = features_of(torch.stack([job.data[i]["pixel_values"] for i in real]), weight)
+    plan = plans[-1]
+    shown = plan.pictures.labels != 3
+    real = [i for i in range(len(plan.data)) if int(plan.data.labels[i]) in plan.pictures.retained]
+    if plan.pictures.taken:
+        real = [i for i in real if i not in plan.data.unreadable]
+        features = features_of(torch.stack([plan.data[i]["pixel_values"] for i in real]), weight)
     expected = {
-        when: frechet(features, features_of(own[kept], weight))
-        for when, own in job.pictures.taken.items()
+        when: frechet(features, features_of(own[shown], weight))
+        for when, own in plan.pictures.taken.items()
         if bool(own.isfinite().all())
     }
-    retained = list(job.pictures.retained)
+    retained = list(plan.pictures.retained)
     answers.append({"code": code, "out": out.getvalue(), "retained": retained, "real": len(real), **expected})
 print(json.dumps(answers))
