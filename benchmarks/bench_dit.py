@@ -18,6 +18,9 @@ is not compiled. Before anything is timed, all others must arrive where ours doe
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the modules beside, from any directory
 
 from benchmarks.dit import script
 

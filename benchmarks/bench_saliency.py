@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the modules beside, from any directory
 
 from benchmarks import saliency, script
 from unlearn_ext import ops

@@ -8,8 +8,8 @@ Every method gets the published settings as its first trial and --trials draws f
 same --seeds seeds from 100 up. The best trial is that of the smallest mean gap among those that take no more of
 retraining's processor time than --cpu-limit; for a class, among those of them that forget it (FA at most 2 %) and keep
 the other classes' test accuracy within a point of retraining's, where there are any. A killed search goes on where it
-was; more trials go on from fewer. Results are written to results/tuning-<scenario>.json, and printed as what
-unlearn_ext/comparison/tuned.py holds.
+was; more trials go on from fewer. The winners are written to results/tuning-<scenario>.json, and printed as what
+unlearn_ext/methods/presets/digits-<scenario>.json holds; every trial stays in --work-dir.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pprint
 import random
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from rich.table import Table
 from unlearn_ext.cli.progress import two_bars
 from unlearn_ext.cli.report import versions
 from unlearn_ext.comparison.choosing import choose, complete, split_list
-from unlearn_ext.comparison.protocol import Protocol
 from unlearn_ext.comparison.run import Comparison
 from unlearn_ext.data import load_digits
+from unlearn_ext.demo.digits_comparison import DigitsProtocol, digits_workload
 from unlearn_ext.errors import InputError, UnlearnError
 from unlearn_ext.methods import METHODS
 from unlearn_ext.native.building import cache_directory
@@ -39,7 +39,8 @@ from unlearn_ext.utils.files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_SEED = 100
-_FORGOTTEN, _KEPT = 0.02, 0.01  # of a class: FA at most, and the distance to retraining's TA at most
+KEPT = ("gap", "FA", "RA", "TA", "TA_retained", "MIA_entropy", "CPU_share")
+_FORGOTTEN, _RETAINED = 0.02, 0.01  # of a class: FA at most, and the distance to retraining's TA at most
 
 
 # What is drawn for a setting: ("log", low, high), a number even in its logarithm, an integer if both ends are;
@@ -149,13 +150,19 @@ def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
     return found
 
 
+def draws(name: str, scenario: str, count: int) -> list[dict[str, Any]]:
+    """A method's trials, the same ones every time."""
+    space = space_of(name, scenario)
+    return [draw(space, f"{scenario} {name} {trial}") for trial in range(count)]
+
+
 def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] | None) -> dict[str, Any]:
     """The document of all methods; what an earlier search found of others stays.
 
     Raises:
         InputError: the earlier one had another budget or protocol.
     """
-    protocol = Protocol(
+    protocol = DigitsProtocol(
         scenario=options.scenario,
         train_size=options.train_size,
         held_out_size=options.held_out_size,
@@ -163,22 +170,18 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
         epochs=options.epochs,
     )
     budget = {"trials": options.trials, "seeds": options.seeds, "cpu_limit": options.cpu_limit}
-    kept = earlier or {"budget": budget, "protocol": protocol.describe(), "spaces": {}, "methods": {}}
+    kept = earlier or {"budget": budget, "protocol": protocol.describe(), "methods": {}}
     same = {name: kept["protocol"].get(name) for name in protocol.describe()}
     if (kept["budget"], same) != (budget, protocol.describe()):
         raise InputError("--json holds a search of another budget or protocol: choose another file")
-    digits, document = load_digits(), {}
+    workload, document = digits_workload(load_digits(), protocol), {}
     names = split_list(options.methods) if options.methods else list(SPACES)
     for name in names:
         if name not in SPACES:
             raise InputError(f"--methods: {name} has no space to draw from: choose from {', '.join(SPACES)}")
     first = [] if options.without_published else [{}]
-    spaces = {name: space_of(name, options.scenario) for name in names}
-    trials = {
-        name: [*first, *(draw(spaces[name], f"{options.scenario} {name} {trial}") for trial in range(options.trials))]
-        for name in names
-    }
-    searches = {name: _search(name, drawn, protocol, digits, options) for name, drawn in trials.items()}
+    trials = {name: [*first, *draws(name, options.scenario, options.trials)] for name in names}
+    searches = {name: _search(name, drawn, workload, options) for name, drawn in trials.items()}
     runs = options.seeds * sum(len(drawn) for drawn in trials.values())
     with two_bars(errors, "runs", runs) as (progress, advance):
         for name, search in searches.items():
@@ -192,7 +195,7 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
         "budget": budget,
         "protocol": found["protocol"],
         "versions": versions(),
-        "spaces": {**kept["spaces"], **spaces},
+        "command": shlex.join(["python", "benchmarks/tune_methods.py", *sys.argv[1:]]),
         "methods": {**kept["methods"], **document},
     }
 
@@ -204,12 +207,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is no JSON: choose another file, or delete it") from None
 
 
-def _search(name, drawn, protocol, digits, options) -> Comparison:
+def _search(name, drawn, workload, options) -> Comparison:
     labels = [complete(name, settings) for settings in drawn]
     return Comparison(
-        protocol,
+        workload,
         choose(labels, "published", options.scenario),
-        digits,
         seed=FIRST_SEED,
         count=options.seeds,
         output_dir=options.work_dir / options.scenario,
@@ -218,12 +220,11 @@ def _search(name, drawn, protocol, digits, options) -> Comparison:
 
 
 def summary(found: dict[str, Any], drawn: list[dict[str, Any]], cpu_limit: float, scenario: str) -> dict[str, Any]:
-    """Each trial's settings and gap, and which is the best."""
+    """Settings and metrics of the best trial and of the published settings, and what they are measured by."""
     trials = []
     for settings, row in zip(drawn, found["methods"].values(), strict=True):
-        told = {metric: row[metric] for metric in ("gap", "FA", "RA", "TA", "TA_retained", "MIA_entropy", "CPU_share")}
-        trials.append({"settings": settings, **told, "failed": row["failed"]})
-    retrained = found["references"]["retrained"]["TA_retained"]
+        trials.append({"settings": settings, **{metric: brief(row[metric]) for metric in KEPT}})
+    retrained = brief(found["references"]["retrained"]["TA_retained"])
     fits = [trial for trial in trials if trial["gap"]["mean"] is not None and trial["CPU_share"]["mean"] <= cpu_limit]
     if scenario == "class":
         fits = [trial for trial in fits if _forgets_and_keeps(trial, retrained["mean"])] or fits
@@ -231,16 +232,19 @@ def summary(found: dict[str, Any], drawn: list[dict[str, Any]], cpu_limit: float
     return {
         "best": best,
         "published": None if drawn[0] else trials[0],
-        "trials": trials,
-        "nothing": found["references"]["original"]["gap"],
+        "nothing": brief(found["references"]["original"]["gap"]),
         "retrained": {"TA_retained": retrained},
-        "floor": found["noise_floor"],
+        "floor": brief(found["noise_floor"]),
     }
+
+
+def brief(spread: dict[str, Any]) -> dict[str, float | None]:
+    return {"mean": spread["mean"], "std": spread["std"]}
 
 
 def _forgets_and_keeps(trial: dict[str, Any], retrained: float) -> bool:
     distance = abs(trial["TA_retained"]["mean"] - retrained)
-    return trial["FA"]["mean"] <= _FORGOTTEN + 1e-12 and distance <= _KEPT + 1e-12  # means of a few fractions round
+    return trial["FA"]["mean"] <= _FORGOTTEN + 1e-12 and distance <= _RETAINED + 1e-12  # means of a few fractions round
 
 
 def _in_words(found: dict[str, Any]) -> str:
@@ -273,7 +277,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"CPU: share of retraining's time, at most {100 * budget['cpu_limit']:.0f} % for the best."
     )
     best = {name: found["best"]["settings"] for name, found in document["methods"].items() if found["best"]}
-    console.print(f'\n"{document["scenario"]}": {pprint.pformat(best, width=110, sort_dicts=False)},')
+    console.print(f"\n{json.dumps(best, indent=1)}", soft_wrap=True)
 
 
 def main() -> int:

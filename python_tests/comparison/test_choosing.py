@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from unlearn_ext.comparison import choosing
 from unlearn_ext.comparison.choosing import choose, complete, split_list
-from unlearn_ext.comparison.tuned import TUNED
 from unlearn_ext.errors import InputError
 
 
@@ -30,7 +30,8 @@ def test_calibrated_forgetting_of_a_class_goes_to_0_unless_another_target_is_giv
 def test_where_settings_come_from(monkeypatch) -> None:
     """Given ones go before tuned ones, and these before the published preset's."""
     tuned = {"sfron": {"lr": 0.5, "max_norm": None}, "sfron:lambd=0.1": {"lr": 0.25}}
-    monkeypatch.setitem(TUNED, "class", tuned)
+    settings_of = {"class": tuned, "random": {}}
+    monkeypatch.setattr(choosing, "tuned_settings", settings_of.__getitem__)
 
     def found(text, settings="tuned", scenario="class"):
         (runner,) = choose([text], settings, scenario)
@@ -42,14 +43,13 @@ def test_where_settings_come_from(monkeypatch) -> None:
     assert found("sfron:iterations=7, lr=0.75") == ("tuned, with iterations=7,lr=0.75", 0.75, 7, None)
     assert found("sfron:lambd=0.1") == ("tuned", 0.25, 1500, 7.0)
     assert found("sfron", "published") == ("published", 0.01, 1500, 7.0)
-    monkeypatch.setitem(TUNED, "random", {})
     assert found("sfron", "tuned", "random") == ("published", 0.01, 1500, 7.0)
     assert found("sfron@tinyimagenet-swin:lr=0.5") == ("tinyimagenet-swin, with lr=0.5", 0.5, 500, 7.0)
     (runner,) = choose(["salun:iterations=7"], "published", "random")
     assert runner.method.iterations == 7 and runner.method.epochs is None, "the preset's epochs would go before it"
     (runner,) = choose(["salun"], "published", "random")
     assert runner.method.epochs == 10 and runner.method.mask_fraction == 0.5
-    monkeypatch.setitem(TUNED, "class", {"ssd": {"alpha": 2.0, "lambd": 0.5}})
+    settings_of["class"] = {"ssd": {"alpha": 2.0, "lambd": 0.5}}
     (runner,) = choose(["ssd:alpha=3.0"], "tuned", "class")
     assert (runner.method.alpha, runner.method.lambd, runner.origin) == (3.0, 0.5, "tuned, with alpha=3.0")
     with pytest.raises(InputError, match="ssd has no setting 'alfa': perhaps alpha is meant"):
@@ -72,7 +72,8 @@ CALIBRATED = "sfron:forget_alpha=auto"
 
 def chosen(monkeypatch, text: str, *keys: str, settings: str = "tuned"):
     """Origin and learning rate; the tuned one is 1, 2, ... in the order of the keys."""
-    monkeypatch.setitem(TUNED, "random", {key: {"lr": float(i)} for i, key in enumerate(keys, 1)})
+    tuned = {key: {"lr": float(i)} for i, key in enumerate(keys, 1)}
+    monkeypatch.setattr(choosing, "tuned_settings", lambda scenario: tuned)
     (runner,) = choose([text], settings, "random")
     assert runner.label == text
     return runner.origin, runner.method.lr

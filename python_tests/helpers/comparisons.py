@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from unlearn_ext.comparison.protocol import Protocol
 from unlearn_ext.comparison.runners import Runner
+from unlearn_ext.comparison.workload import Workload
+from unlearn_ext.demo.digits_comparison import DigitsProtocol, digits_workload
+
+from . import shared_digits
 
 SIZES = {"train_size": 100, "held_out_size": 50, "test_size": 100, "epochs": 2, "batch_size": 32}
-TINY = Protocol(**SIZES)
+TINY = DigitsProtocol(**SIZES)
 
 
-def changed(**sizes) -> Protocol:
-    return Protocol(**{**SIZES, **sizes})
+def changed(**sizes) -> DigitsProtocol:
+    return DigitsProtocol(**{**SIZES, **sizes})
+
+
+def workload(protocol: DigitsProtocol = TINY) -> Workload:
+    return digits_workload(shared_digits.digits(), protocol)
 
 
 class Scripted(Runner):

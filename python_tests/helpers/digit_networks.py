@@ -9,7 +9,7 @@ from helpers import shared_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from unlearn_ext.demo.batches import ShuffledBatches
+from unlearn_ext.data.shuffled import ShuffledBatches
 from unlearn_ext.demo.network import SmallResNet
 from unlearn_ext.demo.training import train_classifier
 

@@ -11,7 +11,7 @@ from scipy.stats import ks_2samp
 from torch import nn
 
 from unlearn_ext import Unlearner
-from unlearn_ext.demo.batches import ShuffledBatches
+from unlearn_ext.data.shuffled import ShuffledBatches
 from unlearn_ext.methods import SFRon
 from unlearn_ext.tasks import Classification
 

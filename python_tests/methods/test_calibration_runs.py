@@ -12,7 +12,7 @@ from helpers.models import batches, make
 from torch import nn
 
 from unlearn_ext import NonFiniteError, Unlearner
-from unlearn_ext.demo.batches import ShuffledBatches
+from unlearn_ext.data.shuffled import ShuffledBatches
 from unlearn_ext.methods import UGCLU, GradientAscent, NegativeGradientPlus, Projected, SFRon, parse
 from unlearn_ext.methods.calibration import UnseenLosses
 from unlearn_ext.tasks import ClassConditionalDiffusion, Classification

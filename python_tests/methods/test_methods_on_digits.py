@@ -9,7 +9,7 @@ import torch
 from helpers.digit_networks import Digits, measured, trained
 
 from unlearn_ext import Unlearner
-from unlearn_ext.demo.batches import ShuffledBatches
+from unlearn_ext.data.shuffled import ShuffledBatches
 from unlearn_ext.methods import METHODS, parse
 from unlearn_ext.tasks import Classification
 

@@ -59,6 +59,16 @@ def run_here(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch, c
     return ended.value.code
 
 
+@pytest.mark.parametrize("script", ["bench_step.py", "bench_saliency.py", "bench_iteration.py", "bench_dit.py"])
+def test_scripts_find_their_modules_from_any_directory(script, tmp_path, monkeypatch, capsys) -> None:
+    """With the package installed and the checkout on no path, as after pip install."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert run_here(script, "--help", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {script}")
+
+
 def check_document(
     path: Path, operators: Sequence[str], implementations: Sequence[str], *further: str
 ) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def compare(
         Path | None, typer.Option(help="Keeps the trained models; the package's cache directory unless given.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train and run again what is there already.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> int:
     """Compare methods of unlearning with retraining, on real digits.
@@ -58,20 +59,20 @@ def compare(
     set (FA), retain set (RA) and test set (TA), membership inference (MIA), the
     mean distance to the retrained network over these (gap), and the seconds of
     the unlearning alone (RTE). Where a comparison was cut, the same command
-    goes on. Exit code 3: a method failed on every seed.
+    goes on; what the same version with the same settings has trained and run
+    is used again, unless with --fresh. Exit code 3: a method failed on every
+    seed.
     """
     from ..comparison.choosing import choose, split_list
-    from ..comparison.protocol import Protocol
     from ..comparison.run import Comparison
     from ..comparison.table import show
     from ..data import load_digits
-    from ..native.building import cache_directory
-    from ..native.library_cache import make_private
+    from ..demo.digits_comparison import DigitsProtocol, digits_workload
     from .backend import load_backend
     from .progress import two_bars
 
     check_scenario(context, scenario)
-    protocol = Protocol(
+    protocol = DigitsProtocol(
         scenario=scenario.value,
         forget_class=forget_class,
         forget_fraction=forget_fraction,
@@ -85,27 +86,23 @@ def compare(
     runners = choose(split_list(methods), settings.value, scenario.value)
     check_file("--json", json_file, output_dir)
     check_output(output_dir, "compare")
-    cache = cache_directory() if cache_dir is None else None
-    if cache is not None:
-        with contextlib.suppress(OSError):  # the folder below it says which
-            make_private(cache)
     comparison = Comparison(
-        protocol,
+        digits_workload(load_digits(), protocol),
         runners,
-        load_digits(),
         seed=seed,
         count=seeds,
         output_dir=output_dir,
-        models_dir=cache_dir or (cache or output_dir) / "compare",
+        models_dir=cache_dir or _models_dir(output_dir),
+        fresh=fresh,
     )
     errors = plain_console(stderr=True)
     with hold_output(output_dir, "compare"):
         errors.print(f"backend: {load_backend(errors)}", style="dim")
         with two_bars(errors, "runs", seeds * len(runners)) as (progress, advance):
 
-            def finished(seed: int, label: str, record: dict[str, Any], found: bool) -> None:
+            def finished(seed: int, label: str, record: dict[str, Any], found_again: bool) -> None:
                 advance()
-                errors.print(f"seed {seed}: {label}: {_outcome(record)}{', found' if found else ''}", style="dim")
+                errors.print(f"seed {seed}: {label}: {_outcome(record)}{', found' * found_again}", style="dim")
 
             comparison.progress, comparison.finished = progress, finished
             comparison.tell = lambda sentence: errors.print(sentence)
@@ -121,6 +118,18 @@ def compare(
             if len(row["failed"]) == seeds
         }
     )
+
+
+def _models_dir(output_dir: Path) -> Path:
+    """Beside the built libraries, in the cache directory of the package; in the output where there is none."""
+    from ..native.building import cache_directory
+    from ..native.library_cache import make_private
+
+    cache = cache_directory()
+    if cache is not None:
+        with contextlib.suppress(OSError):  # the folder below it says which
+            make_private(cache)
+    return (cache or output_dir) / "compare"
 
 
 def _outcome(record: dict[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""Methods side by side: from the same weights, on the same digits, each judged against retrained models."""
+"""Many methods, seeds and retrained references under one protocol, on whatever data and network are handed in."""

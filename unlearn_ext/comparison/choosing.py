@@ -10,9 +10,9 @@ from ..methods import available, find, parse
 from ..methods.calibration import AUTO
 from ..methods.spec import read_settings, split_commas, split_spec
 from ..methods.ssd import SSD
+from ..methods.tuned import tuned_settings
 from ..tasks import Classification
 from .runners import DampeningRunner, MethodRunner, Runner
-from .tuned import TUNED
 
 __all__ = ["PUBLISHED", "SETTINGS", "choose", "complete", "split_list"]
 
@@ -43,8 +43,8 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     Args:
         texts: what :func:`split_list` gave; ``all``: each method that can be compared.
         settings: ``published``: the published ones, or the defaults of a method that has none; ``tuned``: those of
-            :data:`~unlearn_ext.comparison.tuned.TUNED` for the most of what the text gives, and the published ones
-            where it has none.
+            :func:`~unlearn_ext.methods.tuned.tuned_settings` for the most of what the text gives, and the published
+            ones where it has none.
         scenario: ``random`` or ``class``, for which the settings were tuned.
 
     Raises:
@@ -53,7 +53,7 @@ def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
     if settings not in SETTINGS:
         raise InputError(f"--settings: expected {' or '.join(SETTINGS)}, got {settings!r}")
     named = [name for text in texts for name in (_comparable() if text == ALL else [text])]
-    return [_runner(text, TUNED[scenario] if settings == "tuned" else {}, scenario) for text in named]
+    return [_runner(text, tuned_settings(scenario) if settings == "tuned" else {}, scenario) for text in named]
 
 
 def _comparable() -> list[str]:
@@ -94,7 +94,7 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) ->
         return DampeningRunner(text, SSD(**read_settings(name, SSD, split_spec(whole)[2])), origin)
     method = parse(whole)
     if scenario == "class" and getattr(method, "calibration", None) is not None and method.target_accuracy is None:
-        method = parse(complete(whole, {"target_accuracy": 0.0}))  # unseen digits of that class are not to be matched
+        method = parse(complete(whole, {"target_accuracy": 0.0}))  # unseen samples of that class are not to be matched
     return MethodRunner(text, method, origin, own_seed="seed" in given)
 
 

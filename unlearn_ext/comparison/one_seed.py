@@ -11,24 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import Digits
+from .. import ops
 from ..errors import InputError, NonFiniteError
 from ..evaluation import Parts, distance, knowledge, predict
-from .keys import kernels, machine, sources_hash
-from .oracles import ROLES, Oracles
-from .protocol import Protocol
+from .keys import machine
 from .records import Records
+from .references import ROLES, References
 from .runners import Runner
-from .splits import Samples, split_digits
-from .timing import Seconds, stopwatch, warm_up
+from .splits import Samples
+from .stopwatch import Seconds, stopwatch
+from .workload import Workload
 
 __all__ = ["OneSeed"]
 
-# Whose code every result depends on; a method's own is in its settings.
-_SOURCES = (
-    "*.py", "comparison/one_seed.py", "comparison/runners.py", "comparison/splits.py", "demo/batches.py",
-    "evaluation/*.py", "methods/_*.py", "methods/calibration.py", "methods/schedules.py", "saliency/*.py", "tasks/*.py",
-)  # fmt: skip
 _FORGET, _RETAIN, _HELD_OUT = 17, 29, 41  # added to the seed: the orders of the samples
 
 
@@ -36,6 +31,7 @@ class OneSeed:
     """Runs methods on one seed's data. A record is ``{"metrics": {...}, "summary": {...}}``, or says how it failed.
 
     Args:
+        workload: data, network and training.
         models_dir: where the trained models are kept.
         records: where finished runs are kept.
         progress, tell: as in :class:`~unlearn_ext.comparison.run.Comparison`.
@@ -43,8 +39,7 @@ class OneSeed:
 
     def __init__(
         self,
-        protocol: Protocol,
-        digits: Digits,
+        workload: Workload,
         seed: int,
         models_dir: Path,
         records: Records,
@@ -52,9 +47,11 @@ class OneSeed:
         progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
         tell: Callable[[str], None] = lambda sentence: None,
     ):
-        self.protocol, self.seed, self.records, self.progress = protocol, seed, records, progress
-        self.split = split_digits(digits, protocol, seed)
-        self.oracles = Oracles(models_dir, protocol, self.split, seed, digits.sha256, progress=progress, tell=tell)
+        self.workload, self.seed, self.records, self.progress = workload, seed, records, progress
+        self.split = workload.split(seed)
+        self.models = References(
+            models_dir, workload, self.split, seed, progress=progress, tell=tell, fresh=records.fresh
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,30 +66,29 @@ class OneSeed:
         """The record of each role: the original model, which is what doing nothing gives, and two retrained ones."""
         found = self.records.read(self.seed, "references", self._ingredients)
         if found is None:
-            found = {role: {"metrics": self._judge(self._logits(self.oracles[role].model))} for role in ROLES}
+            found = {role: {"metrics": self._judge(self._logits(self.models[role].model))} for role in ROLES}
             for role, record in found.items():
-                trained = self.oracles[role].seconds
+                trained = self.models[role].seconds
                 seconds = Seconds() if role == "original" else trained
-                record["metrics"] |= seconds.metrics(self.oracles["retrained"].seconds)
+                record["metrics"] |= seconds.metrics(self.models["retrained"].seconds)
                 record["training_seconds"] = trained.clock
             self.records.write(self.seed, "references", self._ingredients, found)
         return found
 
     @cached_property
     def _retrained(self) -> tuple[dict[str, float], Parts]:
-        logits = self._logits(self.oracles["retrained"].model)
+        logits = self._logits(self.models["retrained"].model)
         return knowledge(logits, self.split.labels, self.split.kept), logits
 
     @cached_property
     def _ingredients(self) -> dict[str, Any]:
         """What every result of this seed depends on."""
         return {
-            "protocol": self.protocol.describe(),
+            "protocol": dict(self.workload.protocol),
             "seed": self.seed,
-            "models": {role: self.oracles.key(role) for role in ROLES},
-            "sources": sources_hash(_SOURCES),
-            "kernels": kernels(self.protocol.device),
-            **machine(self.protocol.device),
+            "models": {role: self.models.key(role) for role in ROLES},
+            "backend": ops.backend(self.workload.device),
+            **machine(self.workload.device),
         }
 
     # --- One method ------------------------------------------------------------------------------------------
@@ -108,16 +104,16 @@ class OneSeed:
         return record, False
 
     def _measure(self, runner: Runner) -> dict[str, Any]:
-        protocol, seed, split, device = self.protocol, self.seed, self.split, self.protocol.device
+        workload, seed, split, device = self.workload, self.seed, self.split, self.workload.device
         self.progress(f"seed {seed}: {runner.label}", 0, None)
-        model = copy.deepcopy(self.oracles["original"].model)
+        model = copy.deepcopy(self.models["original"].model)
 
         def batches(samples: Samples, offset: int):
-            return samples.to(device).batches(protocol.batch_size, seed + offset)
+            return samples.to(device).batches(workload.batch_size, seed + offset)
 
         forget, retain = batches(split.forget, _FORGET), batches(split.retain, _RETAIN)
         held_out = batches(split.held_out, _HELD_OUT) if len(split.held_out) else None
-        warm_up(protocol.batch_size, device)
+        workload.warm_up()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
@@ -130,7 +126,7 @@ class OneSeed:
         logits = self._logits(model)
         if not all(torch.isfinite(part).all() for part in (logits.forget, logits.retain, logits.test)):
             return {"failed": "predictions are inf or NaN after the run", "metrics": {}}
-        metrics = self._judge(logits) | seconds.metrics(self.oracles["retrained"].seconds)
+        metrics = self._judge(logits) | seconds.metrics(self.models["retrained"].seconds)
         return {"metrics": metrics, "summary": summary}
 
     # --- Judging ---------------------------------------------------------------------------------------------

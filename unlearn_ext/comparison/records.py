@@ -21,10 +21,11 @@ class Records:
     Args:
         directory: holds the files.
         tell: called with a sentence about a file that is damaged.
+        fresh: nothing that was written before is read.
     """
 
-    def __init__(self, directory: Path, tell: Callable[[str], None] = lambda sentence: None):
-        self.directory, self.tell = directory, tell
+    def __init__(self, directory: Path, tell: Callable[[str], None] = lambda sentence: None, *, fresh: bool = False):
+        self.directory, self.tell, self.fresh = directory, tell, fresh
 
     def path(self, seed: int, name: str, ingredients: dict[str, Any]) -> Path:
         slug = re.sub(r"[^a-z0-9_]+", "-", name.lower())[:40].strip("-")
@@ -33,7 +34,7 @@ class Records:
     def read(self, seed: int, name: str, ingredients: dict[str, Any]) -> dict[str, Any] | None:
         """What was written for the same ingredients; None where there is nothing, or a file that is damaged."""
         path = self.path(seed, name, ingredients)
-        if not path.is_file():
+        if self.fresh or not path.is_file():
             return None
         try:
             document = json.loads(path.read_text())

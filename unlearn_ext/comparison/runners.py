@@ -17,7 +17,6 @@ from ..methods.calibration import LEAST_SAMPLES
 from ..methods.ssd import SSD
 from ..run.unlearner import Unlearner
 from ..tasks import Classification
-from .keys import class_hash
 
 __all__ = ["DampeningRunner", "MethodRunner", "Runner"]
 
@@ -87,8 +86,8 @@ class MethodRunner(Runner):
         return super().least_held_out if getattr(self.method, "calibration", None) is None else LEAST_SAMPLES
 
     def settings(self) -> dict[str, Any]:
-        own = self.method.settings() | ({"seed": "the run's"} if self._seeds else {})
-        return {"method": self.method.name, **own, "code": class_hash(type(self.method))}
+        seed = {"seed": "the run's"} if self._seeds else {}
+        return {"method": self.method.name, **self.method.settings(), **seed}
 
     def check(self, model: nn.Module) -> None:
         if self.method.learns:
@@ -125,7 +124,7 @@ class DampeningRunner(Runner):
         self.label, self.method, self.origin = label, method, origin
 
     def settings(self) -> dict[str, Any]:
-        return {"method": self.method.name, **vars(self.method), "code": class_hash(SSD)}
+        return {"method": self.method.name, **vars(self.method)}
 
     def __call__(self, model, forget, retain, held_out, seed) -> dict[str, Any]:
         result = self.method.run(model, Classification(seed=seed), forget, retain)

@@ -55,9 +55,9 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def _title(protocol: dict[str, Any]) -> str:
     sizes, seeds = protocol["sizes"], protocol["seeds"]
-    what = f"{sizes['forget']} random" if protocol["scenario"] == "random" else f"the digit {protocol['forget_class']}"
+    what = f"{sizes['forget']} random" if protocol["scenario"] == "random" else f"class {protocol['forget_class']}"
     seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"Forgetting {what} of {protocol['train_size']} training digits, {seeds}"
+    return f"Forgetting {what} of {protocol['train_size']} training samples, {seeds}"
 
 
 def _label(name: str) -> str:
@@ -90,7 +90,7 @@ def _best(methods: dict[str, Any], retrained: dict[str, Any]) -> dict[str, set[s
             continue
         for key in RETAINED_GAP_KEYS:
             pairs = zip(row[key]["values"], retrained[key]["values"], strict=True)
-            distances.setdefault(key, {})[name] = fmean(abs(own - reference) for own, reference in pairs)
+            distances.setdefault(key, {})[name] = fmean(abs(value - reference) for value, reference in pairs)
         for key in ("gap", "RTE"):
             distances.setdefault(key, {})[name] = row[key]["mean"]
     found = {}
@@ -158,7 +158,7 @@ def _legend(protocol: dict[str, Any]) -> str:
     return (
         f"{'One seed' if count == 1 else f'Means over {count} seeds'}. Gap: mean distance in FA, RA, TA and MIA to the "
         f"same seed's retrained model{'' if count == 1 else ', ± standard deviation'}. "
-        f"{'MIA and gap: over the nine retained classes. ' if classes else ''}RTE: seconds of the unlearning alone; "
+        f"{'MIA and gap: over the retained classes. ' if classes else ''}RTE: seconds of the unlearning alone; "
         "of retrained models, of training, taken when they were trained. Bold: closest to retraining, or fastest. "
         f"Warned of: {protocol['warnings']}."
     )

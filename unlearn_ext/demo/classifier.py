@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data import Digits, DigitSplit, load_digits
 from ..data.digits import CLASSES
+from ..data.shuffled import ShuffledBatches
 from ..errors import InputError
 from ..evaluation import Parts, distance, knowledge, predict
 from ..methods import SFRon
@@ -21,7 +22,6 @@ from ..run.loop import Progress
 from ..run.unlearner import Result, Unlearner
 from ..tasks import Classification
 from ..utils.files import atomic_path, writable_directory
-from .batches import ShuffledBatches
 from .network import SmallResNet
 from .settings import BATCH_SIZE, method_for
 from .training import train_classifier

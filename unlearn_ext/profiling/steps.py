@@ -92,24 +92,10 @@ def joint(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: torch.
 def sequential(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: torch.device) -> Work:
     t = Tensors(shapes, rule, dtype, device)
 
+    resets: list[Callable[[], None]] = []
+
     def fused() -> Run:
-        names = [f"weight {i}" for i in range(len(t.weights))]
-        optimizer = UnlearnOptimizer(
-            list(zip(names, t.weights, strict=True)),
-            rule=rule,
-            lr=RATES[rule],
-            momentum=MOMENTUM if rule == "momentum" else 0.0,
-            betas=BETAS,
-            eps=EPS,
-            weight_decay=DECAY,
-            max_norm=MAX_NORM,
-            slow_rate=SLOW_RATE,
-            mask=SaliencyMask.from_dict(dict(zip(names, t.masks, strict=True))),
-        )
-        kinds = ("momentum_buffer",) if rule == "momentum" else ("exp_avg", "exp_avg_sq")
-        for i, w in enumerate(t.weights):
-            moments = {kind: moment[i] for kind, moment in zip(kinds, t.moments, strict=False)}
-            optimizer.state[w] = {"slow": t.slow[i], "step": t.count, **moments}
+        optimizer = _unlearn_optimizer(t)
 
         def run() -> None:
             t.give(t.forget)
@@ -123,8 +109,6 @@ def sequential(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: t
 
         resets.append(reset)
         return run
-
-    resets: list[Callable[[], None]] = []
 
     def eager() -> Run:
         optimizer = t.optimizer(foreach=False)
@@ -178,6 +162,28 @@ def sequential(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: t
 
     passes = [named[1] for named in _sequential_traffic(t)]
     return _work("sequential", t, passes, fused, eager, listed, compiled, resets)
+
+
+def _unlearn_optimizer(t: Tensors) -> UnlearnOptimizer:
+    """Ours, with state that shares the tensors of all ways."""
+    names = [f"weight {i}" for i in range(len(t.weights))]
+    optimizer = UnlearnOptimizer(
+        list(zip(names, t.weights, strict=True)),
+        rule=t.rule,
+        lr=RATES[t.rule],
+        momentum=MOMENTUM if t.rule == "momentum" else 0.0,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=DECAY,
+        max_norm=MAX_NORM,
+        slow_rate=SLOW_RATE,
+        mask=SaliencyMask.from_dict(dict(zip(names, t.masks, strict=True))),
+    )
+    kinds = ("momentum_buffer",) if t.rule == "momentum" else ("exp_avg", "exp_avg_sq")
+    for i, w in enumerate(t.weights):
+        moments = {kind: moment[i] for kind, moment in zip(kinds, t.moments, strict=False)}
+        optimizer.state[w] = {"slow": t.slow[i], "step": t.count, **moments}
+    return optimizer
 
 
 def sequential_passes(

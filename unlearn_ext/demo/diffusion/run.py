@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.digits import CLASSES, Digits, load_digits
+from ...data.shuffled import ShuffledBatches
 from ...errors import InputError
 from ...methods import SFRon
 from ...models.grid import write_grid
@@ -22,7 +23,6 @@ from ...run.unlearner import Result, Unlearner
 from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ...utils.clock import timed
 from ...utils.files import writable_directory
-from ..batches import ShuffledBatches
 from .judging import GUIDANCE, STEPS, judge_samples, sample
 from .networks import CAPTIONS, DENOISERS, NULL_LABEL, SIZE, Denoiser, noise_scheduler
 from .pretraining import TEST_SIZE, TRAIN_SIZE, Trained

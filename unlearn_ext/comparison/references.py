@@ -19,21 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..demo.network import SmallResNet
-from ..demo.training import train_classifier
 from ..distributed.hashing import weights_hash
 from ..utils.files import atomic_path
-from .keys import file_key, machine, sources_hash, tensor_hash
-from .protocol import Protocol
+from .keys import file_key, machine, tensor_hash
 from .splits import Samples, Split
-from .timing import Seconds, stopwatch, warm_up
+from .stopwatch import Seconds, stopwatch
+from .workload import Workload
 
-__all__ = ["ROLES", "Oracles", "Trained"]
+__all__ = ["ROLES", "References", "Trained"]
 
 # Each has initial weights and an order of samples of its own, by what is added to the seed: the gold standard must not
 # be the original by luck.
 ROLES = {"original": 0, "retrained": 1000, "retrained_again": 2000}
-_SOURCES = ("demo/network.py", "demo/training.py", "data/digits.py")
 
 
 @dataclass
@@ -44,44 +41,43 @@ class Trained:
     seconds: Seconds
 
 
-class Oracles:
+class References:
     """The three models of one seed.
 
     Args:
         directory: where they are kept, as safetensors.
-        data_hash: of all digits.
-        network: makes the model to be trained, from a seed.
+        workload: the network and its training.
+        split: of the seed.
         progress: called with the stage, the steps done and the steps in all.
         tell: called with a sentence about a file that is damaged.
+        fresh: each model is trained again, whatever is kept.
     """
 
     def __init__(
         self,
         directory: Path,
-        protocol: Protocol,
+        workload: Workload,
         split: Split,
         seed: int,
-        data_hash: str,
         *,
-        network: Callable[[int], nn.Module] = lambda seed: SmallResNet(seed=seed),
         progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
         tell: Callable[[str], None] = lambda sentence: None,
+        fresh: bool = False,
     ):
-        self.directory, self.protocol, self.split, self.seed = directory, protocol, split, seed
-        self.data_hash, self.network, self.progress, self.tell = data_hash, network, progress, tell
-        self._found: dict[str, Trained] = {}
+        self.directory, self.workload, self.split, self.seed = directory, workload, split, seed
+        self.progress, self.tell, self.fresh = progress, tell, fresh
+        self._models: dict[str, Trained] = {}
 
     def ingredients(self, role: str) -> dict[str, Any]:
         """Everything that the weights, and the seconds they took, depend on."""
         data = self._samples(role)
         return {
-            "data": self.data_hash,
+            "data": self.workload.data_hash,
             "samples": tensor_hash(data.indices),  # their order counts as well
             "seed": self.seed + ROLES[role],
-            "architecture": repr(self.network(0)),
-            "training": {"epochs": self.protocol.epochs, "batch_size": self.protocol.batch_size},
-            "sources": sources_hash(_SOURCES),
-            **machine(self.protocol.device),
+            "architecture": repr(self.workload.network(0)),
+            "training": dict(self.workload.training),
+            **machine(self.workload.device),
         }
 
     def key(self, role: str) -> str:
@@ -89,11 +85,11 @@ class Oracles:
 
     def __getitem__(self, role: str) -> Trained:
         """The model, from memory, from its file, or trained now."""
-        if role not in self._found:
+        if role not in self._models:
             ingredients = self.ingredients(role)
             path = self.directory / f"{role}-seed{self.seed}-{file_key(ingredients)}.safetensors"
-            self._found[role] = self._load(path) or self._train(role, path, ingredients)
-        return self._found[role]
+            self._models[role] = self._load(path) or self._train(role, path, ingredients)
+        return self._models[role]
 
     def _samples(self, role: str) -> Samples:
         split = self.split
@@ -105,19 +101,15 @@ class Oracles:
     def _train(self, role: str, path: Path, ingredients: dict[str, Any]) -> Trained:
         from safetensors.torch import save_file
 
-        data, protocol = self._samples(role), self.protocol
-        stage = f"seed {self.seed}: training {role.replace('_', ' ')}"
-        warm_up(protocol.batch_size, protocol.device)
-        with stopwatch(protocol.device) as seconds:
-            model = train_classifier(
-                self.network(ingredients["seed"]),
-                data.images,
-                data.labels,
-                epochs=protocol.epochs,
-                batch_size=protocol.batch_size,
-                seed=ingredients["seed"],
-                device=protocol.device,
-                progress=lambda done, total: self.progress(stage, done, total),
+        workload, stage = self.workload, f"seed {self.seed}: training {role.replace('_', ' ')}"
+        workload.warm_up()
+        with stopwatch(workload.device) as seconds:
+            model = workload.network(ingredients["seed"])
+            workload.train(
+                model,
+                self._samples(role),
+                ingredients["seed"],
+                lambda done, total: self.progress(stage, done, total),
             )
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         metadata = {
@@ -130,15 +122,15 @@ class Oracles:
         return Trained(model, seconds)
 
     def _load(self, path: Path) -> Trained | None:
-        """None where there is no file, or one that is damaged."""
+        """None where there is no file to be used, or one that is damaged."""
         from safetensors import SafetensorError, safe_open
 
-        if not path.is_file():
+        if self.fresh or not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
                 metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            model = self.network(0)
+            model = self.workload.network(0)
             named = [(name, tensors[name]) for name in model.state_dict()]
             if weights_hash(named) != metadata["weights_hash"]:
                 raise ValueError("its weights are not those that were written")
@@ -147,4 +139,4 @@ class Oracles:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             self.tell(f"{path.name} is damaged: trained again")
             return None
-        return Trained(model.to(self.protocol.device).eval(), seconds)
+        return Trained(model.to(self.workload.device).eval(), seconds)
