@@ -6,12 +6,15 @@ import importlib.util
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 import typer
+from helpers.processes import environment
 
 from unlearn_ext import cli
 from unlearn_ext.evaluation import accuracy, predict
@@ -36,6 +39,22 @@ def run_page(page: str, names: dict, most: int | None = None) -> dict:
         before = "\n" * text.count("\n", 0, block.start(1))
         exec(compile(before + block[1], str(ROOT / page), "exec", dont_inherit=True), names)
     return names
+
+
+def test_the_links_of_the_readme_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 20 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    pages = [path.read_text() for path in (tmp_path / "site" / "reference").rglob("*.html")]
+    assert len(pages) == len(list(ROOT.glob("docs/reference/*.md"))) and not any(":class:" in page for page in pages)
 
 
 def test_every_page_with_python_is_run() -> None:
