@@ -1,4 +1,4 @@
-"""Does a diffusion model really forget a digit in 50 iterations? The README's tables, in results/diffusion.json.
+"""Does a diffusion model really forget a digit in 50 iterations? Tables of docs/results/, in results/diffusion.json.
 
     python benchmarks/diffusion.py                  # hours of sampling on two cores; what is there is kept
     python benchmarks/diffusion.py --tasks dit      # one demo; several at once may write to the same file
@@ -97,7 +97,7 @@ def _write(row: dict) -> None:
 
 
 def show(document: dict) -> None:
-    """Tables for the README, networks told labels side by side, and how far the worst row is from each bar."""
+    """Tables for docs/results/, networks told labels side by side, and how far the worst row is from each bar."""
     for tasks in (("ddpm", "dit"), ("text",)):
         rows = [row for row in document["rows"] if row["key"]["task"] in tasks]
         for samples in sorted({row["key"]["samples"] for row in rows}):

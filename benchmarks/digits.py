@@ -1,4 +1,4 @@
-"""Does the demo really forget? The two tables of the README, written to results/digits.json.
+"""Does the demo really forget? The tables of docs/results/classifier.md, written to results/digits.json.
 
     python benchmarks/digits.py            # both scenarios, about 10 minutes on one core
     python benchmarks/digits.py --show     # prints the tables from the file again

@@ -1,7 +1,7 @@
 """Whole iterations, forward and backward included: ours against the released loop with torch.optim.
 
-fused is the loop that README shows for UnlearnOptimizer. eager is the released one, tensor by tensor: mask, clip,
-step, step, interpolation; torch_fused is the same with ``fused=True``.
+fused is the loop that docs/guides/optimizer.md shows for UnlearnOptimizer. eager is the released one, tensor by tensor:
+mask, clip, step, step, interpolation; torch_fused is the same with ``fused=True``.
 """
 
 from __future__ import annotations

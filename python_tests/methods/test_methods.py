@@ -1,4 +1,4 @@
-"""The registry of methods: names, entry points, methods as text, and the table in the README."""
+"""The registry of methods: names, entry points, methods as text, and the table in the guide."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_every_seed_that_is_taken_can_be_drawn_from() -> None:
 # --- The table ------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_holds_the_table() -> None:
+def test_the_page_holds_the_table() -> None:
     printed = subprocess.run(
         [sys.executable, "-X", "utf8", "-m", "unlearn_ext.methods"],
         capture_output=True,
@@ -208,7 +208,7 @@ def test_the_readme_holds_the_table() -> None:
         check=True,
         cwd=ROOT,
     ).stdout
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/guides/methods.md").read_text(encoding="utf-8")
     begin, end = "<!-- methods: python -m unlearn_ext.methods -->\n", "<!-- /methods -->\n"
     assert text.count(begin) == text.count(end) == 1
     assert text.split(begin)[1].split(end)[0].strip("\n") == printed.strip("\n")
