@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pipelines
+from helpers.denoisers import dit
 from helpers.forgetting import SHORT, denoiser, hashes, plan_of, result, run
 from helpers.processes import environment
 from helpers.ranks import command, launch
 
 from unlearn_ext.errors import InputError
 from unlearn_ext.jobs import parallel
+from unlearn_ext.models.weights import tie_embeddings
 
 pytestmark = pytest.mark.ranks
 
@@ -126,3 +128,19 @@ def test_one_gpu_is_not_for_all_ranks(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="--device cuda:1 is one GPU for all ranks: say --device cuda"):
         parallel.start_ranks("cuda:1")
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_a_sharded_dit_takes_a_batch_whether_its_embedders_are_tied_or_not(tied: bool) -> None:
+    """It calls those of its first block from outside the block."""
+    model = dit()
+    if tied:
+        tie_embeddings(model)
+    batch = (torch.ones(2, 2, 4, 4), torch.tensor([3, 5]), torch.tensor([0, 1]))
+    expected = model(*batch).sample.detach()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(parallel.shard(model)(*batch).sample.detach(), expected)
+    finally:
+        torch.distributed.destroy_process_group()

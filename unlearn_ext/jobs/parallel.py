@@ -63,11 +63,12 @@ def wrap(model: nn.Module, parallel: str) -> nn.Module:
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """``fully_shard`` of each block of a DiT or UNet, and of what is left; of tied embedders together."""
+    """``fully_shard`` of each block of a DiT or UNet, and of what is left; of a DiT's embedders by themselves, for it
+    calls the first block's from outside the block, and of those that are tied together, for they are cut as one."""
     from torch.distributed.fsdp import fully_shard
 
-    if tied := _tied_embedders(model):
-        fully_shard(tied)
+    for embedders in _embedders(model):
+        fully_shard(embedders)
     for name in _BLOCKS:
         found = getattr(model, name, None)
         for block in found if isinstance(found, nn.ModuleList) else [found] if found is not None else ():
@@ -93,11 +94,9 @@ def gather_weights(model: nn.Module) -> Mapping[str, Tensor] | None:
     return weights
 
 
-def _tied_embedders(model: nn.Module) -> list[nn.Module]:
-    """A DiT's timestep and label embedders, where the blocks share them: what is shared has to be cut as one."""
+def _embedders(model: nn.Module) -> list[list[nn.Module]]:
+    """A DiT's timestep and label embedders, one in each block; together where the blocks share their weights."""
     blocks = getattr(model, "transformer_blocks", ())
     embedders = [block.norm1.emb for block in blocks if hasattr(getattr(block, "norm1", None), "emb")]
-    if len(embedders) < 2:
-        return []
-    first, second = (next(embedder.parameters(), None) for embedder in embedders[:2])
-    return embedders if first is second else []
+    first = {id(next(embedder.parameters(), None)) for embedder in embedders}
+    return [embedders] if len(first) == 1 else [[embedder] for embedder in embedders]
