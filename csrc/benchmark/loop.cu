@@ -78,11 +78,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) folded ^= all[k];
     if (traffic.words_written) {
-      std::uint8_t* words = reinterpret_cast<std::uint8_t*>(table.pointer(updated + read + traffic.words_read, t));
-      words[i / kOctet] = std::uint8_t(folded);
-      if (i + kOctet >= table.size(t)) { // the last word's bytes beyond the tensor's end
-        for (std::int64_t after = i / kOctet + 1; after % 4 != 0; ++after) words[after] = 0;
-      }
+      store_mask(table.pointer(updated + read + traffic.words_read, t), i, table.size(t), folded);
     }
     sink ^= folded;
   });

@@ -15,7 +15,6 @@ __device__ __forceinline__ bool is_aligned_for_bools(const void* pointer) {
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Table table) {
   const int t = table.tensor_of(blockIdx.x);
   const std::uint8_t* masks = reinterpret_cast<const std::uint8_t*>(table.pointer(0, t));
-  std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(1, t));
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     std::uint32_t byte = 0;
     if (n == kOctet && is_aligned_for_bools(masks)) {
@@ -28,11 +27,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) byte |= std::uint32_t(k < n && masks[i + k] != 0) << k;
     }
-    bits[i / kOctet] = std::uint8_t(byte);
-    // The last word's bytes beyond the tensor's end have no thread of their own.
-    if (i + kOctet >= table.size(t)) {
-      for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
-    }
+    store_mask(table.pointer(1, t), i, table.size(t), byte);
   });
 }
 

@@ -198,6 +198,16 @@ __device__ __forceinline__ std::uint32_t load_mask(const char* bits, std::int64_
   return reinterpret_cast<const std::uint8_t*>(bits)[begin / kOctet];
 }
 
+// Writes the mask's byte for the octet at `begin` of a tensor of `size` weights. The last word's bytes beyond the
+// tensor's end have no thread of their own: the last octet's clears them.
+__device__ __forceinline__ void store_mask(void* bits, std::int64_t begin, std::int64_t size, std::uint32_t byte) {
+  std::uint8_t* bytes = static_cast<std::uint8_t*>(bits);
+  bytes[begin / kOctet] = std::uint8_t(byte);
+  if (begin + kOctet >= size) {
+    for (std::int64_t after = begin / kOctet + 1; after % 4 != 0; ++after) bytes[after] = 0;
+  }
+}
+
 // Calls body(first weight, number of weights) for each of a thread's octets in its block's chunk.
 template <typename Body>
 __device__ __forceinline__ void for_each_octet(const Table& table, int tensor, const Body& body) {

@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(kThreads) ratio_kernel(
   const Storage forget_storage = table.storage(0, t), retain_storage = table.storage(1, t);
   const T forget_scale = T(options.forget_scale), retain_scale = T(options.retain_scale);
   const T eps = T(options.eps), gamma = T(options.gamma);
-  std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(2, t));
   unsigned int thread_kept = 0;
   for_each_octet(table, t, [&](std::int64_t i, int n) {
     Octet<T> stored_forget, stored_retain;
@@ -34,12 +33,8 @@ __global__ void __launch_bounds__(kThreads) ratio_kernel(
       byte |= std::uint32_t(is_salient(forget[k], retain[k], forget_scale, retain_scale, eps, gamma)) << k;
     }
     byte &= valid_bits(n);
-    bits[i / kOctet] = std::uint8_t(byte);
+    store_mask(table.pointer(2, t), i, table.size(t), byte);
     thread_kept += unsigned(count_word(byte));
-    // The last word's bytes beyond the tensor's end have no thread of their own.
-    if (i + kOctet >= table.size(t)) {
-      for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
-    }
   });
   atomicAdd(&kept, thread_kept);
   __syncthreads();

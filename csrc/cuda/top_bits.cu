@@ -91,21 +91,54 @@ __device__ __forceinline__ unsigned ties_before(unsigned ties, unsigned* room) {
   return before;
 }
 
+// Keeps those of this thread's ties that are among the block's first `left`, and takes all of the block's from `left`.
+// Every thread must take part.
+__device__ __forceinline__ std::uint32_t first_ties(std::uint32_t ties, unsigned long long& left, unsigned* room) {
+  const unsigned before = ties_before(unsigned(count_word(ties)), room);
+  ties = before < left ? lowest_bits(ties, std::int64_t(left - before)) : 0u;
+  __syncthreads();
+  const unsigned all = room[kThreads - 1];
+  left = left > all ? left - all : 0;
+  __syncthreads();
+  return ties;
+}
+
+// Which of an octet's first n keys tie with what the search has found, and which are above it.
+template <typename Key>
+__device__ __forceinline__ void compare(
+    const RadixSearch<Key>& search, const Key* keys, int n, std::uint32_t& ties, std::uint32_t& above) {
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) {
+    ties |= std::uint32_t(search.ties(keys[k])) << k;
+    above |= std::uint32_t(search.is_above(keys[k])) << k;
+  }
+  ties &= valid_bits(n);
+  above &= valid_bits(n);
+}
+
+// Adds what the block's threads have kept to `total`. Integers: any order gives the same sum.
+__device__ __forceinline__ void add_kept(unsigned thread_kept, unsigned* block_sum, unsigned long long* total) {
+  atomicAdd(block_sum, thread_kept);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    atomicAdd(total, static_cast<unsigned long long>(*block_sum));
+    *block_sum = 0;
+  }
+  __syncthreads();
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) top_kernel(
     const __grid_constant__ Table table, const __grid_constant__ TopOptions options, Pass pass, int first_piece,
     TopState<bits_t<T>> state) {
-  using Key = bits_t<T>;
   __shared__ unsigned room[kBins > kThreads ? kBins : kThreads];
   __shared__ unsigned block_sum;
-  const RadixSearch<Key> search = *state.search;
+  const RadixSearch<bits_t<T>> search = *state.search;
   if (pass == Pass::count_digits && search.ended) return;
   const int piece = first_piece + int(blockIdx.x);
   const std::int64_t begin = std::int64_t(table.units) * blockIdx.x / gridDim.x;
   const std::int64_t end = std::int64_t(table.units) * (blockIdx.x + 1) / gridDim.x;
-  if (pass == Pass::count_digits) {
-    for (int digit = threadIdx.x; digit < kBins; digit += kThreads) room[digit] = 0;
-  }
+  for (int digit = threadIdx.x; pass == Pass::count_digits && digit < kBins; digit += kThreads) room[digit] = 0;
   if (threadIdx.x == 0) block_sum = 0;
   __syncthreads();
 
@@ -120,17 +153,11 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
     for (int part = 0; part < kPasses; ++part) {
       const std::int64_t i = start + (std::int64_t(part) * kThreads + threadIdx.x) * kOctet;
       const int n = i >= size ? 0 : size - i < kOctet ? int(size - i) : kOctet;
-      Key keys[kOctet];
+      bits_t<T> keys[kOctet];
       std::uint32_t ties = 0, above = 0;
       if (n > 0) {
         load_keys<T>(table, options, t, i, n, keys);
-#pragma unroll
-        for (int k = 0; k < kOctet; ++k) {
-          ties |= std::uint32_t(search.ties(keys[k])) << k;
-          above |= std::uint32_t(search.is_above(keys[k])) << k;
-        }
-        ties &= valid_bits(n);
-        above &= valid_bits(n);
+        compare(search, keys, n, ties, above);
       }
       if (pass == Pass::count_digits) {
 #pragma unroll
@@ -144,33 +171,15 @@ __global__ void __launch_bounds__(kThreads) top_kernel(
         if (left == 0) {
           ties = 0;
         } else if (state.left[piece] != piece_ties) {
-          const unsigned before = ties_before(unsigned(count_word(ties)), room);
-          ties = before < left ? lowest_bits(ties, std::int64_t(left - before)) : 0u;
-          __syncthreads();
-          const unsigned all = room[kThreads - 1];
-          left = left > all ? left - all : 0;
-          __syncthreads();
+          ties = first_ties(ties, left, room);
         }
         if (n > 0) {
-          std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(table.pointer(takes_two(options.score) ? 2 : 1, t));
-          bits[i / kOctet] = std::uint8_t(above | ties);
+          store_mask(table.pointer(takes_two(options.score) ? 2 : 1, t), i, size, above | ties);
           thread_kept += unsigned(count_word(above | ties));
-          // The last word's bytes beyond the tensor's end have no thread of their own.
-          if (i + kOctet >= size) {
-            for (std::int64_t byte_after = i / kOctet + 1; byte_after % 4 != 0; ++byte_after) bits[byte_after] = 0;
-          }
         }
       }
     }
-    if (pass == Pass::write) { // integers: any order gives the same sum
-      atomicAdd(&block_sum, thread_kept);
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        atomicAdd(state.kept + table.index(t), static_cast<unsigned long long>(block_sum));
-        block_sum = 0;
-      }
-      __syncthreads();
-    }
+    if (pass == Pass::write) add_kept(thread_kept, &block_sum, state.kept + table.index(t));
   }
 
   if (pass == Pass::count_ties) atomicAdd(&block_sum, thread_ties);
