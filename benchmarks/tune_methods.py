@@ -125,29 +125,29 @@ def space_of(name: str, scenario: str) -> dict[str, Any]:
     """What a method's trials are drawn from."""
     if scenario != "class":
         return SPACES[name]
-    found = SPACES[name] | CLASS_SPACES.get(name, {})
+    space = SPACES[name] | CLASS_SPACES.get(name, {})
     method = METHODS.get(name.partition(":")[0])  # ssd is none
     if method is not None and method.forgets and method.retains:
-        found.setdefault("batch_norm_statistics", ("choice", "all", "retain"))
-    return found
+        space.setdefault("batch_norm_statistics", ("choice", "all", "retain"))
+    return space
 
 
 def draw(space: dict[str, Any], seed: str) -> dict[str, Any]:
     """One trial's settings; floats have three digits, so that text and number are the same."""
-    source, found = random.Random(seed), {}
+    source, settings = random.Random(seed), {}
     for name, kind in space.items():
         match kind:
             case ("log", int() as low, int() as high):
-                found[name] = round(math.exp(source.uniform(math.log(low), math.log(high))))
+                settings[name] = round(math.exp(source.uniform(math.log(low), math.log(high))))
             case ("log", low, high):
-                found[name] = float(f"{math.exp(source.uniform(math.log(low), math.log(high))):.3g}")
+                settings[name] = float(f"{math.exp(source.uniform(math.log(low), math.log(high))):.3g}")
             case ("choice", *options):
-                found[name] = source.choice(options)
+                settings[name] = source.choice(options)
             case ("together", *options):
-                found |= source.choice(options)
+                settings |= source.choice(options)
             case fixed:
-                found[name] = fixed
-    return found
+                settings[name] = fixed
+    return settings
 
 
 def draws(name: str, scenario: str, count: int) -> list[dict[str, Any]]:
@@ -186,14 +186,14 @@ def tune(options: argparse.Namespace, errors: Console, earlier: dict[str, Any] |
     with two_bars(errors, "runs", runs) as (progress, advance):
         for name, search in searches.items():
             search.progress, search.tell = progress, errors.print
-            search.finished = lambda seed, label, record, found: advance()
-            found = search.run()
-            document[name] = summary(found, trials[name], options.cpu_limit, options.scenario)
+            search.finished = lambda seed, label, record, found_again: advance()
+            result = search.run()
+            document[name] = summary(result, trials[name], options.cpu_limit, options.scenario)
             errors.print(f"{name}: {_in_words(document[name])}")
     return {
         "scenario": options.scenario,
         "budget": budget,
-        "protocol": found["protocol"],
+        "protocol": result["protocol"],
         "versions": versions(),
         "command": shlex.join(["python", "benchmarks/tune_methods.py", *sys.argv[1:]]),
         "methods": {**kept["methods"], **document},
@@ -219,12 +219,12 @@ def _search(name, drawn, workload, options) -> Comparison:
     )
 
 
-def summary(found: dict[str, Any], drawn: list[dict[str, Any]], cpu_limit: float, scenario: str) -> dict[str, Any]:
+def summary(document: dict[str, Any], drawn: list[dict[str, Any]], cpu_limit: float, scenario: str) -> dict[str, Any]:
     """Settings and metrics of the best trial and of the published settings, and what they are measured by."""
     trials = []
-    for settings, row in zip(drawn, found["methods"].values(), strict=True):
+    for settings, row in zip(drawn, document["methods"].values(), strict=True):
         trials.append({"settings": settings, **{metric: brief(row[metric]) for metric in KEPT}})
-    retrained = brief(found["references"]["retrained"]["TA_retained"])
+    retrained = brief(document["references"]["retrained"]["TA_retained"])
     fits = [trial for trial in trials if trial["gap"]["mean"] is not None and trial["CPU_share"]["mean"] <= cpu_limit]
     if scenario == "class":
         fits = [trial for trial in fits if _forgets_and_keeps(trial, retrained["mean"])] or fits
@@ -232,9 +232,9 @@ def summary(found: dict[str, Any], drawn: list[dict[str, Any]], cpu_limit: float
     return {
         "best": best,
         "published": None if drawn[0] else trials[0],
-        "nothing": brief(found["references"]["original"]["gap"]),
+        "nothing": brief(document["references"]["original"]["gap"]),
         "retrained": {"TA_retained": retrained},
-        "floor": brief(found["noise_floor"]),
+        "floor": brief(document["noise_floor"]),
     }
 
 
@@ -247,8 +247,8 @@ def _forgets_and_keeps(trial: dict[str, Any], retrained: float) -> bool:
     return trial["FA"]["mean"] <= _FORGOTTEN + 1e-12 and distance <= _RETAINED + 1e-12  # means of a few fractions round
 
 
-def _in_words(found: dict[str, Any]) -> str:
-    return "no trial within the time" if found["best"] is None else f"gap {_gap(found['best'])}"
+def _in_words(row: dict[str, Any]) -> str:
+    return "no trial within the time" if row["best"] is None else f"gap {_gap(row['best'])}"
 
 
 def _gap(trial: dict[str, Any]) -> str:
@@ -264,9 +264,9 @@ def show(document: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{title}: gap in points")
     for heading in ("method", "published", "CPU", "best", "CPU"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    for name, found in document["methods"].items():
+    for name, row in document["methods"].items():
         cells = []
-        for trial in (found["published"], found["best"]):
+        for trial in (row["published"], row["best"]):
             share = trial and trial["CPU_share"]["mean"]
             cells += ["none", ""] if trial is None else [_gap(trial), "" if share is None else f"{100 * share:.0f} %"]
         table.add_row(name, *cells)
@@ -276,7 +276,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"Doing nothing: {_gap({'gap': first['nothing']})}; two retrained models: {_gap({'gap': first['floor']})}. "
         f"CPU: share of retraining's time, at most {100 * budget['cpu_limit']:.0f} % for the best."
     )
-    best = {name: found["best"]["settings"] for name, found in document["methods"].items() if found["best"]}
+    best = {name: row["best"]["settings"] for name, row in document["methods"].items() if row["best"]}
     console.print(f"\n{json.dumps(best, indent=1)}", soft_wrap=True)
 
 

@@ -23,7 +23,7 @@ class Bar:
         what: is compared.
         ours: the better of ours, or None where none was measured.
         least: how many times as fast ours must be. For memory more than so many times ours must go into the rival's.
-        found: how many times it is, or None where it was not measured.
+        times: how many times it is, or None where it was not measured.
         rival: what it is compared to.
         most: how many times as fast ours would be if forward and backward passes alone took time; None where passes
             were not timed by themselves, have no part in it, or are compiled.
@@ -32,26 +32,26 @@ class Bar:
     what: str
     ours: str | None
     least: float
-    found: float | None
+    times: float | None
     rival: str | None
     most: float | None = None
 
     @property
     def holds(self) -> bool | None:
-        if self.found is None:
+        if self.times is None:
             return None
-        return self.found > self.least if self.least == 1.0 else self.found >= self.least
+        return self.times > self.least if self.least == 1.0 else self.times >= self.least
 
     def document(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
 
     def __str__(self) -> str:
         asked = f"{self.what} {'>' if self.least == 1.0 else '≥'} {self.least:g} ×"
-        if self.found is None:
+        if self.times is None:
             return f"not measured: {asked}"
         limit = "" if self.most is None else f"; {self.most:.2f} × if only forward and backward took time"
         return (
-            f"{'holds' if self.holds else 'missed'}: {asked}: {self.found:.2f} × "
+            f"{'holds' if self.holds else 'missed'}: {asked}: {self.times:.2f} × "
             f"({self.ours} against {self.rival}{limit})"
         )
 
@@ -61,7 +61,7 @@ def bars(measured: Measured) -> list[Bar]:
     plain = _peak(measured, "plain")
     peaks = {name: peak for name in _OURS if (peak := _peak(measured, name))}
     least = min(peaks, key=peaks.get, default=None)
-    found = [
+    rows = [
         _speed(measured, "iteration", _OURS, 1.2, "whole iteration"),
         _speed(measured, "iteration", _BATCHED[1:], 1.2, "whole iteration, compiled"),
         _speed(measured, "fisher", _OURS, 1.1, "Fisher"),
@@ -69,8 +69,8 @@ def bars(measured: Measured) -> list[Bar]:
         _speed(measured, "mask", _OURS, 5.0, "mask"),
     ]
     if plain is None or least is None:
-        return [*found, Bar("peak memory", None, 1.0, None, None)]
-    return [*found, Bar("peak memory", least, 1.0, plain / peaks[least], "plain")]
+        return [*rows, Bar("peak memory", None, 1.0, None, None)]
+    return [*rows, Bar("peak memory", least, 1.0, plain / peaks[least], "plain")]
 
 
 def _peak(measured: Measured, name: str) -> int | None:

@@ -151,7 +151,7 @@ class _Measuring:
 
     def __init__(self, settings: Settings, bench: Bench, data: dict[str, list], adamw: dict[str, bool], say: Callable):
         self.settings, self.bench, self.data, self.adamw, self.say = settings, bench, data, adamw, say
-        self.found = Measured(
+        self.measured = Measured(
             settings, sum(p.numel() for p in bench.parameters), len(bench.parameters), next(iter(adamw))
         )
         self.compiled: Bench | None = None  # one for all that are compiled
@@ -195,13 +195,13 @@ class _Measuring:
             self._steps()
             gc.collect()
         self._memory([name for name in names if name.endswith("compiled")])  # whose first calls have been timed
-        return self.found
+        return self.measured
 
     def _memory(self, names: Sequence[str]) -> None:
         self.bench.model.train()
         for name in names:
             self.say(f"memory of {name}")
-            self.found.peaks[name] = peaks(self.make(name), self.data["forget"][:2])
+            self.measured.peaks[name] = peaks(self.make(name), self.data["forget"][:2])
             gc.collect()
 
     # --- Fisher and mask ------------------------------------------------------------------------------------
@@ -220,12 +220,12 @@ class _Measuring:
 
         self.say("checking Fisher")
         first = self._check("fisher", runs, sums, reset)
-        self.found.first_seconds["fisher"] = {name: s for name, s in first.items() if name.endswith("compiled")}
+        self.measured.first_seconds["fisher"] = {name: s for name, s in first.items() if name.endswith("compiled")}
         if "fisher" in self.settings.stages:
             self.say("timing Fisher")
             seconds = interleaved(runs, self.settings.repeats, self.bench.device)
             count = self.settings.samples
-            self.found.seconds["fisher"] = {name: [s / count for s in took] for name, took in seconds.items()}
+            self.measured.seconds["fisher"] = {name: [s / count for s in took] for name, took in seconds.items()}
         if "mask" in self.settings.stages:
             self._mask({name: ways[name] for name in self.names("mask")})
 
@@ -259,7 +259,7 @@ class _Measuring:
         runs = {name: run(way) for name, way in ways.items()}
         self.say("timing the mask")
         self._check("mask", runs, bits, lambda: None)
-        self.found.seconds["mask"] = interleaved(runs, self.settings.repeats, self.bench.device)
+        self.measured.seconds["mask"] = interleaved(runs, self.settings.repeats, self.bench.device)
 
     # --- Steps ----------------------------------------------------------------------------------------------
 
@@ -287,13 +287,13 @@ class _Measuring:
 
         self.say("checking iterations")
         first = self._check("iteration", {name: run(way) for name, way in ways.items()}, weights, reset)
-        self.found.first_seconds["iteration"] = {name: s for name, s in first.items() if name.endswith("compiled")}
+        self.measured.first_seconds["iteration"] = {name: s for name, s in first.items() if name.endswith("compiled")}
         self.say("timing iterations")
         turns = {name: {"forget": way.forget_step, "retain": way.retain_step} for name, way in ways.items()}
         took = interleaved_stages(turns, self.settings.repeats, self.bench.device)
         for stage in ("forget", "retain", "iteration"):
             if stage in self.settings.stages:
-                self.found.seconds[stage] = {name: _stage(stage, times) for name, times in took.items()}
+                self.measured.seconds[stage] = {name: _stage(stage, times) for name, times in took.items()}
 
     def _check(
         self, stage: str, runs: dict[str, Callable], result: Callable[[Any], list[Tensor]], reset: Callable[[], None]

@@ -93,16 +93,16 @@ def task(model: nn.Module) -> Drawn:
     from unlearn_ext.methods import DOMAINS
 
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", variance_type="learned_range")
-    own = Drawn(scheduler, **DOMAINS["dit-xl-2-256"]["task"])
-    own.begin(model, None)
-    return own
+    drawn = Drawn(scheduler, **DOMAINS["dit-xl-2-256"]["task"])
+    drawn.begin(model, None)
+    return drawn
 
 
-def batches(own: Drawn, count: int, size: int, forgotten: bool, device: torch.device) -> list[dict[str, Tensor]]:
+def batches(task: Drawn, count: int, size: int, forgotten: bool, device: torch.device) -> list[dict[str, Tensor]]:
     """Prepared batches of latents from a normal distribution, of one class to be forgotten or of the others."""
     generator = torch.Generator().manual_seed(1 + forgotten)
     latents = torch.randn(count * size, CHANNELS, SIZE, SIZE, generator=generator)
     others = torch.randint(CLASSES - 1, (count * size,), generator=generator)
     labels = torch.full_like(others, _FORGOTTEN) if forgotten else others + (others >= _FORGOTTEN)
-    whole = ClassConditionalDiffusion.prepare(own, (latents, labels), device)
+    whole = ClassConditionalDiffusion.prepare(task, (latents, labels), device)
     return [{name: t[i : i + size] for name, t in whole.items()} for i in range(0, count * size, size)]

@@ -141,16 +141,16 @@ class Tuned(_Loop):
 @torch.no_grad()
 def faster_adamw(parameters: Sequence[Tensor]) -> dict[str, bool]:
     """``fused`` or ``foreach``, by trial on some of the weights."""
-    few: list[Tensor] = []
+    tried: list[Tensor] = []
     for p in parameters:
-        few.append(p.detach().clone().requires_grad_())
-        few[-1].grad = torch.full_like(p, 1e-3)
-        if sum(map(Tensor.numel, few)) >= _TRIED:
+        tried.append(p.detach().clone().requires_grad_())
+        tried[-1].grad = torch.full_like(p, 1e-3)
+        if sum(map(Tensor.numel, tried)) >= _TRIED:
             break
-    wait = torch.cuda.synchronize if few[0].is_cuda else lambda: None
+    wait = torch.cuda.synchronize if tried[0].is_cuda else lambda: None
     seconds: dict[str, float] = {}
     for name in ("fused", "foreach"):
-        optimizer = torch.optim.AdamW(few, **{name: True})
+        optimizer = torch.optim.AdamW(tried, **{name: True})
         optimizer.step()
         took = []
         for _ in range(3):

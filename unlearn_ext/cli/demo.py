@@ -131,14 +131,14 @@ def demo(
             run.progress = progress
             run.run()
         with console.status("evaluating"):
-            found = run.report()
-        before, after = (found["models"][name]["FA"] for name in ("original", "unlearned"))
+            document = run.report()
+        before, after = (document["models"][name]["FA"] for name in ("original", "unlearned"))
         what = f"the digit {forget_class}" if scenario is Scenario.klass else None
-        found["warnings"] = demo_warnings(what, before, after, found["warnings"])
+        document["warnings"] = demo_warnings(what, before, after, document["warnings"])
         run.save(output_dir)
-        report = write_report(found, output_dir / "result.json", json_file)
+        report = write_report(document, output_dir / "result.json", json_file)
     _show(report, output_dir, plain_console(json_file=json_file))
-    return end(found["warnings"])
+    return end(document["warnings"])
 
 
 _OF_THE_CLASSIFIER = ("scenario", "forget_fraction", "train_size", "update", "allow_duplicates")
@@ -162,10 +162,10 @@ def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:
     if classes:
         console.print("TA, MIA and gap: over the nine retained classes.", style="dim")
     models = report["models"]
-    own, nothing = (100 * models[name]["gap"] for name in ("unlearned", "original"))
+    gap, nothing = (100 * models[name]["gap"] for name in ("unlearned", "original"))
     seconds, retraining = (models[name]["seconds"] for name in ("unlearned", "retrained"))
     console.print(
-        f"SFR-on ({report['update']}) came within {own:.2f} points of retraining on average (doing nothing: "
+        f"SFR-on ({report['update']}) came within {gap:.2f} points of retraining on average (doing nothing: "
         f"{nothing:.2f}) in {seconds:.1f} s; retraining took {retraining:.1f} s."
     )
     show_warnings(report["warnings"], console)

@@ -37,13 +37,13 @@ def run(options: DiffusionOptions, output_dir: Path, json_file: Path | None, pre
             demo = DiffusionDemo(options, progress, **trained)
             demo.run()
         with console.status("judging the pictures"):
-            found = demo.report()
-        before, after = found["forgotten"]["before"], found["forgotten"]["after"]
-        found["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, found["warnings"])
+            document = demo.report()
+        before, after = document["forgotten"]["before"], document["forgotten"]["after"]
+        document["warnings"] = demo_warnings(f"the digit {options.forget_class}", before, after, document["warnings"])
         demo.save(output_dir)
-        report = write_report(found, output_dir / "result.json", json_file)
+        report = write_report(document, output_dir / "result.json", json_file)
     _show(report, output_dir, plain_console(json_file=json_file))
-    return end(found["warnings"])
+    return end(document["warnings"])
 
 
 def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:
@@ -55,10 +55,8 @@ def _show(report: dict[str, Any], output_dir: Path, console: Console) -> None:
     for what in ("accuracy %", "probability %"):
         for when in ("before", "after"):
             table.add_column(f"{when}\n{what}", justify="right")
-    for digit, found in report["digits"].items():
-        cells = [
-            f"{100 * found[when][what]:.1f}" for what in ("accuracy", "probability") for when in ("before", "after")
-        ]
+    for digit, row in report["digits"].items():
+        cells = [f"{100 * row[when][what]:.1f}" for what in ("accuracy", "probability") for when in ("before", "after")]
         style = "bold" if digit == str(forgotten) else None
         table.add_row(digit, *cells, style=style)
     console.print(table)

@@ -28,13 +28,13 @@ def split_list(text: str) -> list[str]:
     A method's name holds no ``=``, so that a piece like ``y=2`` belongs to the method before it. Commas in brackets
     part nothing.
     """
-    found: list[str] = []
+    methods: list[str] = []
     for piece in filter(None, map(str.strip, split_commas(text))):
-        if "=" in piece.partition(":")[0] and found:
-            found[-1] += f",{piece}"
+        if "=" in piece.partition(":")[0] and methods:
+            methods[-1] += f",{piece}"
         else:
-            found.append(piece)
-    return found
+            methods.append(piece)
+    return methods
 
 
 def choose(texts: Sequence[str], settings: str, scenario: str) -> list[Runner]:
@@ -68,13 +68,13 @@ def complete(text: str, settings: Mapping[str, Any]) -> str:
     presets = _presets(name)
     if not preset and PUBLISHED in presets:
         preset = PUBLISHED
-    given = split_commas(rest)
-    keys = set(map(_key, given))
+    pieces = split_commas(rest)
+    keys = set(map(_key, pieces))
     if "iterations" in keys and "epochs" not in keys and presets.get(preset, {}).get("epochs") is not None:
         settings = {**settings, "epochs": None}  # which would go before what is given
-    given += [f"{key}={'none' if value is None else value}" for key, value in settings.items() if key not in keys]
+    pieces += [f"{key}={'none' if value is None else value}" for key, value in settings.items() if key not in keys]
     head = f"{name}@{preset}" if preset else name
-    return f"{head}:{','.join(given)}" if given else head
+    return f"{head}:{','.join(pieces)}" if pieces else head
 
 
 def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) -> Runner:
@@ -82,12 +82,12 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) ->
     if name == SSD.name and preset:
         raise InputError(f"{name} has no presets: leave @{preset} out")
     kind = _kind(name)
-    given = read_settings(name, kind, rest)
-    nearest = None if preset else _nearest(name, kind, given, tuned)
-    origin, own = preset or ("published" if PUBLISHED in _presets(name) else "defaults"), {}
+    explicit = read_settings(name, kind, rest)
+    nearest = None if preset else _nearest(name, kind, explicit, tuned)
+    origin, known = preset or ("published" if PUBLISHED in _presets(name) else "defaults"), {}
     if nearest is not None:
-        origin, own = "tuned", read_settings(name, kind, split_spec(nearest)[2])
-    if further := [piece.strip() for piece in split_commas(rest) if _key(piece) not in own]:
+        origin, known = "tuned", read_settings(name, kind, split_spec(nearest)[2])
+    if further := [piece.strip() for piece in split_commas(rest) if _key(piece) not in known]:
         origin += f", with {','.join(further)}"
     whole = complete(text, {} if nearest is None else tuned[nearest])
     if kind is SSD:  # not of the registry, whose methods make gradient steps
@@ -95,25 +95,25 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) ->
     method = parse(whole)
     if scenario == "class" and getattr(method, "calibration", None) is not None and method.target_accuracy is None:
         method = parse(complete(whole, {"target_accuracy": 0.0}))  # unseen samples of that class are not to be matched
-    return MethodRunner(text, method, origin, own_seed="seed" in given)
+    return MethodRunner(text, method, origin, own_seed="seed" in explicit)
 
 
-def _nearest(name: str, kind: type, given: Mapping[str, Any], tuned: Mapping[str, Any]) -> str | None:
+def _nearest(name: str, kind: type, explicit: Mapping[str, Any], tuned: Mapping[str, Any]) -> str | None:
     """The key of the tuned settings for the most of what is given, and for nothing that is not.
 
     Calibrated forgetting is another rule, which settings of the uncalibrated one do not suit.
     """
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for key in tuned:
         of, preset, rest = split_spec(key)
         if of != name or preset:
             continue
-        own = read_settings(name, kind, rest)
-        if given.get("forget_alpha") == AUTO and own.get("forget_alpha") != AUTO:
+        settings = read_settings(name, kind, rest)
+        if explicit.get("forget_alpha") == AUTO and settings.get("forget_alpha") != AUTO:
             continue
-        if own.items() <= given.items():
-            found[key] = len(own)
-    return max(found, key=found.__getitem__, default=None)
+        if settings.items() <= explicit.items():
+            lengths[key] = len(settings)
+    return max(lengths, key=lengths.__getitem__, default=None)
 
 
 def _kind(name: str) -> type:

@@ -64,16 +64,16 @@ class OneSeed:
 
     def references(self) -> dict[str, dict[str, Any]]:
         """The record of each role: the original model, which is what doing nothing gives, and two retrained ones."""
-        found = self.records.read(self.seed, "references", self._ingredients)
-        if found is None:
-            found = {role: {"metrics": self._judge(self._logits(self.models[role].model))} for role in ROLES}
-            for role, record in found.items():
+        records = self.records.read(self.seed, "references", self._ingredients)
+        if records is None:
+            records = {role: {"metrics": self._judge(self._logits(self.models[role].model))} for role in ROLES}
+            for role, record in records.items():
                 trained = self.models[role].seconds
                 seconds = Seconds() if role == "original" else trained
                 record["metrics"] |= seconds.metrics(self.models["retrained"].seconds)
                 record["training_seconds"] = trained.clock
-            self.records.write(self.seed, "references", self._ingredients, found)
-        return found
+            self.records.write(self.seed, "references", self._ingredients, records)
+        return records
 
     @cached_property
     def _retrained(self) -> tuple[dict[str, float], Parts]:
@@ -96,9 +96,9 @@ class OneSeed:
     def run(self, runner: Runner) -> tuple[dict[str, Any], bool]:
         """The runner's record, and whether it was there already."""
         ingredients = {**self._ingredients, "runner": runner.settings()}
-        found = self.records.read(self.seed, runner.label, ingredients)
-        if found is not None:
-            return found, True
+        kept = self.records.read(self.seed, runner.label, ingredients)
+        if kept is not None:
+            return kept, True
         record = self._measure(runner)
         self.records.write(self.seed, runner.label, ingredients, record)
         return record, False
@@ -133,8 +133,8 @@ class OneSeed:
 
     def _judge(self, logits: Parts) -> dict[str, float]:
         reference, retrained = self._retrained
-        found = knowledge(logits, self.split.labels, self.split.kept)
-        return found | distance(found, logits.forget, reference, retrained.forget)
+        metrics = knowledge(logits, self.split.labels, self.split.kept)
+        return metrics | distance(metrics, logits.forget, reference, retrained.forget)
 
     def _logits(self, model: nn.Module) -> Parts:
         parts = (self.split.forget, self.split.retain, self.split.test)

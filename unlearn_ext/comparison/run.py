@@ -37,7 +37,7 @@ class Comparison:
         fresh: trains and runs again what is there already.
         progress: called with the stage, what is done and what there is in all.
         tell: called with a sentence on what should be known, such as a damaged file.
-        finished: called as ``finished(seed, label, record, found)`` after each run; ``found``: it was there already.
+        finished: called as ``finished(seed, label, record, found_again)`` after each run.
 
     Raises:
         InputError: before anything is trained or written: seeds, labels, or a method that cannot run here.
@@ -55,7 +55,7 @@ class Comparison:
         fresh: bool = False,
         progress: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
         tell: Callable[[str], None] = lambda sentence: None,
-        finished: Callable[[int, str, dict[str, Any], bool], None] = lambda seed, label, record, found: None,
+        finished: Callable[[int, str, dict[str, Any], bool], None] = lambda seed, label, record, found_again: None,
     ):
         check_count("--seeds", count)
         if not 0 <= seed <= _LARGEST_SEED:
@@ -75,10 +75,11 @@ class Comparison:
                 raise InputError(f"--methods: {runner.label} stands there more than once: leave it out once")
             if (least := runner.least_held_out) > self.workload.unseen_size:
                 what = f"{least} or more samples" if least > 1 else "samples"
-                size, classes = self.workload.held_out_size, self.workload.unseen_size < self.workload.held_out_size
+                size = self.workload.held_out_size
+                of_classes = "of the other classes " if self.workload.unseen_size < size else ""
                 raise InputError(
-                    f"{runner.label} looks at {what} {'of the other classes ' if classes and size else ''}that nobody "
-                    f"trained on, and --held-out-size is {size}: set {'more' if size else 'some'} aside"
+                    f"{runner.label} looks at {what} {of_classes}that nobody trained on, and --held-out-size is "
+                    f"{size}: set {'more' if size else 'some'} aside"
                 )
             runner.check(self.workload.network(0))
 
@@ -94,9 +95,9 @@ class Comparison:
             for role, record in one.references().items():
                 references[role].append(record)
             for runner in self.runners:
-                record, found = one.run(runner)
+                record, found_again = one.run(runner)
                 runs[runner.label].append(record)
-                self.finished(seed, runner.label, record, found)
+                self.finished(seed, runner.label, record, found_again)
         network = workload.network(0)
         protocol = {
             "data": workload.data,

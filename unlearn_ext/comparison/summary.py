@@ -92,17 +92,17 @@ class Deviation:
 
 def deviations(runs: Runs, retrained: Runs, floor: dict[str, Any]) -> list[Deviation]:
     """What is to be warned of, by :data:`WARNING_RULE`. Runs that failed have none."""
-    found = []
+    marks = []
     if any("failed" in run for run in runs):
-        return found
+        return marks
     for metric in RETAINED_GAP_KEYS:
         tolerance = max(_LEAST, _FLOORS * floor["metrics"][metric]["mean"])
         signed = [a["metrics"][metric] - b["metrics"][metric] for a, b in zip(runs, retrained, strict=True)]
         for kind, sign in (("under", 1.0), ("over", -1.0)):
             seeds = sum(sign * difference > tolerance for difference in signed)
             if 2 * seeds >= len(signed) and (kind == "over" or metric in _UNDER):
-                found.append(Deviation(kind, metric, statistics.fmean(signed), seeds, tolerance))
-    return found
+                marks.append(Deviation(kind, metric, statistics.fmean(signed), seeds, tolerance))
+    return marks
 
 
 def ranks(values: dict[str, float | None]) -> dict[str, int | None]:

@@ -21,10 +21,10 @@ _SHORT = {"FA": "FA", "RA": "RA", "TA_retained": "TA", "MIA_entropy": "MIA"}
 _REFERENCES = {"original": "do nothing", "retrained": "retrained", "retrained_again": "retrained again"}
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(document: dict[str, Any], console: Console) -> None:
     """Prints what :func:`~unlearn_ext.comparison.run.document` made. Methods are in the order of their gap."""
-    protocol, methods = found["protocol"], found["methods"]
-    retrained = found["references"]["retrained"]
+    protocol, methods = document["protocol"], document["methods"]
+    retrained = document["references"]["retrained"]
     table = Table(title=_title(protocol))
     table.add_column("method", overflow="fold")
     classes = protocol["scenario"] == "class"
@@ -33,7 +33,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("RTE s", justify="right", no_wrap=True)
     for role, name in _REFERENCES.items():
-        row = found["references"][role]
+        row = document["references"][role]
         table.add_row(name, *(_percent(row[key]) for key in RETAINED_GAP_KEYS), _gap(row), _seconds(row))
     table.add_section()
     best = _best(methods, retrained)
@@ -48,7 +48,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             ),
         )
     console.print(table)
-    for sentence in _sentences(found, best):
+    for sentence in _sentences(document, best):
         console.print(sentence)
     console.print(_legend(protocol), style="dim")
 
@@ -93,17 +93,17 @@ def _best(methods: dict[str, Any], retrained: dict[str, Any]) -> dict[str, set[s
             distances.setdefault(key, {})[name] = fmean(abs(value - reference) for value, reference in pairs)
         for key in ("gap", "RTE"):
             distances.setdefault(key, {})[name] = row[key]["mean"]
-    found = {}
+    best = {}
     for key in (*RETAINED_GAP_KEYS, "gap", "RTE"):
         values = distances.get(key, {})
         least = min(values.values(), default=0.0)
-        found[key] = {name for name, value in values.items() if value <= least + 1e-12}
-    return found
+        best[key] = {name for name, value in values.items() if value <= least + 1e-12}
+    return best
 
 
-def _sentences(found: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
-    methods, floor, short = found["methods"], found["noise_floor"], _short_names(found["methods"])
-    nothing = found["references"]["original"]["gap"]["mean"]
+def _sentences(document: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
+    methods, floor, short = document["methods"], document["noise_floor"], _short_names(document["methods"])
+    nothing = document["references"]["original"]["gap"]["mean"]
     sentences = [
         f"Two retrained models differ by {100 * floor['mean']:.2f} points, the noise floor; doing nothing is "
         f"{100 * nothing:.2f} points from retraining."
@@ -123,7 +123,7 @@ def _sentences(found: dict[str, Any], best: dict[str, set[str]]) -> list[str]:
         if named:
             sentences.append(f"Warning, {kind}-forgetting: {'; '.join(named)}.")
     for name, row in methods.items():
-        sentences += _of_runs(short[name], row["runs"], found["protocol"]["seeds"])
+        sentences += _of_runs(short[name], row["runs"], document["protocol"]["seeds"])
         if row["failed"]:
             seeds, reason = ", ".join(row["failed"]), next(iter(row["failed"].values()))
             sentences.append(f"Warning: {short[name]} has no mean, because it failed (seeds {seeds}): {reason}")

@@ -169,16 +169,16 @@ class ClassifierDemo:
         if self.options.scenario == "class":
             kept = split.test_labels != self.options.forget_class
         labels = Parts(split.train_labels[self.forget], split.train_labels[~self.forget], split.test_labels)
-        found, logits = {}, {}
+        metrics, logits = {}, {}
         for name, model in self.models.items():
             train, _ = predict(model, [(split.train_images, split.train_labels)], device=device)
             test, _ = predict(model, [(split.test_images, split.test_labels)], device=device)
             logits[name] = Parts(train[self.forget], train[~self.forget], test)
-            found[name] = knowledge(logits[name], labels, kept)
-        for name, values in found.items():
-            values.update(distance(values, logits[name].forget, found["retrained"], logits["retrained"].forget))
+            metrics[name] = knowledge(logits[name], labels, kept)
+        for name, values in metrics.items():
+            values.update(distance(values, logits[name].forget, metrics["retrained"], logits["retrained"].forget))
             values["seconds"] = self.seconds[name]
-        return found
+        return metrics
 
     def report(self) -> dict[str, Any]:
         options, result, mask = self.options, self.result, self.result.mask

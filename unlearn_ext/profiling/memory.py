@@ -119,7 +119,7 @@ def _forget_peak() -> bool:
 
 def _resident(name: str) -> int | None:
     try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        line = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return 1024 * int(found.group(1)) if found else None
+    return 1024 * int(line.group(1)) if line else None

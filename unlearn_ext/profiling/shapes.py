@@ -68,11 +68,11 @@ def _self_attention(channels: int) -> list[Shape]:
 
 def _cross_attention(channels: int) -> list[Shape]:
     """Stable Diffusion 1's transformer block: attention to itself, to text of width 768, gated feed-forward."""
-    own = [*(3 * [(channels, channels)]), *_linear(channels, channels)]
+    attention = [*(3 * [(channels, channels)]), *_linear(channels, channels)]
     text = [(channels, channels), *(2 * [(channels, 768)]), *_linear(channels, channels)]
     feed = [*_linear(channels, 8 * channels), *_linear(4 * channels, channels)]
     projection = _conv(channels, channels, 1)
-    return [*(4 * _norm(channels)), *(2 * projection), *own, *text, *feed]
+    return [*(4 * _norm(channels)), *(2 * projection), *attention, *text, *feed]
 
 
 def _unet(

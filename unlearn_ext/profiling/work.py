@@ -87,15 +87,15 @@ class Work:
             started = time.perf_counter()
             run()
             seconds[name] = time.perf_counter() - started
-            found = self.result(run())
+            actual = self.result(run())
             if name == "loop":
                 if not all(torch.equal(t, b) for t, b in zip(self.state, before, strict=True)):
                     raise MismatchError(f"{self.operator}: the loop changes what it should leave")
                 continue
             if not expected:
-                expected = [t.clone() for t in found]
+                expected = [t.clone() for t in actual]
                 start = start or [torch.zeros_like(t) for t in expected]
-            worst = max(map(_share, found, expected, start))
+            worst = max(map(_share, actual, expected, start))
             if not worst <= tolerance:
                 raise MismatchError(
                     f"{self.operator}, {self.rule}, {self.dtype}: {name} differs from ours by {worst:.1e} of the way"
@@ -108,9 +108,9 @@ class Work:
         return seconds
 
 
-def _share(found: Tensor, expected: Tensor, start: Tensor) -> float:
-    found, expected, start = found.double(), expected.double(), start.double()
-    off, way = float((found - expected).norm()), float((expected - start).norm())
+def _share(actual: Tensor, expected: Tensor, start: Tensor) -> float:
+    actual, expected, start = actual.double(), expected.double(), start.double()
+    off, way = float((actual - expected).norm()), float((expected - start).norm())
     return off / way if off else 0.0 if way else off
 
 
@@ -120,7 +120,7 @@ _COMPILED_TENSORS = 128
 
 def ways(implementations: Sequence[str] | None, work: Work) -> list[str]:
     """Those asked for that this work has, ours first: the others are compared to it."""
-    asked = IMPLEMENTATIONS if implementations is None else ("fused", *implementations)
+    names = IMPLEMENTATIONS if implementations is None else ("fused", *implementations)
     if implementations is None and work.tensors > _COMPILED_TENSORS:
-        asked = tuple(name for name in asked if name != "torch_compile")
-    return [name for name in IMPLEMENTATIONS if name in asked and name in work.make]
+        names = tuple(name for name in names if name != "torch_compile")
+    return [name for name in IMPLEMENTATIONS if name in names and name in work.make]

@@ -255,33 +255,33 @@ class DiffusionDemo:
         """Scores of every digit, Fréchet distance of the retained ones, and how much the forgotten label's samples
         differ among themselves; before and after, and of a retrained network if there is one."""
         forgotten = self.options.forget_class
-        judge, asked = self.judge.network, self.labels[self.labels == forgotten]
+        judge, labels = self.judge.network, self.labels[self.labels == forgotten]
         judged = {
             when: judge_samples(judge, self.samples[when], self.labels, without=forgotten) for when in self.samples
         }
-        found: dict[str, Any] = {
+        scores: dict[str, Any] = {
             "digits": {str(d): {when: report["digits"][d] for when, report in judged.items()} for d in range(CLASSES)},
             "frechet": {when: report["frechet"] for when, report in judged.items()},
             "diversity": {when: report["digits"][forgotten]["distance"] for when, report in judged.items()},
             "forgotten": {when: report["digits"][forgotten]["accuracy"] for when, report in judged.items()},
         }
         if self.with_old_row is not None:
-            restored = judge_samples(judge, self.with_old_row, asked)
-            found["forgotten"]["row_put_back"] = restored["digits"][forgotten]["accuracy"]
+            restored = judge_samples(judge, self.with_old_row, labels)
+            scores["forgotten"]["row_put_back"] = restored["digits"][forgotten]["accuracy"]
         others = [d for d in range(CLASSES) if d != forgotten]
-        found["retained"] = {
+        scores["retained"] = {
             when: statistics.mean(report["digits"][d]["accuracy"] for d in others) for when, report in judged.items()
         }
         if self.replacement is not None:  # how often the forgotten label shows it
-            found["replaced"] = {
+            scores["replaced"] = {
                 when: float((report["found"][self.labels == forgotten] == self.replacement).double().mean())
                 for when, report in judged.items()
             }
-        return found
+        return scores
 
     def settings(self) -> dict[str, Any]:
-        own = {"name": self.method.name, "batch_size": BATCH_SIZE, **self.method.settings()}
-        return {**own, "replacement": self.replacement, "steps": STEPS, "guidance": GUIDANCE[self.options.task]}
+        method = {"name": self.method.name, "batch_size": BATCH_SIZE, **self.method.settings()}
+        return {**method, "replacement": self.replacement, "steps": STEPS, "guidance": GUIDANCE[self.options.task]}
 
     def report(self) -> dict[str, Any]:
         options, result, mask = self.options, self.result, self.result.mask
