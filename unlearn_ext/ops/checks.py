@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .layout import SCALARS
+
 WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STATE = (torch.float32, torch.float64)
 
@@ -74,8 +76,6 @@ def check_bits(
 
 
 def check_scalars(op: str, scalars: Tensor) -> dict[str, float]:
-    from . import SCALARS  # the layout stands beside the function that makes the tensor
-
     if scalars.dtype != torch.float64 or scalars.numel() != len(SCALARS):
         expected = f"a float64 tensor of {len(SCALARS)} numbers as ops.scalars() makes it"
         fail(op, "scalars", expected, f"{scalars.dtype} of shape {list(scalars.shape)}")

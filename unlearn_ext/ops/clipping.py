@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 __all__ = ["as_scalar", "clip_factor"]
 
 
+@overload
+def clip_factor(limit: float | None, square: float) -> float: ...
+@overload
+def clip_factor(limit: float | None, square: Tensor) -> float | Tensor: ...
 def clip_factor(limit: float | None, square: float | Tensor) -> float | Tensor:
     """min(1, limit / (norm + 1e-6)), as torch's clip_grad_norm_; ``square`` is the norm's."""
     if limit is None:

@@ -7,6 +7,7 @@ second time: they are torch.optim's functional forms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from torch.optim.sgd import sgd
 
 from .checks import STATE, WEIGHTS, check_bits, check_list, check_scalars, check_state, check_writable, fail
 
+Scalars: TypeAlias = dict[str, Any]  # by name, numbers or 0-d tensors
+
 _SHIFTS = torch.arange(32, dtype=torch.int64, device="cpu")
+
+
+def _at(tensors: Sequence[Tensor], i: int) -> Tensor | None:
+    """An element of a list that may be absent."""
+    return tensors[i] if tensors else None
 
 
 def _memory_order(tensor: Tensor) -> Tensor:
@@ -83,11 +91,11 @@ def _scores(values: Tensor, other: Tensor | None, score: int, eps: float, scales
     """Flat, in the memory order of ``values`` and the opmath type, with -0 as +0."""
     wide = torch.float64 in (values.dtype, values.dtype if other is None else other.dtype)
     values = torch.empty_like(values, dtype=torch.float64 if wide else torch.float32).copy_(values)
-    if score == 1:
-        values = values.abs()
+    if other is None:
+        values = values.abs() if score == 1 else values
     elif score == 2:
         values = values.mul_(other).abs_()
-    elif score == 3:
+    else:
         other = torch.empty_like(values).copy_(other)
         values = (values * scales[0] + eps) / (other * scales[1] + eps)
     return values.as_strided((values.numel(),), (1,)) + 0.0
@@ -110,12 +118,12 @@ def top_bits(
     total = sum(s.numel() for s in scores)
     if not 0 <= k <= total:
         fail(op, "k", f"0 to {total}, the number of weights", str(k))
-    pairs = zip(scores, other or [None] * len(scores), strict=True)
-    flat = torch.cat([_scores(s, o, score, eps, (forget_scale, retain_scale)) for s, o in pairs])
+    scales = forget_scale, retain_scale
+    flat = torch.cat([_scores(values, _at(other, i), score, eps, scales) for i, values in enumerate(scores)])
     order = flat.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True, stable=True).indices
     order = order[flat[order].isnan().to(torch.uint8).sort(stable=True).indices]
     keep = torch.zeros(total, dtype=torch.bool, device=flat.device).index_fill_(0, order[:k], True)
-    masks = keep.split([s.numel() for s in scores])
+    masks = torch.split(keep, [s.numel() for s in scores])
     return pack_bits(masks), torch.stack([mask.sum() for mask in masks])
 
 
@@ -153,8 +161,9 @@ def gradient_products(
             r = _kept(r, word)
         flat = [None if g is None else _memory_order(g).double() for g in (f, r)]
         for k, (a, b) in enumerate(((0, 0), (1, 1), (0, 1))):
-            if flat[a] is not None and flat[b] is not None:
-                total[k] += _sum_in_fixed_order(flat[a] * flat[b])
+            left, right = flat[a], flat[b]
+            if left is not None and right is not None:
+                total[k] += _sum_in_fixed_order(left * right)
         total[3] += sum((~torch.isfinite(g)).sum() for g in flat if g is not None)
     return total
 
@@ -166,12 +175,13 @@ def _stochastic_bfloat16(values: Tensor, seed: int, index: int) -> Tensor:
     return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
 
 
-def _apply_rule(rule: int, theta: Tensor, g: Tensor, first: Tensor | None, second: Tensor | None, s: dict) -> None:
+def _apply_rule(rule: int, theta: Tensor, g: Tensor, moments: Sequence[Tensor | None], s: Scalars) -> None:
+    first, second = ([] if moment is None else [moment] for moment in moments)
     if rule < 2:
         sgd(
             [theta],
             [g],
-            [first] if rule == 1 else [None],
+            [*first] if rule == 1 else [None],
             foreach=False,
             weight_decay=s["weight_decay"],
             momentum=s["momentum"] if rule == 1 else 0.0,
@@ -184,8 +194,8 @@ def _apply_rule(rule: int, theta: Tensor, g: Tensor, first: Tensor | None, secon
     (adam if rule == 2 else adamw)(
         [theta],
         [g],
-        [first],
-        [second],
+        first,
+        second,
         [],
         [torch.tensor(s["step"] - 1.0, dtype=torch.float64, device="cpu")],
         foreach=False,
@@ -200,7 +210,12 @@ def _apply_rule(rule: int, theta: Tensor, g: Tensor, first: Tensor | None, secon
 
 
 def _combined_gradient(
-    forget: Tensor | None, retain: Tensor | None, keep: Tensor | None, mask_retain: bool, s: dict, theta: Tensor
+    forget: Tensor | None,
+    retain: Tensor | None,
+    keep: Tensor | None,
+    mask_retain: bool,
+    s: Scalars,
+    theta: Tensor,
 ) -> Tensor:
     """The weighted sum of what the masks keep of the two gradients, in the dtype of theta."""
     g = torch.zeros_like(theta)
@@ -247,11 +262,10 @@ def step_(
         theta = weight.to(opmath, copy=True)
         moments = [m[i].clone() if m and stepped else None for m in (first_moments, second_moments)]
         if stepped:
-            gradients = (grads[i] if grads else None for grads in (forget_grads, retain_grads))
-            g = _combined_gradient(*gradients, keep, mask_retain, s, theta)
-            _apply_rule(rule, theta, g, *moments, s)
-        results = [(weight, theta), (first_moments[i] if first_moments else None, moments[0])]
-        results.append((second_moments[i] if second_moments else None, moments[1]))
+            g = _combined_gradient(_at(forget_grads, i), _at(retain_grads, i), keep, mask_retain, s, theta)
+            _apply_rule(rule, theta, g, moments, s)
+        results: list[tuple[Tensor | None, Tensor | None]] = [(weight, theta)]
+        results += [(_at(first_moments, i), moments[0]), (_at(second_moments, i), moments[1])]
         if slow:
             theta.copy_(slow[i] + s["slow_rate"] * (theta - slow[i]))
             results.append((slow[i], theta.clone()))
@@ -260,7 +274,9 @@ def step_(
                 continue
             if target.dtype == torch.bfloat16 and rounding_seed >= 0:
                 value = _stochastic_bfloat16(value, rounding_seed, i)
-            target.copy_(torch.where(keep, value.to(target.dtype), target) if protect else value)
+            if protect and keep is not None:
+                value = torch.where(keep, value.to(target.dtype), target)
+            target.copy_(value)
 
 
 def _check_update(
@@ -295,8 +311,8 @@ def update(
         theta = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
         if forget_grads or retain_grads:
             keep = unpack_bits([bits[i]], [weight])[0] if bits else None
-            gradients = (grads[i] if grads else None for grads in (forget_grads, retain_grads))
-            _apply_rule(0, theta, _combined_gradient(*gradients, keep, mask_retain, s, theta), None, None, s)
+            g = _combined_gradient(_at(forget_grads, i), _at(retain_grads, i), keep, mask_retain, s, theta)
+            _apply_rule(0, theta, g, (None, None), s)
         if slow:
             theta = slow[i] + s["slow_rate"] * (theta - slow[i])
         results.append(torch.empty_like(weight).copy_(theta))
@@ -330,12 +346,12 @@ def update_backward(
     _check_update(op, weights, slow, forget_grads, retain_grads, bits)
     check_list(op, "output_grads", output_grads, "weights", weights, WEIGHTS, may_be_absent=False)
     operands = {"weights": weights, "slow": slow, "forget": forget_grads, "retain": retain_grads}
-    wanted = {"weights": for_weights, "slow": for_slow, "forget": for_forget, "retain": for_retain}
+    needed = {"weights": for_weights, "slow": for_slow, "forget": for_forget, "retain": for_retain}
     masked = {"forget"} | ({"retain"} if mask_retain else set())
     s = dict(zip(names, scalars.unbind(), strict=True))
     zero, one = scalars.new_zeros(()), scalars.new_ones(())
 
-    def factors_of(s: dict) -> dict[str, Tensor]:
+    def factors_of(s: Scalars) -> dict[str, Tensor]:
         rate = s["slow_rate"] if slow else one
         factors = {"weights": rate, "slow": one - rate}
         if forget_grads or retain_grads:
@@ -345,7 +361,7 @@ def update_backward(
         return factors
 
     factors = factors_of(s)
-    gradients = {name: [] for name in operands}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in operands}
     products = dict.fromkeys(operands, zero)
     for i, weight in enumerate(weights):
         opmath = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -356,14 +372,15 @@ def update_backward(
             d, operand = output_grads[i].to(opmath), tensors[i].to(opmath)
             if keep is not None and name in masked:
                 d, operand = torch.where(keep, d, 0.0), torch.where(keep, operand, 0.0)
-            if wanted[name]:
+            if needed[name]:
                 gradients[name].append(torch.empty_like(weight, dtype=tensors[i].dtype).copy_(factors[name] * d))
             if for_scalars:
                 products[name] = products[name] + _sum_in_fixed_order((d.double() * operand.double()).flatten())
-    if not for_scalars:
-        return *gradients.values(), scalars.new_empty(0)
 
-    def weighed(s: dict) -> Tensor:
-        return sum(factor * products[name] for name, factor in factors_of(s).items())
+    def weighed(s: Scalars) -> Tensor:
+        return sum((factor * products[name] for name, factor in factors_of(s).items()), zero)
 
-    return *gradients.values(), torch.stack([weighed({**s, name: one}) - weighed({**s, name: zero}) for name in names])
+    of_scalars = scalars.new_empty(0)
+    if for_scalars:
+        of_scalars = torch.stack([weighed({**s, name: one}) - weighed({**s, name: zero}) for name in names])
+    return gradients["weights"], gradients["slow"], gradients["forget"], gradients["retain"], of_scalars

@@ -46,7 +46,8 @@ def number(
 ) -> float:
     # Compiled graphs take any number. Else a plain one is looked at here: steps are many.
     if torch.compiler.is_compiling() or (isinstance(value, float) and fits(value)):
-        return value
+        plain: float = value
+        return plain
     return check_number(f"{op}: {argument}", value, expected, fits)
 
 

@@ -166,7 +166,8 @@ def gradient_products(
     )
     if not forget_grads and not retain_grads:
         raise ValueError("gradient_products: forget_grads, retain_grads: expected at least one list, got none")
-    return torch.ops.unlearn_ext.gradient_products(forget_grads, retain_grads, bits, mask_retain)
+    products: Tensor = torch.ops.unlearn_ext.gradient_products(forget_grads, retain_grads, bits, mask_retain)
+    return products
 
 
 def accumulate_fisher_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
@@ -267,7 +268,8 @@ def top_bits(
             raise ValueError(f"top_bits: {argument}: expected {expected}, got {got}")
         return [], torch.zeros(0, dtype=torch.int64, device="cpu")
     rates = (number("top_bits", name, value) for name, value in numbers.items())
-    return torch.ops.unlearn_ext.top_bits(scores, other, k, SCORES.index(score), *rates)
+    result: tuple[list[Tensor], Tensor] = torch.ops.unlearn_ext.top_bits(scores, other, k, SCORES.index(score), *rates)
+    return result
 
 
 def pack_bits(masks: Sequence[Tensor]) -> list[Tensor]:
@@ -283,7 +285,8 @@ def unpack_bits(bits: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         return []
     if not like:
         raise ValueError(f"unpack_bits: bits: expected no tensors (one for each of like), got {len(bits)}")
-    return torch.ops.unlearn_ext.unpack_bits(bits, like)
+    masks: list[Tensor] = torch.ops.unlearn_ext.unpack_bits(bits, like)
+    return masks
 
 
 def count_bits(bits: Sequence[Tensor]) -> Tensor:
@@ -364,4 +367,6 @@ def update(
         )
     except InputError as error:
         raise InputError(str(error).replace("scalars:", "update:", 1)) from None
-    return torch.ops.unlearn_ext.update(weights, slow, forget_grads, retain_grads, bits, packed, mask_retain)
+    operands = weights, slow, forget_grads, retain_grads, bits
+    updated: list[Tensor] = torch.ops.unlearn_ext.update(*operands, packed, mask_retain)
+    return updated

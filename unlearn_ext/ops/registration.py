@@ -67,7 +67,7 @@ def _check_operands(name: str, args: Sequence[Any]) -> None:
                 checks.fail(name, f"{argument}[{i}]", f"device {home} as the others have", f"{tensor.device}")
 
 
-def _first_use_kernel(name: str) -> Callable:
+def _first_use_kernel(name: str) -> Callable[..., Any]:
     """The kernel behind an operator until the native one is loaded, and for devices that have no native one.
 
     It stands under a key that a device's own kernel outranks, so once the library is loaded it costs nothing,
@@ -75,7 +75,7 @@ def _first_use_kernel(name: str) -> Callable:
     """
     fallback = getattr(eager, name)
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Any:
         _check_operands(name, args)
         device = next(t.device for arg in args if isinstance(arg, list) for t in arg)
         if backend(device) == "native":
@@ -100,20 +100,26 @@ def _fake_update_backward(
     bits: Sequence[Tensor],
     scalars: Tensor,
     mask_retain: bool,
-    *wanted: bool,
+    *needed: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    def fakes(tensors: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-        if not wanted:
+    def fakes(tensors: Sequence[Tensor], is_needed: bool) -> list[Tensor]:
+        if not is_needed:
             return []
         pairs = zip(weights, tensors, strict=False)  # a list that is absent has none
         return [torch.empty_like(weight, dtype=tensor.dtype) for weight, tensor in pairs]
 
-    lists = [fakes(*pair) for pair in zip((weights, slow, forget_grads, retain_grads), wanted[:4], strict=True)]
-    return *lists, scalars.new_empty(len(SCALARS) if wanted[4] else 0)
+    for_weights, for_slow, for_forget, for_retain, for_scalars = needed
+    return (
+        fakes(weights, for_weights),
+        fakes(slow, for_slow),
+        fakes(forget_grads, for_forget),
+        fakes(retain_grads, for_retain),
+        scalars.new_empty(len(SCALARS) if for_scalars else 0),
+    )
 
 
 # Results without values, for tracing.
-_FAKES: dict[str, Callable] = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "step_": lambda *args: None,
     "gradient_products": lambda f, r, bits, mask_retain: (f or r)[0].new_empty(4, dtype=torch.float64),
     "accumulate_fisher_": lambda *args: None,
@@ -127,8 +133,8 @@ _FAKES: dict[str, Callable] = {
 }
 
 
-def _fake_kernel(name: str) -> Callable:
-    def fake(*args):
+def _fake_kernel(name: str) -> Callable[..., Any]:
+    def fake(*args: Any) -> Any:
         _check_operands(name, args)
         return _FAKES[name](*args)
 
@@ -164,7 +170,9 @@ def _update_backward(ctx: Any, output_grads: list[Tensor]) -> tuple[Any, ...]:
     lists = [[next(remaining) for _ in range(length)] for length in ctx.lengths]
     needed = [any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad]
     *in_lists, _bits, for_scalars, _mask_retain = needed
-    backward = eager.update_backward if torch.is_grad_enabled() else torch.ops.unlearn_ext.update_backward
+    backward: Callable[..., Any] = torch.ops.unlearn_ext.update_backward
+    if torch.is_grad_enabled():
+        backward = eager.update_backward
     *gradients, of_scalars = backward(output_grads, *lists, scalars, ctx.mask_retain, *in_lists, for_scalars)
     of_lists = [got or [None] * length for got, length in zip([*gradients, []], ctx.lengths, strict=True)]
     return *of_lists, of_scalars if for_scalars else None, None

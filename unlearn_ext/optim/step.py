@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter, is_
@@ -95,7 +95,7 @@ def run_step(step: Step) -> None:
     factors, skip = clip(step, buckets)
     for bucket in buckets:
         step_bucket(step, bucket, factors, skip)
-    close_step(step, [i for bucket in buckets for i in bucket.indices], skip)
+    close_step(step, itertools.chain.from_iterable(bucket.indices for bucket in buckets), skip)
 
 
 def no_gradients(op: str) -> InputError:
@@ -137,7 +137,8 @@ def _picked(gradients: Gradients, bucket: Bucket, present: bool) -> Sequence[Ten
 
 
 def _picked_bits(step: Step, indices: list[int]) -> Sequence[Tensor]:
-    return () if step.bits is None else [step.bits[i] for i in indices]
+    bits = step.bits
+    return () if bits is None else [bits[i] for i in indices]
 
 
 # --- Clipping and gradients that are not finite -------------------------------------------------------------
@@ -229,7 +230,8 @@ def step_bucket(step: Step, bucket: Bucket, factors: tuple[Any, Any], skip: Any)
     group, indices, rule = bucket.group, bucket.indices, step.rule
     if rule == "momentum" and not group["momentum"]:
         rule = "sgd"  # as torch.optim.SGD, which leaves the buffers as they are; a schedule may come back to them
-    whole, states = [step.parameters[i] for i in indices], [step.states[i] for i in indices]
+    parameters, all_states = step.parameters, step.states
+    whole, states = [parameters[i] for i in indices], [all_states[i] for i in indices]
     moments = [all_local(_moments(whole, states, step.prefix + name)) for name in MOMENTS[rule]]
     weights = all_local(whole)
     interpolate = step.closes_round and group["slow_rate"] != 1.0
@@ -264,7 +266,7 @@ def step_bucket(step: Step, bucket: Bucket, factors: tuple[Any, Any], skip: Any)
         state[counter] = bucket.count
 
 
-def close_step(step: Step, moved: Collection[int], skip: Any) -> None:
+def close_step(step: Step, moved: Iterable[int], skip: Any) -> None:
     """Once for all parameters: the slow move of those without a gradient, and progress within the round."""
     if step.closes_round:
         # Weights without a gradient in this step may have been moved by others of the round.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,10 +191,10 @@ class FisherDiagonal:
         torch.clear_autocast_cache()  # an autocast around the whole pass would keep half copies of all weights
         mean = loss.detach()
         if self.ranks.size > 1:
-            own = mean.new_full((), count, dtype=torch.float64)
-            found = self.ranks.gather(torch.stack([mean.double() * own if count else own, own])).sum(0)
-            mean = found[0] / found[1]
-            loss = loss * (count * self.ranks.size / found[1]).to(loss.dtype)  # ranks are averaged alike
+            weight = mean.new_full((), count, dtype=torch.float64)
+            sums = self.ranks.gather(torch.stack([mean.double() * weight if count else weight, weight])).sum(0)
+            mean = sums[0] / sums[1]
+            loss = loss * (count * self.ranks.size / sums[1]).to(loss.dtype)  # ranks are averaged alike
         _check_finite(mean, self._NAME, where)
         if not loss.requires_grad:
             return
@@ -236,22 +236,22 @@ class FisherDiagonal:
         def take(gradients: dict[int, Tensor]) -> None:
             for i, gradient in gradients.items():
                 check_gradient(self._NAME, names[i], gradient)
-            found = [names[i] for i in gradients]
-            seen.update(found)
-            self._add([self.sums[name] for name in found], list(gradients.values()), weight)
+            arrived = [names[i] for i in gradients]
+            seen.update(arrived)
+            self._add([self.sums[name] for name in arrived], list(gradients.values()), weight)
 
         with arriving(parameters, names.__getitem__, take):
             loss.backward()
         return seen
 
     def _add_per_sample(self, batch: Any, count: int, where: str) -> None:
-        own = unwrapped(self.model)  # functional_call refuses some wrappers
-        check_layers(self._NAME, own)
-        values = {n: p.detach() for n, p in own.named_parameters() if p.requires_grad}
+        network = unwrapped(self.model)  # functional_call refuses some wrappers
+        check_layers(self._NAME, network)
+        values = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
 
         def loss_of(parameters: dict[str, Tensor], sample: Any) -> tuple[Tensor, Tensor]:
-            def model(*args, **kwargs):
-                return torch.func.functional_call(own, parameters, args, kwargs)
+            def model(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(network, parameters, args, kwargs)
 
             losses = self.task.fisher_losses(model, map_tensors(sample, lambda t: t.unsqueeze(0)))
             check_per_sample(losses, 1)
@@ -273,9 +273,9 @@ class FisherDiagonal:
             samples = [{name: g[i].detach() for name, g in gradients.items()} for i in range(losses.shape[0])]
             weights = [self._weight_of(sample) for sample in samples]
             sums, rows = list(self.sums.values()), [list(sample.values()) for sample in samples]
-            for few in in_parts(sums):  # all samples, while the sums of these few are in the cache
+            for part in in_parts(sums):  # all samples, while the sums of this part are in the cache
                 for row, weight in zip(rows, weights, strict=True):
-                    ops.accumulate_fisher_(sums[few], row[few], weight)
+                    ops.accumulate_fisher_(sums[part], row[part], weight)
         self.count += count
 
     def _add_up(self) -> None:
@@ -291,7 +291,7 @@ class FisherDiagonal:
         self._add(all_local(sums), all_local(list(gradients.values())), self._weight_of(gradients))
 
     @staticmethod
-    def _add(sums: list[Tensor], gradients: list[Tensor], weight: float) -> None:
+    def _add(sums: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
         ops.accumulate_fisher_(sums, gradients, weight)
 
     def _weight_of(self, gradients: dict[str, Tensor]) -> float:
@@ -301,9 +301,9 @@ class FisherDiagonal:
         """The sum of squares and the number of entries that are not finite, over all weights of all ranks."""
         square, non_finite = 0.0, 0.0
         for groups in dict.fromkeys(self._groups[name] for name in tensors):
-            own = [local(tensor) for name, tensor in tensors.items() if self._groups[name] == groups]
-            found = sum_over(groups, ops.gradient_products(own).to(own[0].device))
-            square, non_finite = square + float(found[0]), non_finite + float(found[3])
+            parts = [local(tensor) for name, tensor in tensors.items() if self._groups[name] == groups]
+            products = sum_over(groups, ops.gradient_products(parts).to(parts[0].device))
+            square, non_finite = square + float(products[0]), non_finite + float(products[3])
         return square, non_finite
 
     def _weight(self, square: float) -> float:

@@ -145,7 +145,8 @@ def _dense(path: str | Path, name: str, value: Any) -> Tensor:
         raise InputError(f"{path} holds no dictionary of tensors by parameter name: {name} is {_kind(value)}")
     if value.dim() > MOST_DIMENSIONS:
         raise InputError(f"{path}: {name} has {value.dim()} dimensions, and at most {MOST_DIMENSIONS} can be read")
-    return value.detach()
+    tensor: Tensor = value.detach()
+    return tensor
 
 
 def _kind(value: Any) -> str:

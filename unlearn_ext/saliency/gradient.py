@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -27,6 +28,6 @@ class GradientSum(FisherDiagonal):
         super().__init__(model, task, split_batches=split_batches, in_backward=in_backward)
 
     @staticmethod
-    def _add(sums: list[Tensor], gradients: list[Tensor], weight: float) -> None:
+    def _add(sums: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
         for total, gradient in zip(sums, gradients, strict=True):
             total.add_(gradient)  # weights are of clipping, and there is none

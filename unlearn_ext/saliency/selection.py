@@ -122,7 +122,7 @@ def _logical(bits: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 def _on_host(words: list[Tensor]) -> list[Tensor]:
     """In one copy: each would wait for the device."""
-    return list(torch.cat(words).cpu().split([word.numel() for word in words]))
+    return list(torch.split(torch.cat(words).cpu(), [word.numel() for word in words]))
 
 
 def no_bits(like: Tensor) -> Tensor:

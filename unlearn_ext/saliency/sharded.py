@@ -36,7 +36,8 @@ def top_ratio_masks(forget: Sequence[Tensor], retain: Sequence[Tensor], k: int, 
     own_forget, own_retain = all_local(forget), all_local(retain)
 
     def value(bits: int) -> float:
-        return struct.unpack(number, struct.pack(pattern, bits))[0]
+        (read,) = struct.unpack(number, struct.pack(pattern, bits))
+        return float(read)
 
     def above(gamma: float) -> int:
         """How many ratios reach gamma, over all ranks."""

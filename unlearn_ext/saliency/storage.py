@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,8 @@ def stored(sums: dict[str, Tensor], storage: str, directory: Path | None) -> Ite
         kept = {name: sums.pop(name).cpu() for name in names}
         yield StoredSums(names, device, kept.__getitem__)
         return
+    if directory is None:
+        raise InputError("Fisher storage disk: expected a directory for the file, got None")
     path = directory / partial_name(_FILE)
     likes = {name: torch.empty_like(total, device="meta") for name, total in sums.items()}
     try:
@@ -90,7 +93,8 @@ def stored(sums: dict[str, Tensor], storage: str, directory: Path | None) -> Ite
 def _write(path: Path, sums: dict[str, Tensor]) -> dict[str, int]:
     """A safetensors file, one tensor after the other, and where each starts in it; safetensors' own writer wants all of
     them on the CPU at once."""
-    header, end = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, total in sums.items():
         start, end = end, end + total.numel() * total.element_size()
         header[name] = {"dtype": _DTYPES[total.dtype], "shape": list(total.shape), "data_offsets": [start, end]}
