@@ -163,8 +163,8 @@ def test_a_small_forget_set_is_measured_once(home: Path, tmp_path: Path) -> None
     seen: dict[str, tuple[int, int | None]] = {}
     for given, measured in ((None, (1, 9)), (5, (1, 5))):  # of four images and of 36
         plan = plan_of(home, "ddpm", tmp_path / str(given), max_train_steps=3, fisher_batches=given)
-        plan.progress = lambda stage, done, total: seen.update({stage: (done, total)})
-        assert ForgetRun(plan).run()["method"]["fisher_batches"] == measured == plan.fisher_batches
+        forget_run = ForgetRun(plan, lambda stage, done, total: seen.update({stage: (done, total)}))
+        assert forget_run.run()["method"]["fisher_batches"] == measured == plan.fisher_batches
         assert seen["Fisher, forget set"] == (1, 1) and seen["Fisher, retain set"] == (measured[1],) * 2
 
 

@@ -12,8 +12,8 @@ _UNTOUCHED = "nothing was changed; the same command starts again"
 _STARTS_ANEW = "nothing goes on from here; the same command starts anew"
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         from ..version import __version__
 
         print(f"unlearn-ext {__version__}")

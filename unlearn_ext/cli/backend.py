@@ -14,7 +14,7 @@ def load_backend(console: Console) -> str:
     from ..errors import InputError
     from ..native import loading
 
-    asked = os.environ.get("UNLEARN_EXT_QUIET")
+    quiet = os.environ.get("UNLEARN_EXT_QUIET")
     with console.status("building the native library, once"):
         os.environ.setdefault("UNLEARN_EXT_QUIET", "1")
         try:
@@ -22,5 +22,5 @@ def load_backend(console: Console) -> str:
         except ValueError as error:  # a variable of the environment
             raise InputError(str(error)) from None
         finally:
-            if asked is None:
+            if quiet is None:
                 del os.environ["UNLEARN_EXT_QUIET"]

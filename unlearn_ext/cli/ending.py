@@ -26,10 +26,10 @@ EXIT_CODES = (
 )
 
 
-def end(found: Mapping[str, str]) -> int:
+def end(result_warnings: Mapping[str, str]) -> int:
     """The exit code of a command whose result has these warnings. Where it is 3, its reasons are the last lines on
     stderr, whether they were printed before or not."""
-    reasons = [sentence for key, sentence in found.items() if _is_unmet(key)]
+    reasons = [sentence for key, sentence in result_warnings.items() if _is_unmet(key)]
     for sentence in reasons:
         plain_console(stderr=True).print(f"exit code {UNMET}: {sentence}", soft_wrap=True)
     return UNMET if reasons else 0
@@ -51,17 +51,19 @@ def demo_warnings(what: str | None, before: float, after: float, of_run: Mapping
     """
     from ..jobs.unmet import still_drawn
 
-    found, chance = dict(of_run), 1 / 10
+    all_warnings, chance = dict(of_run), 1 / 10
     if what is not None and still_drawn(before, after, chance):
-        found["still_known"] = f"{what} was not forgotten: {100 * before:.1f} % before and {100 * after:.1f} % after"
+        all_warnings["still_known"] = (
+            f"{what} was not forgotten: {100 * before:.1f} % before and {100 * after:.1f} % after"
+        )
     elif what is not None and before <= chance:
-        found["not_seen_before"] = f"nothing can be said of forgetting: {what} was not known before"
-    return found
+        all_warnings["not_seen_before"] = f"nothing can be said of forgetting: {what} was not known before"
+    return all_warnings
 
 
-def show_warnings(found: Mapping[str, str], console: Console) -> None:
+def show_warnings(result_warnings: Mapping[str, str], console: Console) -> None:
     """A sentence a line, without those that were printed when they arose or that :func:`end` prints."""
-    for key, sentence in found.items():
+    for key, sentence in result_warnings.items():
         if sentence not in _said and not _is_unmet(key):
             console.print(f"warning: {sentence}", soft_wrap=True)
 

@@ -80,11 +80,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_report(found: dict[str, Any], file: Path, json_file: Path | None = None) -> dict[str, Any]:
+def write_report(result: dict[str, Any], file: Path, json_file: Path | None = None) -> dict[str, Any]:
     """Writes the command line, versions and what was found to ``file`` and, if it is given, ``json_file``."""
     from ..utils.files import write_json
 
-    report = {"command": shlex.join(["unlearn-ext", *sys.argv[1:]]), "versions": versions(), **found}
+    report = {"command": shlex.join(["unlearn-ext", *sys.argv[1:]]), "versions": versions(), **result}
     for path in filter(None, (file, json_file)):
         write_json(path, report)
     return report

@@ -30,13 +30,13 @@ def open_arrays(
 ) -> tuple[ArrayFile, str]:
     """The samples, and their kind."""
     arrays = read_arrays(path)
-    found = [key for key in _KINDS if key in arrays]
-    if len(found) != 1:
-        got = f"it holds {' and '.join(found)}" if found else "it holds none of them"
+    kinds = [key for key in _KINDS if key in arrays]
+    if len(kinds) != 1:
+        got = f"it holds {' and '.join(kinds)}" if kinds else "it holds none of them"
         raise InputError(f"{path}: expected one of images, latents, or latent_mean with latent_std; {got}")
     if ("latent_mean" in arrays) != ("latent_std" in arrays):
         raise InputError(f"{path}: latent_mean needs latent_std beside it")
-    labels, main = array_labels(path, arrays), arrays[found[0]]
+    labels, main = array_labels(path, arrays), arrays[kinds[0]]
     if not main.shape or main.shape[0] == 0:
         raise InputError(f"{path} has no samples")
     if labels.shape[0] != main.shape[0]:
@@ -46,7 +46,7 @@ def open_arrays(
         if label < 0 or (classes is not None and label >= classes):
             limits = "labels are counted from 0" if classes is None else known_classes(classes)
             raise InputError(f"{path} has the label {label}: {limits}")
-    if found[0] == "images":
+    if kinds[0] == "images":
         if size is None or channels is None:
             raise InputError(f"{path} holds images, and the model takes latents only: give it latents, or a VAE")
         source: ArrayFile = _Images(path, main, values, size, channels)
@@ -55,7 +55,7 @@ def open_arrays(
             raise InputError(f"{path} holds latents, and the model takes images: give it images")
         parts = {key: arrays[key] for key in ("latents", "latent_mean", "latent_std") if key in arrays}
         source = _Latents(path, parts, values, (latent_channels, *latent_size))
-    return source, _KINDS[found[0]]
+    return source, _KINDS[kinds[0]]
 
 
 def array_labels(path: Path, arrays: Mapping[str, Array]) -> Array:
@@ -98,14 +98,14 @@ class _Images(ArrayFile):
         self.path, self._array, self.labels = path, array, labels
         self._parts = {"images": array}
         shape = array.shape[1:]
-        wanted = {"chw": (channels, *size), "hwc": (*size, channels)}
+        shapes = {"chw": (channels, *size), "hwc": (*size, channels)}
         if channels == 1:
-            wanted["hw"] = size
-        self._order = next((order for order, expected in wanted.items() if shape == expected), None)
+            shapes["hw"] = size
+        self._order = next((order for order, expected in shapes.items() if shape == expected), None)
         if self._order is None:
             raise InputError(
-                f"{path} has images of shape {list(shape)}, and the model takes {list(wanted['chw'])} or "
-                f"{list(wanted['hwc'])}: resize them, or give pictures in class folders, which are resized"
+                f"{path} has images of shape {list(shape)}, and the model takes {list(shapes['chw'])} or "
+                f"{list(shapes['hwc'])}: resize them, or give pictures in class folders, which are resized"
             )
         self._bytes = array.dtype == torch.uint8
         if not self._bytes and not array.dtype.is_floating_point:

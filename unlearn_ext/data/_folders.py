@@ -50,11 +50,11 @@ def open_folders(
     files: list[str] = []
     labels: list[int] = []
     for name, index in sorted(folders.items(), key=lambda item: item[1]):
-        own, others = _pictures(path, name)
-        if not own:
+        pictures, others = _pictures(path, name)
+        if not pictures:
             raise InputError(f"the class folder {path / name} has no images ({', '.join(SUFFIXES)}): fill or remove it")
-        files += own
-        labels += [index] * len(own)
+        files += pictures
+        labels += [index] * len(pictures)
         ignored += others
     source = Folders(path, files, torch.tensor(labels, dtype=torch.int64, device="cpu"), size, channels, interpolation)
     return source, folders, ignored

@@ -65,16 +65,16 @@ def draw_indices(
         check_count(name, value)
     if retain_batches is not None:
         check_count("retain_batches", retain_batches)
-    wanted, replacing = (
+    forgotten, replacing = (
         torch.tensor(sorted(set(map(int, classes))), dtype=torch.int64, device="cpu")
         for classes in (forget_classes, replace_classes)
     )
     present = set(labels.unique().tolist())
-    for index in wanted.tolist():
+    for index in forgotten.tolist():
         if index not in present:
             raise InputError(f"the data have no images of class {index}, which is to be forgotten")
     usable = _usable(labels, exclude)
-    forget = torch.isin(labels, wanted)
+    forget = torch.isin(labels, forgotten)
     parts = [("forget", forget, batches, 0), ("retain", ~forget, retain_batches or batches, 1)]
     if len(replacing):  # 1 << 62: a stream of its own beside those of all seeds below 2^61
         parts.append(("replacement", torch.isin(labels, replacing) & ~forget, batches, 1 << 62))
@@ -120,9 +120,10 @@ def draw_real(
     """
     usable, generator = _usable(labels, exclude), torch.Generator().manual_seed(seed)
     members = (
-        torch.isin(labels, torch.tensor(own, dtype=torch.int64, device="cpu")).nonzero().flatten() for own in classes
+        torch.isin(labels, torch.tensor(group, dtype=torch.int64, device="cpu")).nonzero().flatten()
+        for group in classes
     )
-    orders = [_order(own, usable, generator) for own in members]
+    orders = [_order(indices, usable, generator) for indices in members]
     shares = even_shares([len(order) for order in orders], most)
     return torch.cat([order[:share] for order, share in zip(orders, shares, strict=True)]).sort().values
 

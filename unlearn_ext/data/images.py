@@ -162,8 +162,8 @@ class ImageData(Dataset):
         Raises:
             InputError: strict and one is unreadable; none can be read; an array's values are out of range.
         """
-        wanted = list(dict.fromkeys(int(i) for i in indices))
-        new = [i for i in wanted if i not in self._verified and i not in self.unreadable]
+        unique = list(dict.fromkeys(int(i) for i in indices))
+        new = [i for i in unique if i not in self._verified and i not in self.unreadable]
         with ThreadPoolExecutor(workers or decoding_threads()) as pool:
             for done, (index, reason) in enumerate(zip(new, pool.map(self._problem, new), strict=True), 1):
                 if reason is None:
@@ -175,12 +175,12 @@ class ImageData(Dataset):
                         break
                 if progress is not None:
                     progress(done, len(new))
-        bad = [self.unreadable[i] for i in wanted if i in self.unreadable]
+        bad = [self.unreadable[i] for i in unique if i in self.unreadable]
         if bad and strict:
             raise InputError(f"unreadable image: {bad[0]}: replace or remove it, or leave out strict (--strict)")
-        if bad and len(bad) == len(wanted):
+        if bad and len(bad) == len(unique):
             raise none_readable(bad)
-        return [i for i in wanted if i not in self.unreadable]
+        return [i for i in unique if i not in self.unreadable]
 
     def held_bytes(self, count: int) -> int:
         """Of memory that the data take once ``count`` samples are verified: decoded pictures, up to 512 MiB, or arrays

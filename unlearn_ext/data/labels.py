@@ -85,28 +85,28 @@ def parse_classes(text: str | int | Iterable[str | int], classes: int, names: Ma
 
 def _class_of(part: str | int, classes: int, names: Mapping[str, list[int]]) -> int:
     word = str(part).strip()
-    found, kind = names.get(fold(word), []), "" if isinstance(part, str) else "index"
-    if not found and word.startswith(("index ", "label ")):
+    matches, kind = names.get(fold(word), []), "" if isinstance(part, str) else "index"
+    if not matches and word.startswith(("index ", "label ")):
         kind, word = word.split(maxsplit=1)
-        found = names.get(fold(word), [])
+        matches = names.get(fold(word), [])
     if kind != "label" and word.removeprefix("-").isdecimal():
         index = whole_number(word)
         there = index is not None and 0 <= index < classes
-        if there and not kind and found not in ([], [index]):
+        if there and not kind and matches not in ([], [index]):
             raise InputError(
                 f"{word!r} is the index of one class and the label text or folder of class "
-                f"{' and '.join(map(str, found))}: say 'index {word}' or 'label {word}'"
+                f"{' and '.join(map(str, matches))}: say 'index {word}' or 'label {word}'"
             )
         if there:
             return index
-        if kind or not found:
+        if kind or not matches:
             no_image = "is no class of images: the model's classes are"
             outside = f"is outside the model's {classes} classes,"
             raise InputError(f"class {_short(word)} {no_image if index == classes else outside} 0 to {classes - 1}")
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(f"{word!r} is the name of classes {' and '.join(map(str, found))}: give the index")
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise InputError(f"{word!r} is the name of classes {' and '.join(map(str, matches))}: give the index")
     if not names:
         raise InputError(
             f"{_short(word)!r} is no index, and there are no label texts: give indices from 0 to {classes - 1}"
@@ -199,9 +199,9 @@ def _index_of(path: Path, folder: str, value: object, names: Mapping[str, list[i
         number = whole_number(value.strip())
         if number is not None:
             return number
-        found = names.get(fold(value), [])
-        if len(found) == 1:
-            return found[0]
+        matches = names.get(fold(value), [])
+        if len(matches) == 1:
+            return matches[0]
     raise InputError(
         f"the class map {path}: expected an index for the folder {_short(folder)!r}, got {_short(repr(value))}"
     )

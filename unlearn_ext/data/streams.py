@@ -101,18 +101,18 @@ def _as_first(data: Iterable[Any], ranks: Ranks, sources: Sources | None = None)
     """A pass that starts in the block is the first rank's: its shuffling too, which may draw from the global generator.
     Gives the state of all generators at that start; ``sources``: the data's, where they are known."""
     roots = {"data": data}
-    own = None if ranks.first else rng.capture()
+    rank_state = None if ranks.first else rng.capture()
     sources = Sources(roots) if sources is None else sources
     state = ranks.from_first(rng.capture(roots, sources))
-    if own is not None:
+    if rank_state is not None:
         # A sampler's numbers decide the order; those of a loader, such as its rank, stay this rank's.
         counters = {path: numbers for path, numbers in state["counters"].items() if path in sources.samplers}
         rng.restore({**state, "counters": counters, "states": {}}, roots)
     try:
         yield state
     finally:
-        if own is not None:  # what modules draw stays this rank's
-            rng.restore(own)
+        if rank_state is not None:  # what modules draw stays this rank's
+            rng.restore(rank_state)
 
 
 def in_step(data: Iterable[Any], ranks: Ranks) -> Iterator[Any]:

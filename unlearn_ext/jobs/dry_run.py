@@ -66,12 +66,12 @@ def estimate_run(plan: ForgetPlan) -> Estimate:
 
 def other_networks(plan: ForgetPlan) -> list[nn.Module]:
     """Networks that are in memory beside the denoiser."""
-    found = [plan.pretrained.vae, plan.pretrained.text_encoder]
+    networks = [plan.pretrained.vae, plan.pretrained.text_encoder]
     if plan.pictures.judge is not None:
-        found.append(plan.pictures.judge.model)
+        networks.append(plan.pictures.judge.model)
     if plan.pictures.fid is not None:
-        found.append(plan.pictures.fid.inception.network)
-    return [network for network in found if network is not None]
+        networks.append(plan.pictures.fid.inception.network)
+    return [network for network in networks if network is not None]
 
 
 @contextlib.contextmanager
@@ -95,51 +95,51 @@ class _TrialRunner:
         self.device = next(plan.model.parameters()).device
 
     def all(self) -> Trials:
-        plan, found = self.plan, {}
+        plan, trials = self.plan, {}
         pictures, pretrained, task = plan.pictures, plan.pretrained, plan.task
         used, shown = len(plan.draw.indices), len(pictures.labels)
         if plan.data.kind == "pixel_values":
             spaced = range(0, used, -(-used // _DECODED_FOR_TRIAL))
-            found["read_seconds"] = plan.data.seconds_each(plan.draw.indices[list(spaced)].tolist())
+            trials["read_seconds"] = plan.data.seconds_each(plan.draw.indices[list(spaced)].tolist())
         if plan.encodes:
-            found["encode"] = self._samples(
+            trials["encode"] = self._samples(
                 lambda n: encode_batch(pretrained.vae, torch.zeros(n, *pretrained.image_shape), range(n)),
                 min(used, ENCODED_AT_ONCE),
             )
         with widen_trained(plan.model, plan.in_bfloat16):
-            found["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
+            trials["sample"] = self._samples(lambda n: pictures.sample(n, steps=1), min(shown, SAMPLED_AT_ONCE))
         if pretrained.vae is not None:
-            found["decode"] = self._samples(
+            trials["decode"] = self._samples(
                 lambda n: decode(pretrained.vae, torch.zeros(n, *pretrained.latent_shape)),
                 min(shown, DECODED_AT_ONCE),
             )
         if pictures.judge is not None:
-            found["judge"] = self._samples(
+            trials["judge"] = self._samples(
                 lambda n: pictures.judge.probabilities(torch.zeros(n, *pretrained.image_shape)),
                 min(shown, JUDGED_AT_ONCE),
             )
         if pictures.fid is not None:
-            found["features"] = self._samples(
+            trials["features"] = self._samples(
                 lambda n: pictures.fid.inception.extract(torch.zeros(n, *pretrained.image_shape)),
                 min(pictures.fid.planned, PICTURES_AT_ONCE),
             )
         unlearner, steps = plan.unlearner, plan.options.gradient_accumulation_steps
         if plan.method.needs_fisher:
             plan.model.eval()
-            found["fisher"] = self._batch(
+            trials["fisher"] = self._batch(
                 task.fisher_losses, unlearner.fisher_autocast, clipped=plan.method.fisher_max_norm is not None
             )
         plan.model.train()
         clips = plan.method.max_norm is not None, plan.method.retain_max_norm is not None
-        found["retain"] = found["forget"] = self._batch(
+        trials["retain"] = trials["forget"] = self._batch(
             task.losses, unlearner.autocast, batches=steps, clipped=clips[1]
         )
         if plan.method.replaces or (unlearner.optimizer_in_backward and clips[0] != clips[1]):
             losses = task.replacement_losses if plan.method.replaces else task.losses
-            found["forget"] = self._batch(
+            trials["forget"] = self._batch(
                 losses, unlearner.autocast, forget=plan.method.replaces, batches=steps, clipped=clips[0]
             )
-        return Trials(**found)
+        return Trials(**trials)
 
     def _samples(self, run: Callable[[int], Any], count: int) -> Trial:
         return try_samples(run, count, self.plan.model, self.others)

@@ -133,29 +133,29 @@ def _seconds(method: Method, trials: Trials, work: Workload) -> dict[str, float]
     def all_of(trial: Trial | None, count: int, at_once: int) -> float:
         return 0.0 if trial is None or not count else trial.seconds * count / min(count, at_once)
 
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     reading = (trials.read_seconds or 0.0) * work.read
     if trials.encode is not None:  # in one go
-        found["encoding"] = reading + all_of(trials.encode, work.read, ENCODED_AT_ONCE)
+        seconds["encoding"] = reading + all_of(trials.encode, work.read, ENCODED_AT_ONCE)
     elif trials.read_seconds is not None:
-        found["decoding"] = reading
+        seconds["decoding"] = reading
     if trials.features is not None:
         real = (trials.read_seconds or 0.0) * work.real
-        found["FID_real"] = real + all_of(trials.features, work.real, PICTURES_AT_ONCE)
+        seconds["FID_real"] = real + all_of(trials.features, work.real, PICTURES_AT_ONCE)
     sampling = work.steps * all_of(trials.sample, work.sampled, SAMPLED_AT_ONCE)
     sampling += all_of(trials.decode, work.sampled, DECODED_AT_ONCE)
-    found["sampling_before"] = sampling
+    seconds["sampling_before"] = sampling
     if trials.fisher is not None:
-        found["fisher"] = trials.fisher.seconds * work.fisher_batches
+        seconds["fisher"] = trials.fisher.seconds * work.fisher_batches
     forgets = sum(map(method.forgets_at, range(method.iterations)))
     loop = trials.forget.seconds * forgets + trials.retain.seconds * method.iterations
-    found["unlearning"] = loop * work.accumulation
-    found["sampling_after"] = sampling
+    seconds["unlearning"] = loop * work.accumulation
+    seconds["sampling_after"] = sampling
     if trials.judge is not None:
-        found["judging"] = 2 * all_of(trials.judge, work.sampled, JUDGED_AT_ONCE)
+        seconds["judging"] = 2 * all_of(trials.judge, work.sampled, JUDGED_AT_ONCE)
     if trials.features is not None:
-        found["FID"] = 2 * all_of(trials.features, work.generated, PICTURES_AT_ONCE)
-    return found
+        seconds["FID"] = 2 * all_of(trials.features, work.generated, PICTURES_AT_ONCE)
+    return seconds
 
 
 def _memory(
@@ -271,8 +271,8 @@ def sizes_on_disk(model: nn.Module, method: Method, *, ema: bool = False, checkp
     """Bytes of the mask and of ``checkpoints`` checkpoints, where there are any: what -> bytes."""
     kept = _kept(trainable(model), method, ema)
     each = sum(map(_bytes, model_tensors(model).values())) + sum(kept.values())
-    found = {"mask": kept["mask bits"], "checkpoints": checkpoints * each}
-    return {what: size for what, size in found.items() if size}
+    sizes = {"mask": kept["mask bits"], "checkpoints": checkpoints * each}
+    return {what: size for what, size in sizes.items() if size}
 
 
 def _kept(trained: Mapping[str, Tensor], method: Method, ema: bool) -> dict[str, int]:

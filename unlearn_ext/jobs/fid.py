@@ -83,9 +83,9 @@ class RetainedFID:
         for part in chosen.split(PICTURES_AT_ONCE):
             self.inception.add_real(torch.stack([data[i]["pixel_values"] for i in part.tolist()]))
             progress(self.inception.real, len(chosen))
-        found = data.labels[chosen]
+        labels = data.labels[chosen]
         self._by_class = [
-            int(torch.isin(found, torch.tensor(own, device="cpu")).sum()) for own in self.classes.values()
+            int(torch.isin(labels, torch.tensor(members, device="cpu")).sum()) for members in self.classes.values()
         ]
 
     def measure(
@@ -103,19 +103,19 @@ class RetainedFID:
             taken: time, such as ``before`` -> pictures [N, C, H, W] in [-1, 1] of the retained classes.
             names: class -> text.
         """
-        found: dict[str, Any] = {}
+        distances: dict[str, Any] = {}
         errors = []
         for when, pictures in taken.items():
             try:
-                found[when] = self.inception.distance(
+                distances[when] = self.inception.distance(
                     pictures, lambda done, total, when=when: progress(when, done, total)
                 )
             except (InputError, RuntimeError) as error:  # also of linear algebra that does not converge, or of memory
-                found[when] = None
+                distances[when] = None
                 errors.append(f"{when}: {first_line(error)}")
         if errors:
-            found["error"] = "; ".join(errors)
-        return found | {
+            distances["error"] = "; ".join(errors)
+        return distances | {
             "real": self.inception.real,
             "generated": self.generated,
             "classes": [names[label] for label in self.classes],

@@ -43,33 +43,33 @@ def check_claim(output: Path, source: Path, *, resume: bool, options: Mapping[st
     Raises:
         InputError: it lies in the source, or holds anything else than what an unfinished run leaves.
     """
-    entries, own = foreign_entries(output, source), output / OWN_FOLDER
+    entries, folder = foreign_entries(output, source), output / OWN_FOLDER
     if is_waiting(output):  # it is moved to its place first
         return
     others = [name for name in entries if name != OWN_FOLDER]
-    private = sorted(path.name for pattern in _PRIVATE for path in own.glob(pattern))
-    if others and (own / RESULT).exists():
+    private = sorted(path.name for pattern in _PRIVATE for path in folder.glob(pattern))
+    if others and (folder / RESULT).exists():
         raise InputError(_finished(output, resume, options or {}))
     if others:
         raise InputError(f"--output-dir: {output} holds {others[0]} already: choose an empty folder")
     if private:
         raise InputError(
-            f"--output-dir: {own} holds {private[0]} of a run by an earlier version, which does not belong into a "
+            f"--output-dir: {folder} holds {private[0]} of a run by an earlier version, which does not belong into a "
             "folder that may be published: remove it, or choose an empty folder"
         )
     try:
-        records = sorted(path.name for path in own.iterdir() if not is_leftover(path)) if own.is_dir() else []
+        records = sorted(path.name for path in folder.iterdir() if not is_leftover(path)) if folder.is_dir() else []
     except OSError as error:
-        raise InputError(f"--output-dir: {own} cannot be read ({error.strerror}): choose an empty folder") from None
+        raise InputError(f"--output-dir: {folder} cannot be read ({error.strerror}): choose an empty folder") from None
     if RESULT in records and recorded_verdict(output) != NOT_YET:
         raise InputError(
-            f"--output-dir: {own} holds the result of a finished run whose model has gone: move it away, or choose an "
-            "empty folder"
+            f"--output-dir: {folder} holds the result of a finished run whose model has gone: move it away, or choose "
+            "an empty folder"
         )
     if further := [name for name in records if name not in _UNFINISHED]:
         raise InputError(
-            f"--output-dir: {own} holds {further[0]}, which no unfinished run leaves: move it away, or choose an empty "
-            "folder"
+            f"--output-dir: {folder} holds {further[0]}, which no unfinished run leaves: move it away, or choose an "
+            "empty folder"
         )
 
 

@@ -70,8 +70,8 @@ def shard(model: nn.Module) -> nn.Module:
     for embedders in _embedders(model):
         fully_shard(embedders)
     for name in _BLOCKS:
-        found = getattr(model, name, None)
-        for block in found if isinstance(found, nn.ModuleList) else [found] if found is not None else ():
+        part = getattr(model, name, None)
+        for block in part if isinstance(part, nn.ModuleList) else [part] if part is not None else ():
             fully_shard(block)
     return fully_shard(model)
 
@@ -83,14 +83,14 @@ def gather_weights(model: nn.Module) -> Mapping[str, Tensor] | None:
     if not any(map(is_sharded, model.parameters())):
         return None
     first = torch.distributed.get_rank() == 0
-    found: dict[int, Tensor | None] = {}
+    gathered: dict[int, Tensor | None] = {}
     weights: dict[str, Tensor] = {}
     for name, p in own_names(model.named_parameters(remove_duplicate=False)).items():
-        if id(p) not in found:
+        if id(p) not in gathered:
             whole = full(p)
-            found[id(p)] = whole.cpu() if first else None
+            gathered[id(p)] = whole.cpu() if first else None
         if first:
-            weights[name] = found[id(p)]
+            weights[name] = gathered[id(p)]
     return weights
 
 

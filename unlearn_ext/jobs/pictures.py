@@ -84,8 +84,8 @@ class Pictures:
         }
 
     def take(self, when: str, progress: Callable[[int, int], None]) -> None:
-        found = self.sample(len(self.labels), self.steps, progress)
-        self.taken[when] = found if self.pretrained.vae is None else decode(self.pretrained.vae, found)
+        samples = self.sample(len(self.labels), self.steps, progress)
+        self.taken[when] = samples if self.pretrained.vae is None else decode(self.pretrained.vae, samples)
 
     def sample(self, count: int, steps: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
         """The first ``count``, as the denoiser makes them: latents where there is a VAE."""
@@ -114,19 +114,19 @@ class Pictures:
             broken = int((~pictures.isfinite().flatten(1).all(1)).sum())
             if broken:
                 return f"not verified: {broken} of {len(pictures)} pictures {when} hold inf or NaN"
-        found, columns = {}, self.judge.columns
+        verdict, columns = {}, self.judge.columns
         for when, pictures in self.taken.items():
-            asked = torch.tensor([columns[label] for label in self.labels.tolist()], device="cpu")
+            targets = torch.tensor([columns[label] for label in self.labels.tolist()], device="cpu")
             try:
-                scores = class_scores(self.judge.probabilities(pictures), asked)
+                scores = class_scores(self.judge.probabilities(pictures), targets)
             except (InputError, RuntimeError, ValueError) as error:  # the model is written: its report must not be lost
                 return f"not verified: the classifier failed on the pictures {when} ({first_line(error)})"
-            found[when] = {
+            verdict[when] = {
                 part: {self.names[label]: scores[columns[label]] for label in labels}
                 for part, labels in (("forgotten", self.forgotten), ("retained", self.retained))
                 if labels
             }
-        return found
+        return verdict
 
     def distances(self, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
         """FID of the retained classes by time, with the protocol beside it; None where it was not asked for."""

@@ -64,8 +64,8 @@ class WithReplacements(Dataset):
         self.data = data
 
     def __getitem__(self, pair: Sequence[int]) -> dict[str, Any]:
-        own, other = (self.data[index] for index in pair)
-        return {**own, **{f"replace_{name}": value for name, value in other.items() if name != "labels"}}
+        sample, other = (self.data[index] for index in pair)
+        return {**sample, **{f"replace_{name}": value for name, value in other.items() if name != "labels"}}
 
 
 def read_prompts(
@@ -79,16 +79,16 @@ def read_prompts(
     """
     names = data.folders or {str(label): label for label in data.counts}
     what, example = ("folder", "cats") if data.folders else ("label", "0")
-    given = {} if class_map is None else _read_map(class_map, names, what, example)
+    mapped = {} if class_map is None else _read_map(class_map, names, what, example)
     if not data.folders:
         for name in names:
-            if name not in given:
+            if name not in mapped:
                 raise InputError(
                     f"the data have the label {name} and no prompt for it: give a --class-map of labels and prompts, "
                     f'as in {{"{name}": "a cat"}}'
                 )
     prompts = {
-        index: composed(given.get(name, name)) for name, index in sorted(names.items(), key=lambda item: item[1])
+        index: composed(mapped.get(name, name)) for name, index in sorted(names.items(), key=lambda item: item[1])
     }
     forget_prompts, replace_prompt = [composed(prompt) for prompt in forget_prompts], composed(replace_prompt)
     for prompt in (*prompts.values(), *forget_prompts, replace_prompt):

@@ -42,8 +42,8 @@ class Trial:
 
 def held_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
     """Parameters and buffers, each once, whichever network has it."""
-    found = {id(t): t for network in networks for t in (*network.parameters(), *network.buffers())}
-    return list(found.values())
+    tensors = {id(t): t for network in networks for t in (*network.parameters(), *network.buffers())}
+    return list(tensors.values())
 
 
 def try_batch(
@@ -68,12 +68,12 @@ def try_batch(
     parameters = list(model.parameters())
 
     def step() -> None:
-        found = loss()
+        value = loss()
         if not passes_in_backward:
-            found.backward()
+            value.backward()
         for left in reversed(range(passes_in_backward)):
             with consuming(parameters, str, lambda i, gradient: None):
-                found.backward(retain_graph=left > 0)
+                value.backward(retain_graph=left > 0)
 
     def steps() -> None:
         for _ in range(min(batches, 2)):
@@ -98,19 +98,19 @@ def try_samples(run: Callable[[int], Any], count: int, model: nn.Module, others:
     First one sample is tried, then as many as should be done within two seconds, up to all of them, until that is less
     than twice as many as before; the figures of the last trial are multiplied.
     """
-    size, found = 1, _try(partial(run, 1), model, others)
+    size, trial = 1, _try(partial(run, 1), model, others)
     while size < count:
-        larger = min(count, int(size * _CHEAP / max(found.seconds, 1e-6)))
+        larger = min(count, int(size * _CHEAP / max(trial.seconds, 1e-6)))
         if larger <= size or larger < min(2 * size, count):
             break
         try:
-            found = _try(partial(run, larger), model, others)
+            trial = _try(partial(run, larger), model, others)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             break  # the larger trial does not fit: the smaller one is scaled up, and shows it
         size = larger
-    return found.scaled(count / size)
+    return trial.scaled(count / size)
 
 
 def _try(run: Callable[[], Any], model: nn.Module, others: Iterable[nn.Module]) -> Trial:

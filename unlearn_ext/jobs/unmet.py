@@ -26,7 +26,7 @@ def judged_warnings(verdict: dict[str, Any] | str, classes: int) -> dict[str, st
     """
     if isinstance(verdict, str):
         return {"not_judged": verdict}
-    chance, found = 1 / classes, {}
+    chance, warnings = 1 / classes, {}
     pairs = {
         part: {label: (one["accuracy"], verdict["after"][part][label]["accuracy"]) for label, one in scores.items()}
         for part, scores in verdict["before"].items()
@@ -34,24 +34,24 @@ def judged_warnings(verdict: dict[str, Any] | str, classes: int) -> dict[str, st
     forgotten, retained = pairs.get("forgotten", {}), pairs.get("retained", {})
     drawn = {label: pair for label, pair in forgotten.items() if still_drawn(*pair, chance)}
     if drawn:
-        found["still_drawn"] = (
+        warnings["still_drawn"] = (
             f"not forgotten: the classifier still sees {_listed(drawn)}: raise --max-train-steps, --forget-alpha or "
             "--learning-rate"
         )
     unseen = {label: pair for label, pair in forgotten.items() if label not in drawn and pair[0] <= chance}
     if unseen:
-        found["not_seen_before"] = (
+        warnings["not_seen_before"] = (
             f"nothing can be said of forgetting: the classifier did not see {_listed(unseen)}: give a classifier that "
             "knows it, or more --samples"
         )
     if retained:
         before, after = (sum(pair[i] for pair in retained.values()) / len(retained) for i in (0, 1))
         if before > 2 * chance and after < before / 2:
-            found["retained_lost"] = (
+            warnings["retained_lost"] = (
                 f"what was to be kept is lost: the classifier sees the retained classes in {100 * before:.1f} % of "
                 f"their pictures before and {100 * after:.1f} % after: lower --learning-rate or --forget-alpha"
             )
-    return found
+    return warnings
 
 
 def _listed(pairs: dict[str, tuple[float, float]]) -> str:

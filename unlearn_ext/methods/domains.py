@@ -1,8 +1,8 @@
 """What a diffusion preset needs beside the method's own settings, and what was published with it.
 
 ``DOMAINS[preset]`` has three parts: ``task``, keyword arguments of the task; ``run``, of the run around it (batch
-size, EMA decay, which weights are trained, whether a DiT's embedder copies are tied, sampling); and ``published``, the
-paper's figures.
+size, EMA decay, which weights are trained, whether a DiT's embedder copies are tied, guidance of its pictures); and
+``published``, the paper's figures.
 
 Guidance s is that of e_u + s (e_c - e_u), as diffusers counts it. The released code computes (1 + w) e_c - w e_u, with
 w = 2 for DDPM and 7.5 for Stable Diffusion: s = 1 + w.

@@ -116,12 +116,12 @@ class Judge:
 
 def _match(names: Mapping[int, str], config: Any) -> list[int]:
     """The classifier's class of each of the generator's."""
-    own = {int(index): _plain(text) for index, text in config.id2label.items()}
-    if all(own.get(index) == _plain(text) for index, text in names.items()):  # also where two classes share a text
+    known = {int(index): _plain(text) for index, text in config.id2label.items()}
+    if all(known.get(index) == _plain(text) for index, text in names.items()):  # also where two classes share a text
         return [int(index) for index in names]
-    theirs = {text: index for index, text in own.items()}
+    theirs = {text: index for index, text in known.items()}
     texts = [_plain(text) for text in names.values()]
-    twice = next((text for text in texts if text in theirs and (texts + list(own.values())).count(text) > 2), None)
+    twice = next((text for text in texts if text in theirs and (texts + list(known.values())).count(text) > 2), None)
     if twice is not None:
         raise InputError(f"--classifier: more than one class is called {twice!r}: give them different texts")
     if all(_plain(text) in theirs for text in names.values()):

@@ -98,10 +98,10 @@ def sample_classes(
     labels = labels.to(device).long()
 
     def predict(x: Tensor, t: Tensor, chosen: slice) -> Tensor:
-        own = labels[chosen]
+        conditions = labels[chosen]
         if not guided:
-            return model(x, timestep=t, class_labels=own).sample
-        both = torch.cat([own, torch.full_like(own, null_label)])
+            return model(x, timestep=t, class_labels=conditions).sample
+        both = torch.cat([conditions, torch.full_like(conditions, null_label)])
         return _guide(model(x.repeat(2, 1, 1, 1), timestep=t.repeat(2), class_labels=both).sample, guidance)
 
     return _sample(model, predict, scheduler, noise, steps, batch_size, progress)
@@ -137,10 +137,10 @@ def sample_prompts(
     prompt_embeds = prompt_embeds.to(weight)
 
     def predict(x: Tensor, t: Tensor, chosen: slice) -> Tensor:
-        own = prompt_embeds[chosen]
+        conditions = prompt_embeds[chosen]
         if not guided:
-            return model(x, t, encoder_hidden_states=own).sample
-        both = torch.cat([own, null_embeds.to(own).expand_as(own)])
+            return model(x, t, encoder_hidden_states=conditions).sample
+        both = torch.cat([conditions, null_embeds.to(conditions).expand_as(conditions)])
         return _guide(model(x.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=both).sample, guidance)
 
     return _sample(model, predict, scheduler, noise, steps, batch_size, progress)

@@ -48,7 +48,7 @@ def select_trained(model: nn.Module, which: str = "all") -> list[str]:
 def _matching(names: Iterable[str], which: str) -> list[str]:
     """The names that a pattern fits, or in which a regular expression is found."""
     names = list(names)
-    fitting, found = [name for name in names if fnmatchcase(name, which)], []
+    fitting, searched = [name for name in names if fnmatchcase(name, which)], []
     try:
         expression = re.compile(which)
     except (re.error, RecursionError, OverflowError) as error:
@@ -58,13 +58,13 @@ def _matching(names: Iterable[str], which: str) -> list[str]:
                 f"got {which!r} ({error})"
             ) from None
     else:
-        found = [name for name in names if expression.search(name)]
-    if fitting and found and fitting != found:
+        searched = [name for name in names if expression.search(name)]
+    if fitting and searched and fitting != searched:
         raise InputError(
-            f"trained weights: {which!r} fits {len(fitting)} names as a pattern and {len(found)} as a regular "
+            f"trained weights: {which!r} fits {len(fitting)} names as a pattern and {len(searched)} as a regular "
             f"expression: write {_anchored(which)!r} for the pattern, or {f'({which})'!r} for the expression"
         )
-    return fitting or found
+    return fitting or searched
 
 
 def _anchored(pattern: str) -> str:
@@ -73,12 +73,12 @@ def _anchored(pattern: str) -> str:
 
 
 def _of_attention(model: nn.Module, named: dict[str, nn.Parameter], cross: bool) -> Iterator[str]:
-    own: set[nn.Parameter] = set()
+    attention: set[nn.Parameter] = set()
     for module in unwrapped(model).modules():
         kind = getattr(module, "is_cross_attention", None)  # only diffusers' attention modules say
         if kind is not None and (kind or not cross):
-            own.update(module.parameters())
-    return (name for name, parameter in named.items() if parameter in own)
+            attention.update(module.parameters())
+    return (name for name, parameter in named.items() if parameter in attention)
 
 
 def tie_embeddings(model: nn.Module) -> int:
@@ -131,13 +131,13 @@ def untie_embeddings(model: nn.Module) -> int:
 
 def _embedders(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(unwrapped(model), "transformer_blocks", None) or []
-    found = [getattr(getattr(block, "norm1", None), "emb", None) for block in blocks]
-    if not found or not all(isinstance(embedder, nn.Module) for embedder in found):
+    embedders = [getattr(getattr(block, "norm1", None), "emb", None) for block in blocks]
+    if not embedders or not all(isinstance(embedder, nn.Module) for embedder in embedders):
         raise InputError(
             f"the model, a {type(unwrapped(model)).__name__}, has no embedders in its blocks: only a "
             "DiTTransformer2DModel has"
         )
-    return found
+    return embedders
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -209,15 +209,15 @@ def _state(pretrained: Pretrained, weights: Mapping[str, Tensor] | None) -> dict
             f"the denoiser has other tensors than the model that was opened ({name}): remove adapters or "
             "parametrizations, or merge them"
         )
-    given = {}
+    replaced = {}
     for name, value in own_names((weights or {}).items()).items():
         if name not in named or named[name].shape != value.shape:
             raise InputError(f"weights: the denoiser has no {name} of shape {list(value.shape)}")
-        given[id(named[name])] = value  # a tied one goes by the first of its names
+        replaced[id(named[name])] = value  # a tied one goes by the first of its names
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, own in named.items():
-        value = given.get(id(own), own).detach().to(own.dtype).contiguous()
+    for name, tensor in named.items():
+        value = replaced.get(id(tensor), tensor).detach().to(tensor.dtype).contiguous()
         state[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return state
