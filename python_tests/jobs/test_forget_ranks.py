@@ -133,7 +133,7 @@ def test_one_gpu_is_not_for_all_ranks(monkeypatch) -> None:
 @pytest.mark.parametrize("tied", (False, True))
 def test_a_sharded_dit_takes_a_batch_whether_its_embedders_are_tied_or_not(tied: bool) -> None:
     """It calls those of its first block from outside the block."""
-    model = dit()
+    model = dit().eval()
     if tied:
         tie_embeddings(model)
     batch = (torch.ones(2, 2, 4, 4), torch.tensor([3, 5]), torch.tensor([0, 1]))
