@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from unlearn_ext import InputError, Unlearner
-from unlearn_ext.methods import Forgetting, Row
-from unlearn_ext.methods.base import ForgetLoss
+from unlearn_ext.methods import ForgetLoss, Forgetting, Row
 from unlearn_ext.tasks import Classification
 
 

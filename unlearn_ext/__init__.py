@@ -17,7 +17,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .optim import UnlearnOptimizer
-    from .run.unlearner import Result, Unlearner
+    from .run.result import Result
+    from .run.unlearner import Unlearner
     from .saliency import FisherDiagonal, SaliencyMask
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 _ROOMS = {"FisherDiagonal": "saliency", "SaliencyMask": "saliency", "UnlearnOptimizer": "optim"}
-_ROOMS |= {"Result": "run.unlearner", "Unlearner": "run.unlearner"}
+_ROOMS |= {"Result": "run.result", "Unlearner": "run.unlearner"}
 _MODULES = ("certified", "data", "evaluation", "methods", "ops", "optim", "saliency", "tasks")
 
 

@@ -15,8 +15,9 @@ from helpers.models import make
 
 from unlearn_ext import InputError, Unlearner
 from unlearn_ext.methods import METHODS, Method, Row, SFRon, available, find, parse, registry
-from unlearn_ext.methods.base import CLASSIFICATION, ForgetLoss
+from unlearn_ext.methods.row import CLASSIFICATION
 from unlearn_ext.methods.table import markdown
+from unlearn_ext.methods.values import ForgetLoss
 from unlearn_ext.tasks import Classification
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unlearn_ext import InputError, NonFiniteError, Unlearner, UnlearnOptimizer
 from unlearn_ext.methods import SSD, NegativeGradientPlus
-from unlearn_ext.methods.base import ForgetLoss
-from unlearn_ext.run.loop import Loop
+from unlearn_ext.methods.values import ForgetLoss
+from unlearn_ext.run.passes import Passes
 from unlearn_ext.tasks import Classification
 
 
@@ -94,13 +94,13 @@ def test_buffers_that_are_written_are_put_back_and_tables_not_copied_in_every_st
             return super().forward(x)
 
     model, copied = make(WithTable), []
-    remember = Loop._remember_buffers
+    remember = Passes.remember_buffers
 
-    def recorded(loop):
-        remember(loop)
-        copied.append({tuple(before.shape) for *_, before in loop.before})
+    def recorded(passes):
+        remember(passes)
+        copied.append({tuple(before.shape) for *_, before in passes.before})
 
-    monkeypatch.setattr(Loop, "_remember_buffers", recorded)
+    monkeypatch.setattr(Passes, "remember_buffers", recorded)
     data = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
 
     def poison(m, step):

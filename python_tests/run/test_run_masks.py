@@ -15,7 +15,7 @@ from helpers.runs import Counting, identical, method, run, weights
 
 from unlearn_ext import FisherDiagonal, InputError, ProtectionError, SaliencyMask, Unlearner, UnlearnOptimizer
 from unlearn_ext.methods import Method, SFRon
-from unlearn_ext.methods.base import ForgetLoss
+from unlearn_ext.methods.values import ForgetLoss
 from unlearn_ext.tasks import Classification
 
 # --- Masks and protection -------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def _runner(text: str, tuned: Mapping[str, Mapping[str, Any]], scenario: str) ->
     if kind is SSD:  # not of the registry, whose methods make gradient steps
         return DampeningRunner(text, SSD(**read_settings(name, SSD, split_spec(whole)[2])), origin)
     method = parse(whole)
-    if scenario == "class" and getattr(method, "calibration", None) is not None and method.target_accuracy is None:
+    if scenario == "class" and method.calibration is not None and method.target_accuracy is None:
         method = parse(complete(whole, {"target_accuracy": 0.0}))  # unseen samples of that class are not to be matched
     return MethodRunner(text, method, origin, own_seed="seed" in explicit)
 

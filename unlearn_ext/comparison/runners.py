@@ -83,7 +83,7 @@ class MethodRunner(Runner):
 
     @property
     def least_held_out(self) -> int:
-        return super().least_held_out if getattr(self.method, "calibration", None) is None else LEAST_SAMPLES
+        return super().least_held_out if self.method.calibration is None else LEAST_SAMPLES
 
     def settings(self) -> dict[str, Any]:
         seed = {"seed": "the run's"} if self._seeds else {}

@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..evaluation import Parts, distance, knowledge, predict
 from ..methods import SFRon
 from ..run import checkpoint
-from ..run.loop import Progress
-from ..run.unlearner import Result, Unlearner
+from ..run.result import Progress, Result
+from ..run.unlearner import Unlearner
 from ..tasks import Classification
 from ..utils.files import atomic_path, writable_directory
 from .network import SmallResNet

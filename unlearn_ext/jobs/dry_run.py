@@ -127,17 +127,17 @@ class _TrialRunner:
         if plan.method.needs_fisher:
             plan.model.eval()
             trials["fisher"] = self._batch(
-                task.fisher_losses, unlearner.fisher_autocast, clipped=plan.method.fisher_max_norm is not None
+                task.fisher_losses, unlearner.context.fisher_autocast, clipped=plan.method.fisher_max_norm is not None
             )
         plan.model.train()
         clips = plan.method.max_norm is not None, plan.method.retain_max_norm is not None
         trials["retain"] = trials["forget"] = self._batch(
-            task.losses, unlearner.autocast, batches=steps, clipped=clips[1]
+            task.losses, unlearner.context.autocast, batches=steps, clipped=clips[1]
         )
         if plan.method.replaces or (unlearner.optimizer_in_backward and clips[0] != clips[1]):
             losses = task.replacement_losses if plan.method.replaces else task.losses
             trials["forget"] = self._batch(
-                losses, unlearner.autocast, forget=plan.method.replaces, batches=steps, clipped=clips[0]
+                losses, unlearner.context.autocast, forget=plan.method.replaces, batches=steps, clipped=clips[0]
             )
         return Trials(**trials)
 

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from ..run.loop import Progress
-from ..run.unlearner import Result
+from ..run.result import Progress, Result
 from ..utils.clock import timed
 from ..utils.files import atomic_path
 from .output import NOT_YET, is_waiting, move_output, recorded_verdict, write_output

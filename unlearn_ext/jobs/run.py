@@ -21,8 +21,7 @@ from ..errors import UnlearnError
 from ..models.weights import untie_embeddings
 from ..models.written import OWN_FOLDER
 from ..run.lock import hold_on_first
-from ..run.loop import Progress
-from ..run.unlearner import Result
+from ..run.result import Progress, Result
 from ..utils.clock import timed
 from ..utils.files import writable_directory, write_json
 from .output import RESULT, check_claim, claim_output

@@ -14,7 +14,9 @@ from ..distributed.hashing import weights_hash
 from ..errors import InputError
 from ..utils.arguments import check_number
 from . import schedules
-from .base import ForgetLoss, Forgetting, Row
+from .forgetting import Forgetting
+from .row import Row
+from .values import ForgetLoss
 
 __all__ = ["BadTeacher"]
 

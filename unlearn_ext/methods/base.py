@@ -15,77 +15,26 @@ from ..errors import InputError
 from ..optim import StepConfig
 from ..saliency import SaliencyMask
 from ..saliency.selection import check_fraction
-from ..utils.arguments import LARGEST_COUNT, check_choice, check_count, check_finite, check_number, describe, nearest
+from ..utils.arguments import LARGEST_COUNT, check_choice, check_count, check_number, describe, nearest
 from ..utils.plain import plain_numbers
 from . import schedules
-from .calibration import AUTO, Calibration, TargetAccuracy, UnseenLosses
+from .row import Row
+from .values import Default, DefaultWord, ForgetLoss, plain_default
 
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["ALL_TASKS", "CLASSIFICATION", "DIFFUSION", "Default", "DefaultWord", "ForgetLoss", "Forgetting"]
-__all__ += ["Method", "Row"]
+__all__ = []
+__all__ += [
+    "Method",
+]
 
-CLASSIFICATION = ("classification",)
-DIFFUSION = ("class-conditional diffusion", "text-conditional diffusion")
-ALL_TASKS = CLASSIFICATION + DIFFUSION
 
 MASK_SOURCES = ("gamma", "mask_fraction", "mask")
 _MOMENTUM = 0.9  # as of every published setting
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 _OBJECTS = ("mask", "random_model")  # arguments that are no settings
-
-
-class Default(float):
-    """A number that nobody gave: a default that gives way where a given one would clash."""
-
-
-class DefaultWord(str):
-    """A word that nobody gave."""
-
-
-def _plain(value: Any) -> Any:
-    """Of Python's own classes, which files hold."""
-    return float(value) if isinstance(value, Default) else str(value) if isinstance(value, DefaultWord) else value
-
-
-@dataclass
-class ForgetLoss:
-    """A forget batch's scalar to minimise, and what the history shows of it (0-d tensors, read at log points).
-
-    Attributes:
-        loss: a weighted mean over the batch.
-        largest_share: of one sample in it.
-        weight: the sum of the samples' weights, detached, by which this mean counts beside those of other batches when
-            gradients are accumulated; None: the number of samples.
-    """
-
-    loss: Tensor
-    largest_share: Tensor | None = None
-    weight: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method in one line, as the table of methods prints it.
-
-    Attributes:
-        saliency: which weights forgetting may move.
-        forget_term, retain_term: what is descended; ``none`` where there is nothing.
-        geometry: in which order and space the steps are taken.
-        source: the paper, or where the rule was read.
-        tasks: kinds of task that it runs on.
-        otherwise: why it runs on no other, as the end of a sentence.
-    """
-
-    saliency: str
-    forget_term: str
-    retain_term: str
-    geometry: str
-    source: str
-    tasks: tuple[str, ...] = ALL_TASKS
-    otherwise: str = ""
 
 
 @dataclass(kw_only=True)
@@ -138,6 +87,7 @@ class Method(StepConfig, ABC):
     needs_unseen: ClassVar[bool] = False
     # Whether its terms are means over samples, so that parts of a batch may be added up.
     adds_up: ClassVar[bool] = True
+    calibration = None  # of a run that sets its own strength
 
     rule: str = DefaultWord("momentum")
     momentum: float = Default(0.0)
@@ -264,7 +214,7 @@ class Method(StepConfig, ABC):
     def settings(self) -> dict[str, Any]:
         """All arguments but the mask and networks, for results and checkpoints."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OBJECTS}
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: plain_default(value) for name, value in values.items()}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -391,66 +341,3 @@ class Method(StepConfig, ABC):
         """The scalar whose descent learns, from per-sample losses of a learn batch; its gradient is added to the retain
         gradient. Of methods that learn."""
         raise InputError(f"{type(self).__name__} learns nothing")
-
-
-@dataclass(kw_only=True)
-class Forgetting(Method):
-    """A method whose forget term has a strength.
-
-    Args:
-        forget_alpha: the strength at the start; or ``"auto"`` where the method ascends the forget set's losses: they
-            are brought to where those of unseen data (``run(unseen=...)``) stand, each sample with a strength of its
-            own in the place of the method's weights, and the run goes back to the best point met:
-            :mod:`unlearn_ext.methods.calibration`.
-        forget_schedule: its course over the run, as ``lr_schedule``; ``"auto"`` has its own.
-        target_accuracy: with ``"auto"``: bring the forget set's accuracy to this number from 0 to 1 instead; 0 forgets
-            a class. Unseen data are then of the classes that stay.
-        calibrate_every: with ``"auto"``, iterations between two looks at both sets in eval mode; None: as many looks
-            as keep their cost within a fifth of the training's, but one at the start and one at the end in any case.
-        calibration_samples: that such a look counts of each set, at most.
-    """
-
-    # Whether the forget term is the ascent of losses, which can be calibrated.
-    ascends: ClassVar[bool] = False
-
-    forget_alpha: float | str = 1.0
-    forget_schedule: str = "constant"
-    target_accuracy: float | None = None
-    calibrate_every: int | None = None
-    calibration_samples: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("forget_schedule", self.forget_schedule, schedules.SCHEDULES)
-        self.calibration: Calibration | None = None
-        if self.forget_alpha != AUTO:
-            if isinstance(self.forget_alpha, str):
-                raise InputError(f"forget_alpha: expected a number or {AUTO!r}, got {self.forget_alpha!r}")
-            check_finite("forget_alpha", self.forget_alpha)
-            if self.target_accuracy is not None:
-                raise InputError(
-                    "target_accuracy is what forget_alpha='auto' steers to: set both, or leave target_accuracy out"
-                )
-            return
-        if not self.ascends or self.replaces:
-            raise InputError(
-                f"forget_alpha='auto' brings ascending losses to those of unseen data, and {self.name} descends "
-                "towards a replacement: give a number"
-            )
-        looks = self.calibrate_every, self.calibration_samples
-        if self.target_accuracy is None:
-            self.calibration = UnseenLosses(*looks)
-        else:
-            self.calibration = TargetAccuracy(*looks, self.target_accuracy)
-        self.needs_unseen, self.adds_up = True, False
-
-    def ascent(self, losses: Tensor, iteration: int) -> ForgetLoss:
-        """Minus the mean loss times the strength; calibrated, minus the mean of each loss times its own."""
-        if self.calibration is None:
-            return ForgetLoss(-self.strength(iteration) * losses.mean())
-        return ForgetLoss(-(self.calibration.strengths(losses) * losses).mean())
-
-    def strength(self, iteration: int) -> float:
-        if self.calibration is not None:
-            return self.calibration.gain
-        return self.forget_alpha * schedules.factor(self.forget_schedule, iteration, self.iterations)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..utils.arguments import check_finite
-from .base import DIFFUSION, ForgetLoss, Forgetting, Row
+from .forgetting import Forgetting
+from .row import DIFFUSION, Row
+from .values import ForgetLoss
 
 __all__ = ["ESD"]
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import InputError
-from .base import ForgetLoss, Method, Row
+from .base import Method
+from .row import Row
+from .values import ForgetLoss
 
 __all__ = ["Finetune"]
 

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import ForgetLoss, Forgetting, Row
+from .forgetting import Forgetting
+from .row import Row
+from .values import ForgetLoss
 
 __all__ = ["GradientAscent"]
 

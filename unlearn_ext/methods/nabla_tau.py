@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..utils.arguments import check_number
-from .base import ForgetLoss, Method, Row
+from .base import Method
+from .row import Row
+from .values import ForgetLoss
 
 __all__ = ["NablaTau"]
 

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Default, ForgetLoss, Forgetting, Row
+from .forgetting import Forgetting
+from .row import Row
+from .values import Default, ForgetLoss
 
 __all__ = ["RandomLabel", "SalUn"]
 

@@ -9,13 +9,14 @@ from importlib.metadata import EntryPoint, entry_points
 from ..errors import InputError, first_line
 from ..utils.arguments import describe, nearest
 from .bad_teacher import BadTeacher
-from .base import Method, Row
+from .base import Method
 from .esd import ESD
 from .finetune import Finetune
 from .gradient_ascent import GradientAscent
 from .nabla_tau import NablaTau
 from .negative_gradient import NegativeGradientPlus, Projected
 from .random_label import RandomLabel, SalUn
+from .row import Row
 from .scrub import Scrub
 from .sfron import SFRon
 from .ug_clu import UGCLU

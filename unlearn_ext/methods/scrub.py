@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..utils.arguments import check_count, check_finite, check_number
-from .base import ForgetLoss, Method, Row
+from .base import Method
+from .row import Row
+from .values import ForgetLoss
 
 __all__ = ["Scrub"]
 

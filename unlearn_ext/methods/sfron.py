@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..utils.arguments import check_count, check_finite, check_number
-from .base import Default, ForgetLoss, Forgetting, Row
+from .forgetting import Forgetting
+from .row import Row
+from .values import Default, ForgetLoss
 
 __all__ = ["ABLATIONS", "SFRon", "adaptive_shares", "adaptive_weights"]
 

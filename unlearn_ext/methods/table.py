@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .base import ALL_TASKS, CLASSIFICATION, DIFFUSION, Method
+from .base import Method
+from .row import ALL_TASKS, CLASSIFICATION, DIFFUSION
 
 __all__ = ["markdown"]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..utils.arguments import check_finite
-from .base import Row
+from .row import Row
 from .sfron import SFRon
 
 __all__ = ["UGCLU"]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..methods.calibration import Calibration, spacing
+from .averages import Averages
 from .packing import copy_of, put
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .passes import Passes
 
 __all__ = ["Calibrating"]
 
@@ -23,9 +22,10 @@ class Calibrating:
     every look, under the same noise if the task draws any, and keeps one copy of the weights, buffers and averages:
     those at the look of the smallest score."""
 
-    def __init__(self, loop: Loop, calibration: Calibration):
-        self.loop = weakref.proxy(loop)  # in a circle, moments and gradients would outlive the run until a collection
-        self.calibration = calibration
+    def __init__(
+        self, passes: Passes, calibration: Calibration, parameters: Sequence[Tensor], averages: Averages | None
+    ):
+        self.passes, self.calibration, self.parameters, self.averages = passes, calibration, parameters, averages
         self.best: dict[str, Any] | None = None
         self._kept: list[Tensor] = []
         self._batches: dict[str, list[Any]] = {}
@@ -34,11 +34,11 @@ class Calibrating:
 
     def start(self) -> None:
         """Before the run has drawn anything. The starting weights are a point to go back to."""
-        loop, calibration = self.loop, self.calibration
-        self._state = loop.random_state()
-        self._batches = {name: loop.sample(name, calibration.samples) for name in ("forget", "unseen")}
+        passes, calibration = self.passes, self.calibration
+        self._state = passes.random_state()
+        self._batches = {name: passes.sample(name, calibration.samples) for name in ("forget", "unseen")}
         forget, unseen = self._look("forget"), self._look("unseen")
-        calibration.start(unseen, loop.unlearner.task.wrong_loss() if calibration.takes_hits else None)
+        calibration.start(unseen, passes.context.task.wrong_loss() if calibration.takes_hits else None)
         self._take(0, forget, unseen)
         if calibration.every is None:
             self._every = self._spacing()
@@ -46,7 +46,7 @@ class Calibrating:
     def _spacing(self) -> int:
         """From the sizes of the batches that looks take whole. A retain batch is taken to be as large as the largest
         forget batch; what is learned, and Fisher passes, are not counted as training."""
-        method, task = self.loop.method, self.loop.unlearner.task
+        method, task = self.passes.context.method, self.passes.context.task
         sizes = {name: [task.size(batch) for batch in batches] for name, batches in self._batches.items()}
         forgets, retains = (sum(map(at, range(method.iterations))) for at in (method.forgets_at, method.retains_at))
         trained = forgets * sum(sizes["forget"]) / len(sizes["forget"]) + retains * max(sizes["forget"])
@@ -60,11 +60,11 @@ class Calibrating:
         entry["calibration"] = {key: value for key, value in found.items() if key != "iteration"}
         return found["met"]
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, iteration: int) -> dict[str, Any]:
         """Goes back to the best look where the last is worse."""
         path = self.calibration.path
-        if path[-1]["iteration"] != self.loop.iteration:  # an evaluation has stopped the run
-            self._look_after(self.loop.iteration)
+        if path[-1]["iteration"] != iteration:  # an evaluation has stopped the run
+            self._look_after(iteration)
         best, last = self.best, path[-1]
         if back := best is not last:
             self._go_back()
@@ -106,10 +106,9 @@ class Calibrating:
             put(tensor, kept)
 
     def _look(self, name: str) -> Tensor:
-        found = self.loop.look(self._batches[name], self.calibration.takes_hits, name, self._state)
+        found = self.passes.look(self._batches[name], self.calibration.takes_hits, name, self._state)
         return found[: self.calibration.samples]
 
     def _tensors(self) -> list[Tensor]:
-        loop = self.loop
-        averages = [] if loop.averages is None else loop.averages.tensors.values()
-        return [*loop.parameters, *loop.model.buffers(), *averages]
+        averages = [] if self.averages is None else self.averages.tensors.values()
+        return [*self.parameters, *self.passes.context.model.buffers(), *averages]

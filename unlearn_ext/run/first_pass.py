@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,12 +17,10 @@ from ..saliency import FisherDiagonal, SaliencyMask
 from ..saliency.gradient import GradientSum
 from ..tasks.data_check import DataCheck
 from ..utils.warn import warn
+from .context import RunContext
+from .result import Progress, Result
 from .signs import start_batches, unseen_classes
 from .small_batches import SmallBatches
-
-if TYPE_CHECKING:
-    from .loop import Progress
-    from .unlearner import Result, Unlearner
 
 __all__ = ["KEPT", "first_pass"]
 
@@ -30,7 +28,7 @@ KEPT = 2  # retain batches that are held until the first step, at most
 
 
 def first_pass(
-    unlearner: Unlearner,
+    context: RunContext,
     sets: dict[str, Iterable[Any]],
     result: Result,
     allow_duplicates: bool,
@@ -43,19 +41,19 @@ def first_pass(
     for name, data in sets.items():
         if length(data) == 0:  # before anything is measured
             raise empty_set(name, data)
-    method, split = unlearner.method, unlearner.split_batches
-    small = SmallBatches(unlearner.model, unlearner.task, method, sets, unlearner.ranks, split)
+    method, split = context.method, context.split_batches
+    small = SmallBatches(context.model, context.task, method, sets, context.ranks, split)
     check = DataCheck(
-        unlearner.model,
-        unlearner.task,
+        context.model,
+        context.task,
         allow_duplicates,
         method.replaces,
-        ALONE if split else unlearner.ranks,
+        ALONE if split else context.ranks,
         small.find,
-        min(KEPT, start_batches(unlearner.task)) if method.retains else 0,  # taken in turn: a batch may be large
+        min(KEPT, start_batches(context.task)) if method.retains else 0,  # taken in turn: a batch may be large
     )
-    mask = _pass(unlearner, sets, result, check, progress, keep)
-    with unlearner.ranks.together():
+    mask = _pass(context, sets, result, check, progress, keep)
+    with context.ranks.together():
         for name, data in sets.items():
             if is_spent(data):
                 raise empty_set(name, data, again=True)
@@ -63,14 +61,14 @@ def first_pass(
 
 
 def _pass(
-    unlearner: Unlearner,
+    context: RunContext,
     sets: dict[str, Iterable[Any]],
     result: Result,
     check: DataCheck,
     progress: Progress,
     keep: Callable[[Any], Any],
 ) -> SaliencyMask | None:
-    method = unlearner.method
+    method = context.method
     if "unseen" in sets:  # before those that must not hold any of it
         check.scan("unseen", sets["unseen"])
     if method.measures is None:
@@ -87,7 +85,7 @@ def _pass(
             )
         return mask
     measure = {"fisher": _by_fisher, "gradient": _by_gradient}[method.measures]
-    mask, whole = measure(unlearner, sets, result, check, progress, keep)
+    mask, whole = measure(context, sets, result, check, progress, keep)
     check.scan_rest(sets)
     _note_unseen(result, check, whole)
     if whole:
@@ -97,7 +95,7 @@ def _pass(
         change = "raise mask_fraction" if gamma is None else f"lower gamma, which is {gamma:g}"
         raise InputError(f"the mask keeps no weight, so nothing would be forgotten: {change}")
     mask.metadata.update(
-        weights_hash=weights_hash(unlearner._named),
+        weights_hash=weights_hash(context.named),
         seed=str(torch.initial_seed()),
         **({"forget_hash": check.forget_hash} if whole else {}),
     )
@@ -111,7 +109,7 @@ def _note_unseen(result: Result, check: DataCheck, whole: bool = True) -> None:
 
 
 def _by_fisher(
-    unlearner: Unlearner,
+    context: RunContext,
     sets: dict[str, Iterable[Any]],
     result: Result,
     check: DataCheck,
@@ -119,24 +117,24 @@ def _by_fisher(
     keep: Callable[[Any], Any],
 ) -> tuple[SaliencyMask, bool]:
     """SFR-on's mask, and whether all batches were seen for it."""
-    method = unlearner.method
+    method = context.method
     whole = not check.allow_duplicates or method.fisher_batches is None  # all batches are to be seen
     diagonals: dict[str, FisherDiagonal] = {}
     started = time.perf_counter()
     for name, limit in zip(("forget", "retain"), method.fisher_limits, strict=True):
         data, total = sets[name], length(sets[name])
         if not whole:
-            alike = unlearner.ranks if unlearner.split_batches else ALONE
+            alike = context.ranks if context.split_batches else ALONE
             data = itertools.islice(in_step(data, alike), limit)
             total = limit if total is None else min(total, limit)
-        with unlearner.fisher_autocast():
+        with context.fisher_autocast():
             fisher = FisherDiagonal(
-                unlearner.model,
-                unlearner.task,
+                context.model,
+                context.task,
                 batches=limit,
                 max_norm=method.fisher_max_norm,
-                split_batches=unlearner.split_batches,
-                in_backward=unlearner.optimizer_in_backward,
+                split_batches=context.split_batches,
+                in_backward=context.optimizer_in_backward,
             )
             watch = _watch(check, progress, name, "Fisher", total)
             diagonals[name] = fisher.measure(data, name=name, watch=watch)
@@ -157,7 +155,7 @@ def _by_fisher(
 
 
 def _by_gradient(
-    unlearner: Unlearner,
+    context: RunContext,
     sets: dict[str, Iterable[Any]],
     result: Result,
     check: DataCheck,
@@ -166,19 +164,19 @@ def _by_gradient(
 ) -> tuple[SaliencyMask, bool]:
     """SalUn's mask: the weights of the largest sums of forget gradients."""
     started = time.perf_counter()
-    with unlearner.fisher_autocast():
+    with context.fisher_autocast():
         sums = GradientSum(
-            unlearner.model,
-            unlearner.task,
-            split_batches=unlearner.split_batches,
-            in_backward=unlearner.optimizer_in_backward,
+            context.model,
+            context.task,
+            split_batches=context.split_batches,
+            in_backward=context.optimizer_in_backward,
         )
         watch = _watch(check, progress, "forget", "gradients", length(sets["forget"]))
         sums.measure(sets["forget"], name="forget", watch=watch)
         check.finish("forget")
     result.timings["gradients"] = time.perf_counter() - started
     started = time.perf_counter()
-    mask = SaliencyMask.top_fraction(sums.sums, unlearner.method.mask_fraction, score="magnitude")
+    mask = SaliencyMask.top_fraction(sums.sums, context.method.mask_fraction, score="magnitude")
     result.timings["mask"] = time.perf_counter() - started
     return mask, True
 

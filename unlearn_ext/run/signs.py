@@ -16,10 +16,11 @@ from ..distributed.shards import local
 from ..utils.warn import warn
 
 if TYPE_CHECKING:
+    from ..methods import Method
     from ..tasks import Task
 
 __all__ = ["IDLE_FORGETTING", "IDLE_MOMENTUM", "KEYS", "MISSED", "Losses", "announce", "bit_sums", "drawing", "growth"]
-__all__ += ["hidden", "in_nats", "missed", "start_batches", "unmet", "unmoved", "unseen_classes"]
+__all__ += ["hidden", "in_nats", "missed", "note_idle", "start_batches", "unmet", "unmoved", "unseen_classes"]
 
 # Keys of the warnings that say that what was asked did not happen; the others are about settings and data.
 MISSED = ("target", "unmoved", "retain", "batch_norm")
@@ -61,6 +62,14 @@ IDLE_FORGETTING = (
     "forget_alpha, forget_lr or forget_weight is 0, so no step forgets and the run only trains on what is kept: set it "
     "above 0, or take the method finetune if that is meant"
 )
+
+
+def note_idle(warnings: dict[str, str], method: Method) -> None:
+    """What a method's settings leave undone, by key."""
+    if method.has_idle_momentum:
+        warnings["momentum"] = IDLE_MOMENTUM
+    if method.has_idle_forgetting:
+        warnings["strength"] = IDLE_FORGETTING
 
 
 def drawing(names: Sequence[str], resumed: bool) -> str:

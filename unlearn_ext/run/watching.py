@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from ..distributed.batches import cloned
 from ..distributed.modes import has_batch_norm
 from ..errors import InputError, NonFiniteError
 from . import signs
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .passes import Passes
+from .result import Result
 
 __all__ = ["Watching"]
 
@@ -27,10 +25,11 @@ class Watching:
 
     Args:
         retained: retain batches to look at before the first step; the history's losses come after it.
+        looks: whether to look at a forget batch in the end; calibrated runs look by themselves.
     """
 
-    def __init__(self, loop: Loop, retained: Sequence[Any]):
-        self.loop = weakref.proxy(loop)  # in a circle, moments and gradients would outlive the run until a collection
+    def __init__(self, passes: Passes, parameters: Sequence[Tensor], retained: Sequence[Any], looks: bool):
+        self.passes, self.context, self.parameters = passes, passes.context, parameters
         self.retain, self.forget = signs.Losses(), signs.Losses()
         self._retained = retained
         self.before: list[Tensor | float] = []  # retain losses of the starting weights
@@ -38,17 +37,18 @@ class Watching:
         self.pull: Tensor | float | None = None  # the largest value of the forget term so far
         self.batch: Any = None  # the last forget batch, as its loader gave it
         self.look: dict[str, Any] | None = None
+        self._may_look = looks
         self._looks: bool | None = None
 
     def start(self) -> None:
-        self.bits = signs.bit_sums(self.loop.parameters)
+        self.bits = signs.bit_sums(self.parameters)
 
     def load(self, saved: dict[str, Any]) -> None:
         self.retain, self.forget = (signs.Losses(saved[name]) for name in ("retain", "forget"))
         self.bits, self.pull, self.before = saved["bits"], saved["pull"], saved["before"]
 
     def state(self) -> dict[str, Any]:
-        alone = self.loop.ranks.size == 1  # else each rank has bits of its own
+        alone = self.context.ranks.size == 1  # else each rank has bits of its own
         return {
             "retain": self.retain.state(),
             "forget": self.forget.state(),
@@ -59,9 +59,9 @@ class Watching:
 
     def begin(self) -> None:
         """Before the first step, in the modes of the steps."""
-        if self._retained and self.loop.method.retains:
-            count = signs.start_batches(self.loop.unlearner.task)
-            self.before = self.loop.look_in_steps(itertools.islice(itertools.cycle(self._retained), count))
+        if self._retained and self.context.method.retains:
+            count = signs.start_batches(self.context.task)
+            self.before = self.passes.look_in_steps(itertools.islice(itertools.cycle(self._retained), count))
         self._retained = ()
 
     def see(self, entry: dict[str, Any]) -> None:
@@ -75,29 +75,22 @@ class Watching:
         size = value.abs()
         self.pull = size if self.pull is None else torch.clamp(size, min=self.pull)
 
-    def take(self, batch: Any) -> None:
-        """A forget batch."""
-        if self._looks is None:  # now that all modules are in the modes of the run; calibrated runs look by themselves
-            loop = self.loop
-            self._looks = loop.ranks.size == 1 and loop.calibrating is None and has_batch_norm(loop.model)
-        if self._looks and self._may_be_the_last():
+    def take(self, batch: Any, may_be_the_last: Callable[[], bool]) -> None:
+        """A forget batch, and whether the run may be over before the next."""
+        if self._looks is None:  # now that all modules are in the modes of the run
+            alone = self.context.ranks.size == 1
+            self._looks = alone and self._may_look and has_batch_norm(self.context.model)
+        if self._looks and may_be_the_last():
             self.batch = cloned(batch)
-
-    def _may_be_the_last(self) -> bool:
-        """Whether the run may be over before the next forget step."""
-        loop = self.loop
-        end = (loop.iteration // loop.stops_every + 1) * loop.stops_every
-        later = range(loop.iteration + 1, min(end, loop.method.iterations))
-        return not any(map(loop.method.forgets_at, later))
 
     def finish(self) -> None:
         """The last forget batch once more, in eval mode."""
         if self.batch is None or not self.forget.count:
             return
-        loop, batches = self.loop, [self.batch]
+        passes, batches = self.passes, [self.batch]
         try:
-            losses = loop.look(batches, what="forget", replacement=loop.method.replaces)
-            hits = loop.look(batches, hits=True, what="forget") if self._has_accuracy else None
+            losses = passes.look(batches, what="forget", replacement=self.context.method.replaces)
+            hits = passes.look(batches, hits=True, what="forget") if self._has_accuracy else None
         except NonFiniteError:
             return
         self.batch = None
@@ -107,23 +100,22 @@ class Watching:
     @property
     def _has_accuracy(self) -> bool:
         try:
-            self.loop.unlearner.task.check_accuracy()
+            self.context.task.check_accuracy()
         except InputError:
             return False
         return True
 
-    def sentences(self) -> dict[str, str]:
-        """By key, of what went wrong."""
-        loop, method, result = self.loop, self.loop.method, self.loop.result
-        found = {}
+    def sentences(self, result: Result, iteration: int, counts: dict[str, int], lr: float) -> dict[str, str]:
+        """By key, of what went wrong in a run of so many iterations and steps, with this learning rate at its start."""
+        method, found = self.context.method, {}
         if result.calibration is not None:
             target = getattr(method.calibration, "target", None)
             found["target"] = signs.unmet(result.calibration, target)
-        found["unmoved"] = self._unmoved()
+        found["unmoved"] = self._unmoved(result, iteration, counts, lr)
         if (
             result.calibration is None or not result.calibration["went_back"]
         ):  # else these losses are of given up weights
-            found["retain"] = signs.growth(self.before, self.retain, signs.in_nats(loop.unlearner.task))
+            found["retain"] = signs.growth(self.before, self.retain, signs.in_nats(self.context.task))
         if self.look is not None:
             found["batch_norm"] = signs.hidden(
                 float(self.forget.last[-1]),
@@ -134,23 +126,23 @@ class Watching:
             )
         return {key: sentence for key, sentence in found.items() if sentence is not None}
 
-    def _unmoved(self) -> str | None:
-        loop, method = self.loop, self.loop.method
-        went_back = loop.result.calibration is not None and loop.result.calibration["ended_at"] == 0
+    def _unmoved(self, result: Result, iteration: int, counts: dict[str, int], lr: float) -> str | None:
+        method = self.context.method
+        went_back = result.calibration is not None and result.calibration["ended_at"] == 0
         if went_back:  # which is said already
             return None
         if self.bits is None:
             still = False
         else:
-            still = all(loop.ranks.gather_objects(self.bits == signs.bit_sums(loop.parameters)))
+            still = all(self.context.ranks.gather_objects(self.bits == signs.bit_sums(self.parameters)))
         halves = (torch.bfloat16, torch.float16)
-        steered = loop.calibrating is not None or method.strength(0) == 0.0
+        steered = method.calibration is not None or method.strength(0) == 0.0
         return signs.unmoved(
-            loop.iteration,
+            iteration,
             still=still,
-            steps=loop.counts["forget_steps"] + loop.counts["retain_steps"],
-            lr=max(loop.rates),
-            half=not method.stochastic_rounding and any(p.dtype in halves for p in loop.parameters),
+            steps=counts["forget_steps"] + counts["retain_steps"],
+            lr=lr,
+            half=not method.stochastic_rounding and any(p.dtype in halves for p in self.parameters),
             pull=None if steered or self.pull is None else float(self.pull),
             same=self.forget.constant,
         )

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import ops
 from ..distributed.hashing import mixed_bits
 from ..distributed.shards import local, positions, shard_groups, sum_over
+from ..errors import ProtectionError
 
-__all__ = ["protected_count", "protected_hashes"]
+__all__ = ["check_protected", "protected_count", "protected_hashes"]
 
 _CHUNK = 1 << 22  # weights hashed at once: bounds the temporaries
 
@@ -44,3 +45,16 @@ def protected_count(weights: Sequence[Tensor], bits: Sequence[Tensor]) -> int:
     for weight, count in zip(weights, ops.count_bits(list(bits)), strict=True):
         total -= int(sum_over(shard_groups(weight), count.clone().to(local(weight).device)))
     return total
+
+
+def check_protected(named: Sequence[tuple[str, Tensor]], bits: Sequence[Tensor], before: Sequence[int]) -> int:
+    """How many weights are protected, all of which must have the hashes that they had before.
+
+    Raises:
+        ProtectionError: some have changed; the message names the tensor.
+    """
+    weights = [weight for _, weight in named]
+    for (name, _), old, new in zip(named, before, protected_hashes(weights, bits), strict=True):
+        if old != new:
+            raise ProtectionError(f"protected weights of {name} have changed: something else wrote to them")
+    return protected_count(weights, bits)

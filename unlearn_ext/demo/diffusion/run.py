@@ -18,8 +18,8 @@ from ...methods import SFRon
 from ...models.grid import write_grid
 from ...models.sampling import draw_noise
 from ...models.weights import tie_embeddings, untie_embeddings
-from ...run.loop import Progress
-from ...run.unlearner import Result, Unlearner
+from ...run.result import Progress, Result
+from ...run.unlearner import Unlearner
 from ...tasks import ClassConditionalDiffusion, Task, TextConditionalDiffusion
 from ...utils.clock import timed
 from ...utils.files import writable_directory
