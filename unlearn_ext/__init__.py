@@ -37,7 +37,7 @@ __all__ = [
 
 _ROOMS = {"FisherDiagonal": "saliency", "SaliencyMask": "saliency", "UnlearnOptimizer": "optim"}
 _ROOMS |= {"Result": "run.result", "Unlearner": "run.unlearner"}
-_MODULES = ("certified", "data", "evaluation", "methods", "ops", "optim", "saliency", "tasks")
+_MODULES = ("data", "evaluation", "methods", "ops", "optim", "saliency", "tasks")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
-from helpers.models import ConvNet, batches, make, samples
+from helpers.method_runs import loaders, run, same, sets, short
+from helpers.models import batches, make
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import InputError, NonFiniteError, SaliencyMask, Unlearner
 from unlearn_ext.methods import (
@@ -29,44 +27,9 @@ from unlearn_ext.methods import (
     parse,
 )
 from unlearn_ext.saliency.gradient import GradientSum
-from unlearn_ext.tasks import Classification, Task
+from unlearn_ext.tasks import Classification
 
 ON_CLASSIFIERS = [name for name, method in METHODS.items() if "classification" in method.row.tasks]
-SHORT = {"iterations": 12, "lr": 0.02}
-
-
-def short(name: str, **changes):
-    settings = {"lr": SHORT["lr"], "epochs": 2, "msteps": 1} if name == "scrub" else SHORT
-    return find(name)(**{**settings, **changes})
-
-
-def loaders(name: str, seed: int = 3) -> dict[str, DataLoader]:
-    """Shuffled: one draws from the global generator, the others have generators of their own."""
-    wanted = {"forget": (22, 1), "retain": (37, 2)}
-    method = find(name)
-    wanted |= {"learn": (17, 5)} if method.learns else {}
-    wanted |= {"unseen": (15, 6)} if method.needs_unseen else {}
-    found = {}
-    for i, (key, (count, data)) in enumerate(wanted.items()):
-        own = torch.Generator().manual_seed(seed + i) if key != "forget" else None
-        found[key] = DataLoader(TensorDataset(*samples(count, data)), batch_size=4, shuffle=True, generator=own)
-    return found
-
-
-def sets(name: str = "sfron") -> dict[str, list]:
-    found = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
-    found |= {"learn": batches(4, 6, seed=5)} if find(name).learns else {}
-    return found | ({"unseen": batches(2, 6, seed=6)} if find(name).needs_unseen else {})
-
-
-def run(model: nn.Module, name: str, data: dict | None = None, changes: dict | None = None, **arguments):
-    return Unlearner(model, Classification(), short(name, **(changes or {}))).run(**(data or sets(name)), **arguments)
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 # --- Any method -----------------------------------------------------------------------------------------------
 
 
@@ -265,112 +228,6 @@ def test_a_method_serves_several_sets_in_turn() -> None:
             data = {**uneven(method.name), "forget": forget}
             result = Unlearner(make(), Classification(), method).run(**data)
             assert result.history[0]["alpha"] == pytest.approx(expected)
-
-
-# --- Teachers -------------------------------------------------------------------------------------------------
-
-
-def test_a_teacher_is_frozen_and_costs_no_random_number() -> None:
-    """With dropout in the model, a teacher that drew would change what the model draws."""
-    task, batch = Classification(), batches(1, 6, seed=1)[0]
-    model = make(dropout=0.5).train()
-    teacher = copy.deepcopy(model).eval()
-    prepared = task.prepare(batch, torch.device("cpu"))
-    torch.manual_seed(3)
-    losses, distances = task.losses_and_distances(model, teacher, prepared, temperature=2.0)
-    after = torch.rand(1)
-    torch.manual_seed(3)
-    assert torch.equal(losses, task.losses(model, prepared)) and torch.equal(after, torch.rand(1))
-    distances.mean().backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    assert teacher.norm.num_batches_tracked == 0
-    assert task.losses_and_distances(teacher, teacher, prepared)[1].abs().max() == 0
-
-
-def test_a_random_teacher_is_given_or_drawn_by_its_modules() -> None:
-    class Own(ConvNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
-
-        def forward(self, x):
-            return super().forward(x) * self.scale
-
-    torch.manual_seed(0)
-    with pytest.raises(InputError, match=r"the model itself \(a Own\) has no reset_parameters to draw them: pass rand"):
-        Unlearner(Own(), Classification(), BadTeacher())
-    run(Own(), "bad_teacher", changes={"random_model": Own()})
-    drawn = [make() for _ in range(3)]
-    for model, seed in zip(drawn, (0, 0, 1), strict=True):
-        torch.manual_seed(int(model.head.weight.sum() * 0))  # the global generator has no say
-        run(model, "bad_teacher", changes={"seed": seed})
-        torch.rand(7)
-    assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
-
-
-@dataclass(kw_only=True)
-class Elsewhere(Finetune):
-    """Another package's, without Bad Teacher's arguments."""
-
-    name: ClassVar[str] = "elsewhere"
-    retain_teacher: ClassVar[str | None] = "random"
-
-    def retain_loss(self, losses, iteration, distances):
-        return distances.mean()
-
-
-def test_a_method_of_another_package_has_teachers() -> None:
-    model, again = make(), make()
-    for net in (model, again):
-        Unlearner(net, Classification(), Elsewhere(iterations=3)).run(retain=batches(5, 6, seed=2))
-    assert same(model, again) and not same(model, make())
-
-    class NoDraw(ConvNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
-
-    with pytest.raises(InputError, match=r"elsewhere compares with a network of random .* to draw them: give"):
-        Unlearner(NoDraw(), Classification(), Elsewhere())
-
-    class Misspelt(Elsewhere):
-        retain_teacher = "orignal"
-
-    with pytest.raises(InputError, match="elsewhere compares with a network called 'orignal', which is not known"):
-        Unlearner(make(), Classification(), Misspelt())
-
-
-def test_a_given_random_teacher_is_asked_for_again(tmp_path) -> None:
-    run(make(), "bad_teacher", changes={"random_model": make(seed=8)}, output_dir=tmp_path, checkpointing_steps=6)
-    with pytest.raises(InputError, match="written with random_model="):
-        run(
-            make(),
-            "bad_teacher",
-            changes={"random_model": make(seed=9)},
-            output_dir=tmp_path,
-            resume_from_checkpoint="latest",
-        )
-
-
-def test_a_checkpoint_without_its_teacher_is_damaged(tmp_path) -> None:
-    run(make(), "scrub", output_dir=tmp_path, checkpointing_steps=6)
-    file = tmp_path / "checkpoint-12" / "teacher.safetensors"
-    assert file.is_file()
-    file.unlink()
-    model = make(seed=4)
-    with pytest.raises(InputError, match=r"checkpoint-12 is damaged: its teacher\.safetensors is missing"):
-        run(model, "scrub", output_dir=tmp_path, resume_from_checkpoint=file.parent)
-    assert same(model, make(seed=4))
-
-
-def test_a_task_that_measures_no_distance_is_refused() -> None:
-    class Own(Classification):
-        losses_and_distances = Task.losses_and_distances
-
-    with pytest.raises(
-        InputError, match="Own measures no distance to another network: choose a method that needs none"
-    ):
-        Unlearner(make(), Own(), "scrub")
 
 
 # --- Unseen data ----------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_what_functions_are_wrapped_in_does_not_count() -> None:
 def test_large_and_deep_values_stay_short() -> None:
     task = Classification(functools.partial(losses, labels=list(range(10_000))))
     other = Classification(functools.partial(losses, labels=list(range(10_001))))
-    first, second = (Unlearner(make(), each, method()).settings()["task.loss"] for each in (task, other))
+    first, second = (Unlearner(make(), each, method()).context.settings()["task.loss"] for each in (task, other))
     assert first != second and max(len(first), len(second)) < 300
     loop: list = []
     loop.append(loop)

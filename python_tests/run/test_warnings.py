@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers.models import batches, make, samples
+from helpers.outspoken import DATA, QUIET, Vector, cluster_batches, clusters, go, normed, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import SaliencyMask, Unlearner, UnlearningWarning, errors
 from unlearn_ext.methods import parse
-from unlearn_ext.run.signs import KEYS, Losses, bit_sums, growth, hidden, missed, unmet, unmoved, unseen_classes
+from unlearn_ext.run.signs import KEYS, Losses, bit_sums, growth, missed, unmet, unmoved, unseen_classes
 from unlearn_ext.run.watching import Watching
-from unlearn_ext.tasks import Classification, Task
-
-DATA = {"forget": batches(3, 6, seed=1), "retain": batches(5, 6, seed=2)}
-QUIET = "sfron:gamma=none,lr=1e-3,iterations=3"
-
-
-def go(method, data: dict | None = None, model: nn.Module | None = None, task: Task | None = None, **arguments):
-    """A run's result, after its sentences were found to be its warnings."""
-    unlearner = Unlearner(model or make(), task or Classification(), method)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = unlearner.run(**(data or DATA), **arguments)
-    said = [str(w.message) for w in caught if issubclass(w.category, UnlearningWarning)]
-    assert said == list(result.warnings.values()) and set(result.warnings) <= set(KEYS)
-    assert all("\n" not in sentence and len(sentence) < 400 for sentence in said)
-    assert all(w.filename == __file__ for w in caught if issubclass(w.category, UnlearningWarning))
-    return result
+from unlearn_ext.tasks import Classification
 
 
 def test_a_run_as_any_other_has_nothing_to_say() -> None:
@@ -119,15 +103,6 @@ def test_the_sentence_is_of_the_weights_that_the_model_has() -> None:
 
 
 # --- Runs that move nothing -------------------------------------------------------------------------------------
-
-
-class Vector(nn.Module):
-    def __init__(self, size: int = 1) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x)
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -265,22 +240,6 @@ def test_when_a_retain_loss_has_multiplied(before: list, values: list, nats: boo
         assert "the retain loss went from" in found
 
 
-def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int = 60) -> nn.Module:
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model
-
-
-def clusters(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Four classes far apart."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(count) % 4
-    return 4 * nn.functional.one_hot(y, 8).float() + torch.randn(count, 8, generator=generator), y
-
-
 def test_a_run_that_destroys_what_was_to_be_kept() -> None:
     x, y = clusters(120)
     torch.manual_seed(0)
@@ -363,73 +322,6 @@ def test_what_is_looked_at_are_the_first_retain_batches_in_train_mode(monkeypatc
     monkeypatch.setattr(Watching, "begin", lambda self: (begin(self), before.extend(self.before)))
     go(f"{QUIET}", {"forget": [clusters(8)], "retain": cluster_batches()}, model)
     assert [float(loss) for loss in before] == pytest.approx([loss.item() for loss in expected], rel=1e-6)
-
-
-def cluster_batches() -> list:
-    return [clusters(8, seed=2), clusters(12, seed=3)]
-
-
-# --- Batch normalisation ----------------------------------------------------------------------------------------
-
-
-def normed() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
-
-
-def test_forgotten_in_train_mode_alone() -> None:
-    """A forget batch is one class, whose statistics train mode takes; eval mode has those of all retained samples."""
-    x, y = clusters(160)
-    model = trained(normed(), x, y)
-    chosen = y == 3
-    data = {"forget": [(x[chosen], y[chosen])], "retain": [(x[~chosen], y[~chosen])]}
-    settings = "lr=0.02,momentum=0.9,iterations=12,batch_norm_statistics=retain"
-    found = go(f"negative_gradient_plus:{settings}", data, model)
-    model.eval()
-    right = float((model(x[chosen]).argmax(1) == y[chosen]).double().mean())
-    assert found.forget_eval["samples"] == int(chosen.sum()) and found.forget_eval["accuracy"] == right
-    expected = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
-    assert found.forget_eval["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert right > 0.5 and "batch_norm" in found.warnings
-
-
-def test_only_models_whose_batch_norm_trains_are_looked_at() -> None:
-    assert go(QUIET).forget_eval["samples"] == 6
-    assert go(f"{QUIET},freeze_batch_norm=true").forget_eval is None
-    assert go("finetune:iterations=1,lr=1e-3", {"retain": DATA["retain"]}).forget_eval is None
-    x, y = clusters(24)
-    plain = go(QUIET, {"forget": [(x[:8], y[:8])], "retain": [(x[8:], y[8:])]}, make(Vector, size=4))
-    assert plain.forget_eval is None
-
-
-def test_the_look_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = []
-    for looks in (True, False):
-        model = make(dropout=0.5)
-        if not looks:
-            monkeypatch.setattr("unlearn_ext.run.watching.has_batch_norm", lambda model: False)
-        found = go(QUIET, model=model)
-        assert (found.forget_eval is not None) == looks
-        states.append({**model.state_dict(), "generator": torch.get_rng_state(), "mode": torch.tensor(model.training)})
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.parametrize(
-    ("forget", "now", "accuracy", "retain", "replaces", "warned"),
-    [
-        (3.0, 0.05, 0.9, 0.1, False, True),
-        (3.0, 0.05, 0.9, None, False, True),
-        (3.0, 2.9, 0.1, 0.1, False, False),  # forgotten in both
-        (3.0, 0.05, None, 0.1, False, False),
-        (0.9, 0.1, 1.0, 0.8, False, False),  # dropout makes all losses larger
-        (0.3, 0.05, 1.0, 0.01, False, False),  # not forgotten in train mode either
-        (0.1, 4.0, 1.0, 0.1, True, True),  # towards wrong labels
-        (0.1, 0.1, 0.0, 0.1, True, False),
-        (3.0, 4.0, 1.0, 0.1, True, False),  # not learned in train mode either
-    ],
-)
-def test_when_train_mode_hides_what_eval_mode_knows(forget, now, accuracy, retain, replaces, warned) -> None:
-    assert (hidden(forget, now, accuracy, retain=retain, replaces=replaces) is not None) == warned
 
 
 # --- Runs that are cut ------------------------------------------------------------------------------------------

@@ -139,29 +139,30 @@ def sequential(shapes: Sequence[Shape], rule: str, dtype: torch.dtype, device: t
 
         return run
 
-    def compiled() -> Run:
-        def forget_step(weights, first, second, forget, masks, corrections):
-            gradients = [f.float() * mask for f, mask in zip(forget, masks, strict=True)]
-            norm = sum(g.square().sum() for g in gradients).sqrt()
-            clip = torch.clamp(MAX_NORM / (norm + _CLIP_EPS), max=1.0)
-            _update(rule, weights, first, second, [g * clip for g in gradients], corrections, None)
-
-        def retain_step(weights, slow, first, second, retain, corrections):
-            _update(rule, weights, first, second, [r.float() for r in retain], corrections, slow)
-
-        forget = torch.compile(forget_step, fullgraph=True, dynamic=False)
-        retain = torch.compile(retain_step, fullgraph=True, dynamic=False)
-
-        def run() -> None:
-            t.count += 1
-            forget(t.weights, t.first, t.second, t.forget, t.masks, _corrections(t))
-            t.count += 1
-            retain(t.weights, t.slow, t.first, t.second, t.retain, _corrections(t))
-
-        return run
-
     passes = [named[1] for named in _sequential_traffic(t)]
-    return _work("sequential", t, passes, fused, eager, listed, compiled, resets)
+    return _work("sequential", t, passes, fused, eager, listed, lambda: _compiled(t, rule), resets)
+
+
+def _compiled(t: Tensors, rule: str) -> Run:
+    def forget_step(weights, first, second, forget, masks, corrections):
+        gradients = [f.float() * mask for f, mask in zip(forget, masks, strict=True)]
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        clip = torch.clamp(MAX_NORM / (norm + _CLIP_EPS), max=1.0)
+        _update(rule, weights, first, second, [g * clip for g in gradients], corrections, None)
+
+    def retain_step(weights, slow, first, second, retain, corrections):
+        _update(rule, weights, first, second, [r.float() for r in retain], corrections, slow)
+
+    forget = torch.compile(forget_step, fullgraph=True, dynamic=False)
+    retain = torch.compile(retain_step, fullgraph=True, dynamic=False)
+
+    def run() -> None:
+        t.count += 1
+        forget(t.weights, t.first, t.second, t.forget, t.masks, _corrections(t))
+        t.count += 1
+        retain(t.weights, t.slow, t.first, t.second, t.retain, _corrections(t))
+
+    return run
 
 
 def _unlearn_optimizer(t: Tensors) -> UnlearnOptimizer:

@@ -22,9 +22,9 @@ from ..methods.values import ForgetLoss
 from ..optim import UnlearnOptimizer
 from ..saliency.protection import check_protected, protected_hashes
 from ..utils.plain import plain
-from . import checkpoint as checkpoints
 from .averages import Averages
 from .calibrating import Calibrating
+from .checkpoint import Checkpoint, keep_newest, restore, save
 from .context import RunContext
 from .history import History
 from .module_state import unsaved_sums
@@ -88,7 +88,7 @@ class Loop:
         every_step = self.method.mask_scope == "all" or not self.method.retains
         return self.result.mask is not None and self.method.protect and every_step
 
-    def start(self, checkpoint: checkpoints.Checkpoint | None) -> None:
+    def start(self, checkpoint: Checkpoint | None) -> None:
         self.steps.clear()
         if checkpoint is None:
             self.passes.begun = True  # by the first pass
@@ -101,11 +101,11 @@ class Loop:
             return
         self._resume(checkpoint)
 
-    def _resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
         document = checkpoint.document
         self.passes.seek(checkpoint)
         averages = None if self.averages is None else self.averages.tensors
-        checkpoints.restore(checkpoint, self._models(), self.optimizer, averages)
+        restore(checkpoint, self._models(), self.optimizer, averages)
         self.run_id, self.written = document["run"], set(document["packed"]["model"]["buffers"])
         self.method.load_state(document["method"])
         self.iteration = self.checked = document["iteration"]
@@ -207,8 +207,6 @@ class Loop:
         if keep:
             entry["evaluation"] = verdict
         return verdict is True, time.perf_counter() - started
-
-    # --- One iteration --------------------------------------------------------------------------------------
 
     def _iterate(self, t: int) -> dict[str, Any]:
         method, optimizer = self.method, self.optimizer
@@ -331,11 +329,9 @@ class Loop:
         else:
             entry[f"{side}_skipped"] = True
 
-    # --- After it -------------------------------------------------------------------------------------------
-
     def _save(self, limit: int | None) -> None:
         self._raise_if_non_finite()
-        checkpoints.save(
+        save(
             self.directory,
             self.run_id,
             self.iteration,
@@ -364,7 +360,7 @@ class Loop:
             self.ranks.from_first(self._written()),
         )
         if limit is not None and self.ranks.first:
-            checkpoints.keep_newest(self.directory, limit, self.run_id, self.iteration)
+            keep_newest(self.directory, limit, self.run_id, self.iteration)
 
     def _written(self) -> list[str]:
         """Non-persistent buffers that the run has written to: not the tables and masks that it only reads."""
