@@ -43,7 +43,7 @@ void go(Place& from, Place& to) {
 
 struct Fiber {
   Place place;
-  std::vector<char> stack; // empty until it is first used
+  std::vector<char> stack;    // empty until it is first used
   void* fake_stack = nullptr; // the address sanitizer's
   bool finished = false;
 };
