@@ -48,13 +48,13 @@ class BuildPackage(build_py):
         return {path: Path(self.build_lib, "unlearn_ext", "csrc", path.relative_to(csrc)) for path in files}
 
     def _compile(self) -> None:
-        native = _load_native()
+        recipes, building = _native("recipes"), _native("building")
         work = Path(self.get_finalized_command("build").build_temp).absolute()
         target = Path(self.build_lib, "unlearn_ext", "_lib")
         self.mkpath(str(work))
         self.mkpath(str(target))
-        for recipe in native.aot_recipes():
-            library = native.compile_recipe(recipe, work / recipe.file_name)
+        for recipe in recipes.aot_recipes():
+            library = building.compile_recipe(recipe, work / recipe.file_name)
             library.chmod(0o755)  # a cache's are for their user alone
             shutil.copy2(library, target)
 
@@ -74,12 +74,12 @@ class BuildWheel(bdist_wheel):
         return ("py3", "none", platform) if AHEAD_OF_TIME else (python, abi, platform)
 
 
-def _load_native():
-    """unlearn_ext/native without the package's __init__, which imports what need not be installed here."""
+def _native(name: str) -> types.ModuleType:
+    """A module of unlearn_ext/native without the package's __init__, which imports what need not be installed here."""
     package = types.ModuleType("unlearn_ext_sources")
     package.__path__ = [str(ROOT / "unlearn_ext")]
-    sys.modules[package.__name__] = package
-    return importlib.import_module(f"{package.__name__}.native.loading")
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.native.{name}")
 
 
 setup(
