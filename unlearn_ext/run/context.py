@@ -26,7 +26,8 @@ class RunContext:
         named: the trained weights.
         task_settings: what a checkpoint says of the task.
         identity: what else a run must have in common with the one that it resumes.
-        others: as the arguments of :class:`~unlearn_ext.Unlearner`.
+
+    The other attributes are those of :class:`~unlearn_ext.Unlearner`.
     """
 
     model: nn.Module
